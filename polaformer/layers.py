@@ -1,0 +1,89 @@
+"""The parts between the attentions: rotary tables, channels-last convolutions, stem, downsampling, feed-forward.
+
+Inside the stages an activation is (B, height, width, C) and contiguous, so that linear layers and norms work on the
+last axis and a convolution sees the very same memory as a channels-last image.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def rotary_angles(features: int) -> Tensor:
+    """The angle per unit of distance of each rotated pair: (features / 4,) float32, from 1 down to 1e-4."""
+    return 1 / 10000.0 ** torch.linspace(0, 1, features // 4, dtype=torch.float32)
+
+
+def rotary_tables(height: int, width: int, features: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every token's turn: two (height·width, features / 2) tensors, one column a pair.
+
+    The first half of the pairs turns with the token's row, the second half with its column. On the device of `like`,
+    in float32, or in float64 if `like` is float64 (the angles themselves are float32 numbers either way).
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    angles = rotary_angles(features).to(like.device, dtype)
+    rows = torch.arange(height, device=like.device, dtype=dtype)[:, None] * angles
+    columns = torch.arange(width, device=like.device, dtype=dtype)[:, None] * angles
+    turns = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1)
+    return turns.flatten(0, 1).cos(), turns.flatten(0, 1).sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns neighbouring pairs of the last axis: x (…, N, F), tables (N, F / 2) → (…, N, F) in x's dtype.
+
+    Computed in the tables' dtype. With −sin it turns back.
+    """
+    first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise convolution with bias that keeps the size: (B, height, width, C) → the same."""
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Stem(nn.Sequential):
+    """Image (B, in_chans, h, w) → (B, channels, h / 4, w / 4): four 3×3 convolutions, each normalised."""
+
+    def __init__(self, in_chans: int, channels: int) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in (
+            (in_chans, channels // 2, 2),
+            (channels // 2, channels // 2, 1),
+            (channels // 2, channels // 2, 1),
+            (channels // 2, channels, 2),
+        ):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.GELU()]
+        super().__init__(*layers[:-1])  # no activation after the last norm
+
+
+class Downsample(nn.Module):
+    """(B, height, width, C) → (B, height / 2, width / 2, channels)."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(inputs, channels, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, a depthwise 3×3 convolution added to its own input, linear: (B, height, width, C) → the same."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.act = nn.GELU()
+        self.dwconv = DepthwiseConv(hidden, 3)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))
+        return self.fc2(x + self.dwconv(x))

@@ -1,0 +1,291 @@
+"""PolaFormer++ b0–b5: presets, the backbone with its classifier, and their registration with timm.
+
+An image passes stem → four stages of blocks, a downsampling after each of the first three → head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from polaformer import weights
+from polaformer.attention import GatedAttention, PolarityAttention, Rotary, SoftmaxAttention
+from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_tables
+
+MLP_RATIO = 3.5
+TOTAL_STRIDE = 32
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The four stages' sizes, and what differs between the sizes of the family."""
+
+    channels: tuple[int, int, int, int]
+    blocks: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int]
+    drop_path: float  # of the last block; rises linearly from 0
+    head_width: int  # channels between the last stage and the classifier
+    layer_scale: tuple[float, float, float, float]  # initial values per stage
+
+
+ONES, SMALL = (1.0,) * 4, (1e-6,) * 4
+PRESETS = {
+    "polaformerpp_b0": Preset((32, 64, 128, 384), (2, 2, 2, 2), (1, 2, 4, 12), 0.1, 2048, ONES),
+    "polaformerpp_b1": Preset((32, 64, 192, 384), (2, 2, 4, 2), (1, 2, 6, 12), 0.1, 2048, ONES),
+    "polaformerpp_b2": Preset((64, 128, 256, 512), (2, 2, 6, 2), (1, 2, 4, 8), 0.1, 2048, ONES),
+    "polaformerpp_b3": Preset((64, 128, 320, 512), (3, 5, 9, 3), (1, 2, 5, 8), 0.15, 2048, ONES),
+    "polaformerpp_b4": Preset((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8), 0.4, 2048, (1.0, 1.0, 1e-6, 1e-6)),
+    "polaformerpp_b5": Preset((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10), 0.55, 2560, SMALL),
+}
+
+
+class Block(nn.Module):
+    """Positional convolution, attention, feed-forward, each added to its input: (B, height, width, C) → the same.
+
+    The two scales γ have one value per channel; their shape has four axes because the recipe decays them, and spares
+    one-dimensional parameters.
+    """
+
+    def __init__(self, attention: GatedAttention, channels: int, layer_scale: float, drop_path: float) -> None:
+        super().__init__()
+        self.pos = DepthwiseConv(channels, 3)
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
+        self.attn = attention
+        self.gamma_1 = nn.Parameter(torch.full((1, 1, 1, channels), layer_scale))
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
+        self.ffn = FeedForward(channels, int(MLP_RATIO * channels))
+        self.gamma_2 = nn.Parameter(torch.full((1, 1, 1, channels), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        x = x + self.pos(x)
+        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), rotary))
+        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution and width, then the way to the next stage."""
+
+    def __init__(self, preset: Preset, stage: int, drop_paths: list[float]) -> None:
+        super().__init__()
+        channels, heads = preset.channels[stage], preset.heads[stage]
+        self.attention = PolarityAttention if stage < 2 else SoftmaxAttention
+        self.head_width = channels // heads
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(
+            Block(self.attention(channels, heads), channels, preset.layer_scale[stage], drop_path)
+            for drop_path in drop_paths
+        )
+        last = stage == len(preset.channels) - 1
+        self.downsample = nn.Identity() if last else Downsample(channels, preset.channels[stage + 1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, C) → the same; the caller applies `downsample`."""
+        rotary = None
+        if self.attention is SoftmaxAttention:
+            rotary = rotary_tables(x.shape[1], x.shape[2], self.head_width, x)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        return x
+
+
+class PolaFormerPP(nn.Module):
+    """The backbone with its classifier, with timm's methods.
+
+    drop_path_rate: None takes the preset's. num_classes 0 gives pooled features (B, preset.head_width).
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        drop_path_rate: float | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = preset.channels[-1]
+        self.head_hidden_size = preset.head_width
+        rate = preset.drop_path if drop_path_rate is None else drop_path_rate
+        drop_paths = calculate_drop_path_rates(rate, list(preset.blocks), stagewise=True)
+        self.stem = Stem(in_chans, preset.channels[0])
+        self.stages = nn.ModuleList(Stage(preset, stage, drop_paths[stage]) for stage in range(4))
+        self.feature_info = [
+            {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}"}
+            for stage, channels in enumerate(preset.channels)
+        ]
+        self.proj = nn.Conv2d(preset.channels[-1], preset.head_width, 1)
+        self.norm = nn.BatchNorm2d(preset.head_width)
+        self.act = nn.SiLU()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes)
+        self.apply(_initialise)
+        self.register_load_state_dict_pre_hook(weights.accept_official)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, h, w), h and w multiples of 32 → logits (B, num_classes).
+
+        Raises ValueError for another size, naming the nearest two that work.
+        """
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, h, w) → the last stage's (B, C, h / 32, w / 32)."""
+        return self.forward_intermediates(x, indices=1)[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """timm's: the outputs (B, C, h / reduction, w / reduction) of the stages in `indices` (the last n, or all).
+
+        Every stage's output is as its last block left it; there is no further norm to apply, so `norm` changes nothing.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt {output_fmt} is not offered; use NCHW")
+        _check_size(*x.shape[-2:])
+        taken, last = feature_take_indices(len(self.stages), indices)
+        stages = self.stages[: last + 1] if stop_early else self.stages
+        x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        intermediates = []
+        for number, stage in enumerate(stages):
+            x = stage(x)
+            if number in taken:
+                intermediates.append(x.permute(0, 3, 1, 2))
+            if number < len(stages) - 1:
+                x = stage.downsample(x)
+        return intermediates if intermediates_only else (x.permute(0, 3, 1, 2), intermediates)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last stage's output → logits (B, num_classes), or the classifier's input (B, head_width)."""
+        x = F.adaptive_avg_pool2d(self.act(self.norm(self.proj(x))), 1).flatten(1)
+        return x if pre_logits else self.head(self.head_drop(x))
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """timm's: drops what the stages in `indices` do not need; returns them as non-negative numbers."""
+        taken, last = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        self.stages[-1].downsample = nn.Identity()
+        if prune_head:
+            self.proj = self.norm = self.act = self.head = nn.Identity()
+            self.num_classes = 0
+        return taken
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the last linear layer; 0 removes it. The pooling is part of the model and stays."""
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool {global_pool} is not offered; the head averages")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+        _initialise_convolution(self.head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keeps only the blocks' inputs for backward and computes the rest again."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+
+def _initialise(module: nn.Module) -> None:
+    """Linear layers and norms keep PyTorch's own start values."""
+    if isinstance(module, nn.Conv2d):
+        _initialise_convolution(module)
+
+
+def _initialise_convolution(module: nn.Module) -> None:
+    """Also for the classifier, which is a 1×1 convolution in the official model."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def _check_size(height: int, width: int) -> None:
+    for name, length in (("height", height), ("width", width)):
+        if length % TOTAL_STRIDE or length == 0:
+            below = length // TOTAL_STRIDE * TOTAL_STRIDE
+            nearest = f"{below} or {below + TOTAL_STRIDE}" if below else f"{TOTAL_STRIDE} or {2 * TOTAL_STRIDE}"
+            raise ValueError(f"image {name} {length} is not a multiple of {TOTAL_STRIDE}; use {nearest}")
+
+
+def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    model = build_model_with_cfg(
+        PolaFormerPP,
+        variant,
+        pretrained,
+        preset=PRESETS[variant],
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+    if kwargs.get("features_only"):
+        model.register_load_state_dict_pre_hook(weights.accept_classifier)
+    return model
+
+
+# How timm prepares images for these models; there are no weights to download.
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": {
+            "url": "",
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "fixed_input_size": False,
+            "pool_size": (7, 7),
+            "crop_pct": 224 / 256,
+            "crop_mode": "squash",
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "first_conv": "stem.0",
+            "classifier": "head",
+        }
+        for name in PRESETS
+    }
+)
+
+
+@register_model
+def polaformerpp_b0(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b0", pretrained, **kwargs)
+
+
+@register_model
+def polaformerpp_b1(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b1", pretrained, **kwargs)
+
+
+@register_model
+def polaformerpp_b2(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b2", pretrained, **kwargs)
+
+
+@register_model
+def polaformerpp_b3(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b3", pretrained, **kwargs)
+
+
+@register_model
+def polaformerpp_b4(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b4", pretrained, **kwargs)
+
+
+@register_model
+def polaformerpp_b5(pretrained: bool = False, **kwargs) -> nn.Module:
+    return _create("polaformerpp_b5", pretrained, **kwargs)

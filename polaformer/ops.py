@@ -1,0 +1,108 @@
+"""The operators as PyTorch sees them: schema, implementations, fake tensors, autograd, FLOPs.
+
+The only file that names torch.ops. Compiled kernels register themselves for CPU and CUDA under the schema defined
+here; where there is none, the dispatcher falls through to the reference.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from polaformer import reference
+
+_library = torch.library.Library("polaformer", "DEF")
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
+_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, Tensor state, Tensor key_mean)")
+_library.define(
+    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, Tensor state, Tensor key_mean, int height, int width)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def polarity_attention(
+    q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
+) -> Tensor:
+    """Polarity-aware linear attention of PolaFormer++ through the fastest implementation that is installed.
+
+    q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
+    Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
+    Keeps q, k, v, a (B, H, 2D, D) state and a (B, H, 2D) mean for backward.
+    Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
+    """
+    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
+
+
+def has_compiled_kernels(device_type: str) -> bool:
+    """Whether polarity attention on "cpu" or "cuda" runs a compiled kernel rather than the reference."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return torch._C._dispatch_has_kernel_for_dispatch_key("polaformer::polarity_attention", key)
+
+
+def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (B, H, N, D) tensor whose memory is a contiguous (B, N, H, D)."""
+    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_tokens_first(like: Tensor) -> Tensor:
+    batch, heads, tokens, head_width = like.shape
+    return like.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
+
+
+@torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
+def _forward(q, k, v, same_logits, opposite_logits, height, width):
+    out, state, key_mean = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
+    return _tokens_first(out, q.dtype), state, key_mean
+
+
+@torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
+def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
+    inputs = q, k, v, same_logits, opposite_logits
+    *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, (state, key_mean), height, width)
+    grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
+    return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
+
+
+@torch.library.register_fake("polaformer::polarity_attention", lib=_library)
+def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
+    batch, heads, _, head_width = q.shape
+    kept = torch.promote_types(q.dtype, torch.float32)
+    state = q.new_empty(batch, heads, 2 * head_width, head_width, dtype=kept)
+    return _empty_tokens_first(q), state, q.new_empty(batch, heads, 2 * head_width, dtype=kept)
+
+
+@torch.library.register_fake("polaformer::polarity_attention_backward", lib=_library)
+def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
+    logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
+    return *(_empty_tokens_first(x) for x in (q, k, v)), *logits
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.height, ctx.width = inputs
+    _, state, key_mean = output
+    ctx.mark_non_differentiable(state, key_mean)
+    ctx.save_for_backward(*tensors, state, key_mean)
+
+
+def _differentiate(ctx, grad_out, _grad_state, _grad_key_mean):
+    operator = torch.ops.polaformer.polarity_attention_backward
+    return *operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
+
+
+torch.library.register_autograd(
+    "polaformer::polarity_attention", _differentiate, setup_context=_save_for_backward, lib=_library
+)
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention)
+def _forward_flops(q_shape, *_args, **_kwargs) -> int:
+    """8·D² per token and head: keys with values into the state, both query flows with their half of it."""
+    batch, heads, tokens, head_width = q_shape
+    return 8 * batch * heads * tokens * head_width**2
+
+
+@register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
+def _backward_flops(_grad_shape, q_shape, *_args, **_kwargs) -> int:
+    """20·D² per token and head, as kernels must spend: the state is kept, features are computed again."""
+    batch, heads, tokens, head_width = q_shape
+    return 20 * batch * heads * tokens * head_width**2

@@ -1,0 +1,152 @@
+"""The six models: sizes, the official implementation's numbers, timm's interface."""
+
+import pytest
+import timm
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+import polaformer
+from polaformer.weights import load_weights, official_name
+
+PARAMETERS = {"b0": 7548712, "b1": 9227496, "b2": 16450664, "b3": 27145896, "b4": 49798792, "b5": 97773000}
+GIGA_MULTIPLY_ADDS = {"b0": 0.668, "b1": 1.003, "b2": 2.731, "b3": 5.070, "b4": 11.05, "b5": 17.74}
+
+
+def shape_of(value) -> list[int]:
+    return value.type().sizes()
+
+
+def count_softmax_attention(inputs, outputs) -> int:
+    batch, heads, tokens, head_width = shape_of(inputs[0])
+    return 2 * batch * heads * tokens**2 * head_width
+
+
+def count_polarity_attention(inputs, outputs) -> int:
+    """State and both numerators (4·D² per token and head), both denominators (4·D)."""
+    batch, heads, tokens, head_width = shape_of(inputs[0])
+    return batch * heads * tokens * (4 * head_width**2 + 4 * head_width)
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_parameters_and_flops(preset):
+    model = timm.create_model(f"polaformerpp_{preset}").eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[preset]
+    counter = FlopCountAnalysis(model, torch.zeros(1, 3, 224, 224))
+    counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    counter.set_op_handle("aten::scaled_dot_product_attention", count_softmax_attention)
+    counter.set_op_handle("polaformer::polarity_attention", count_polarity_attention)
+    wanted = GIGA_MULTIPLY_ADDS[preset]
+    digits = 3 if wanted < 10 else 2
+    assert round(counter.total() / 1e9, digits) == wanted
+
+
+@pytest.mark.parametrize(("preset", "size"), [("b0", (224, 224)), ("b4", (64, 96))])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_golden(golden, official_state, relative_error, draw, preset, size, dtype, tolerance):
+    arrays = golden(f"model_{preset}_{size[0]}x{size[1]}")
+    model = timm.create_model(f"polaformerpp_{preset}").to(dtype).eval()
+    model.load_state_dict(official_state(preset))
+    image = torch.from_numpy(draw("input", (2, 3, *size))).to(dtype).requires_grad_()
+    logits = model(image)
+    assert relative_error(logits, arrays["logits"]) < tolerance
+
+    (logits * torch.from_numpy(draw("cotangent", (2, 1000))).to(dtype)).sum().backward()
+    norms = {official_name(name): parameter.grad.double().norm() for name, parameter in model.named_parameters()}
+    assert set(norms) == set(arrays["param_names"])
+    for name, norm in zip(arrays["param_names"], arrays["grad_norms"], strict=True):
+        assert relative_error(norms[name], norm) < tolerance, name
+    assert relative_error(image.grad, arrays["grad_input"]) < max(tolerance, 1e-6)  # stored in float32
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 160), (224, 32)])
+def test_any_multiple_of_32(size):
+    model = timm.create_model("polaformerpp_b0", num_classes=7).eval()
+    assert model(torch.randn(1, 3, *size)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((224, 250), "image width 250 is not a multiple of 32; use 224 or 256"),
+        ((33, 32), "image height 33 is not a multiple of 32; use 32 or 64"),
+        ((16, 32), "image height 16 is not a multiple of 32; use 32 or 64"),
+    ],
+)
+def test_other_sizes(size, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("polaformerpp_b0")(torch.randn(1, 3, *size))
+
+
+def test_initialisation():
+    model = timm.create_model("polaformerpp_b4")
+    assert model.stages[1].blocks[0].gamma_1.unique().tolist() == [1.0]
+    assert model.stages[2].blocks[0].gamma_2.unique() == torch.tensor(1e-6)
+    assert all(not block.attn.same_logits.any() for stage in model.stages[:2] for block in stage.blocks)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.std() < 0.03, name
+            assert not module.bias.any(), name
+    assert 0.018 < model.head.weight.std() < 0.022
+    width = model.stages[3].blocks[0].ffn.fc1.in_features
+    assert model.stages[3].blocks[0].ffn.fc1.weight.abs().max() <= width**-0.5  # PyTorch's own
+
+
+def test_drop_path_rises_over_all_blocks():
+    model = timm.create_model("polaformerpp_b5")
+    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.55, 38))
+
+
+def test_features_only():
+    model = timm.create_model("polaformerpp_b1", features_only=True)
+    assert model.feature_info.channels() == [32, 64, 192, 384]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    shapes = [tuple(x.shape) for x in model(torch.randn(1, 3, 64, 96))]
+    assert shapes == [(1, 32, 16, 24), (1, 64, 8, 12), (1, 192, 4, 6), (1, 384, 2, 3)]
+
+
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (0,)])
+def test_features_of_official_weights(official_state, tmp_path, out_indices):
+    torch.save({"model": official_state("b0")}, tmp_path / "official.pth")
+    features = timm.create_model(
+        "polaformerpp_b0", features_only=True, out_indices=out_indices, checkpoint_path=tmp_path / "official.pth"
+    ).eval()
+    whole = timm.create_model("polaformerpp_b0").eval()
+    load_weights(whole, tmp_path / "official.pth")
+    image = torch.randn(1, 3, 64, 64)
+    _, expected = whole.forward_intermediates(image, indices=list(out_indices))
+    for actual, wanted in zip(features(image), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_timm_classifier_interface():
+    model = timm.create_model("polaformerpp_b0", num_classes=0, in_chans=1).eval()
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 2048)
+    model.reset_classifier(5)
+    assert model.get_classifier().out_features == model.num_classes == 5
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
+    config = timm.data.resolve_data_config({}, model=model)
+    assert (config["crop_pct"], config["crop_mode"], config["interpolation"]) == (0.875, "squash", "bicubic")
+    assert polaformer.PRESETS.keys() == set(timm.list_models("polaformerpp_*"))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = timm.create_model("polaformerpp_b0", num_classes=4, drop_path_rate=0.3)
+    image = torch.randn(2, 3, 32, 32)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        torch.manual_seed(1)  # drop path
+        model.zero_grad()
+        model(image).square().sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_compiles_to_one_graph():
+    model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    image = torch.randn(1, 3, 64, 32)
+    torch.testing.assert_close(compiled(image), model(image))

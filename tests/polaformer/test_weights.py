@@ -1,0 +1,76 @@
+"""Official checkpoints and safetensors, in and out; strict either way."""
+
+import pytest
+import timm
+import torch
+
+from polaformer.weights import load_weights, official_name, save_weights
+
+
+@pytest.fixture(scope="module")
+def official(official_state):
+    return official_state("b0")
+
+
+def assert_holds(model, official):
+    for name, value in model.state_dict().items():
+        expected = official[official_name(name)]
+        torch.testing.assert_close(value.flatten(), expected.flatten().to(value.dtype))
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda x: {"model": x}, lambda x: {"state_dict_ema": x, "model": {}}])
+def test_checkpoint_path(official, tmp_path, wrap):
+    torch.save(wrap(official), tmp_path / "official.pth")
+    model = timm.create_model("polaformerpp_b0", checkpoint_path=tmp_path / "official.pth")
+    assert_holds(model, official)
+
+
+def test_safetensors_round_trip(official, tmp_path):
+    model = timm.create_model("polaformerpp_b0")
+    model.load_state_dict(official)
+    save_weights(model.state_dict(), tmp_path / "ours.safetensors", {"model": "polaformerpp_b0"})
+    again = timm.create_model("polaformerpp_b0", checkpoint_path=tmp_path / "ours.safetensors")
+    assert_holds(again, official)
+
+
+def test_a_missing_and_an_unexpected_key_are_named(official):
+    state = {name: value for name, value in official.items() if name != "layers.1.blocks.0.attn.s2"}
+    state["layers.9.surprise"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match=r"missing layers\.1\.blocks\.0\.attn\.s2; unexpected layers\.9\.surprise"):
+        timm.create_model("polaformerpp_b0").load_state_dict(state)
+
+
+def test_our_own_names_are_strict_too():
+    state = timm.create_model("polaformerpp_b0").state_dict()
+    del state["stages.0.blocks.1.norm1.weight"]
+    with pytest.raises(RuntimeError, match=r"stages\.0\.blocks\.1\.norm1\.weight"):
+        timm.create_model("polaformerpp_b0").load_state_dict(state)
+
+
+def test_another_preset_is_refused(official):
+    with pytest.raises(
+        RuntimeError, match=r"layers\.2\.blocks\.0\.pos\.weight is \(128, 1, 3, 3\), .* \(192, 1, 3, 3\)"
+    ):
+        timm.create_model("polaformerpp_b1").load_state_dict(official)
+
+
+def test_other_angles_are_refused(official):
+    state = official | {"layers.0.RoPE_linear.angle": torch.ones(32)}
+    with pytest.raises(RuntimeError, match=r"layers\.0\.RoPE_linear\.angle holds other angles"):
+        timm.create_model("polaformerpp_b0").load_state_dict(state)
+
+
+def test_new_head(official, tmp_path):
+    torch.save(official, tmp_path / "official.pth")
+    model = timm.create_model("polaformerpp_b0", num_classes=3)
+    with pytest.raises(RuntimeError, match=r"head\.weight is \(1000, 2048, 1, 1\), the model needs \(3, 2048\)"):
+        load_weights(model, tmp_path / "official.pth")
+    drawn = model.head.weight.clone()
+    load_weights(model, tmp_path / "official.pth", new_head=True)
+    assert torch.equal(model.head.weight, drawn)
+    assert torch.equal(model.proj.bias.double(), official["proj.bias"].float().double())
+
+
+def test_no_such_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no weights at .*nothing.pth"):
+        load_weights(timm.create_model("polaformerpp_b0"), tmp_path / "nothing.pth")
