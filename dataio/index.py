@@ -5,7 +5,7 @@ pure functions of (seed, position): no state, no dependence on the number of ran
 samples of a whole run, from 0; `position // samples` is its epoch and `position % samples` its place in that
 epoch, so that each epoch holds every sample exactly once and the next one follows without a gap.
 
-Only NumPy's Philox *bit stream* is used, which NumPy keeps stable between versions (unlike its distributions).
+Only NumPy's Philox *bit stream* is used: NumPy keeps it stable between versions, unlike its distributions.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 
-_ORDER_STREAM, _DRAW_STREAM = 0, 1  # keep the two uses of one seed apart
+_ORDER_STREAM, _DRAW_STREAM = 0, 1  # keep the uses of one seed apart
+STORAGE_STREAM = 3  # pack.py's; the order uses the even numbers
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """What manifest.json says, field by field. `hold_out` (percent) and `part` are the pack's options, or None."""
+    """What manifest.json says, field by field. `hold_out` (percent) and `part` are the pack's options."""
 
     format: int
     seed: int
@@ -98,10 +99,10 @@ class Manifest:
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a folder that `python -m dataio.pack` wrote; hashes are verify.py's matter.
+    """The manifest of a folder that `python -m dataio.pack` wrote. Sizes are checked here, hashes by verify.py.
 
-    Raises FileNotFoundError if there is no manifest, ValueError if it, the sample table or the size of a shard
-    is wrong.
+    Raises FileNotFoundError if there is no manifest, ValueError if it, the sample table or a shard's size is
+    wrong.
     """
     folder = Path(folder)
     file, digest = read_manifest_file(folder)
@@ -124,9 +125,7 @@ def read_manifest_file(folder: Path) -> tuple[ManifestFile, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest ({error!r}); pack the folder again") from error
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again"
-        )
+        raise ValueError(f"{path} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again")
     try:
         fields["classes"] = tuple(fields["classes"])
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
@@ -146,22 +145,20 @@ def sha256_of(path: str | Path) -> str:
 
 
 def load_samples(path: Path, count: int) -> np.ndarray:
-    """The sample table, (count,) of SAMPLE_DTYPE, read-only. Raises ValueError if the file holds anything else."""
+    """The sample table, (count,) of SAMPLE_DTYPE, read-only. Raises ValueError if the file holds another."""
     try:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); pack the folder again") from error
     if samples.dtype != SAMPLE_DTYPE or samples.shape != (count,):
         raise ValueError(
-            f"{path} holds {samples.dtype}, {samples.shape} where the manifest says {count} samples; pack the folder"
-            f" again"
+            f"{path} is a table of shape {samples.shape} and type {samples.dtype}, where the manifest asks for"
+            f" {count} samples; pack the folder again"
         )
     return samples
 
 
-def _check_tables(
-    folder: Path, shards: tuple[Shard, ...], classes: tuple[str, ...], samples: np.ndarray
-) -> None:
+def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, ...], samples: np.ndarray) -> None:
     for shard in shards:
         path = folder / shard.name
         if not path.is_file():
@@ -208,9 +205,7 @@ def draws_at(seed: int, first: int, count: int, per_position: int) -> np.ndarray
     Each position owns `per_position` numbers of one long Philox stream, whichever rank asks for it.
     """
     if per_position % 4:
-        raise ValueError(
-            f"per_position is {per_position}; Philox yields 4 numbers at a time, use a multiple of 4"
-        )
+        raise ValueError(f"per_position is {per_position}; Philox yields 4 numbers at a time, use a multiple of 4")
     stream = np.random.Philox(key=[seed, _DRAW_STREAM]).advance(first * (per_position // 4))
     raw = stream.random_raw(count * per_position)
     return (raw >> np.uint64(11)).reshape(count, per_position) * 2.0**-53

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polaformer import ops
 from polaformer.layers import DepthwiseConv, rotate
 
-Rotary = tuple[Tensor, Tensor] | None  # layers.rotary_tables for width D; polarity attention needs none
+Rotary = Tensor | None  # layers.rotary_turns for width D; polarity attention needs none
 
 
 class GatedAttention(nn.Module):
@@ -55,4 +55,4 @@ class SoftmaxAttention(GatedAttention):
     """Softmax attention of rotated queries and keys."""
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], rotary: Rotary) -> Tensor:
-        return F.scaled_dot_product_attention(rotate(q, *rotary), rotate(k, *rotary), v)
+        return F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v)

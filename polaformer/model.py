@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from polaformer import weights
 from polaformer.attention import GatedAttention, PolarityAttention, Rotary, SoftmaxAttention
-from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_tables
+from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_turns
 
 MLP_RATIO = 3.5
 TOTAL_STRIDE = 32
@@ -88,7 +88,7 @@ class Stage(nn.Module):
         """(B, height, width, C) → the same; the caller applies `downsample`."""
         rotary = None
         if self.attention is SoftmaxAttention:
-            rotary = rotary_tables(x.shape[1], x.shape[2], self.head_width, x)
+            rotary = rotary_turns(x.shape[1], x.shape[2], self.head_width, x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rotary, use_reentrant=False)

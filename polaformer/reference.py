@@ -6,7 +6,7 @@ Axes: B batch, H heads, N = height·width tokens (row-major), D head width, F = 
 import torch
 from torch import Tensor
 
-from polaformer.layers import rotary_tables, rotate
+from polaformer.layers import rotary_turns, rotate
 
 EPSILON = 1e-6
 
@@ -48,16 +48,16 @@ def forward(
     """Attention and what its backward needs: out (B, H, N, D), state S (B, H, 2D, D), key_mean m (B, H, 2D)."""
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (_widen(x) for x in (q, k, v))
-        tables = rotary_tables(height, width, 2 * q.shape[-1], q)
+        turns = rotary_turns(height, width, 2 * q.shape[-1], q)
         key_features = torch.expm1(_poles(k))
         key_mean = key_features.mean(dim=-2)
-        state = rotate(key_features, *tables).mT @ v / (height * width)
+        state = rotate(key_features, turns).mT @ v / (height * width)
 
         halves = []
         for logits, state_half, swap in _flows(same_logits, opposite_logits, state):
             query_features = torch.expm1(_poles(q, swap) * _temperature(logits, q))
             normalizer = query_features @ key_mean.unsqueeze(-1) + EPSILON  # the denominator is not rotated
-            halves.append(rotate(query_features, *tables) @ state_half / normalizer)
+            halves.append(rotate(query_features, turns) @ state_half / normalizer)
         return torch.cat(halves, dim=-1), state, key_mean
 
 
@@ -72,29 +72,29 @@ def backward(grad_out: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, 
     state, key_mean = saved
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, grad_out = (_widen(x) for x in (q, k, v, grad_out))
-        cos, sin = rotary_tables(height, width, 2 * q.shape[-1], q)
+        turns = rotary_turns(height, width, 2 * q.shape[-1], q)
         grad_q, grad_key_mean = torch.zeros_like(q), torch.zeros_like(key_mean)
         grad_logits, grad_state = [], []
         flows = _flows(same_logits, opposite_logits, state)
         for (logits, state_half, swap), grad_half in zip(flows, grad_out.chunk(2, dim=-1), strict=True):
             poles, temperature = _poles(q, swap), _temperature(logits, q)
             features = torch.expm1(poles * temperature)
-            rotated = rotate(features, cos, sin)
+            rotated = rotate(features, turns)
             normalizer = features @ key_mean.unsqueeze(-1) + EPSILON
             u = grad_half / normalizer
             grad_rotated = u @ state_half.mT
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
             grad_state.append(rotated.mT @ u)
             grad_key_mean += (grad_normalizer * features).sum(-2)
-            grad_features = rotate(grad_rotated, cos, -sin) + grad_normalizer * key_mean.unsqueeze(-2)
+            grad_features = rotate(grad_rotated, turns.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
             grad_exponent = grad_features * (features + 1)
             grad_logits.append((grad_exponent * poles).sum((0, 2)) * _logistic_slope(temperature))
             grad_q += _join_poles(grad_exponent * temperature, q, swap)
 
         key_features = torch.expm1(_poles(k))
         grad_state = torch.cat(grad_state, dim=-1) / (height * width)
-        grad_v = rotate(key_features, cos, sin) @ grad_state
-        grad_features = rotate(v @ grad_state.mT, cos, -sin) + grad_key_mean.unsqueeze(-2) / (height * width)
+        grad_v = rotate(key_features, turns) @ grad_state
+        grad_features = rotate(v @ grad_state.mT, turns.conj_physical()) + grad_key_mean.unsqueeze(-2) / (height * width)
         grad_k = _join_poles(grad_features * (key_features + 1), k)
     return grad_q, grad_k, grad_v, *grad_logits
 

@@ -147,6 +147,12 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_compiles_to_one_graph():
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 64, 32)
-    torch.testing.assert_close(compiled(image), model(image))
+    results = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        logits = forward(image)
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)

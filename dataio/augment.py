@@ -1,0 +1,89 @@
+"""What is done to whole batches on the training device: random erasing, mixup, cutmix, label smoothing.
+
+timm's own classes do the work. They draw from the global generators of Python, NumPy and PyTorch, so these are
+seeded for the length of a call from (seed, position of the batch's first sample) and then put back: a batch is
+augmented in the same way whatever ran before it, and so after a resume as well. That takes about 0.1 ms of the
+host. Images are mixed within the batch of a rank: with another number of ranks they are the same, but mixed with
+others.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+
+from dataio.loader import Batch
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    """How batches are augmented; the defaults are the official recipe."""
+
+    erase_probability: float = 0.25  # per image: that a rectangle of it becomes noise
+    mixup: float = 0.8  # alpha of the Beta distribution of the shares; 0 is off
+    cutmix: float = 1.0  # likewise
+    probability: float = 1.0  # per batch: that it is mixed
+    switch_probability: float = 0.5  # per mixed batch: of cutmix, where both are on
+    label_smoothing: float = 0.1
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class Augment:
+    """Call it with a batch for (images, targets). The images are the batch's, changed in place.
+
+    images: (B, 3, S, S) float32. targets: (B, num_classes) float32, rows sum to 1. `batch`: images per call.
+    Raises ValueError if images are to be mixed in pairs and `batch` is odd.
+    """
+
+    def __init__(self, options: MixOptions, num_classes: int, seed: int, batch: int, device: torch.device) -> None:
+        if options.mixes and batch % 2:
+            raise ValueError(
+                f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
+                f" or set mixup and cutmix to 0"
+            )
+        self.options, self.num_classes, self.seed = options, num_classes, seed
+        self._erase = RandomErasing(options.erase_probability, mode="pixel", max_count=1, device=device)
+        self._mix = Mixup(
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            prob=options.probability,
+            switch_prob=options.switch_probability,
+            label_smoothing=options.label_smoothing,
+            num_classes=num_classes,
+        )
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        with _seeded((self.seed, batch.position), batch.images.device):
+            images = self._erase(batch.images)
+            if self.options.mixes:
+                return self._mix(images, batch.labels)
+        return images, mixup_target(batch.labels, self.num_classes, smoothing=self.options.label_smoothing)
+
+
+@contextmanager
+def _seeded(key: tuple[int, int], device: torch.device) -> Iterator[None]:
+    """Inside, the global generators start from `key`; afterwards they are as they were.
+
+    Nothing here waits for the device: the state of a CUDA generator is kept on the host.
+    """
+    on_gpu = device.type == "cuda"
+    of_torch = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
+    states = random.getstate(), np.random.get_state(), of_torch.get_state()
+    words = np.random.SeedSequence(key).generate_state(4)
+    random.seed(int.from_bytes(words.tobytes(), "little"))
+    np.random.seed(words)
+    of_torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        of_torch.set_state(states[2])

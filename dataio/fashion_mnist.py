@@ -1,0 +1,109 @@
+"""Real photographs to start with: `python -m dataio.fashion_mnist TARGET` writes Fashion-MNIST as class folders.
+
+TARGET/train/<class>/00000.png (60,000) and TARGET/val/<class>/… (10,000): clothes, 28×28 grey, 10 classes
+(Xiao, Rasul and Vollgraf 2017, MIT licence). A file's name is the photograph's place in the original files.
+They come from Debian's package dataset-fashion-mnist where it is installed, else from torchvision's download.
+"""
+
+import argparse
+import gzip
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataio.pack import available_cores, new_folder, worker_pool
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+PARTS = {"train": 60_000, "val": 10_000}
+_PHOTOGRAPHS_PER_TASK = 5_000
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """(N, 28, 28) uint8, and of each photograph the folder name of its class."""
+
+    pixels: np.ndarray
+    classes: list[str]
+
+
+def read_photographs() -> dict[str, Photographs]:
+    """The parts "train" and "val". Raises RuntimeError if they can neither be found nor downloaded."""
+    # Here, because it takes seconds and the processes that write need none of it.
+    from torchvision.datasets import FashionMNIST
+
+    # Class names become folder names: T-shirt/top → T-shirt_top
+    names = [re.sub(r"[^\w-]+", "_", name) for name in FashionMNIST.classes]
+    with tempfile.TemporaryDirectory() as root:
+        raw = Path(root, "FashionMNIST", "raw")  # where torchvision's reader looks
+        raw.mkdir(parents=True)
+        for packed in DEBIAN_FOLDER.glob("*.gz"):
+            with gzip.open(packed) as source, open(raw / packed.stem, "wb") as unpacked:
+                shutil.copyfileobj(source, unpacked)
+        try:
+            parts = {part: FashionMNIST(root, train=part == "train", download=True) for part in PARTS}
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"Fashion-MNIST is not in {DEBIAN_FOLDER} (Debian: apt-get install dataset-fashion-mnist) and"
+                f" cannot be downloaded ({' '.join(str(error).split())}); take a folder with images of your own:"
+                f" bash launch/quickstart.sh --data FOLDER"
+            ) from error
+    return {
+        part: Photographs(data.data.numpy(), [names[target] for target in data.targets]) for part, data in parts.items()
+    }
+
+
+def write_class_folders(target: Path) -> None:
+    """Writes TARGET/train and TARGET/val. Raises ValueError if `target` exists, RuntimeError as above."""
+    with new_folder(target) as folder, worker_pool(available_cores()) as pool:
+        tasks = []
+        for part, photographs in read_photographs().items():
+            for first in range(0, len(photographs.pixels), _PHOTOGRAPHS_PER_TASK):
+                piece = slice(first, first + _PHOTOGRAPHS_PER_TASK)
+                some = Photographs(photographs.pixels[piece], photographs.classes[piece])
+                tasks.append(pool.submit(write_photographs, folder / part, some, first))
+        for task in tasks:
+            task.result()
+
+
+def write_photographs(folder: Path, photographs: Photographs, first: int = 0) -> None:
+    """Writes the n-th photograph as FOLDER/<class>/<first + n>.png."""
+    for name in set(photographs.classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number, (pixels, name) in enumerate(zip(photographs.pixels, photographs.classes, strict=True), first):
+        # The fastest level; at any, a file takes one block of the disk.
+        Image.fromarray(pixels).save(folder / name / f"{number:05d}.png", compress_level=1)
+
+
+def is_complete(target: Path) -> bool:
+    return all(sum(1 for _ in (target / part).glob("*/*.png")) == count for part, count in PARTS.items())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataio.fashion_mnist",
+        description="Writes the 60,000 + 10,000 photographs of Fashion-MNIST as class folders of PNG files.",
+    )
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write; kept if it is complete")
+    target = parser.parse_args(argv).target
+    start = time.monotonic()
+    if is_complete(target):
+        print(f"{target} holds all of Fashion-MNIST already")
+        return 0
+    try:
+        write_class_folders(target)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {sum(PARTS.values())} photographs to {target} in {time.monotonic() - start:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What must be known besides the tensors to use weights: the model they fit, and how its images are prepared.
+
+A card travels inside every safetensors file that a run writes, and beside an exported one in timm's own format.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dataio.pipeline import ImageOptions
+
+_KEY = "polaformer"
+
+
+@dataclass(frozen=True)
+class Card:
+    """classes: their names, in the order of the outputs. The rest is as ImageOptions has it."""
+
+    model: str
+    classes: tuple[str, ...]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    eval_resize: str
+    crop_fraction: float
+
+    def metadata(self) -> dict[str, str]:
+        """For the header of a safetensors file."""
+        return {_KEY: json.dumps(asdict(self), ensure_ascii=False)}
+
+    def image_options(self, threads: int) -> ImageOptions:
+        """How images are evaluated."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("model", "classes")}
+        return ImageOptions(**fields, threads=threads)
+
+    def timm_config(self) -> dict[str, Any]:
+        """The config.json that makes a folder loadable as timm's `local-dir:FOLDER`."""
+        return {
+            "architecture": self.model,
+            "num_classes": len(self.classes),
+            "label_names": list(self.classes),
+            "pretrained_cfg": {
+                "num_classes": len(self.classes),
+                "input_size": [3, self.size, self.size],
+                "interpolation": self.interpolation,
+                "crop_pct": self.crop_fraction,
+                "crop_mode": "squash" if self.eval_resize == "squash" else "center",
+                "mean": list(self.mean),
+                "std": list(self.std),
+            },
+        }
+
+
+def make_card(model: str, classes: tuple[str, ...], images: ImageOptions) -> Card:
+    """The card of a model with these classes, evaluated on images prepared so."""
+    return Card(
+        model,
+        classes,
+        images.size,
+        images.mean,
+        images.std,
+        images.interpolation,
+        images.eval_resize,
+        images.crop_fraction,
+    )
+
+
+def read_card(path: Path) -> Card | None:
+    """The card inside a safetensors file, or None where there is none (an official .pth, another's safetensors).
+
+    Raises ValueError if the file is not what its name says.
+    """
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
+    if _KEY not in metadata:
+        return None
+    fields = json.loads(metadata[_KEY])
+    return Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

@@ -1,0 +1,191 @@
+"""The configuration of a run: one validated schema, filled from a YAML file and then from `key=value`.
+
+Everything that can be known to be wrong without looking at data or devices is refused here. What a field does is said
+beside it, and nowhere else.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from polaformer import PRESETS
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[float, float, float]
+LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    name: str = "polaformerpp_b4"
+    num_classes: Count | None = None  # null: as many as the training shards name
+    drop_path_rate: Fraction | None = None  # null: the preset's
+    weights: Path | None = None  # start from these: an official .pth or a .safetensors of ours
+    new_head: bool = False  # keep a fresh classifier when starting from weights of other classes
+    grad_checkpointing: bool = False  # compute activations again in backward: less memory, about 1.3× the time
+    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention would not run compiled
+
+    @model_validator(mode="after")
+    def check(self):
+        if self.name not in PRESETS:
+            raise ValueError(f"model.name {self.name} is unknown; use one of {', '.join(PRESETS)}")
+        if self.new_head and self.weights is None:
+            raise ValueError("model.new_head is for starting from weights; set model.weights or leave it out")
+        return self
+
+
+class DataSection(Section):
+    train: Path  # folder that `python -m dataio.pack` wrote
+    val: Path  # the same, for evaluation
+    image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
+    flip: Fraction = 0.5  # probability of a horizontal flip
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    eval_resize: Literal["squash", "short"] = "squash"  # both sides, as the recipe does, or the short side
+    eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
+    mean: Triple = (0.485, 0.456, 0.406)
+    std: Triple = (0.229, 0.224, 0.225)
+    mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
+    cutmix: Annotated[float, Field(ge=0)] = 1.0
+    mix_probability: Fraction = 1.0  # of mixing a batch at all
+    label_smoothing: Fraction = 0.1
+    erase: Fraction = 0.25  # probability of random erasing, per image
+    threads: Count = 4  # decoding threads of each rank
+    prefetch: Count = 2  # batches decoded ahead
+
+
+class OptimizerSection(Section):
+    epochs: Positive = 300
+    global_batch: Count = 1024  # samples in one step, over all ranks and micro-steps
+    accumulation: Count = 1  # micro-steps in a step
+    lr: Positive = 5e-4  # for a global batch of 512; this and the next two scale with the batch
+    warmup_lr: Annotated[float, Field(ge=0)] = 1e-7
+    min_lr: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_epochs: Annotated[float, Field(ge=0)] = 5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not for biases and one-dimensional parameters
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99982
+
+    @model_validator(mode="after")
+    def check(self):
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs:g} epochs;"
+                f" use fewer, for example {self.epochs / 20:g}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr {self.min_lr:g} is above optimizer.lr {self.lr:g}; lower it")
+        return self
+
+
+class EngineSection(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
+    bucket_elements: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
+    overlap_comm: bool = False
+    compile: bool = False  # torch.compile
+    timeout_minutes: Positive = 10  # for a collective; a rank that hangs ends the run after it
+
+
+class CheckpointSection(Section):
+    every_epochs: Positive = 1  # may be a fraction
+    keep: Count = 3  # newest checkpoints kept on disk; the best one is kept besides
+
+
+class LogSection(Section):
+    every_steps: Count = 50
+    eval_every_epochs: Positive = 1
+
+
+class Config(Section):
+    output: Path  # the run's folder: checkpoints, metrics, TensorBoard; started again, the run goes on from there
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelSection = ModelSection()
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    deepspeed: dict[str, Any] = {}  # merged last into DeepSpeed's configuration, for experts
+
+    @model_validator(mode="after")
+    def check(self):
+        ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
+        if taken := ours & self.deepspeed.keys():
+            raise ValueError(f"deepspeed.{min(taken)} is derived from the optimizer section; set it there")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str]) -> Config:
+    """The configuration in a YAML file with `section.key=value` overrides, whose values are YAML too.
+
+    Raises FileNotFoundError, or ValueError with one line for each fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) or "none in that folder"
+        raise FileNotFoundError(f"no configuration at {path}; there are: {near}")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A validated configuration from nested dictionaries. Raises ValueError with one line for each fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from error
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included; `parse_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"override {override!r} is not key=value; write for example optimizer.lr=1e-3")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    tree[last] = yaml.safe_load(text)
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    """One line: where, what, and for an unknown key the nearest known one."""
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if fault["type"] == "missing":
+        return f"{where} is not set; set it in the file or on the command line as {where}=…"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    return f"{where} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _known_keys(location: tuple) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,206 @@
+"""Where this process stands among the ranks of a run, and the process group that joins them.
+
+A run is started by torchrun or deepspeed (RANK, WORLD_SIZE and so on are set), by `srun` with one task per
+rank (Slurm's step variables are set), or as plain `python`: a single process. `placement` reads which of them
+it was; `start` brings the rest to the one form that DeepSpeed and torch expect and opens the group.
+"""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One of `ranks` processes, `ranks_here` of them on its host; `rank` and `local_rank` count from 0."""
+
+    rank: int
+    local_rank: int
+    ranks: int
+    ranks_here: int
+    launcher: str  # "torchrun", "deepspeed", "srun" or "python"
+
+
+def placement(environ: Mapping[str, str]) -> Placement:
+    """The place that a process with this environment has.
+
+    RANK and its like win over Slurm's variables: torchrun and deepspeed may run inside an allocation. A batch
+    script or an salloc shell is no rank, though Slurm sets SLURM_PROCID and SLURM_NTASKS there as well: only
+    what `srun` starts has SLURM_STEP_NUM_TASKS.
+
+    Raises ValueError if some of a launcher's variables are missing, are no numbers, or contradict each other.
+    """
+    if not environ.keys().isdisjoint({"RANK", "LOCAL_RANK", "WORLD_SIZE"}):
+        by_deepspeed = "LOCAL_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
+        place = Placement(
+            rank=_number(environ, "RANK"),
+            local_rank=_number(environ, "LOCAL_RANK"),
+            ranks=_number(environ, "WORLD_SIZE"),
+            ranks_here=_number(environ, "LOCAL_SIZE" if by_deepspeed else "LOCAL_WORLD_SIZE"),
+            launcher="deepspeed" if by_deepspeed else "torchrun",
+        )
+    elif "SLURM_STEP_NUM_TASKS" in environ:
+        place = Placement(
+            rank=_number(environ, "SLURM_PROCID"),
+            local_rank=_number(environ, "SLURM_LOCALID"),
+            ranks=_number(environ, "SLURM_STEP_NUM_TASKS"),
+            ranks_here=_tasks_on_node(environ),
+            launcher="srun",
+        )
+    else:
+        place = Placement(rank=0, local_rank=0, ranks=1, ranks_here=1, launcher="python")
+    if not (place.rank < place.ranks and place.local_rank < place.ranks_here <= place.ranks):
+        raise ValueError(
+            f"the environment says rank {place.rank} of {place.ranks} and local rank {place.local_rank} of"
+            f" {place.ranks_here}, which cannot be; {_REMEDY}"
+        )
+    return place
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if name not in environ:
+        raise ValueError(f"{name} is not set although other variables of a launcher are; {_REMEDY}")
+    if not environ[name].isdecimal():
+        raise ValueError(f'{name} is "{environ[name]}", which is not a number; {_REMEDY}')
+    return int(environ[name])
+
+
+def _tasks_on_node(environ: Mapping[str, str]) -> int:
+    """This node's entry in SLURM_STEP_TASKS_PER_NODE, where `8(x2),4` stands for 8, 8, 4."""
+    node, listed = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    tasks = []
+    for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed):
+        tasks += [int(count)] * int(nodes or 1)
+    if node >= len(tasks):
+        raise ValueError(f'SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE is "{listed}"; {_REMEDY}')
+    return tasks[node]
+
+
+def start(place: Placement, device_type: str, timeout: timedelta) -> torch.device:
+    """Joins the run's process group (NCCL for "cuda", gloo for "cpu") and returns this rank's device.
+
+    Every rank calls it, before anything imports DeepSpeed, which settles on an accelerator when imported.
+    `timeout` bounds the wait for the other ranks, here and in every later collective. Afterwards the
+    environment holds what DeepSpeed and torch read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
+    DS_ACCELERATOR.
+
+    Raises ValueError for another device type, RuntimeError if no GPU is left for this rank or rank 0's
+    host is unknown.
+    """
+    if device_type not in _BACKENDS:
+        raise ValueError(f'the device is "{device_type}"; use "cpu" or "cuda"')
+    device = _select_device(place, device_type)
+    # DeepSpeed takes LOCAL_RANK for the number of the device.
+    local_rank = place.local_rank if device.index is None else device.index
+    os.environ.update(
+        _rendezvous(place, os.environ),
+        RANK=str(place.rank),
+        LOCAL_RANK=str(local_rank),
+        WORLD_SIZE=str(place.ranks),
+        DS_ACCELERATOR=device_type,
+    )
+    import deepspeed
+
+    # On CPUs, DeepSpeed would now compile an all-reduce that only inference uses: most of a minute, and an
+    # error where there is no compiler or ninja.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group that `start` joined, if any; `start` may be called again."""
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+
+
+def _select_device(place: Placement, device_type: str) -> torch.device:
+    if device_type == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    # Slurm can bind one GPU to each task, which then sees only its own, as number 0.
+    index = 0 if place.launcher == "srun" and visible == 1 else place.local_rank
+    if index >= visible:
+        raise RuntimeError(
+            f"local rank {place.local_rank} of {place.ranks_here} has no GPU, {visible} are visible to it;"
+            f" start one rank per GPU, or choose the CPU"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+    """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
+    if place.launcher in ("torchrun", "deepspeed"):
+        return {}
+    if place.ranks == 1:  # what the environment may hold was meant for other processes
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {
+        "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
+        # below the ports that Linux gives to outgoing connections, and another one for the next job
+        "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ["SLURM_JOB_ID"]) % 20000),
+    }
+
+
+def _first_host(nodelist: str) -> str:
+    """Rank 0's host, out of Slurm's short form: `gpu[07-09]` → `gpu07`."""
+    command = ["scontrol", "show", "hostnames", nodelist]
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RuntimeError(
+            f"the first host of {nodelist} is unknown ({error}); export its name as MASTER_ADDR before srun"
+        ) from error
+    return printed.split()[0]
+
+
+class Refusal(Exception):
+    """A fault in what the run was given, met by one rank and known to all; its text is for people."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, a fault of one rank (ValueError, OSError, RuntimeError) ends as a Refusal on every rank.
+
+    Every rank enters and leaves, which makes it a barrier as well. Without it, the ranks that met no fault
+    would wait in their next collective for those that did.
+    """
+    fault = None
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    met = {text: rank for rank, text in reversed(list(enumerate(faults))) if text is not None}
+    if met:
+        everywhere = len(met) == 1 and None not in faults
+        raise Refusal("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in met.items()))
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, on every rank; the other ranks' are ignored."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def default_device_type() -> str:
+    """ "cuda" where this process sees a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,127 @@
+"""The model on its device, and DeepSpeed around it.
+
+DeepSpeed's configuration is derived from ours by a pure function, so that a test can say what it is.
+"""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from launch.config import Config
+from launch.plan import Plan
+from polaformer import ops
+from polaformer.weights import load_weights
+
+_NEVER = 10**12  # steps
+
+
+def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
+    """The configured model on its device, the same on every rank, with its starting weights.
+
+    Raises RuntimeError if compiled kernels were required and are missing, or the weights do not fit.
+    """
+    if config.model.kernels == "required" and not ops.has_compiled_kernels(device.type):
+        raise RuntimeError(
+            f"model.kernels=required, but this installation has no compiled polarity attention for {device.type};"
+            " build the extension (pip install -e .), or set model.kernels=auto for the PyTorch reference"
+        )
+    torch.manual_seed(config.seed)
+    model = timm.create_model(config.model.name, num_classes=plan.classes, drop_path_rate=config.model.drop_path_rate)
+    if config.model.weights is not None:
+        load_weights(model, config.model.weights, config.model.new_head)
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    return model.to(device)
+
+
+def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
+    """DeepSpeed's configuration: every default that has changed between versions is stated."""
+    engine, optimizer = config.engine, config.optimizer
+    derived = {
+        "train_batch_size": optimizer.global_batch,
+        "train_micro_batch_size_per_gpu": plan.batches.batch,
+        "gradient_accumulation_steps": optimizer.accumulation,
+        "gradient_clipping": optimizer.clip or 0.0,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": engine.bucket_elements,
+            "allgather_bucket_size": engine.bucket_elements,
+            "overlap_comm": engine.overlap_comm,
+            "contiguous_gradients": True,
+            # true would all-reduce where a reduce-scatter's worth of traffic does: 3 instead of 2 parameters' bytes
+            "use_multi_rank_bucket_allreduce": False,
+            "stage3_prefetch_bucket_size": engine.bucket_elements,
+        },
+        # Autocast rather than bf16.enabled, which would turn the parameters but not BatchNorm's buffers to bf16. With
+        # no module named as safe for low precision, gradients are reduced in float32.
+        "torch_autocast": {
+            "enabled": engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": _NEVER,
+        "wall_clock_breakdown": False,
+    }
+    return _merge(derived, config.deepspeed)
+
+
+def start_engine(config: Config, plan: Plan, model: nn.Module):
+    """A DeepSpeed engine around the model, which every rank gets from rank 0, with AdamW."""
+    import deepspeed  # settles on an accelerator when imported, which launch.distributed chooses
+
+    groups = param_groups_weight_decay(model, config.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, lr=plan.schedule.start, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
+    if config.engine.compile:
+        engine.compile()
+    return engine
+
+
+def set_lr(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def full_parameters(engine) -> contextlib.AbstractContextManager:
+    """Inside, `engine.module` holds whole parameters, to be read only. All ranks enter; ZeRO-3 gathers for it."""
+    if engine.zero_optimization_stage() < 3:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
+
+
+def plain_model(engine, like: nn.Module) -> nn.Module:
+    """The engine's model with whole parameters, to be evaluated only. All ranks call it.
+
+    like: a model of the same kind, for ZeRO-3, under which the engine's own cannot run on one rank alone.
+    """
+    if engine.zero_optimization_stage() < 3:
+        return engine.module
+    model = copy.deepcopy(like)
+    with full_parameters(engine):
+        model.load_state_dict(engine.module.state_dict())
+    return model
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes what a step draws (stochastic depth, dropout) depend on nothing but these, as after a resume."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,145 @@
+"""Top-1 and top-5 accuracy of weights on packed images, every image exactly once on any number of ranks.
+
+python -m launch.evaluate --weights RUN --data SHARDS
+torchrun --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from dataio.index import load_manifest
+from dataio.loader import Batch, EvalLoader, check_labels
+from dataio.pipeline import ImageOptions
+from launch import checkpoint
+from launch.card import Card, make_card, read_card
+from launch.distributed import Refusal, default_device_type, placement, start, stop, together
+from polaformer.weights import load_weights
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int, precision: str) -> dict[str, float]:
+    """Accuracies in percent and the mean cross-entropy over all ranks' batches; every rank calls it.
+
+    A rank may have fewer batches than others, or none. Leaves the model in the mode it was in.
+    """
+    device = next(model.parameters()).device
+    accuracy = MetricCollection(
+        {
+            "top1": MulticlassAccuracy(classes, average="micro"),
+            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+        }
+    ).to(device)
+    loss = MeanMetric().to(device)
+    training = model.training
+    model.eval()
+    for batch in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(batch.images)
+        accuracy.update(logits.float(), batch.labels)
+        loss.update(F.cross_entropy(logits.float(), batch.labels, reduction="none"))
+    model.train(training)
+    percent = {name: 100 * value.item() for name, value in accuracy.compute().items()}
+    return {**percent, "loss": loss.compute().item()}
+
+
+def find_weights(path: Path, kind: str) -> Path:
+    """The file that `path` means: itself, or the `kind` ("ema" or "model") weights of a run's newest checkpoint.
+
+    Raises FileNotFoundError or ValueError if there is none.
+    """
+    if not path.is_dir():
+        return path
+    newest, _ = checkpoint.newest(path / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"{path} is a folder without checkpoints; give a run's folder or a file of weights")
+    return newest / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
+    add("--data", type=Path, required=True, help="a folder written by python -m dataio.pack")
+    add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
+    add("--model", help="polaformerpp_b0 … b5; needed where the file does not say (official .pth)")
+    add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
+    add("--batch", type=int, default=64, help="images per rank at a time (default 64)")
+    add("--precision", choices=("bf16", "fp32"), default="fp32", help="autocast or not (default fp32)")
+    add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+    add("--threads", type=int, default=4, help="decoding threads of each rank (default 4)")
+    add("--out", type=Path, help="write the JSON there as well")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    return parser.parse_args(argv)
+
+
+def prepare(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, EvalLoader, Card]:
+    """The model with its weights and the batches of this rank.
+
+    Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
+    """
+    path = find_weights(arguments.weights, arguments.kind)
+    manifest = load_manifest(arguments.data)
+    card = read_card(path)
+    if card is None:
+        if arguments.model is None:
+            raise ValueError(f"{path} does not say which model it is of; add --model polaformerpp_b0 … b5")
+        card = make_card(arguments.model, manifest.classes, ImageOptions())
+    if arguments.image_size is not None:
+        card = replace(card, size=arguments.image_size)
+    if arguments.model not in (None, card.model):
+        raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
+    check_labels(manifest, len(card.classes))
+    model = timm.create_model(card.model, num_classes=len(card.classes))
+    load_weights(model, path)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    images = card.image_options(arguments.threads)
+    loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device)
+    return model.to(device, memory_format=torch.channels_last).eval(), loader, card
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    place = placement(os.environ)
+    device = start(place, arguments.device or default_device_type(), timedelta(minutes=10))
+    try:
+        with together():
+            model, loader, card = prepare(arguments, device)
+        scores = evaluate(model, loader, len(card.classes), arguments.precision)
+    except Refusal as refusal:
+        if place.rank == 0:
+            print(f"error: {refusal}", file=sys.stderr)
+        return 2
+    finally:
+        stop()
+    if place.rank == 0:
+        report = {"weights": str(arguments.weights), "model": card.model, "image_size": card.size}
+        report |= {"data": str(arguments.data), "samples": len(loader.manifest), **scores}
+        text = json.dumps(report, indent=1)
+        print(text)
+        if arguments.out is not None:
+            arguments.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The weights of a run as a folder that timm loads: model.safetensors and config.json.
+
+python -m launch.export runs/b5
+timm.create_model("polaformerpp_b5", checkpoint_path="runs/b5/export/model.safetensors")
+timm.create_model("local-dir:runs/b5/export", pretrained=True)
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import timm
+
+from launch.card import read_card
+from launch.evaluate import find_weights
+from polaformer.weights import load_weights
+
+
+def export(run: Path, target: Path, kind: str) -> Path:
+    """Writes a run's newest "ema" or "model" weights to the folder `target`, once they load. Returns their file.
+
+    Raises FileNotFoundError or ValueError if the run has no whole checkpoint.
+    """
+    source = find_weights(run, kind)
+    card = read_card(source)
+    if card is None:
+        raise ValueError(f"{source} is not of a run of ours; give the folder of a run")
+    load_weights(timm.create_model(card.model, num_classes=len(card.classes)), source)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(card.timm_config(), indent=1, ensure_ascii=False) + "\n")
+    weights = target / "model.safetensors"
+    shutil.copyfile(source, weights.with_suffix(".part"))
+    return weights.with_suffix(".part").rename(weights)
+
+
+def main(argv: list[str] | None = None) -> int:
+    summary, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.export",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("--to", type=Path, help="where to write (default RUN/export)")
+    parser.add_argument("--kind", choices=("ema", "model"), default="ema", help="which weights (default ema)")
+    arguments = parser.parse_args(argv)
+    try:
+        print(export(arguments.run, arguments.to or arguments.run / "export", arguments.kind))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

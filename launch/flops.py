@@ -1,0 +1,60 @@
+"""How many floating-point operations a step takes, and how many its devices could do: together, the MFU."""
+
+import time
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from launch.config import Config
+from launch.plan import Plan
+
+#: Dense bf16 tensor-core rates from the makers' data sheets, operations per second, by part of the device's name.
+_DATA_SHEET = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns images per second into a share of the hardware."""
+
+    flops_per_image: int
+    peak_flops: float  # per second, of all ranks together
+
+
+def measure_rates(config: Config, plan: Plan, device: torch.device) -> Rates:
+    """The rates of a run on its devices; every rank calls it."""
+    peak = torch.tensor(peak_flops(device, config.engine.precision), dtype=torch.float64, device=device)
+    dist.all_reduce(peak)
+    return Rates(training_flops(config.model.name, plan.classes, config.data.image_size), peak.item())
+
+
+def training_flops(model: str, classes: int, image_size: int) -> int:
+    """Operations of one image's forward and backward, a multiply-add counted as two, nothing of it computed."""
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = timm.create_model(model, num_classes=classes)(torch.empty(2, 3, image_size, image_size))
+        logits.sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """What the device could do at best, operations per second: its data sheet's bf16 rate, or else a measured one.
+
+    The measured one is that of a large matrix product in the run's precision, the best of a few; it takes a second.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, rate in _DATA_SHEET.items():
+            if part in name:
+                return rate
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return max(_product_rate(a) for _ in range(4))
+
+
+def _product_rate(a: torch.Tensor) -> float:
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()  # waits for the device
+    return 2 * a.shape[0] ** 3 / (time.perf_counter() - start)

@@ -1,0 +1,121 @@
+"""What a configuration comes to on given data and ranks: batch sizes, steps, rates; nothing is allocated for it.
+
+python -m launch.plan --config configs/X.yaml [--ranks N] [key=value …]
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from dataio.augment import MixOptions
+from dataio.index import Manifest, load_manifest
+from dataio.loader import TrainPlan, check_labels, check_same_classes
+from dataio.pipeline import ImageOptions
+from launch.config import Config, DataSection, load_config
+from launch.schedule import Schedule, lr_at, make_schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's numbers. Raises what `make_plan` raises; holding one means that they fit together."""
+
+    train: Manifest
+    val: Manifest
+    batches: TrainPlan  # how a step's samples are dealt to ranks and micro-steps
+    images: ImageOptions
+    mixing: MixOptions
+    classes: int
+    schedule: Schedule
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return len(self.train)
+
+
+def make_plan(config: Config, rank: int, ranks: int) -> Plan:
+    """Reads both manifests and checks the configuration against them.
+
+    Raises FileNotFoundError without shards; ValueError if the batch does not divide, the two folders name different
+    classes, or a label is beyond model.num_classes.
+    """
+    optimizer = config.optimizer
+    batches = TrainPlan(config.seed, optimizer.global_batch, optimizer.accumulation, rank=rank, ranks=ranks)
+    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    check_same_classes(train, val)
+    classes = config.model.num_classes or len(train.classes)
+    check_labels(train, classes)
+    images, mixing = image_options(config.data), mix_options(config.data)
+    return Plan(train, val, batches, images, mixing, classes, make_schedule(optimizer, len(train)))
+
+
+def image_options(data: DataSection) -> ImageOptions:
+    """What dataio needs to know of the configuration: how an image is prepared."""
+    return ImageOptions(
+        size=data.image_size,
+        mean=data.mean,
+        std=data.std,
+        interpolation=data.interpolation,
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        flip_probability=data.flip,
+        eval_resize=data.eval_resize,
+        crop_fraction=data.eval_crop_fraction,
+        threads=data.threads,
+        prefetch_batches=data.prefetch,
+    )
+
+
+def mix_options(data: DataSection) -> MixOptions:
+    """The same for what happens to whole batches."""
+    return MixOptions(
+        erase_probability=data.erase,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        probability=data.mix_probability,
+        label_smoothing=data.label_smoothing,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch.plan", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--config", required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that would train, one per GPU (default 1)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        plan = make_plan(config, 0, arguments.ranks)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = Table("quantity", "value", title=str(arguments.config))
+    for name, value in describe(config, plan).items():
+        table.add_row(name, value)
+    Console().print(table)
+    return 0
+
+
+def describe(config: Config, plan: Plan) -> dict[str, str]:
+    """The plan in words and numbers, for people."""
+    schedule = plan.schedule
+    return {
+        "model": f"{config.model.name}, {plan.classes} classes, {config.data.image_size}² pixels",
+        "training images": f"{plan.samples_per_epoch:,} in {len(plan.train.shards)} shards",
+        "validation images": f"{len(plan.val):,}",
+        "batch": f"{config.optimizer.global_batch} = {plan.batches.ranks} ranks × {config.optimizer.accumulation}"
+        f" accumulation × {plan.batches.batch}",
+        "steps": f"{plan.steps:,}, of which {schedule.warmup_steps:,} warm up",
+        "learning rate": f"{schedule.start:.3g} → {schedule.peak:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
+        "engine": f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

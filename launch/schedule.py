@@ -1,0 +1,42 @@
+"""When things happen in a run: the learning rate of each step, and the steps that end an interval of epochs."""
+
+import math
+from dataclasses import dataclass
+
+from launch.config import LR_REFERENCE_BATCH, OptimizerSection
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A cosine with a linear warm-up before it. Rates are final: already scaled with the global batch."""
+
+    peak: float
+    start: float  # the rate of the first step
+    floor: float  # what the cosine would reach one step after the last
+    warmup_steps: int
+    steps: int
+
+
+def make_schedule(optimizer: OptimizerSection, samples: int) -> Schedule:
+    """The schedule of a run over `samples` images an epoch; the three rates scale with global batch / 512."""
+    scale = optimizer.global_batch / LR_REFERENCE_BATCH
+    return Schedule(
+        peak=optimizer.lr * scale,
+        start=optimizer.warmup_lr * scale,
+        floor=optimizer.min_lr * scale,
+        warmup_steps=math.ceil(optimizer.warmup_epochs * samples / optimizer.global_batch),
+        steps=math.ceil(optimizer.epochs * samples / optimizer.global_batch),
+    )
+
+
+def lr_at(step: int, schedule: Schedule) -> float:
+    """The learning rate of a step, counted from 0."""
+    if step < schedule.warmup_steps:
+        return schedule.start + (schedule.peak - schedule.start) * step / schedule.warmup_steps
+    progress = (step - schedule.warmup_steps) / (schedule.steps - schedule.warmup_steps)
+    return schedule.floor + (schedule.peak - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def ends_interval(step: int, global_batch: int, interval: float) -> bool:
+    """Whether this step, counted from 0, is the first to complete another `interval` of samples."""
+    return (step + 1) * global_batch // interval > step * global_batch // interval

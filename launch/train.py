@@ -1,0 +1,212 @@
+"""Trains PolaFormer++: the story of a run, top to bottom.
+
+    deepspeed launch/train.py --config configs/X.yaml [key=value …]
+    torchrun --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
+    srun python launch/train.py --config configs/X.yaml [key=value …]
+
+Started again with the same command, a run goes on from its newest whole checkpoint, in the middle of an epoch too.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+
+from dataio.augment import Augment
+from dataio.loader import EvalLoader, TrainLoader
+from launch import checkpoint
+from launch.averages import MovingAverage, average_buffers
+from launch.card import make_card
+from launch.checkpoint import RunState
+from launch.config import Config, dump_config, load_config
+from launch.distributed import Refusal, default_device_type, from_rank_zero, placement, start, stop, together
+from launch.engine import build_model, plain_model, seed_step, set_lr, start_engine
+from launch.evaluate import evaluate
+from launch.flops import measure_rates
+from launch.monitor import Monitor
+from launch.plan import Plan, describe, make_plan
+from launch.schedule import ends_interval, lr_at
+
+REFUSED = 2  # exit status: the run was given something that cannot work; nothing was lost
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    rank = 0
+    try:
+        place = placement(os.environ)
+        rank = place.rank
+        config = load_config(arguments.config, arguments.overrides)
+    except (ValueError, OSError) as error:
+        return refuse(error, rank)
+    device = start(place, default_device_type(), timedelta(minutes=config.engine.timeout_minutes))
+    try:
+        with together():
+            plan = make_plan(config, rank, place.ranks)
+            augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
+        train(prepare(config, plan, device), augment)
+    except Refusal as refusal:
+        return refuse(refusal, rank)
+    finally:
+        stop()
+    return 0
+
+
+def train(run: "Run", augment: Augment) -> None:
+    """From where the run stands to its last step."""
+    config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
+    loss_of = SoftTargetCrossEntropy()
+    for step in range(run.state.step, plan.steps):
+        seed_step(config.seed, step, plan.batches.rank)
+        lr = lr_at(step, plan.schedule)
+        set_lr(engine, lr)
+        for _ in range(config.optimizer.accumulation):
+            with monitor.waiting():
+                batch = next(run.loader)
+            images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
+            loss = loss_of(engine(images).float(), targets)
+            engine.backward(loss)
+            engine.step()  # updates at the boundary only
+            monitor.add(loss.detach(), len(images))  # stays on the device
+        average_buffers(engine.module)
+        run.average.update(engine)
+
+        if step == 0:
+            monitor.images(images, config.data.mean, config.data.std)
+        if monitor.due(step):
+            monitor.write(step, lr, engine.get_global_grad_norm())  # the only host synchronisation
+        if is_due(step, config.log.eval_every_epochs, plan):
+            run.evaluate(step)
+        if is_due(step, config.checkpoint.every_epochs, plan):
+            run.save(step)
+    monitor.say(f"trained for {plan.steps} steps; {config.output} holds the run")
+    monitor.close()
+
+
+@dataclass
+class Run:
+    """What a run is made of. Every rank has one and calls every method; rank 0's writes."""
+
+    config: Config
+    plan: Plan
+    engine: Any  # DeepSpeed's
+    average: MovingAverage
+    loader: TrainLoader
+    monitor: Monitor
+    state: RunState  # as last saved, or at the beginning
+    top1: float = 0.0  # percent, the better of weights and EMA, in the latest evaluation
+
+    def evaluate(self, step: int) -> None:
+        """Scores weights and EMA on all validation images after `step`, counted from 0."""
+        plan, batches, average = self.plan, self.plan.batches, self.average.module
+        device = next(average.parameters()).device
+        loader = EvalLoader(plan.val, plan.images, batches.batch, batches.rank, batches.ranks, device)
+        scores = {}
+        for kind, model in (("eval", plain_model(self.engine, average)), ("eval_ema", average)):
+            measured = evaluate(model, loader, plan.classes, self.config.engine.precision)
+            scores |= {f"{kind}/{name}": value for name, value in measured.items()}
+        self.top1 = max(scores["eval/top1"], scores["eval_ema/top1"])
+        self.monitor.scalars(step + 1, scores)
+        epochs = (step + 1) * batches.global_batch / plan.samples_per_epoch
+        self.monitor.say(
+            f"epoch {epochs:.2f}  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
+            f"  top-5 {scores['eval/top5']:.2f} % (EMA {scores['eval_ema/top5']:.2f} %)"
+        )
+        self.monitor.skip_time()
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint after `step`, counted from 0; `best` names it if its evaluation was the best so far."""
+        best_top1 = max(self.top1, self.state.best_top1)
+        is_best = self.top1 > self.state.best_top1
+        self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
+        card = make_card(self.config.model.name, self.plan.train.classes, self.plan.images)
+        saved = checkpoint.save(checkpoints_of(self.config), self.engine, self.average, self.state, card.metadata())
+        checkpoint.retain(saved, is_best, self.config.checkpoint.keep)
+        self.monitor.skip_time()
+
+
+def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
+    """Everything that a run is made of, on its device, as the newest whole checkpoint left it if there is one.
+
+    Raises Refusal on every rank if checkpoint, weights or kernels are not what the configuration asks for.
+    """
+    loader = TrainLoader(plan.train, plan.images, plan.batches, device)
+    beginning = RunState(
+        step=0,
+        model=config.model.name,
+        classes=plan.classes,
+        ranks=plan.batches.ranks,
+        zero_stage=config.engine.zero_stage,
+        loader=loader.state(),
+        best_top1=0.0,
+    )
+    with together():
+        found, faults = checkpoint.newest(checkpoints_of(config)) if plan.batches.rank == 0 else (None, [])
+    found = from_rank_zero(found)
+    with together():
+        state = beginning if found is None else checkpoint.read_state(found)
+        state.check_continues(beginning)
+        loader.restore(state.loader)
+        model = build_model(config, plan, device)
+    average = MovingAverage(model, config.optimizer.ema_decay)
+    engine = start_engine(config, plan, model)
+    if found is not None:
+        checkpoint.load(found, engine, average)
+    rates = measure_rates(config, plan, device)
+    monitor = Monitor(config.output, state.step, plan.steps, config.log.every_steps, rates)
+    introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
+    return Run(config, plan, engine, average, loader, monitor, state)
+
+
+def introduce(config: Config, plan: Plan, monitor: Monitor, news: list[str]) -> None:
+    """Prints the effective configuration and what it comes to, and keeps it with the run; names what changed."""
+    text = dump_config(config)
+    path = config.output / "config.yaml"
+    if plan.batches.rank == 0:
+        before = path.read_text().splitlines() if path.is_file() else text.splitlines()
+        news += [f"changed since the run began: {line.strip()}" for line in text.splitlines() if line not in before]
+        path.write_text(text)
+    monitor.text("configuration", text)
+    for line in (text, *(f"{name}: {value}" for name, value in describe(config, plan).items()), *news):
+        monitor.say(line)
+
+
+def checkpoints_of(config: Config) -> Path:
+    return config.output / "checkpoints"
+
+
+def is_due(step: int, every_epochs: float, plan: Plan) -> bool:
+    """Whether something that happens every so many epochs, and at the end, happens after `step`, counted from 0."""
+    last = step + 1 == plan.steps
+    return last or ends_interval(step, plan.batches.global_batch, every_epochs * plan.samples_per_epoch)
+
+
+def refuse(error: Exception, rank: int) -> int:
+    """Every rank ends alike; rank 0 says why."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        description=summary,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

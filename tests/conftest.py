@@ -1,0 +1,82 @@
+"""Real photographs for all tests, small and made once a session."""
+
+from pathlib import Path
+
+import pytest
+import skimage
+from PIL import Image
+
+from dataio.fashion_mnist import Photographs, read_photographs, write_photographs
+from dataio.pack import PackOptions, pack
+
+PHOTOGRAPHS = {
+    "astronaut": "astronaut.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "rocket": "rocket.jpg",
+}
+CROPS_PER_CLASS = 12
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Class folder of 48 crops of 4 photographs, 160 to 508 pixels a side: JPEG, and one each of PNG (with alpha),
+    WebP, grey, CMYK and progressive JPEG, and a JPEG whose EXIF asks for a rotation by 90 degrees.
+    """
+    root = tmp_path_factory.mktemp("photos")
+    for name, file in PHOTOGRAPHS.items():
+        folder = root / name
+        folder.mkdir()
+        with Image.open(Path(skimage.data_dir, file)) as opened:
+            photograph = opened.convert("RGB")
+        for number in range(CROPS_PER_CLASS):
+            width, height = 180 + 20 * number, 160 + 45 * (5 * number % CROPS_PER_CLASS)
+            left, top = 4 * number, 2 * number
+            box = (left, top, min(left + width, photograph.width), min(top + height, photograph.height))
+            photograph.crop(box).save(folder / f"{number:02d}.jpg", quality=97)
+    _vary_formats(root)
+    return root
+
+
+def _vary_formats(root: Path) -> None:
+    def replace(file: str, ending: str, mode: str, **options) -> None:
+        old = root / file
+        with Image.open(old) as opened:
+            image = opened.convert(mode)
+        old.unlink()
+        image.save(old.with_suffix(ending), **options)
+
+    rotation = Image.Exif()
+    rotation[0x0112] = 6  # Orientation: turn by 90 degrees
+    replace("astronaut/01.jpg", ".png", "RGBA")
+    replace("cat/01.jpg", ".JPEG", "L")
+    replace("coffee/01.jpg", ".jpg", "CMYK")
+    replace("rocket/01.jpg", ".jpg", "RGB", exif=rotation)
+    replace("rocket/02.jpg", ".webp", "RGB")
+    replace("cat/02.jpg", ".jpg", "RGB", progressive=True)
+
+
+@pytest.fixture(scope="session")
+def shards(photos, tmp_path_factory) -> Path:
+    """`photos`, packed into several shards."""
+    target = tmp_path_factory.mktemp("shards") / "photos"
+    pack(photos, target, PackOptions(shard_mib=1))
+    return target
+
+
+@pytest.fixture(scope="session")
+def fashion(tmp_path_factory) -> Path:
+    """Class folder of 400 photographs of Fashion-MNIST, 10 classes, 28×28 grey PNG."""
+    root = tmp_path_factory.mktemp("fashion")
+    photographs = read_photographs()["val"]
+    write_photographs(root, Photographs(photographs.pixels[:400], photographs.classes[:400]))
+    return root
+
+
+@pytest.fixture(scope="session")
+def fashion_shards(fashion, tmp_path_factory) -> Path:
+    """Folder with `train` and `val`: three quarters and one quarter of `fashion`, packed."""
+    root = tmp_path_factory.mktemp("fashion_shards")
+    pack(fashion, root / "train", PackOptions(hold_out=25, part="kept"))
+    pack(fashion, root / "val", PackOptions(hold_out=25, part="held-out"))
+    return root

@@ -1,0 +1,307 @@
+"""The DALI graph against PIL and torchvision, crops against torchvision's own, and faults named."""
+
+import dataclasses
+import io
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
+from torchvision.transforms import functional as vision
+
+from dataio.index import Manifest, draws_at, load_manifest
+from dataio.pipeline import (
+    DRAWS_PER_IMAGE,
+    ImageOptions,
+    Request,
+    ShardFiles,
+    Views,
+    crop_windows,
+    decode_batches,
+    eval_views,
+    train_views,
+)
+
+CPU = torch.device("cpu")
+DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param(
+        "cuda",
+        id="cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU for nvJPEG"),
+        ],
+    ),
+]
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+
+
+@pytest.fixture(scope="module")
+def manifest(shards) -> Manifest:
+    return load_manifest(shards)
+
+
+@pytest.fixture
+def damaged(shards, tmp_path) -> Manifest:
+    """A copy of `shards` to be damaged after its manifest was read."""
+    return load_manifest(shutil.copytree(shards, tmp_path / "damaged"))
+
+
+def requests(views: Views, batch: int) -> Iterator[Request]:
+    """All samples that there are views of, in order; the last batch may be shorter."""
+    samples = np.arange(len(views.flips))
+    for first in samples[::batch]:
+        chosen = samples[first : first + batch]
+        yield Request(int(first), chosen, Views(*(field[chosen] for field in views)))
+
+
+def decode(manifest: Manifest, options: ImageOptions, views: Views, device: torch.device = CPU) -> torch.Tensor:
+    """All images of the manifest in one tensor: (N, 3, S, S)."""
+    batches = decode_batches(manifest, options, requests(views, 7), 7, device)
+    return torch.cat([images for _, images in batches])
+
+
+def levels(images: torch.Tensor, options: ImageOptions) -> torch.Tensor:
+    """Normalised images as 0–255."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))
+    return 255 * (images.cpu() * std + mean)
+
+
+def pil_images(manifest: Manifest) -> list[Image.Image]:
+    shards = ShardFiles(manifest)
+    return [Image.open(io.BytesIO(shards.read(sample))).convert("RGB") for sample in range(len(manifest))]
+
+
+def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) -> None:
+    """0.2 levels apart on average over all images, and no image much worse. nvJPEG's own rounding comes on top."""
+    slack = 1 if device == "cpu" else 2
+    reference = torch.stack([vision.pil_to_tensor(image) for image in expected]).float()
+    differences = (got - reference).abs().mean(dim=(1, 2, 3))
+    assert differences.mean() <= 0.2 * slack
+    assert differences.max() <= 0.3 * slack
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("eval_resize", ["squash", "short"])
+@pytest.mark.parametrize(("size", "crop_fraction"), [(224, 224 / 256), (97, 0.9), (64, 1.0)])
+def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_resize, size, crop_fraction):
+    options = ImageOptions(
+        size=size, interpolation=interpolation, eval_resize=eval_resize, crop_fraction=crop_fraction, threads=2
+    )
+    got = levels(decode(manifest, options, eval_views(manifest.samples, options), torch.device(device)), options)
+    side = int(size / crop_fraction)
+    recipe = Compose(
+        [
+            Resize((side, side) if eval_resize == "squash" else side, InterpolationMode(interpolation)),
+            CenterCrop(size),
+        ]
+    )
+    assert_close(got, [recipe(image) for image in pil_images(manifest)], device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
+    options = ImageOptions(size=96, threads=2)
+    views = train_views(manifest.samples, draws_at(5, 0, len(manifest), DRAWS_PER_IMAGE), options)
+    assert 0 < views.flips.sum() < len(manifest)
+    expected = []
+    for image, (left, top, width, height), flip in zip(
+        pil_images(manifest), views.windows.tolist(), views.flips, strict=True
+    ):
+        cut = vision.resized_crop(image, top, left, height, width, [96, 96], InterpolationMode.BICUBIC)
+        expected.append(vision.hflip(cut) if flip else cut)
+    assert_close(levels(decode(manifest, options, views, torch.device(device)), options), expected, device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_are_channels_last_float32_on_the_device(manifest, device):
+    options = ImageOptions(size=48, threads=2)
+    images = decode(manifest, options, eval_views(manifest.samples, options), torch.device(device))
+    assert images.shape == (len(manifest), 3, 48, 48)
+    assert images.dtype == torch.float32
+    assert images.device.type == device
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, device):
+    options = ImageOptions(size=64, threads=2)
+    views = eval_views(manifest.samples, options)
+    batches = [
+        (images, images.clone())
+        for _, images in decode_batches(manifest, options, requests(views, 4), 4, torch.device(device))
+    ]
+    assert len(batches) == len(manifest) // 4
+    assert all(torch.equal(kept, at_first) for kept, at_first in batches)
+
+
+def test_flipping_mirrors_the_same_pixels(manifest):
+    plain, flipped = ImageOptions(size=64, flip_probability=0), ImageOptions(size=64, flip_probability=1)
+    draws = draws_at(1, 0, len(manifest), DRAWS_PER_IMAGE)
+    images = decode(manifest, plain, train_views(manifest.samples, draws, plain))
+    mirrored = decode(manifest, flipped, train_views(manifest.samples, draws, flipped))
+    assert torch.equal(images.flip(3), mirrored)
+
+
+def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest):
+    few = ImageOptions(size=64, threads=1, prefetch_batches=1)
+    many = ImageOptions(size=64, threads=3, prefetch_batches=4)
+    views = train_views(manifest.samples, draws_at(2, 0, len(manifest), DRAWS_PER_IMAGE), few)
+    in_one = [Request(0, np.arange(len(manifest)), views)]
+    ((_, images),) = decode_batches(manifest, many, iter(in_one), len(manifest), CPU)
+    assert torch.equal(images, decode(manifest, few, views))
+
+
+def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's statistic: the largest distance of the two empirical distribution functions."""
+    places = np.concatenate([ours, theirs])
+    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
+    return np.abs(shares[0] - shares[1]).max()
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (400, 120), (90, 333)])
+def test_crops_are_distributed_as_torchvision_s(width, height):
+    count = 4000
+    draws = draws_at(0, 0, count, DRAWS_PER_IMAGE)
+    ours = crop_windows(draws, np.full(count, width), np.full(count, height), SCALE, RATIO)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, SCALE, RATIO) for _ in range(count)])[:, [1, 0, 3, 2]]
+    limit = 1.95 * (2 / count) ** 0.5  # exceeded by chance once in 1000 times
+    for number, name in enumerate(("left", "top", "width", "height")):
+        assert largest_gap(ours[:, number], theirs[:, number]) < limit, name
+    shapes = [windows[:, 2] / windows[:, 3] for windows in (ours, theirs)]
+    areas = [windows[:, 2] * windows[:, 3] for windows in (ours, theirs)]
+    assert largest_gap(*shapes) < limit
+    assert largest_gap(*areas) < limit
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 40), (41, 1000), (1001, 333)])
+def test_an_image_into_which_no_try_fits_is_cut_at_its_centre_as_torchvision_does(width, height):
+    whole = (1.0, 1.0)  # no window of the full area fits, whatever the draws
+    ours = crop_windows(draws_at(0, 0, 3, DRAWS_PER_IMAGE), np.full(3, width), np.full(3, height), whole, RATIO)
+    top, left, cut_height, cut_width = RandomResizedCrop.get_params(torch.empty(3, height, width), whole, RATIO)
+    assert ours.tolist() == [[left, top, cut_width, cut_height]] * 3
+
+
+@pytest.mark.parametrize(("draw", "at_the_end"), [(0.0, False), (1 - 2**-53, True)])
+def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
+    draws = draws_at(0, 0, 100, DRAWS_PER_IMAGE)
+    draws[:, 20:] = draw
+    left, top, width, height = crop_windows(draws, np.full(100, 500), np.full(100, 375), SCALE, RATIO).T
+    assert np.array_equal(left, (500 - width) * at_the_end)
+    assert np.array_equal(top, (375 - height) * at_the_end)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.lists(st.floats(0, 1 - 2**-53), min_size=DRAWS_PER_IMAGE, max_size=DRAWS_PER_IMAGE),
+)
+def test_windows_lie_inside_the_image(width, height, draws):
+    window = crop_windows(np.array([draws]), np.array([width]), np.array([height]), SCALE, RATIO)[0]
+    assert window.min() >= 0
+    assert window[2:].min() >= 1
+    assert window[0] + window[2] <= width
+    assert window[1] + window[3] <= height
+
+
+def test_half_of_the_images_are_flipped(manifest):
+    rows = np.repeat(manifest.samples, 200)
+    views = train_views(rows, draws_at(3, 0, len(rows), DRAWS_PER_IMAGE), ImageOptions())
+    assert views.flips.mean() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'; use bicubic or bilinear"),
+        ({"eval_resize": "long"}, "eval_resize is 'long'; use squash or short"),
+        ({"crop_fraction": 1.5}, "crop_fraction is 1.5; use a number above 0, at most 1"),
+        ({"crop_scale": (0.5, 0.1)}, r"crop_scale is \(0.5, 0.1\); use \(smallest, largest\)"),
+        ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio is \(0.0, 1.0\); use \(smallest, largest\)"),
+        ({"size": 0}, "size is 0; use at least 1"),
+        ({"threads": 0}, "threads is 0; use at least 1"),
+        ({"prefetch_batches": 0}, "prefetch_batches is 0; use at least 1"),
+    ],
+)
+def test_options_without_meaning_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageOptions(**options)
+
+
+def evaluate(manifest: Manifest, prefetch_batches: int = 2) -> None:
+    options = ImageOptions(size=32, threads=2, prefetch_batches=prefetch_batches)
+    for _ in decode_batches(manifest, options, requests(eval_views(manifest.samples, options), 4), 4, CPU):
+        pass
+
+
+@pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
+def test_a_truncated_image_is_named_with_the_remedy(damaged, prefetch_batches):
+    files = ShardFiles(damaged)
+    broken = next(sample for sample in range(20, len(damaged)) if files.read(sample).startswith(b"\xff\xd8"))
+    samples = np.array(damaged.samples)
+    samples["bytes"][broken] //= 2
+    damaged = dataclasses.replace(damaged, samples=samples)
+    place = rf"sample {broken} \({damaged.shards[samples['shard'][broken]].name}, offset {samples['offset'][broken]},"
+    remedy = rf"python -m dataio.verify {damaged.folder} and pack it again without broken images"
+    with pytest.raises(RuntimeError, match=rf"cannot decode {place}.*truncated.*{remedy}"):
+        evaluate(damaged, prefetch_batches)
+
+
+def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged):
+    for sample in (5, 6):
+        row = damaged.samples[sample]
+        with open(damaged.folder / damaged.shards[row["shard"]].name, "r+b") as shard:
+            shard.seek(row["offset"])
+            shard.write(b"no image" * 8)
+    with pytest.raises(RuntimeError, match=r"decode sample 5 \(.*\): not an image, sample 6 \(.*\): not an image;"):
+        evaluate(damaged)
+
+
+def test_a_shard_that_was_cut_off_is_named(damaged):
+    last = damaged.samples[-1]
+    name = damaged.shards[last["shard"]].name
+    os.truncate(damaged.folder / name, int(last["offset"]) + 10)
+    fault = rf"cannot read sample {len(damaged) - 1} \({name}, .*its shard ends too early; check the folder with"
+    with pytest.raises(RuntimeError, match=fault):
+        evaluate(damaged)
+
+
+def test_a_shard_that_is_gone_is_named(damaged):
+    (damaged.folder / damaged.shards[-1].name).unlink()
+    with pytest.raises(RuntimeError, match=f"cannot open {damaged.shards[-1].name}: No such file.*dataio.verify"):
+        evaluate(damaged)
+
+
+def test_more_shards_than_open_files_allowed_says_so(manifest):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RuntimeError, match=f"allow more than {len(manifest.shards)} with ulimit -n"):
+            ShardFiles(manifest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_shards_are_closed_with_their_last_use(manifest):
+    def open_shards() -> int:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.startswith(str(manifest.folder)) for link in links)
+
+    before = open_shards()
+    shards = ShardFiles(manifest)
+    assert open_shards() == before + len(manifest.shards)
+    del shards
+    assert open_shards() == before

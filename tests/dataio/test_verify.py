@@ -1,0 +1,219 @@
+"""verify against real damage to real shards: each fault is found, named, and comes with its remedy."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, sha256_of
+from dataio.verify import main, verify
+
+REMEDY = "copy it again, or pack the folder again"
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "copy")
+
+
+def write_at(path, offset, content):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def change_manifest(folder, change):
+    path = folder / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def accept(folder, name):
+    """Makes the manifest agree with a changed file, so that only what the file says is left to be found."""
+
+    def change(fields):
+        if name == SAMPLES_NAME:
+            fields["samples_sha256"] = sha256_of(folder / name)
+        for shard in fields["shards"]:
+            if shard["name"] == name:
+                shard["sha256"] = sha256_of(folder / name)
+
+    change_manifest(folder, change)
+
+
+def test_whole_shards(shards, fashion_shards):
+    assert verify(shards) == []
+    assert verify(fashion_shards / "train") == []
+
+
+def test_the_command_sums_up(shards, copy):
+    def run(folder):
+        return subprocess.run(
+            [sys.executable, "-m", "dataio.verify", folder], capture_output=True, text=True, timeout=60
+        )
+
+    whole = run(shards)
+    assert (whole.returncode, whole.stderr) == (0, "")
+    count = len(list(shards.glob("*.tar")))
+    assert whole.stdout.startswith(f"{shards} is whole: samples 48, classes 4, shards {count}, manifest ")
+    assert whole.stdout.count("\n") == 1
+
+    (copy / "shard-000000.tar").unlink()
+    (copy / "shard-000001.idx").unlink()
+    damaged = run(copy)
+    assert (damaged.returncode, damaged.stderr) == (1, "")
+    assert damaged.stdout.splitlines() == [
+        f"shard-000000.tar: missing; {REMEDY}",
+        f"shard-000001.idx: missing; {REMEDY}",
+        f"faults in {copy}: 2",
+    ]
+
+
+def test_no_manifest(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out == (
+        f"no manifest.json in {tmp_path}; write shards there with: python -m dataio.pack SOURCE {tmp_path}\n"
+        f"faults in {tmp_path}: 1\n"
+    )
+
+
+def test_not_a_manifest(copy):
+    (copy / MANIFEST_NAME).write_text("{")
+    (fault,) = verify(copy)
+    assert fault.startswith(f"{copy / MANIFEST_NAME} is not a manifest (")
+
+
+def test_truncated_shard(copy):
+    path = copy / "shard-000001.tar"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size // 2)
+    assert verify(copy) == [f"shard-000001.tar: {size // 2} bytes where the manifest says {size}; {REMEDY}"]
+
+
+def test_flipped_byte_in_an_image(copy):
+    offset = int(np.load(copy / SAMPLES_NAME)["offset"][3]) + 100
+    path = copy / "shard-000000.tar"
+    write_at(path, offset, bytes([path.read_bytes()[offset] ^ 1]))
+    assert verify(copy) == [f"shard-000000.tar: its bytes changed (the manifest has another sha256); {REMEDY}"]
+
+
+def test_flipped_byte_in_a_tar_header(copy):
+    write_at(copy / "shard-000000.tar", 3, b"x")  # a key
+    changed, unreadable = verify(copy)
+    assert changed == f"shard-000000.tar: its bytes changed (the manifest has another sha256); {REMEDY}"
+    assert unreadable.startswith("shard-000000.tar: not a tar file of images and labels (")
+
+
+def test_label_missing_from_a_shard(copy):
+    """A valid tar file that webdataset could read, but whose first image has no label."""
+    path = copy / "shard-000000.tar"
+    row = np.load(copy / SAMPLES_NAME)[0]
+    label_header = int(row["offset"]) + -(-int(row["bytes"]) // 512) * 512
+    content = path.read_bytes()
+    path.write_bytes(content[:label_header] + content[label_header + 1024 :] + bytes(1024))
+    accept(copy, path.name)
+    (fault,) = verify(copy)
+    assert fault == (
+        f"shard-000000.tar: not a tar file of images and labels (00000000.{ending_of(copy)} is not followed by"
+        f" 00000000.cls); {REMEDY}"
+    )
+
+
+def ending_of(folder):
+    """Of the first image, as the index has it."""
+    return (folder / "shard-000000.idx").read_text().splitlines()[1].split()[0]
+
+
+def test_missing_shard(copy):
+    (copy / "shard-000001.tar").unlink()
+    assert verify(copy) == [f"shard-000001.tar: missing; {REMEDY}"]
+
+
+def test_shard_that_the_manifest_does_not_name(copy):
+    shutil.copy(copy / "shard-000001.tar", copy / "shard-000099.tar")
+    assert verify(copy) == ["shard-000099.tar: the manifest does not name it; remove it"]
+
+
+def test_index_that_does_not_fit(copy):
+    path = copy / "shard-000000.idx"
+    lines = path.read_text().splitlines()
+    right = lines[2]
+    ending, offset, *rest = right.split()
+    lines[2] = " ".join([ending, str(int(offset) + 512), *rest])
+    path.write_text("\n".join(lines) + "\n")
+    assert verify(copy) == [
+        f'shard-000000.idx: line 3 is "{lines[2]}" where shard-000000.tar needs "{right}"; {REMEDY}'
+    ]
+
+
+def test_index_of_another_shard(copy):
+    shutil.copy(copy / "shard-000001.idx", copy / "shard-000000.idx")
+    (fault,) = verify(copy)
+    assert fault.startswith('shard-000000.idx: line 1 is "v1.2 ')
+
+
+def test_index_cut_short(copy):
+    path = copy / "shard-000000.idx"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    assert verify(copy) == [
+        f'shard-000000.idx: line {len(lines)} is missing where shard-000000.tar needs "{lines[-1]}"; {REMEDY}'
+    ]
+
+
+def test_index_with_other_line_ends(copy):
+    path = copy / "shard-000000.idx"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert verify(copy) == [f"shard-000000.idx: its bytes changed (the manifest has another sha256); {REMEDY}"]
+
+
+@pytest.mark.parametrize(("field", "place"), [("shard", 0), ("label", 1), ("offset", 2), ("bytes", 3)])
+def test_wrong_row_in_the_sample_table(copy, field, place):
+    rows = np.load(copy / SAMPLES_NAME)
+    right = [int(rows[name][7]) for name in ("shard", "label", "offset", "bytes")]
+    in_first = np.count_nonzero(rows["shard"] == 0)
+    rows[field][7] += 1
+    np.save(copy / SAMPLES_NAME, rows)
+    wrong = [value + (number == place) for number, value in enumerate(right)]
+    expected = (
+        f"samples.npy: 1 wrong of {in_first} rows for shard-000000.tar; number 7 says shard, label, offset, bytes"
+        f" {wrong}, the shard {right}; {REMEDY}"
+    )
+    assert verify(copy) == [
+        f"samples.npy: its bytes changed (the manifest has another sha256); {REMEDY}",
+        expected,
+    ]
+    accept(copy, SAMPLES_NAME)
+    assert verify(copy) == [expected]
+
+
+def test_sample_table_that_is_no_table(copy):
+    (copy / SAMPLES_NAME).write_bytes(b"not an array")
+    (fault,) = verify(copy)
+    assert fault.startswith(f"{copy / SAMPLES_NAME} cannot be read (")
+
+
+def test_counts_that_do_not_add_up(copy):
+    change_manifest(copy, lambda fields: fields.update(samples=47))
+    assert verify(copy) == ["manifest.json: it says 47 samples, but 48 over its shards; pack the folder again"]
+
+
+def test_labels_beyond_the_classes(copy):
+    change_manifest(copy, lambda fields: fields.update(classes=["astronaut", "cat"]))
+    assert "shard-000000.tar: it has label 3, the manifest 2 classes; pack the folder again" in verify(copy)
+
+
+def test_all_faults_are_listed(copy):
+    (copy / "shard-000000.tar").unlink()
+    write_at(copy / "shard-000001.tar", 600, b"damage")
+    (copy / "shard-000002.idx").unlink()
+    assert verify(copy) == [
+        f"shard-000000.tar: missing; {REMEDY}",
+        f"shard-000001.tar: its bytes changed (the manifest has another sha256); {REMEDY}",
+        f"shard-000002.idx: missing; {REMEDY}",
+    ]

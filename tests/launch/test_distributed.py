@@ -1,0 +1,158 @@
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.distributed import Placement, placement, start
+
+ROOT = Path(__file__).parents[2]
+REPORT_RANK = Path(__file__).with_name("report_rank.py")
+MINUTE = timedelta(minutes=1)
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4", "CROSS_RANK": "1"}
+# As Slurm 22.05 sets them, for the third of four nodes.
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "24", "SLURM_JOB_ID": "7"}
+SALLOC = {"SLURM_NTASKS": "24", "SLURM_NPROCS": "24", "SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "8(x2),4(x2)"}
+STEP = {
+    "SLURM_PROCID": "17",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_NTASKS": "24",
+    "SLURM_STEP_NUM_TASKS": "24",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4(x2)",
+    "SLURM_JOB_ID": "7",
+}
+# An salloc shell on a cluster with use_interactive_step: a step of one task, in an allocation of more.
+INTERACTIVE = STEP | BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({"PATH": "/usr/bin"}, Placement(0, 0, 1, 1, "python")),
+        (TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
+        (DEEPSPEED, Placement(5, 1, 8, 4, "deepspeed")),
+        (STEP, Placement(17, 1, 24, 4, "srun")),
+        (STEP | {"SLURM_PROCID": "9", "SLURM_NODEID": "1"}, Placement(9, 1, 24, 8, "srun")),
+        (BATCH, Placement(0, 0, 1, 1, "python")),
+        (SALLOC, Placement(0, 0, 1, 1, "python")),
+        (INTERACTIVE, Placement(0, 0, 1, 1, "srun")),
+        (BATCH | DEEPSPEED, Placement(5, 1, 8, 4, "deepspeed")),
+        (STEP | TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
+        (DEEPSPEED | TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
+    ],
+)
+def test_each_launcher_is_read(environ, place):
+    assert placement(environ) == place
+
+
+def without(environ, name):
+    return {key: value for key, value in environ.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("environ", "fault"),
+    [
+        *((without(TORCHRUN, name), f"{name} is not set although") for name in TORCHRUN),
+        *((without(STEP, name), f"{name} is not set although") for name in ("SLURM_PROCID", "SLURM_LOCALID")),
+        ({"LOCAL_RANK": "0"}, "RANK is not set although other variables of a launcher are"),
+        (TORCHRUN | {"RANK": "-1"}, 'RANK is "-1", which is not a number'),
+        (TORCHRUN | {"WORLD_SIZE": ""}, 'WORLD_SIZE is "", which is not a number'),
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8 and local rank 1 of 4, which cannot be"),
+        (DEEPSPEED | {"LOCAL_RANK": "4"}, "rank 5 of 8 and local rank 4 of 4, which cannot be"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "rank 5 of 8 and local rank 1 of 9, which cannot be"),
+        (STEP | {"SLURM_NODEID": "4"}, 'SLURM_NODEID is 4 but SLURM_STEP_TASKS_PER_NODE is "8(x2),4(x2)"'),
+        (without(STEP, "SLURM_STEP_TASKS_PER_NODE"), 'SLURM_NODEID is 2 but SLURM_STEP_TASKS_PER_NODE is ""'),
+    ],
+)
+def test_half_set_and_contradicting_variables_are_refused(environ, fault):
+    with pytest.raises(ValueError, match=f"{re.escape(fault)}.*; {REMEDY}$"):
+        placement(environ)
+
+
+def test_another_device_type_is_refused():
+    with pytest.raises(ValueError, match='the device is "tpu"; use "cpu" or "cuda"'):
+        start(placement({}), "tpu", MINUTE)
+
+
+def test_a_rank_without_a_gpu_is_refused():
+    place = Placement(rank=900, local_rank=900, ranks=1000, ranks_here=1000, launcher="torchrun")
+    with pytest.raises(RuntimeError, match="local rank 900 of 1000 has no GPU, .*; start one rank per GPU"):
+        start(place, "cuda", MINUTE)
+
+
+def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[07-09]")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(RuntimeError, match=r"the first host of gpu\[07-09\] is unknown .*; export its name as MASTER"):
+        start(Placement(0, 0, 3, 1, "srun"), "cpu", MINUTE)
+
+
+def clean_environment(folder, **more):
+    """This process's environment without any launcher's variables, and an empty place for compiled extensions."""
+    launchers = ("SLURM_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    return kept | ours | more
+
+
+def report_ranks(launcher, device_type, folder, environ):
+    """Runs report_rank.py under a launcher's command; what each rank found, by rank."""
+    done = subprocess.run(
+        [*launcher, REPORT_RANK, device_type, folder], env=environ, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def launcher_command(name, ranks):
+    """torchrun or deepspeed of this Python's environment, also where that is not on the PATH."""
+    command = str(Path(sys.executable).with_name(name))
+    if name == "torchrun":
+        return [command, "--standalone", f"--nproc-per-node={ranks}"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [command, f"--num_accelerators={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+
+
+def test_plain_python_is_one_rank_at_an_address_of_its_own(tmp_path):
+    # left over from another run, or exported by a batch script
+    stale = {"MASTER_ADDR": "no-such-host", "MASTER_PORT": "1"}
+    [found] = report_ranks([sys.executable], "cpu", tmp_path, clean_environment(tmp_path, **stale))
+    assert (found["launcher"], found["group"], found["sum"]) == ("python", [0, 1], 1.0)
+    assert found["master"][0] == "127.0.0.1"
+    assert not (tmp_path / "extensions").exists(), "DeepSpeed compiled something"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_ranks_meet(launcher, tmp_path):
+    environ = clean_environment(tmp_path, DS_ACCELERATOR="cpu")
+    ranks = report_ranks(launcher_command(launcher, 2), "cpu", tmp_path, environ)
+    assert len(ranks) == 2
+    for rank, found in enumerate(ranks):
+        assert (found["rank"], found["local_rank"], found["ranks"], found["ranks_here"]) == (rank, rank, 2, 2)
+        assert (found["launcher"], found["group"], found["sum"]) == (launcher, [rank, 2], 3.0)
+        assert (found["device"], found["backend"]) == ("cpu", "gloo")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_one_rank_per_gpu_meets_over_nccl(launcher, tmp_path):
+    gpus = torch.cuda.device_count()
+    ranks = report_ranks(launcher_command(launcher, gpus), "cuda", tmp_path, clean_environment(tmp_path))
+    assert len(ranks) == gpus
+    for rank, found in enumerate(ranks):
+        assert (found["device"], found["backend"]) == (f"cuda:{rank}", "nccl")
+        assert found["sum"] == gpus * (gpus + 1) / 2

@@ -1,0 +1,176 @@
+"""A real Slurm cluster on this host: a controller and two nodes of one CPU each, from Debian's packages.
+
+Everything it needs is its own, in a temporary folder: the configuration, the ports, a munged with its key. So it
+disturbs no Slurm or munge of this machine, and needs neither systemd nor root. The nodes are named by loopback
+addresses, because a template takes the address where the ranks meet from the name of a node.
+"""
+
+import getpass
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+NODES = ("127.0.0.2", "127.0.0.3")
+SBIN = ":/usr/sbin:/sbin"  # where the daemons are, which is not on everybody's PATH
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+KillWait=2
+NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[1]} CPUs=1
+NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[2]} CPUs=1
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The running cluster. Its logs and jobs' spool folders are in `folder`."""
+
+    folder: Path
+    nodes: tuple[str, ...] = NODES
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What Slurm's commands need: this process's environment, without the launchers' variables."""
+        ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ["PATH"] + SBIN}
+        launchers = ("SLURM_", "SBATCH_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
+        return {name: value for name, value in os.environ.items() if not name.startswith(launchers)} | ours
+
+    def run(
+        self, *command: str | Path, folder: Path, timeout: float = 60, **environ: str
+    ) -> subprocess.CompletedProcess:
+        """Runs a command in `folder`, with `environ` added to its environment; output as text."""
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=self.environ | environ,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def wait(self, job_id: str, timeout: float) -> dict[str, str]:
+        """What `scontrol show job` says at the job's end, or after `timeout` seconds: JobState, ExitCode, …"""
+        deadline = time.monotonic() + timeout
+        while True:
+            shown = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.folder).stdout
+            job = dict(re.findall(r"(\S+?)=(\S*)", shown))
+            if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") or time.monotonic() > deadline:
+                return job
+            time.sleep(0.2)  # `sbatch --wait` looks every 10 s only
+
+    def nodes_with_tasks(self, job_id: str) -> list[str]:
+        """The nodes whose slurmd has started tasks of the job's first step."""
+        launched = f"launch task StepId={job_id}.0 "
+        return [node for node in self.nodes if launched in (self.folder / f"slurmd-{node}.log").read_text()]
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextmanager
+def _daemon(cluster: Cluster, name: str, *command: str) -> Iterator[subprocess.Popen]:
+    with (cluster.folder / f"{name}.out").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=cluster.folder, env=cluster.environ, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(timeout=20)
+
+
+def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and all(daemon.poll() is None for daemon in daemons):
+        states = cluster.run("sinfo", "--noheader", "--Node", "--format=%T", folder=cluster.folder).stdout.split()
+        if states == ["idle"] * len(cluster.nodes):
+            return
+        time.sleep(0.2)
+    outputs = "\n".join(path.name + ":\n" + path.read_text() for path in sorted(cluster.folder.glob("*.out")))
+    raise RuntimeError(f"the Slurm cluster did not come up\n{outputs}")
+
+
+def _end_jobs(cluster: Cluster, seconds: float = 20) -> None:
+    """Cancels what still runs, and kills what does not end by itself, so that no test leaves a process."""
+    cluster.run("scancel", f"--user={getpass.getuser()}", folder=cluster.folder)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not cluster.run("squeue", "--noheader", folder=cluster.folder).stdout.strip():
+            return
+        time.sleep(0.2)
+
+
+def _kill_remaining(cluster: Cluster) -> None:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("SLURM_CONF") == cluster.environ["SLURM_CONF"]:
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    if any(shutil.which(command, path=os.environ["PATH"] + SBIN) is None for command in COMMANDS):
+        pytest.skip("slurm is not installed (apt-get install slurm-wlm munge)")
+    folder = tmp_path_factory.mktemp("cluster")
+    cluster = Cluster(folder)
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.touch(mode=0o600)
+    key.write_bytes(secrets.token_bytes(128))
+    (folder / "slurm.conf").write_text(
+        CONFIGURATION.format(folder=folder, user=getpass.getuser(), ports=_free_ports(3), nodes=NODES)
+    )
+    files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
+    files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
+    munged = ["munged", "--foreground", "--force", *(f"--{name}={folder / file}" for name, file in files.items())]
+    with ExitStack() as running:
+        running.callback(_kill_remaining, cluster)
+        daemons = [running.enter_context(_daemon(cluster, "munged", *munged))]
+        daemons.append(running.enter_context(_daemon(cluster, "slurmctld", "slurmctld", "-D", "-c")))
+        for node in NODES:
+            daemons.append(running.enter_context(_daemon(cluster, f"slurmd-{node}", "slurmd", "-D", "-N", node)))
+        _wait_until_idle(cluster, daemons)
+        running.callback(_end_jobs, cluster)
+        yield cluster

@@ -1,0 +1,177 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+TEMPLATES = [path for path in SCRIPTS if path.name.startswith("train_")]
+
+# What makes the very template of a GPU cluster run on the test's two nodes of one CPU.
+TWO_CPU_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
+
+
+def overrides(fashion_shards, run_folder: Path) -> list[str]:
+    """A b0 small enough for two CPU ranks: some steps, then one evaluation and one checkpoint."""
+    return [
+        "model.name=polaformerpp_b0",
+        f"data.train={fashion_shards}/train",
+        f"data.val={fashion_shards}/val",
+        f"output={run_folder}",
+        "data.image_size=32",
+        "data.threads=1",
+        "engine.precision=fp32",
+        "optimizer.global_batch=32",
+        "optimizer.epochs=0.4",
+        "optimizer.warmup_epochs=0",
+        "log.every_steps=1",
+    ]
+
+
+def submit(cluster, template, *arguments, root, log, timeout=60, **environ):
+    """`sbatch`es a template from the folder `root` and waits; (the job at its end as Slurm shows it, its log)."""
+    sbatch = ["sbatch", "--parsable", *TWO_CPU_NODES, f"--output={log}", template, *arguments]
+    done = cluster.run(*sbatch, folder=root, **{"POLAFORMER_PYTHON": sys.executable} | environ)
+    assert done.returncode == 0, done.stderr
+    job = cluster.wait(done.stdout.strip(), timeout)
+    return job, log.read_text()
+
+
+# --- The scripts as text ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_the_scripts_are_clean(script):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    for command in (["bash", "-n", script], [shellcheck, "--external-sources", script]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_templates_differ_in_the_model_only():
+    b4, b5 = ((ROOT / "slurm" / f"train_{size}.sh").read_text() for size in ("b4", "b5"))
+    assert b4 != b5
+    assert b4.replace("b4", "b5") == b5
+    assert [path.name for path in TEMPLATES] == ["train_b4.sh", "train_b5.sh"]
+
+
+# --- The templates on the cluster, with a stand-in for launch/train.py that says what reached it ------------
+
+REPORT = """
+import json, os, sys, time
+rank = os.environ["SLURM_PROCID"]
+names = ("SLURM_STEP_NUM_TASKS", "SLURMD_NODENAME", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME")
+found = {"arguments": sys.argv[1:], "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}
+json.dump(found, open(f"rank{rank}.json", "w"))
+print(f"rank {rank} was here")
+if "fail" in sys.argv and rank == "1":
+    sys.exit(7)
+if "fail" in sys.argv:
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The project's root as the templates see it: slurm/, and a launch/train.py that reports."""
+    root = tmp_path / "project"
+    shutil.copytree(ROOT / "slurm", root / "slurm")
+    (root / "launch").mkdir()
+    (root / "launch/train.py").write_text(REPORT)
+    return root
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp_path, template):
+    words = ["data.note=two words, a * and a '", "optimizer.lr=1e-3"]
+    job, log = submit(
+        cluster, template, *words, root=project, log=tmp_path / "job.log", NCCL_SOCKET_IFNAME="ib0",
+        POLAFORMER_TRAIN_DATA="/data/a b",
+    )  # fmt: skip
+    assert job["JobState"] == "COMPLETED", log
+    model = "polaformerpp_" + template.stem.removeprefix("train_")
+    ranks = [json.loads((project / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for found, node in zip(ranks, cluster.nodes, strict=True):
+        assert found["arguments"][:2] == ["--config", f"configs/{model}.yaml"]
+        assert "data.train=/data/a b" in found["arguments"]
+        assert f"output={project}/runs/{model}" in found["arguments"]
+        assert found["arguments"][-2:] == words, "the command line must come last, so that it wins"
+        assert (found["SLURMD_NODENAME"], found["SLURM_STEP_NUM_TASKS"]) == (node, "2")
+        assert (found["MASTER_ADDR"], found["NCCL_SOCKET_IFNAME"]) == (cluster.nodes[0], "ib0")
+        assert found["MASTER_PORT"] == str(10000 + int(job["JobId"]))
+        assert found["cwd"] == str(project)
+    assert job["Requeue"] == "1"
+    assert "rank 0 was here" in log
+
+
+def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_path):
+    job, log = submit(cluster, TEMPLATES[0], "fail", root=project, log=tmp_path / "job.log")
+    assert job["JobState"] == "FAILED", log
+    assert "task 1: Exited with exit code 7" in log
+    assert "rank 0 was here" in log, "its last words were lost"
+
+
+def test_submitted_from_elsewhere_it_says_where_to_go(cluster, tmp_path):
+    job, log = submit(cluster, TEMPLATES[0], root=tmp_path, log=tmp_path / "job.log")
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert log == f"error: {tmp_path} is not the project's root; cd there, then: sbatch slurm/train_b4.sh\n"
+
+
+def test_a_missing_python_is_named(cluster, project, tmp_path):
+    missing = tmp_path / "no/python"
+    job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", POLAFORMER_PYTHON=str(missing))
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
+    assert log.startswith(f"error: there is no Python at {missing} on ")
+    assert log.endswith("; export POLAFORMER_PYTHON, or change it in slurm/common.sh\n")
+
+
+def test_started_without_sbatch_it_says_how():
+    done = subprocess.run(
+        ["bash", TEMPLATES[0]], capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode != 0
+    assert "SLURM_SUBMIT_DIR: is not set; start this file with: sbatch slurm/train_b4.sh" in done.stderr
+
+
+# --- The ranks, for real ------------------------------------------------------------------------------------
+
+
+def test_plain_srun_ranks_meet(cluster, tmp_path):
+    """Without a template: `srun python`, where launch.distributed finds the address itself."""
+    report_rank = ROOT / "tests/launch/report_rank.py"
+    srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    done = cluster.run(
+        *srun, sys.executable, report_rank, "cpu", tmp_path, folder=tmp_path, timeout=180, PYTHONPATH=str(ROOT)
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank, node in enumerate(cluster.nodes):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert (found["rank"], found["local_rank"], found["ranks"], found["ranks_here"]) == (rank, 0, 2, 1)
+        assert (found["launcher"], found["group"], found["sum"]) == ("srun", [rank, 2], 3.0)
+        assert (found["node"], found["master"][0]) == (node, cluster.nodes[0])
+
+
+def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
+    """`python` in a batch script without srun: Slurm sets SLURM_PROCID and SLURM_NTASKS=2, yet there is one."""
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/report_rank.py cpu {tmp_path}\n")
+    _, log = submit(cluster, script, root=tmp_path, log=tmp_path / "job.log", PYTHONPATH=str(ROOT))
+    assert (tmp_path / "0.json").exists(), log
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert (found["launcher"], found["group"], found["node"]) == ("python", [0, 1], cluster.nodes[0])
+
+
+def test_train_b4_trains_to_the_end_on_two_nodes(cluster, fashion_shards, tmp_path):
+    run_folder = tmp_path / "run"
+    job, log = submit(
+        cluster, TEMPLATES[0], *overrides(fashion_shards, run_folder), root=ROOT, log=tmp_path / "job.log",
+        timeout=600,
+    )  # fmt: skip
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+    assert cluster.nodes_with_tasks(job["JobId"]) == list(cluster.nodes)
+    assert "= 2 ranks × 1 accumulation × 16" in log
+    assert f"steps; {run_folder} holds the run" in log
+    assert (run_folder / "metrics.jsonl").read_text().strip()
