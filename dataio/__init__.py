@@ -1,5 +1,7 @@
 """Which images, in which order: WebDataset shards → batches on the training device.
 
-pack.py writes shards, verify.py checks them, index.py knows what they hold and in which order it is seen,
-pipeline.py decodes (the only file that imports DALI), loader.py hands out batches, augment.py mixes them.
+fashion_mnist.py writes a class folder to start with, source.py finds and checks the images of any, pack.py makes
+shards of them, verify.py checks those, index.py knows what they hold and in which order it is seen, pipeline.py
+decodes (the only file that imports DALI), loader.py hands out batches, augment.py mixes them. files.py writes
+files and folders that are whole or absent, workers.py spreads a command's work over processes.
 """

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataio.pack import available_cores, new_folder, worker_pool
+from dataio.files import new_folder
+from dataio.workers import available_cores, worker_pool
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PARTS = {"train": 60_000, "val": 10_000}

@@ -135,15 +135,6 @@ def read_manifest_file(folder: Path) -> tuple[ManifestFile, str]:
         raise ValueError(f"{path} is not a manifest ({error!r}); pack the folder again") from error
 
 
-def sha256_of(path: str | Path) -> str:
-    """The hexadecimal sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def load_samples(path: Path, count: int) -> np.ndarray:
     """The sample table, (count,) of SAMPLE_DTYPE, read-only. Raises ValueError if the file holds another."""
     try:
@@ -180,10 +171,20 @@ def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, .
         )
 
 
+def philox(seed: int, stream: int) -> np.random.Philox:
+    """The bit stream of a seed for one of its uses. Raises ValueError if the seed is not in [0, 2**63)."""
+    if not 0 <= seed < 2**63:  # NumPy would round such a key to float64, and many seeds to the same
+        raise ValueError(f"seed is {seed}; use a number from 0 to 2**63 - 1")
+    return np.random.Philox(key=[seed, stream])
+
+
 @lru_cache(maxsize=2)  # a batch may lie in two epochs
 def epoch_order(seed: int, epoch: int, samples: int) -> np.ndarray:
-    """The order of an epoch: (samples,) int64, a permutation that depends on (seed, epoch, samples) alone."""
-    keys = np.random.Philox(key=[seed, epoch << 1 | _ORDER_STREAM]).random_raw(samples)
+    """The order of an epoch: (samples,) int64, a permutation that depends on (seed, epoch, samples) alone.
+
+    Raises ValueError as `philox` does.
+    """
+    keys = philox(seed, epoch << 1 | _ORDER_STREAM).random_raw(samples)
     order = np.argsort(keys, kind="stable")
     order.flags.writeable = False
     return order
@@ -203,9 +204,10 @@ def draws_at(seed: int, first: int, count: int, per_position: int) -> np.ndarray
     """Uniform draws of `count` positions from `first` on: (count, per_position) float64 in [0, 1).
 
     Each position owns `per_position` numbers of one long Philox stream, whichever rank asks for it.
+    Raises ValueError if `per_position` is no multiple of 4, and as `philox` does.
     """
     if per_position % 4:
         raise ValueError(f"per_position is {per_position}; Philox yields 4 numbers at a time, use a multiple of 4")
-    stream = np.random.Philox(key=[seed, _DRAW_STREAM]).advance(first * (per_position // 4))
+    stream = philox(seed, _DRAW_STREAM).advance(first * (per_position // 4))
     raw = stream.random_raw(count * per_position)
     return (raw >> np.uint64(11)).reshape(count, per_position) * 2.0**-53

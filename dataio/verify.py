@@ -18,16 +18,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from dataio.index import (
-    MANIFEST_NAME,
-    SAMPLES_NAME,
-    ManifestFile,
-    Shard,
-    load_samples,
-    read_manifest_file,
-    sha256_of,
-)
-from dataio.pack import available_cores
+from dataio.files import sha256_of
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
+from dataio.workers import available_cores
 
 _REMEDY = "copy it again, or pack the folder again"
 

@@ -12,7 +12,6 @@ from runs that you trust; the two safetensors are safe to load for anybody.
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dataio.index import sha256_of
+from dataio.files import sha256_of, sync
 from launch.averages import MovingAverage
 from launch.distributed import together
 from launch.engine import full_parameters
@@ -150,11 +149,11 @@ def _publish(staging: Path, target: Path) -> None:
     }
     (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
     for path in (*files, staging / MANIFEST_NAME, staging / _ENGINE_TAG, staging):
-        _sync(path)
+        sync(path)
     if target.exists():  # a broken one of the same step, which the run resumed before
         shutil.rmtree(target)
     staging.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     _point(target.parent / "latest", target.name)
 
 
@@ -173,15 +172,6 @@ def _remove_old(folder: Path, keep: int) -> None:
 def _point(pointer: Path, name: str) -> None:
     temporary = pointer.with_name(f".{pointer.name}")
     temporary.write_text(f"{name}\n")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(pointer)
-    _sync(pointer.parent)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(pointer.parent)

@@ -16,12 +16,11 @@ from polaformer import PRESETS
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Triple = tuple[float, float, float]
 LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -52,8 +51,8 @@ class DataSection(Section):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     eval_resize: Literal["squash", "short"] = "squash"  # both sides, as the recipe does, or the short side
     eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
-    mean: Triple = (0.485, 0.456, 0.406)
-    std: Triple = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
     cutmix: Annotated[float, Field(ge=0)] = 1.0
     mix_probability: Fraction = 1.0  # of mixing a batch at all
@@ -136,10 +135,10 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     if not path.is_file():
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) or "none in that folder"
         raise FileNotFoundError(f"no configuration at {path}; there are: {near}")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    tree = _read_yaml(path.read_bytes(), str(path))
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"{path} holds no sections but {tree!r}; write for example output: runs/b4")
+    tree = tree or {}
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree)
@@ -158,6 +157,13 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _read_yaml(text: str | bytes, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -167,7 +173,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    tree[last] = yaml.safe_load(text)
+    tree[last] = _read_yaml(text, f"override {override!r}")
 
 
 def _explain(fault: dict[str, Any]) -> str:
@@ -177,7 +183,7 @@ def _explain(fault: dict[str, Any]) -> str:
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    if fault["type"] == "missing":
+    if fault["type"] == "missing" and isinstance(fault["loc"][-1], str):  # a key, not an item of a list
         return f"{where} is not set; set it in the file or on the command line as {where}=…"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])

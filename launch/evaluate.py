@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import timm
@@ -21,12 +22,14 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dataio.index import load_manifest
-from dataio.loader import Batch, EvalLoader, check_labels
+from dataio.index import Manifest, load_manifest
+from dataio.loader import Batch, EvalLoader
 from dataio.pipeline import ImageOptions
 from launch import checkpoint
 from launch.card import Card, make_card, read_card
 from launch.distributed import Refusal, default_device_type, placement, start, stop, together
+from polaformer import PRESETS
+from polaformer.model import TOTAL_STRIDE
 from polaformer.weights import load_weights
 
 
@@ -61,6 +64,8 @@ def find_weights(path: Path, kind: str) -> Path:
 
     Raises FileNotFoundError or ValueError if there is none.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}; give a run's folder, a .safetensors file, or an official .pth")
     if not path.is_dir():
         return path
     newest, _ = checkpoint.newest(path / "checkpoints")
@@ -81,7 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
     add("--data", type=Path, required=True, help="a folder written by python -m dataio.pack")
     add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
-    add("--model", help="polaformerpp_b0 … b5; needed where the file does not say (official .pth)")
+    add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
     add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
     add("--batch", type=int, default=64, help="images per rank at a time (default 64)")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="autocast or not (default fp32)")
@@ -92,38 +97,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(arguments: argparse.Namespace, device: torch.device) -> tuple[nn.Module, EvalLoader, Card]:
-    """The model with its weights and the batches of this rank.
+def prepare(arguments: argparse.Namespace, path: Path, device: torch.device) -> tuple[nn.Module, EvalLoader, Card]:
+    """The model with the weights at `path`, the batches of this rank, and what is known of the weights.
 
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
-    path = find_weights(arguments.weights, arguments.kind)
     manifest = load_manifest(arguments.data)
+    card = _settle_card(arguments, path, manifest)
+    model = timm.create_model(card.model, num_classes=len(card.classes))
+    load_weights(model, path)
+    images = card.image_options(arguments.threads)
+    loader = EvalLoader(manifest, images, arguments.batch, dist.get_rank(), dist.get_world_size(), device)
+    return model.to(device, memory_format=torch.channels_last).eval(), loader, card
+
+
+def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) -> Card:
+    """What the file at `path` says of itself, or else the arguments and the data; they must not contradict it."""
     card = read_card(path)
     if card is None:
         if arguments.model is None:
             raise ValueError(f"{path} does not say which model it is of; add --model polaformerpp_b0 … b5")
         card = make_card(arguments.model, manifest.classes, ImageOptions())
-    if arguments.image_size is not None:
-        card = replace(card, size=arguments.image_size)
     if arguments.model not in (None, card.model):
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
-    check_labels(manifest, len(card.classes))
-    model = timm.create_model(card.model, num_classes=len(card.classes))
-    load_weights(model, path)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    images = card.image_options(arguments.threads)
-    loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device)
-    return model.to(device, memory_format=torch.channels_last).eval(), loader, card
+    for label, (trained, packed) in enumerate(zip_longest(card.classes, manifest.classes)):
+        if trained != packed:
+            raise ValueError(
+                f"class {label} is {trained or 'missing'} in {path} and {packed or 'missing'} in {manifest.folder};"
+                " give data with the classes of the training"
+            )
+    if arguments.image_size is None:
+        return card
+    if arguments.image_size % TOTAL_STRIDE:
+        raise ValueError(f"--image-size {arguments.image_size} is not a multiple of {TOTAL_STRIDE}; use one")
+    return replace(card, size=arguments.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    place = placement(os.environ)
-    device = start(place, arguments.device or default_device_type(), timedelta(minutes=10))
+    try:
+        place = placement(os.environ)
+        device = start(place, arguments.device or default_device_type(), timedelta(minutes=10))
+    except (ValueError, RuntimeError) as error:  # of this rank alone: there is no group yet
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         with together():
-            model, loader, card = prepare(arguments, device)
+            path = find_weights(arguments.weights, arguments.kind)
+            model, loader, card = prepare(arguments, path, device)
         scores = evaluate(model, loader, len(card.classes), arguments.precision)
     except Refusal as refusal:
         if place.rank == 0:
@@ -132,11 +153,12 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         stop()
     if place.rank == 0:
-        report = {"weights": str(arguments.weights), "model": card.model, "image_size": card.size}
+        report = {"weights": str(path), "model": card.model, "image_size": card.size}
         report |= {"data": str(arguments.data), "samples": len(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)
         if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.write_text(text + "\n")
     return 0
 

@@ -21,7 +21,7 @@ from polaformer.weights import load_weights
 def export(run: Path, target: Path, kind: str) -> Path:
     """Writes a run's newest "ema" or "model" weights to the folder `target`, once they load. Returns their file.
 
-    Raises FileNotFoundError or ValueError if the run has no whole checkpoint.
+    Raises FileNotFoundError or ValueError if the run has no whole checkpoint, RuntimeError if it does not load.
     """
     source = find_weights(run, kind)
     card = read_card(source)
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         print(export(arguments.run, arguments.to or arguments.run / "export", arguments.kind))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

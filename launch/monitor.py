@@ -37,8 +37,8 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         drop_later_lines(folder / METRICS_NAME, first_step)
         self._lines = open(folder / METRICS_NAME, "a", buffering=1)  # noqa: SIM115  (closed by close())
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._console = Console()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._console = Console(markup=False, emoji=False, highlight=False)
         self._bar = None
         if self._console.is_terminal:
             columns = (
@@ -91,8 +91,8 @@ class Monitor:
         self._losses, self._waited, self._images = [], 0.0, 0
         if not math.isfinite(mean_loss):
             raise Refusal(
-                f"the loss is {mean_loss} at step {step + 1}; lower optimizer.lr or set optimizer.clip, and start again:"
-                " the last checkpoint is from before"
+                f"the loss is {mean_loss} at step {step + 1}; lower optimizer.lr or set optimizer.clip, and start"
+                " again: the last checkpoint is from before"
             )
         self.scalars(step + 1, scalars)
         self.say(
@@ -133,7 +133,7 @@ class Monitor:
         if self._bar and completed is not None:
             self._bar.update(self._task, completed=completed, description=line.partition("  ")[2])
         else:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
         if self._writes:

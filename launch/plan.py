@@ -50,7 +50,8 @@ def make_plan(config: Config, rank: int, ranks: int) -> Plan:
     train, val = load_manifest(config.data.train), load_manifest(config.data.val)
     check_same_classes(train, val)
     classes = config.model.num_classes or len(train.classes)
-    check_labels(train, classes)
+    for manifest in (train, val):
+        check_labels(manifest, classes)
     images, mixing = image_options(config.data), mix_options(config.data)
     return Plan(train, val, batches, images, mixing, classes, make_schedule(optimizer, len(train)))
 

@@ -5,7 +5,7 @@
 #     sbatch --nodes=2 slurm/train_b5.sh optimizer.accumulation=2
 #
 # Options of sbatch win over the lines below; key=value goes to launch/train.py. The settings of your cluster
-# are in slurm/common.sh.
+# are in slurm/common.sh. Jobs of one name share the run's folder, so they wait for each other (singleton).
 #SBATCH --job-name=polaformerpp_b5
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -14,6 +14,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue
+#SBATCH --dependency=singleton
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail

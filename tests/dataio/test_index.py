@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.index import (
-    MANIFEST_NAME,
-    SAMPLES_NAME,
-    draws_at,
-    epoch_order,
-    load_manifest,
-    samples_at,
-    sha256_of,
-)
+from dataio.files import sha256_of
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, draws_at, epoch_order, load_manifest, samples_at
 
 WORD = 2**64
 
@@ -100,6 +93,15 @@ def test_draws_do_not_depend_on_how_a_range_is_cut(first, counts):
 def test_draws_refuse_a_part_of_a_block():
     with pytest.raises(ValueError, match="per_position is 6; .* use a multiple of 4"):
         draws_at(0, 0, 1, 6)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_seeds_beyond_the_range(seed):
+    message = rf"seed is {seed}; use a number from 0 to 2\*\*63 - 1"
+    with pytest.raises(ValueError, match=message):
+        epoch_order(seed, 0, 10)
+    with pytest.raises(ValueError, match=message):
+        draws_at(seed, 0, 1, 4)
 
 
 def test_manifest_says_what_was_packed(shards, photos):

@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, sha256_of
+from dataio.files import sha256_of
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME
 from dataio.verify import main, verify
 
 REMEDY = "copy it again, or pack the folder again"

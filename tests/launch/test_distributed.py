@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.distributed import Placement, placement, start
+from launch.distributed import Placement, Refusal, from_rank_zero, placement, start, together
 
 ROOT = Path(__file__).parents[2]
 REPORT_RANK = Path(__file__).with_name("report_rank.py")
@@ -144,6 +144,65 @@ def test_two_ranks_meet(launcher, tmp_path):
         assert (found["rank"], found["local_rank"], found["ranks"], found["ranks_here"]) == (rank, rank, 2, 2)
         assert (found["launcher"], found["group"], found["sum"]) == (launcher, [rank, 2], 3.0)
         assert (found["device"], found["backend"]) == ("cpu", "gloo")
+
+
+MEET_FAULTS = """
+import json, os, sys
+from datetime import timedelta
+from pathlib import Path
+from launch.distributed import Refusal, from_rank_zero, placement, start, stop, together
+
+place = placement(os.environ)
+start(place, "cpu", timedelta(minutes=1))
+
+def met(*faults):
+    try:
+        with together():
+            if faults[place.rank] is not None:
+                raise faults[place.rank]
+    except Refusal as refusal:
+        return sorted(str(refusal).splitlines())
+
+report = {
+    "none": met(None, None),
+    "second": met(None, ValueError("the second's")),
+    "first": met(FileNotFoundError("the first's"), None),
+    "alike": met(RuntimeError("everyone's"), OSError("everyone's")),
+    "different": met(ValueError("one"), RuntimeError("other")),
+    "none again": met(None, None),
+    "from rank 0": str(from_rank_zero({"path": Path("of", str(place.rank))})),
+}
+Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps(report))
+stop()
+"""
+
+
+def test_a_fault_is_known_to_every_rank(torchrun, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(MEET_FAULTS)
+    finished = torchrun(2, script, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
+            "none": None,
+            "second": ["rank 1: the second's"],
+            "first": ["rank 0: the first's"],
+            "alike": ["everyone's"],
+            "different": ["rank 0: one", "rank 1: other"],
+            "none again": None,
+            "from rank 0": "{'path': PosixPath('of/0')}",
+        }
+
+
+def test_a_single_rank_is_not_named(alone):
+    with pytest.raises(Refusal, match="^no such thing$"), together():
+        raise ValueError("no such thing")
+    assert from_rank_zero("mine") == "mine"
+
+
+def test_a_mistake_in_the_code_is_no_refusal(alone):
+    with pytest.raises(KeyError), together():
+        raise KeyError("name")
 
 
 @pytest.mark.gpu

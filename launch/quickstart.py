@@ -1,0 +1,149 @@
+"""The quickstart after its set-up: photographs → shards → training → evaluation → export → a summary.
+
+Started by quickstart.sh. Each stage is a command of the project's own, printed as it starts, and is left out when
+its result is there already.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dataio.index import MANIFEST_NAME
+
+CONFIG = "configs/quickstart.yaml"
+HELD_OUT_PERCENT = "10"
+CPU_RANKS = 2
+OWN_IMAGES = [  # the configuration's crops, mean and size are for 28×28 grey photographs
+    "data.image_size=64",
+    "data.crop_scale=[0.25, 1.0]",
+    "data.crop_ratio=[0.75, 1.3333]",
+    "data.eval_crop_fraction=0.875",
+    "data.mean=[0.485, 0.456, 0.406]",
+    "data.std=[0.229, 0.224, 0.225]",
+    "optimizer.epochs=20",
+    "optimizer.warmup_epochs=1",
+]
+
+
+class Stages:
+    """Runs commands, and keeps how long each stage took: seconds, or None if its result was there already."""
+
+    def __init__(self, console: Console, setup_seconds: float) -> None:
+        self._console = console
+        self.seconds: dict[str, float | None] = {"set-up": setup_seconds}
+
+    def run(self, name: str, *commands: list[str], done: bool = False) -> None:
+        """Runs a stage's commands unless it is `done`. Ends this process as the first that fails does."""
+        self._console.rule(name)
+        began = time.perf_counter()
+        for command in () if done else commands:
+            self._console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
+            status = subprocess.run(command).returncode
+            if status:
+                sys.exit(status)
+        self.seconds[name] = None if done else time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    console = Console()
+    stages = Stages(console, arguments.setup_seconds)
+    own = arguments.data is not None
+    photographs = arguments.data if own else Path("data/fashion-mnist")
+    shards = Path("data/shards") / photographs.resolve().name
+    run = Path("runs") / (f"quickstart-{shards.name}" if own else "quickstart")
+
+    if not own:
+        stages.run("photographs", module("dataio.fashion_mnist", photographs), done=photographs.is_dir())
+    packed = all((shards / part / MANIFEST_NAME).is_file() for part in ("train", "val"))
+    stages.run("packing", *packing(photographs, shards), done=packed)
+    places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
+    use_ranks()
+    stages.run("training", training([*places, *(OWN_IMAGES if own else []), *arguments.overrides]))
+    stages.run("export", module("launch.export", run))
+    exported = run / "export" / "model.safetensors"
+    accuracies = {}
+    for kind, weights in (("weights", run), ("EMA", exported)):
+        out = run / f"evaluation-{kind.lower()}.json"
+        stages.run(f"evaluation of the {kind}", evaluation(weights, shards / "val", out))
+        accuracies[kind] = json.loads(out.read_text())["top1"]
+    summarize(console, stages, accuracies, {"run": run, "shards": shards, "exported EMA": exported})
+    return 0
+
+
+def packing(photographs: Path, shards: Path) -> list[list[str]]:
+    """Commands that pack a train and a val folder, or hold some images of a plain class folder out."""
+    commands = []
+    for part, held_out in (("train", "kept"), ("val", "held-out")):
+        if (shards / part / MANIFEST_NAME).is_file():
+            continue
+        source, split = photographs / part, []
+        if not (photographs / "train").is_dir():
+            source, split = photographs, ["--hold-out", HELD_OUT_PERCENT, "--part", held_out]
+        commands.append(module("dataio.pack", source, shards / part, "--shard-mib", "32", *split))
+    return commands
+
+
+def use_ranks() -> None:
+    """Tells the commands to come how many CPU threads a rank has, and DeepSpeed that there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // CPU_RANKS)))
+
+
+def training(overrides: list[str]) -> list[str]:
+    """On every GPU, or else on two CPU ranks."""
+    ranks = [] if torch.cuda.is_available() else ["--num_accelerators", str(CPU_RANKS)]
+    return ["deepspeed", *ranks, "launch/train.py", "--config", CONFIG, *overrides]
+
+
+def evaluation(weights: Path, data: Path, out: Path) -> list[str]:
+    ranks = torch.cuda.device_count() or CPU_RANKS
+    flags = ["--weights", weights, "--kind", "model", "--data", data, "--batch", "250", "--out", out]
+    return ["torchrun", "--nproc-per-node", str(ranks), "-m", "launch.evaluate", *map(str, flags)]
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", name, *map(str, arguments)]
+
+
+def summarize(console: Console, stages: Stages, accuracies: dict[str, float], places: dict[str, Path]) -> None:
+    table = Table("", "", title="PolaFormer++ quickstart", show_header=False)
+    for kind, top1 in accuracies.items():
+        table.add_row(f"top-1 of the {kind}", f"{top1:.2f} %")
+    for stage, seconds in stages.seconds.items():
+        table.add_row(stage, "was there already" if seconds is None else f"{seconds:.0f} s")
+    table.add_row("altogether", f"{sum(seconds or 0 for seconds in stages.seconds.values()):.0f} s")
+    for name, place in places.items():
+        table.add_row(name, str(place))
+    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {places['run']}")
+    console.print(table)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="images of your own: FOLDER/class/image, or FOLDER/train and FOLDER/val",
+    )
+    parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"on top of {CONFIG}")
+    arguments = parser.parse_args(argv)
+    if arguments.data is not None and not arguments.data.is_dir():
+        parser.error(f"--data {arguments.data} is no folder; name one that holds a folder of images for each class")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

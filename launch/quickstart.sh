@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated and exported PolaFormer++ b0:
+#
+#   bash launch/quickstart.sh                                  on the Fashion-MNIST photographs, 10 classes
+#   bash launch/quickstart.sh --data FOLDER [key=value …]      on images of your own: FOLDER/class/image, or the same
+#                                                              below FOLDER/train and FOLDER/val
+seconds=$SECONDS
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+apt_install dataset-fashion-mnist
+exec python -m launch.quickstart --setup-seconds $((SECONDS - seconds)) "$@"

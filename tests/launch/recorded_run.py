@@ -1,0 +1,19 @@
+"""launch/train.py, which also writes down the samples that each rank computed: recorded_run.py RECORD [arguments]."""
+
+import json
+import os
+import sys
+
+from launch import train
+
+
+class RecordingLoader(train.TrainLoader):
+    def __next__(self):
+        batch = super().__next__()
+        with open(f"{sys.argv[1]}-{os.environ['RANK']}.jsonl", "a") as record:
+            record.write(json.dumps({"position": batch.position, "samples": batch.samples.tolist()}) + "\n")
+        return batch
+
+
+train.TrainLoader = RecordingLoader
+sys.exit(train.main(sys.argv[2:]))

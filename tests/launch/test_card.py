@@ -1,0 +1,67 @@
+"""What a file of weights says of itself, through safetensors and back."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from dataio.pipeline import ImageOptions
+from launch.card import make_card, read_card
+from polaformer.weights import save_weights
+
+IMAGES = ImageOptions(size=96, interpolation="bilinear", eval_resize="short", crop_fraction=0.9, mean=(0.1, 0.2, 0.3))
+CARD = make_card("polaformerpp_b1", ("T-shirt_top", "größer", 'a "quoted" one'), IMAGES)
+
+
+def test_it_comes_back_from_a_file_of_weights(tmp_path):
+    state = {"head.bias": torch.arange(3.0)}
+    save_weights(state, tmp_path / "model.safetensors", CARD.metadata())
+    assert read_card(tmp_path / "model.safetensors") == CARD
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["head.bias"], state["head.bias"])
+
+
+def test_it_says_how_images_are_evaluated():
+    restored = CARD.image_options(threads=7)
+    assert restored == ImageOptions(
+        size=96,
+        interpolation="bilinear",
+        eval_resize="short",
+        crop_fraction=0.9,
+        mean=(0.1, 0.2, 0.3),
+        threads=7,
+    )
+
+
+@pytest.mark.parametrize(("eval_resize", "crop_mode"), [("squash", "squash"), ("short", "center")])
+def test_timm_reads_it(eval_resize, crop_mode):
+    card = make_card("polaformerpp_b0", ("a", "b"), ImageOptions(size=64, eval_resize=eval_resize, crop_fraction=0.75))
+    written = card.timm_config()
+    assert (written["architecture"], written["num_classes"], written["label_names"]) == (
+        "polaformerpp_b0",
+        2,
+        ["a", "b"],
+    )
+    model = timm.create_model("polaformerpp_b0", num_classes=2, pretrained_cfg=written["pretrained_cfg"])
+    resolved = timm.data.resolve_model_data_config(model)
+    assert resolved == {
+        "input_size": [3, 64, 64],
+        "interpolation": "bicubic",
+        "crop_pct": 0.75,
+        "crop_mode": crop_mode,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+
+
+def test_files_of_others_have_none(tmp_path):
+    torch.save({}, tmp_path / "official.pth")
+    save_weights({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"format": "pt"})
+    assert read_card(tmp_path / "official.pth") is None
+    assert read_card(tmp_path / "foreign.safetensors") is None
+
+
+def test_a_file_that_is_not_what_its_name_says(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="broken.safetensors is not a safetensors file .*; copy or export it again"):
+        read_card(path)

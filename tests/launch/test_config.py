@@ -1,0 +1,242 @@
+"""Every message of the schema, the way from file and command line to it and back, and the shipped configurations."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.config import dump_config, load_config, parse_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+SMALLEST = {"output": "runs/x", "data": {"train": "shards/train", "val": "shards/val"}}
+
+# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and clip. All for 300
+# epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
+RECIPE = {
+    "polaformerpp_b0": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
+    "polaformerpp_b1": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
+    "polaformerpp_b2": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
+    "polaformerpp_b3": (8 * 128, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
+    "polaformerpp_b4": (8 * 128, 5e-4, 5, 1e-7, 1e-5, 0.05, 1.0),
+    "polaformerpp_b5": (8 * 128, 5e-4, 5, 1e-7, 1e-5, 0.05, 1.0),
+    "polaformerpp_b5_finetune": (8 * 64, 2e-5, 1, 5e-7, 5e-6, 1e-8, None),
+}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "smallest.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+def explanation(path: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError) as fault:  # noqa: PT011  (every caller checks the whole message)
+        load_config(path, list(overrides))
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.lr=1", "unknown key optimiser; did you mean optimizer?"),
+        ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate; known are epochs, global_batch, "),
+        ("optimizer.warmup_epoch=1", "unknown key optimizer.warmup_epoch; did you mean warmup_epochs?"),
+        ("data.imagesize=64", "unknown key data.imagesize; did you mean image_size?"),
+        ("optimizer.epochs=many", "optimizer.epochs is 'many': input should be a valid number, unable to parse"),
+        ("optimizer.global_batch=1.5", "optimizer.global_batch is 1.5: input should be a valid integer"),
+        ("optimizer.global_batch=0", "optimizer.global_batch is 0: input should be greater than or equal to 1"),
+        ("optimizer.lr=0", "optimizer.lr is 0: input should be greater than 0"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf: input should be a finite number"),
+        ("optimizer.lr=", "optimizer.lr is None: input should be a valid number"),
+        ("optimizer.ema_decay=1", "optimizer.ema_decay is 1: input should be less than 1"),
+        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1 is 1.5: input should be less than or equal to 1"),
+        ("data.mean=0.5", "data.mean is 0.5: input should be a valid tuple"),
+        ("data.mean=[0.5, 0.5, .nan]", "data.mean.2 is nan: input should be a finite number"),
+        ("data.std=[0.2, 0.2, 0]", "data.std.2 is 0: input should be greater than 0"),
+        ("data.std=[0.2, 0.2]", "data.std.2 is [0.2, 0.2]: field required"),
+        ("data.image_size=100", "data.image_size is 100: input should be a multiple of 32"),
+        ("data.image_size=0", "data.image_size is 0: input should be greater than or equal to 32"),
+        ("data.flip=2", "data.flip is 2: input should be less than or equal to 1"),
+        ("data.eval_crop_fraction=0", "data.eval_crop_fraction is 0: input should be greater than 0"),
+        ("data.interpolation=nearest", "data.interpolation is 'nearest': input should be 'bicubic' or 'bilinear'"),
+        ("engine.precision=fp16", "engine.precision is 'fp16': input should be 'bf16' or 'fp32'"),
+        ("engine.zero_stage=4", "engine.zero_stage is 4: input should be 0, 1, 2 or 3"),
+        ("engine.compile=maybe", "engine.compile is 'maybe': input should be a valid boolean"),
+        ("engine=fast", "engine is 'fast': input should be a valid dictionary or instance of EngineSection"),
+        ("checkpoint.keep=0", "checkpoint.keep is 0: input should be greater than or equal to 1"),
+        ("log.every_steps=0", "log.every_steps is 0: input should be greater than or equal to 1"),
+        ("seed=-1", "seed is -1: input should be greater than or equal to 0"),
+        ("output=7", "output is 7: input is not a valid path"),
+        (
+            "model.name=resnet50",
+            "model.name resnet50 is unknown; use one of polaformerpp_b0, polaformerpp_b1, polaformerpp_b2,"
+            " polaformerpp_b3, polaformerpp_b4, polaformerpp_b5",
+        ),
+        (
+            "model.new_head=true",
+            "model.new_head is for starting from weights; set model.weights or leave it out",
+        ),
+        (
+            "optimizer.epochs=4",
+            "optimizer.warmup_epochs 5 leaves nothing of 4 epochs; use fewer, for example 0.2",
+        ),
+        ("optimizer.min_lr=0.1", "optimizer.min_lr 0.1 is above optimizer.lr 0.0005; lower it"),
+        (
+            "deepspeed.train_batch_size=8",
+            "deepspeed.train_batch_size is derived from the optimizer section; set it there",
+        ),
+        (
+            "deepspeed.optimizer.type=Lion",
+            "deepspeed.optimizer is derived from the optimizer section; set it there",
+        ),
+        ("optimizer.lr", "override 'optimizer.lr' is not key=value; write for example optimizer.lr=1e-3"),
+        ("=3", "override '=3' is not key=value; write for example optimizer.lr=1e-3"),
+        ("output.folder=x", "override 'output.folder=x': output is a value, not a section"),
+        ("data.train.0=x", "override 'data.train.0=x': train is a value, not a section"),
+        ("data.mean=[1, 2", "override 'data.mean=[1, 2' is not YAML: while parsing a flow sequence"),
+    ],
+)
+def test_an_override_that_cannot_be(file, override, message):
+    explained = explanation(file, override)
+    assert explained.startswith(message)
+    assert "\n" not in explained
+
+
+def test_what_must_be_set(tmp_path):
+    (tmp_path / "empty.yaml").touch()
+    assert explanation(tmp_path / "empty.yaml", "data.val=x") == (
+        "output is not set; set it in the file or on the command line as output=…\n"
+        "data.train is not set; set it in the file or on the command line as data.train=…"
+    )
+
+
+def test_each_of_several_faults_has_its_line(file):
+    lines = explanation(file, "optimizer.lr=-1", "modle.name=x", "data.flip=no way", "seed=0.5").splitlines()
+    assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
+        "seed",
+        "data.flip",
+        "optimizer.lr",
+        "unknown key modle",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"output: [1", "bad.yaml is not YAML: while parsing a flow sequence .* line 1, column 11"),
+        (b"output: a\n\tseed: 1", "bad.yaml is not YAML: .* line 2, column 1"),
+        (b"output: \xff", "bad.yaml is not YAML: .*position 8"),
+        (b"1: 2", "1 is 1: keys should be strings"),
+        (b"- output", r"bad.yaml holds no sections but \['output'\]; write for example output: runs/b4"),
+        (b"output", "bad.yaml holds no sections but 'output'"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    explained = explanation(tmp_path / "bad.yaml", "data.train=a", "data.val=b")
+    assert re.search(message, explained)
+
+
+def test_no_such_file_lists_the_others(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no configuration at .*/b4.yaml; there are: none in that folder$"):
+        load_config(tmp_path / "b4.yaml", [])
+    for name in ("two.yaml", "one.yaml", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=f"there are: {tmp_path}/one.yaml, {tmp_path}/two.yaml$"):
+        load_config(tmp_path / "b4.yaml", [])
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
+    file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "clip": 2.0}, "seed": 3}))
+    config = load_config(file, ["optimizer.clip=", "seed=4", "seed=5", "engine.compile=true", "data.flip=0"])
+    assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.epochs) == (0.25, None, 300)
+    assert (config.seed, config.engine.compile, config.data.flip) == (5, True, 0.0)
+
+
+def test_values_of_overrides_are_yaml(file):
+    config = load_config(
+        file,
+        [
+            "output=runs/a=b",
+            "optimizer.lr=1e-3",  # a string to YAML 1.1, which asks for a dot
+            "optimizer.betas=[0.9, 0.95]",
+            "optimizer.global_batch=1_024",
+            "model.weights=null",
+            "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}",
+            "deepspeed.zero_optimization.round_robin_gradients=true",
+        ],
+    )
+    assert config.output == Path("runs/a=b")
+    assert config.optimizer.lr == 1e-3
+    assert config.optimizer.betas == (0.9, 0.95)
+    assert config.optimizer.global_batch == 1024
+    assert config.model.weights is None
+    section = {"stage3_param_persistence_threshold": 0, "round_robin_gradients": True}
+    assert config.deepspeed == {"zero_optimization": section}
+
+
+def test_a_number_without_a_dot_in_the_file(file):
+    file.write_text(f"{file.read_text()}\noptimizer:\n  lr: 1e-3\n  eps: 1E-7\n")
+    config = load_config(file, [])
+    assert (config.optimizer.lr, config.optimizer.eps) == (1e-3, 1e-7)
+
+
+def test_what_is_dumped_is_read_back(file):
+    config = load_config(
+        file,
+        [
+            "output=runs/größer",
+            "model.weights=weights/b4.pth",
+            "model.new_head=true",
+            "optimizer.clip=null",
+            "optimizer.warmup_lr=1e-7",
+            "data.crop_ratio=[0.3333333333333333, 3]",
+            "seed=9223372036854775807",
+            "deepspeed.zero_optimization={stage: 2, nested: [1, x, null]}",
+        ],
+    )
+    text = dump_config(config)
+    assert parse_config(yaml.safe_load(text)) == config
+    assert {"größer", "warmup_lr: 1.0e-07"} <= set(re.findall(r"größer|warmup_lr.*", text))
+    assert set(yaml.safe_load(text)) == set(type(config).model_fields)
+
+
+def test_a_configuration_cannot_be_changed(file):
+    config = load_config(file, [])
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.lr = 1.0
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_configuration_loads_and_is_read_back(path):
+    config = load_config(path, [])
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_each_recipe_is_shipped():
+    assert {path.stem for path in SHIPPED} == {*RECIPE, "quickstart"}
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_the_official_recipe(name):
+    config = load_config(CONFIGS / f"{name}.yaml", [])
+    optimizer, data = config.optimizer, config.data
+    assert config.model.name == name.removesuffix("_finetune")
+    assert (
+        optimizer.global_batch,
+        optimizer.lr,
+        optimizer.warmup_epochs,
+        optimizer.warmup_lr,
+        optimizer.min_lr,
+        optimizer.weight_decay,
+        optimizer.clip,
+    ) == RECIPE[name]
+    assert (optimizer.epochs, optimizer.betas, optimizer.eps, optimizer.ema_decay) == (300, (0.9, 0.999), 1e-8, 0.99982)
+    assert (data.image_size, data.crop_scale, data.crop_ratio, data.flip) == (224, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (data.eval_resize, data.eval_crop_fraction, data.interpolation) == ("squash", 224 / 256, "bicubic")
+    assert (data.mixup, data.cutmix, data.mix_probability, data.label_smoothing) == (0.8, 1.0, 1.0, 0.1)
+    assert (data.erase, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (config.model.drop_path_rate, config.model.num_classes) == (None, None)

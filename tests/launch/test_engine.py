@@ -1,0 +1,117 @@
+"""DeepSpeed's configuration, the model that is built, and that every ZeRO stage trains like plain PyTorch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.config import load_config
+from launch.engine import build_model, deepspeed_config, seed_step
+from launch.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def configured(fashion_shards, tmp_path):
+    """Returns a function: overrides and ranks → configuration and plan over the small data set."""
+
+    def build(*overrides: str, ranks: int = 1):
+        places = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
+        config = load_config(QUICKSTART, [*places, "optimizer.global_batch=32", *overrides])
+        return config, make_plan(config, 0, ranks)
+
+    return build
+
+
+def test_deepspeed_configuration(configured):
+    overrides = "optimizer.accumulation=4", "engine.precision=bf16", "engine.zero_stage=2", "optimizer.clip=0.5"
+    derived = deepspeed_config(*configured(*overrides, ranks=2))
+    assert derived == {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 20_000_000,
+            "allgather_bucket_size": 20_000_000,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "use_multi_rank_bucket_allreduce": False,
+            "stage3_prefetch_bucket_size": 20_000_000,
+        },
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "bf16": {"enabled": False},
+        "fp16": {"enabled": False},
+        "steps_per_print": 10**12,
+        "wall_clock_breakdown": False,
+    }
+
+
+def test_no_clipping_is_said_as_zero(configured):
+    assert deepspeed_config(*configured("optimizer.clip=null"))["gradient_clipping"] == 0.0
+
+
+def test_the_raw_section_wins_and_leaves_its_neighbours(configured):
+    derived = deepspeed_config(
+        *configured("deepspeed.zero_optimization.reduce_bucket_size=7", "deepspeed.dump_state=true")
+    )
+    assert derived["dump_state"] is True
+    assert derived["zero_optimization"]["reduce_bucket_size"] == 7
+    assert derived["zero_optimization"]["stage"] == 1
+
+
+def test_the_model_depends_on_the_seed_alone(configured):
+    first, again, other = (
+        build_model(*configured(f"seed={seed}"), torch.device("cpu")).state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_required_kernels_that_are_missing(configured):
+    with pytest.raises(RuntimeError, match=r"model\.kernels=required, but .* no compiled polarity attention for cpu"):
+        build_model(*configured("model.kernels=required"), torch.device("cpu"))
+
+
+def test_weights_of_other_classes(configured, tmp_path):
+    torch.save(build_model(*configured("model.num_classes=12"), torch.device("cpu")).state_dict(), tmp_path / "x.pth")
+    starting = f"model.weights={tmp_path / 'x.pth'}"
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
+        build_model(*configured(starting), torch.device("cpu"))
+    model = build_model(*configured(starting, "model.new_head=true"), torch.device("cpu"))
+    assert model.num_classes == 10
+
+
+def test_steps_and_ranks_draw_differently():
+    def draw(*where):
+        seed_step(*where)
+        return torch.rand(4)
+
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    assert not torch.equal(draw(1, 2, 3), draw(1, 2, 4))
+    assert not torch.equal(draw(1, 2, 3), draw(1, 3, 3))
+
+
+def test_every_zero_stage_trains_like_plain_pytorch(fashion_shards, tmp_path):
+    overrides = [
+        *(f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"),
+        *("optimizer.global_batch=32", "optimizer.accumulation=2", "optimizer.clip=0.5", "optimizer.lr=0.01"),
+        *("model.drop_path_rate=0.2", "data.mixup=0.8", "data.cutmix=1.0"),
+    ]
+    script = Path(__file__).with_name("zero_losses.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, QUICKSTART, *overrides]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    traces = json.loads(printed.splitlines()[-1])
+    plain = traces.pop("plain")
+    assert plain["losses"][-1] != plain["losses"][0]
+    assert max(plain["norms"]) > 0.5  # so that clipping is at work
+    for stage, trace in traces.items():
+        assert trace["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
+        if stage != "0":  # DeepSpeed does not keep the norm without ZeRO
+            assert trace["norms"] == pytest.approx(plain["norms"], rel=1e-4), stage

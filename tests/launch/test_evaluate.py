@@ -1,0 +1,272 @@
+"""Accuracies against a plain loop over the same images, on one rank and on more; and what is refused, and how."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from dataio.index import load_manifest
+from dataio.loader import Batch
+from dataio.pack import PackOptions, pack
+from launch import checkpoint
+from launch.card import make_card, read_card
+from launch.evaluate import evaluate, find_weights, main
+from launch.plan import image_options
+from polaformer.weights import official_name, save_weights
+
+SCORES = ("top1", "top5", "loss")
+
+
+def plain_scores(model: nn.Module, folder: Path, transform) -> dict[str, float]:
+    """The same measures of images decoded one by one with PIL and prepared by timm."""
+    manifest = load_manifest(folder)
+    top1, top5, losses = [], [], []
+    model.eval()
+    for row in manifest.samples:
+        with open(folder / manifest.shards[row["shard"]].name, "rb") as shard:
+            shard.seek(row["offset"])
+            image = Image.open(io.BytesIO(shard.read(row["bytes"]))).convert("RGB")
+        label = int(row["label"])
+        with torch.no_grad():
+            logits = model(transform(image)[None])[0]
+        best = logits.argsort(descending=True).tolist()
+        top1.append(best[0] == label)
+        top5.append(label in best[:5])
+        losses.append(F.cross_entropy(logits, torch.tensor(label)).item())
+    return {"top1": 100 * np.mean(top1), "top5": 100 * np.mean(top5), "loss": np.mean(losses)}
+
+
+def assert_same_scores(report: dict, expected: dict) -> None:
+    """To the last image."""
+    assert {name: report[name] for name in SCORES} == pytest.approx(expected, rel=1e-4)
+
+
+def pack_resized(files: list[Path], size: int, folder: Path) -> Path:
+    """These images, packed at a size at which evaluation has nothing to resize: DALI's pixels and PIL's are equal."""
+    for file in files:
+        target = folder / "images" / file.parent.name / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            image.resize((size, size)).save(target)
+    pack(folder / "images", folder / "packed", PackOptions())
+    return folder / "packed"
+
+
+@pytest.fixture
+def score(no_launcher, capsys):
+    """Returns a function, to be called once: the command in this process → its status, report and errors."""
+
+    def run(*arguments: object) -> tuple[int, dict | None, str]:
+        capsys.readouterr()
+        status = main([*map(str, arguments), "--device", "cpu", "--threads", "1"])
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out) if printed.out else None, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def clothes(fashion) -> list[Path]:
+    """97 images of 10 classes: neither 3 ranks nor a batch of 7 or 32 divides them."""
+    return sorted(fashion.glob("*/*.png"))[::4][:97]
+
+
+@pytest.fixture(scope="module")
+def val(clothes, tmp_path_factory) -> Path:
+    return pack_resized(clothes, 32, tmp_path_factory.mktemp("val"))
+
+
+@pytest.fixture(scope="module")
+def ema(trained_run) -> Path:
+    return find_weights(trained_run, "ema")
+
+
+@pytest.fixture(scope="module")
+def trained(ema) -> nn.Module:
+    model = timm.create_model("polaformerpp_b0", num_classes=10)
+    model.load_state_dict(load_file(ema))
+    return model
+
+
+def timms_transform(pretrained_cfg: dict, size: int):
+    prepared = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
+    return timm.data.create_transform(**{**prepared, "input_size": (3, size, size)})
+
+
+@pytest.fixture(scope="module")
+def expected(ema, trained, val) -> dict[str, float]:
+    """Scores of the trained run's EMA by a plain loop."""
+    scores = plain_scores(trained, val, timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 32))
+    assert 30 < scores["top1"] < scores["top5"], "the run must have learned something for these tests to mean it"
+    return scores
+
+
+def test_known_logits(alone):
+    """Three batches of 3, 1 and 2 images whose logits are their pixels; the label has rank 1, 2, 6, 1, 5, 1."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 6, bias=False))
+    nn.init.eye_(model[1].weight)
+    ordered = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
+    labels = torch.tensor([0, 1, 5, 0, 4, 0])
+    images = ordered.repeat(6, 1).view(6, 6, 1, 1)
+    batches = [Batch(images[part], labels[part], labels[part].numpy(), 0) for part in (range(3), [3], range(4, 6))]
+    scores = evaluate(model, batches, 6, "fp32")
+    assert scores["top1"] == pytest.approx(100 * 3 / 6)
+    assert scores["top5"] == pytest.approx(100 * 5 / 6)
+    assert scores["loss"] == pytest.approx(F.cross_entropy(images.flatten(1), labels).item())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_model_stays_as_it_was(alone, training, precision):
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2)).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append((module.training, output)))
+    labels = torch.tensor([0, 1])
+    evaluate(model, [Batch(torch.randn(2, 3, 1, 1), labels, labels.numpy(), 0)], 2, precision)
+    ((mode, output),) = seen
+    assert not mode
+    assert output.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert not output.requires_grad
+    assert model.training == training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_on_one_rank(score, trained_run, val, ema, expected, tmp_path):
+    out = tmp_path / "new folder" / "scores.json"
+    status, report, errors = score("--weights", trained_run, "--data", val, "--batch", 32, "--out", out)
+    assert (status, errors) == (0, "")
+    assert json.loads(out.read_text()) == report
+    assert {name: report[name] for name in report.keys() - set(SCORES)} == {
+        "weights": str(ema),
+        "model": "polaformerpp_b0",
+        "image_size": 32,
+        "data": str(val),
+        "samples": len(load_manifest(val)),
+    }
+    assert_same_scores(report, expected)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("model", "eval"), ("ema", "eval_ema")])
+def test_it_is_what_the_run_measured_itself(score, trained_run, fashion_shards, kind, prefix):
+    lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "eval/top1" in line][-1]
+    _, report, _ = score("--weights", trained_run, "--data", fashion_shards / "val", "--kind", kind)
+    for name in SCORES:
+        assert report[name] == pytest.approx(measured[f"{prefix}/{name}"], rel=1e-4), name
+
+
+def test_another_image_size(score, ema, trained, clothes, tmp_path):
+    packed = pack_resized(clothes, 64, tmp_path)
+    _, report, _ = score("--weights", ema, "--data", packed, "--image-size", 64)
+    assert report["image_size"] == 64
+    transform = timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 64)
+    assert_same_scores(report, plain_scores(trained, packed, transform))
+
+
+def test_three_ranks_see_every_image_once(torchrun, trained_run, val, expected, tmp_path):
+    command = "-m", "launch.evaluate", "--weights", trained_run, "--data", val, "--batch", 7, "--threads", 1
+    finished = torchrun(3, *command, "--out", tmp_path / "scores.json")
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert report == json.loads((tmp_path / "scores.json").read_text())
+    assert report["samples"] == len(load_manifest(val))
+    assert_same_scores(report, expected)
+
+
+@pytest.fixture(scope="module")
+def official(clothes, tmp_path_factory) -> tuple[Path, Path, nn.Module]:
+    """A checkpoint with the official names for 2 classes, a packed folder with one image of each, and the model.
+
+    The images have 256 × 256 pixels, of which the recipe evaluates the 224 × 224 in the centre.
+    """
+    folder = tmp_path_factory.mktemp("official")
+    files = [next(file for file in clothes if file.parent.name == name) for name in ("Bag", "Coat")]
+    torch.manual_seed(0)
+    model = timm.create_model("polaformerpp_b0", num_classes=2)
+    state = {official_name(name): value for name, value in model.state_dict().items()}
+    torch.save({"model": {}, "state_dict_ema": state}, folder / "official.pth")
+    return folder / "official.pth", pack_resized(files, 256, folder), model
+
+
+def test_official_weights_on_more_ranks_than_images(torchrun, official):
+    weights, packed, model = official
+    command = "-m", "launch.evaluate", "--weights", weights, "--model", "polaformerpp_b0", "--data", packed
+    finished = torchrun(3, *command, "--threads", 1)
+    assert finished.returncode == 0, finished.stderr
+    report = json.loads(finished.stdout)
+    assert (report["samples"], report["image_size"], report["top5"]) == (2, 224, 100)
+    assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
+
+
+def test_which_file_is_meant(trained_run, ema, tmp_path):
+    newest, _ = checkpoint.newest(trained_run / "checkpoints")
+    assert find_weights(trained_run, "ema") == newest / checkpoint.EMA_NAME
+    assert find_weights(trained_run, "model") == newest / checkpoint.MODEL_NAME
+    assert find_weights(ema, "model") == ema
+    with pytest.raises(FileNotFoundError, match="no weights at .*/nothing; give a run's folder, "):
+        find_weights(tmp_path / "nothing", "ema")
+    with pytest.raises(FileNotFoundError, match="is a folder without checkpoints; give a run's folder or a file"):
+        find_weights(tmp_path, "ema")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--image-size", 33), "--image-size 33 is not a multiple of 32; use one"),
+        (("--image-size", 0), "size is 0; use at least 1"),
+        (("--batch", 0), "the evaluation batch is 0; use at least 1"),
+        (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
+        (("--data", "{packed}"), "class 0 is Ankle_boot in {ema} and Bag in {packed}; give data with the classes of"),
+        (("--data", "{empty}"), "no manifest.json in {empty}; write shards there with: python -m dataio.pack"),
+        (("--weights", "{empty}"), "{empty} is a folder without checkpoints; give a run's folder or a file of weights"),
+        (("--weights", "{official}"), "{official} does not say which model it is of; add --model polaformerpp_b0"),
+        (
+            ("--weights", "{official}", "--model", "polaformerpp_b0"),
+            "the official checkpoint does not fit this model: head.weight is (2, 2048), the model needs (10, 2048);",
+        ),
+        (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, a"),
+    ],
+)
+def test_what_does_not_fit_is_refused(score, ema, val, official, tmp_path, arguments, message):
+    places = {"ema": ema, "official": official[0], "packed": official[1], "empty": tmp_path}
+    given = [argument.format(**places) if isinstance(argument, str) else argument for argument in arguments]
+    status, report, errors = score("--weights", ema, "--data", val, *given)
+    assert (status, report) == (2, None)
+    assert errors.startswith(f"error: {message.format(**places)}")
+    assert errors.count("\n") == 1
+
+
+def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, configure):
+    card = make_card("polaformerpp_b0", load_manifest(val).classes[:9], image_options(configure().data))
+    save_weights(load_file(ema), tmp_path / "nine.safetensors", card.metadata())
+    status, _, errors = score("--weights", tmp_path / "nine.safetensors", "--data", val)
+    assert status == 2
+    assert errors.startswith(f"error: class 9 is missing in {tmp_path}/nine.safetensors and Trouser in {val}; give")
+
+
+def test_an_unknown_model(capsys):
+    with pytest.raises(SystemExit):
+        main(["--weights", "x", "--data", "y", "--model", "resnet50"])
+    assert "invalid choice: 'resnet50' (choose from" in capsys.readouterr().err
+
+
+def test_an_environment_that_contradicts_itself(score, monkeypatch, ema, val):
+    monkeypatch.setenv("RANK", "0")
+    status, _, errors = score("--weights", ema, "--data", val)
+    assert status == 2
+    assert errors.startswith("error: LOCAL_RANK is not set although other variables of a launcher are; start the run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(no_launcher, capsys, ema, val):
+    assert main(["--weights", str(ema), "--data", str(val), "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: local rank 0 of 1 has no GPU, 0 are visible to it; start one")

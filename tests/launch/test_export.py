@@ -1,0 +1,112 @@
+"""The weights of a real run as timm loads them, in both of its ways."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from launch import checkpoint
+from launch.card import read_card
+from launch.export import export, main
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("exports") / "deep" / "b0"
+    assert export(trained_run, target, "ema") == target / "model.safetensors"
+    return target
+
+
+def test_timm_loads_the_file_and_the_folder_alike(exported, trained_run):
+    newest, _ = checkpoint.newest(trained_run / "checkpoints")
+    trained = timm.create_model("polaformerpp_b0", num_classes=10)
+    trained.load_state_dict(load_file(newest / checkpoint.EMA_NAME))
+    by_path = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=str(exported / "model.safetensors"))
+    by_folder = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    assert torch.equal(logits(by_path), logits(trained))
+    assert torch.equal(logits(by_folder), logits(trained))
+    assert by_folder.num_classes == 10
+
+
+def test_timm_knows_how_its_images_are_prepared(exported, fashion):
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    resolved = timm.data.resolve_model_data_config(model)
+    assert resolved == {
+        "input_size": [3, 32, 32],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "mean": [0.286, 0.286, 0.286],
+        "std": [0.353, 0.353, 0.353],
+    }
+    assert model.pretrained_cfg["label_names"] == sorted(folder.name for folder in fashion.iterdir())
+    with Image.open(next(fashion.glob("Bag/*.png"))) as image:
+        assert timm.data.create_transform(**resolved)(image.convert("RGB")).shape == (3, 32, 32)
+
+
+def test_both_kinds_of_weights(trained_run, tmp_path):
+    newest, _ = checkpoint.newest(trained_run / "checkpoints")
+    for kind, name in (("model", checkpoint.MODEL_NAME), ("ema", checkpoint.EMA_NAME)):
+        assert export(trained_run, tmp_path / kind, kind).read_bytes() == (newest / name).read_bytes()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / checkpoint.EMA_NAME).read_bytes()
+
+
+def test_again_into_the_same_folder(trained_run, tmp_path):
+    export(trained_run, tmp_path, "model")
+    weights = export(trained_run, tmp_path, "ema")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "config.json").read_text()) == read_card(weights).timm_config()
+
+
+def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'export' / 'model.safetensors'}\n"
+    assert {path.name for path in (run / "export").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    newest, _ = checkpoint.newest(run / "checkpoints")
+    with open(newest / checkpoint.EMA_NAME, "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    older, faults = checkpoint.newest(run / "checkpoints")
+    assert older < newest
+    assert len(faults) == 1
+    assert export(run, tmp_path / "out", "ema").read_bytes() == (older / checkpoint.EMA_NAME).read_bytes()
+
+
+def refusal(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    return printed.err
+
+
+def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
+    assert refusal(capsys, tmp_path) == (
+        f"error: {tmp_path} is a folder without checkpoints; give a run's folder or a file of weights\n"
+    )
+    assert refusal(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
+    torch.save({}, tmp_path / "official.pth")
+    assert refusal(capsys, tmp_path / "official.pth").endswith("is not of a run of ours; give the folder of a run\n")
+    assert not (tmp_path / "export").exists()
+
+
+def test_broken_checkpoints_are_refused(trained_run, tmp_path, capsys):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert refusal(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
+    assert not (run / "export").exists()

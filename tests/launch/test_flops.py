@@ -1,0 +1,53 @@
+"""Operations of a step against the published figures, and the rate that they are compared with."""
+
+import pytest
+import torch
+
+from launch.flops import measure_rates, peak_flops, training_flops
+from launch.plan import make_plan
+
+# Multiply-adds of one forward pass of 224 × 224 pixels and 1000 classes, as the authors publish them.
+PUBLISHED = {"b0": 0.668e9, "b1": 1.003e9, "b2": 2.731e9, "b3": 5.070e9, "b4": 11.05e9, "b5": 17.74e9}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_three_passes_of_two_operations_each(preset):
+    expected = 3 * 2 * PUBLISHED[preset]
+    assert training_flops(f"polaformerpp_{preset}", 1000, 224) == pytest.approx(expected, rel=0.03)
+
+
+def test_they_grow_with_the_image_and_the_classes():
+    small, large = (training_flops("polaformerpp_b0", 1000, size) for size in (224, 448))
+    # Everything is linear in the pixels but softmax attention, which is quadratic, and the classifier.
+    assert 4 * small < large < 4.6 * small
+    classifier = small - training_flops("polaformerpp_b0", 10, 224)
+    assert classifier == 3 * 2 * 990 * 2048
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_peak_of_a_cpu(precision):
+    """Between one core without vector units and a machine that does not exist."""
+    assert 1e8 < peak_flops(torch.device("cpu"), precision) < 1e14
+
+
+def test_rates_of_a_run(alone, configure):
+    config = configure()
+    rates = measure_rates(config, make_plan(config, 0, 1), alone)
+    assert rates.flops_per_image == training_flops("polaformerpp_b0", 10, 32)
+    assert 1e8 < rates.peak_flops < 1e14
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_does_not_beat_its_peak():
+    device = torch.device("cuda", 0)
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    a @ a  # warms up
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    for _ in range(10):
+        a @ a
+    ended.record()
+    torch.cuda.synchronize()
+    reached = 10 * 2 * 4096**3 / (began.elapsed_time(ended) / 1000)
+    assert 0.05 * peak_flops(device, "bf16") < reached < 1.1 * peak_flops(device, "bf16")

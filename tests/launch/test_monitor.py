@@ -1,0 +1,249 @@
+"""What a run tells, read back from TensorBoard's own reader, metrics.jsonl and the terminal."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launch.distributed import Refusal
+from launch.flops import Rates
+from launch.monitor import METRICS_NAME, Monitor, drop_later_lines
+
+RATES = Rates(flops_per_image=10**6, peak_flops=1e12)
+TAGS = {
+    "train/loss",
+    "train/learning_rate",
+    "train/gradient_norm",
+    "speed/images_per_second",
+    "speed/waiting_for_data",
+    "speed/mfu",
+    "memory/peak_gib",
+}
+
+
+def read_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+
+
+def read_board(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def assert_equal_to_lines(board: EventAccumulator, lines: list[dict]) -> None:
+    """TensorBoard shows exactly the scalars of these lines, which it keeps as float32."""
+    for tag in {tag for line in lines for tag in line} - {"step", "time"}:
+        shown = [(event.step, event.value) for event in board.Scalars(tag)]
+        told = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
+        assert shown == told, tag
+    assert set(board.Tags()["scalars"]) == {tag for line in lines for tag in line} - {"step", "time"}
+
+
+def train(monitor: Monitor, first: int, steps: int) -> None:
+    """Steps of two micro-steps of 4 images each; step s, counted from 0, has losses s and s + 0.5."""
+    for step in range(first, steps):
+        for part in (0.0, 0.5):
+            with monitor.waiting():
+                pass
+            monitor.add(torch.tensor(step + part), 4)
+        if monitor.due(step):
+            monitor.write(step, lr=0.1 / (step + 1), gradient_norm=torch.tensor(2.0 * step))
+
+
+def test_scalars(alone, tmp_path):
+    monitor = Monitor(tmp_path / "run", 0, 5, 2, RATES)
+    train(monitor, 0, 5)
+    monitor.scalars(5, {"eval/top1": 12.5, "eval/unknown": None})
+    monitor.close()
+    *training, evaluation = read_lines(tmp_path / "run")
+    assert [line["step"] for line in training] == [2, 4, 5]
+    assert all(line.keys() == TAGS | {"step", "time"} for line in training)
+    assert [line["train/loss"] for line in training] == [0.75, 2.75, 4.25]  # means of micro-steps since the last
+    assert [line["train/learning_rate"] for line in training] == [0.1 / 2, 0.1 / 4, 0.1 / 5]
+    assert [line["train/gradient_norm"] for line in training] == [2.0, 6.0, 8.0]
+    assert evaluation.keys() == {"step", "time", "eval/top1"}
+    assert (evaluation["step"], evaluation["eval/top1"]) == (5, 12.5)
+    assert_equal_to_lines(read_board(tmp_path / "run"), [*training, evaluation])
+
+
+def test_speeds_belong_together(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    train(monitor, 0, 1)
+    monitor.close()
+    (line,) = read_lines(tmp_path)
+    assert line["speed/images_per_second"] > 0
+    assert line["speed/mfu"] == pytest.approx(line["speed/images_per_second"] * 1e6 / 1e12)
+    assert 0 < line["speed/waiting_for_data"] < 1
+    assert 0 < line["memory/peak_gib"] < 1000
+
+
+def test_no_gradient_norm_is_left_out(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor.add(torch.tensor(1.0), 1)
+    monitor.write(0, 0.1, None)
+    monitor.close()
+    (line,) = read_lines(tmp_path)
+    assert line.keys() == (TAGS - {"train/gradient_norm"}) | {"step", "time"}
+
+
+def test_images_are_shown_as_they_were(alone, tmp_path):
+    pixels = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor.images(normalised, mean, std)
+    monitor.close()
+    (event,) = read_board(tmp_path).Images("train/images")
+    grid = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+    assert grid.shape == (6 + 2 * 2, 3 * (6 + 2) + 2, 3)  # images are 2 pixels apart
+    for number, image in enumerate(pixels):
+        left = 2 + number * (6 + 2)
+        shown = grid[2:8, left : left + 6].astype(float)
+        assert np.abs(shown - 255 * image.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_only_64_images_are_shown(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor.images(torch.zeros(80, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+    monitor.close()
+    (event,) = read_board(tmp_path).Images("train/images")
+    assert (event.width, event.height) == (8 * 6 + 2, 8 * 6 + 2)
+
+
+def test_text(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor.text("configuration", "output: größer\ndata:\n  flip: 0.5")
+    monitor.close()
+    (event,) = read_board(tmp_path).Tensors("configuration/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == "```\noutput: größer\ndata:\n  flip: 0.5\n```"
+
+
+def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):
+    """Killed after 7 steps, it goes on from a checkpoint of 4."""
+    killed = Monitor(tmp_path, 0, 8, 1, RATES)
+    killed.text("configuration", "before")
+    train(killed, 0, 4)
+    killed.scalars(4, {"eval/top1": 40.0})
+    train(killed, 4, 7)
+    killed.close()
+    kept = read_lines(tmp_path)[:5]
+    with open(tmp_path / METRICS_NAME, "a") as lines:
+        lines.write('{"step": 3, "time": 17')  # the last write was cut
+
+    resumed = Monitor(tmp_path, 4, 8, 1, RATES)
+    assert read_lines(tmp_path) == kept
+    train(resumed, 4, 8)
+    resumed.scalars(8, {"eval/top1": 80.0})
+    resumed.close()
+    lines = read_lines(tmp_path)
+    assert lines[:5] == kept
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    board = read_board(tmp_path)
+    assert_equal_to_lines(board, lines)
+    assert len(board.Tensors("configuration/text_summary")) == 1
+
+
+def test_started_anew_nothing_is_left(alone, tmp_path):
+    for _ in range(2):  # the first was killed before its first checkpoint
+        monitor = Monitor(tmp_path, 0, 3, 1, RATES)
+        monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+        train(monitor, 0, 3)
+        monitor.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
+    assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
+
+
+@pytest.mark.parametrize("cut", ['{"step": 2, "tr', '{"step"', "{", "\0\0\0\0"])
+def test_later_and_half_lines_are_dropped(tmp_path, cut):
+    path = tmp_path / METRICS_NAME
+    whole = ['{"step": 1}', '{"step": 2, "eval/top1": 3.5}', '{"step": 3}']
+    path.write_text("\n".join([*whole, cut]))
+    drop_later_lines(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "eval/top1": 3.5}\n'
+    drop_later_lines(path, 0)
+    assert path.read_text() == ""
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_refused(alone, tmp_path, loss):
+    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    for value in (1.0, loss):
+        monitor.add(torch.tensor(value), 4)
+    with pytest.raises(
+        Refusal, match=f"^the loss is {loss} at step 3; lower optimizer.lr or set optimizer.clip, and start again"
+    ):
+        monitor.write(2, 0.1, 1.0)
+    monitor.close()
+    assert read_lines(tmp_path) == []
+
+
+def test_lines_are_printed_as_they_are(alone, tmp_path, capsys):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor.say("output: runs/[b5] :smile: " + 300 * "x")
+    train(monitor, 0, 1)
+    monitor.close()
+    said, step = capsys.readouterr().out.splitlines()
+    assert said == "output: runs/[b5] :smile: " + 300 * "x"
+    assert step.startswith("step 1/1  loss 0.2500  lr 1.00e-01  ")
+
+
+def test_a_terminal_has_a_bar(alone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
+    monitor = Monitor(tmp_path, 2, 4, 1, RATES)
+    monitor.say("a line of its own")
+    train(monitor, 2, 4)
+    monitor.close()
+    printed = capsys.readouterr().out
+    assert "a line of its own" in printed
+    assert "4/4" in printed
+    assert "loss 3.2500" in printed
+    assert "step 4/4  loss" not in printed
+    assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l"), "the cursor stays hidden"
+
+
+TWO_RANKS = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import torch
+from launch.distributed import Refusal, placement, start, stop
+from launch.flops import Rates
+from launch.monitor import Monitor
+
+place = placement(os.environ)
+start(place, "cpu", timedelta(minutes=1))
+monitor = Monitor(Path(sys.argv[1], str(place.rank)), 0, 2, 1, Rates(1, 1.0))
+monitor.add(torch.tensor(1.0 + place.rank), 4)
+monitor.write(0, 0.1, None)
+monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+monitor.text("name", "text")
+monitor.say(f"rank {place.rank} speaks")
+monitor.add(torch.tensor(1.0 if place.rank == 0 else float("nan")), 4)
+try:
+    monitor.write(1, 0.1, None)
+except Refusal:
+    Path(sys.argv[1], f"refused-{place.rank}").touch()
+monitor.close()
+stop()
+"""
+
+
+def test_losses_are_averaged_over_ranks_and_rank_0_writes(torchrun, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS)
+    finished = torchrun(2, script, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    (line,) = read_lines(tmp_path / "0")
+    assert line["train/loss"] == 1.5
+    assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0", "refused-0", "refused-1"}
+    assert "rank 0 speaks" in finished.stdout
+    assert "rank 1 speaks" not in finished.stdout

@@ -1,0 +1,112 @@
+"""What a configuration comes to on real shards, what does not fit them, and the command that says so."""
+
+import json
+import shutil
+
+import pytest
+
+from dataio.pack import PackOptions, pack
+from launch.plan import describe, image_options, make_plan, mix_options
+
+
+def test_the_numbers(configure):
+    config = configure("optimizer.global_batch=48", "optimizer.accumulation=2", "optimizer.epochs=5")
+    plan = make_plan(config, rank=2, ranks=3)
+    assert (plan.samples_per_epoch, len(plan.val), plan.classes) == (len(plan.train), 400 - len(plan.train), 10)
+    assert plan.steps == -(-5 * plan.samples_per_epoch // 48)
+    assert plan.schedule.warmup_steps == -(-4 * plan.samples_per_epoch // 480)  # 0.4 epochs
+    assert plan.schedule.peak == pytest.approx(4e-3 * 48 / 512)
+    assert (plan.batches.rank, plan.batches.ranks, plan.batches.batch) == (2, 3, 8)
+
+
+def test_more_outputs_than_classes_are_allowed(configure):
+    assert make_plan(configure("model.num_classes=12"), 0, 1).classes == 12
+
+
+def test_what_dataio_is_told(configure):
+    config = configure(
+        *("data.image_size=64", "data.eval_resize=short", "data.eval_crop_fraction=0.9", "data.interpolation=bilinear"),
+        *("data.crop_scale=[0.2, 0.9]", "data.crop_ratio=[0.5, 2]", "data.flip=0.25", "data.threads=3"),
+        *("data.prefetch=5", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.4, 0.5, 0.6]", "data.mixup=0.3"),
+        *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase=0.15"),
+    )
+    images, mixing = image_options(config.data), mix_options(config.data)
+    assert (images.size, images.eval_resize, images.crop_fraction) == (64, "short", 0.9)
+    assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
+    assert (images.flip_probability, images.threads, images.prefetch_batches) == (0.25, 3, 5)
+    assert (images.mean, images.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert (mixing.mixup, mixing.cutmix, mixing.probability) == (0.3, 0.7, 0.6)
+    assert (mixing.label_smoothing, mixing.erase_probability) == (0.05, 0.15)
+
+
+def test_a_batch_that_does_not_divide(configure):
+    config = configure("optimizer.global_batch=1000", "optimizer.accumulation=2")
+    message = "^global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008$"
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, 0, 8)
+
+
+def test_other_classes_in_validation(configure, shards, fashion_shards):
+    with pytest.raises(ValueError, match='class 0 is "Ankle_boot" in .*train and "astronaut" in .*photos; pack both'):
+        make_plan(configure(f"data.val={shards}"), 0, 1)
+
+
+@pytest.mark.parametrize("spared", ["train", "val"])
+def test_a_label_without_an_output(configure, fashion_shards, fashion, tmp_path, spared):
+    """In either folder: here one of them has no image of the classes beyond, which the other one has."""
+    few = tmp_path / "few"
+    for name in ("Ankle_boot", "Bag"):
+        shutil.copytree(fashion / name, few / name)
+    pack(few, tmp_path / "packed", PackOptions())
+    manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
+    manifest["classes"] = json.loads((fashion_shards / "val" / "manifest.json").read_text())["classes"]
+    (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest))
+    config = configure("model.num_classes=2", f"data.{spared}={tmp_path / 'packed'}")
+    message = "has 10 classes and label 9, the model has 2 outputs; set num_classes to 10"
+    with pytest.raises(ValueError, match=message):
+        make_plan(config, 0, 1)
+
+
+def test_no_shards(configure, tmp_path):
+    message = f"no manifest.json in {tmp_path}; write shards there with: python -m dataio.pack SOURCE {tmp_path}"
+    with pytest.raises(FileNotFoundError, match=message):
+        make_plan(configure(f"data.train={tmp_path}"), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.crop_scale=[0.9, 0.1]", r"crop_scale is \(0.9, 0.1\); use \(smallest, largest\) above 0, at most 1"),
+        ("data.crop_ratio=[2, 1]", r"crop_ratio is \(2.0, 1.0\); use \(smallest, largest\) above 0"),
+    ],
+)
+def test_a_range_that_is_none(configure, override, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure(override), 0, 1)
+
+
+def test_the_description(configure):
+    config = configure("optimizer.global_batch=64", "optimizer.epochs=16", "engine.zero_stage=2")
+    plan = make_plan(config, 0, 2)
+    described = describe(config, plan)
+    assert described["model"] == "polaformerpp_b0, 10 classes, 32² pixels"
+    assert described["training images"] == f"{len(plan.train)} in 1 shards"
+    assert described["batch"] == "64 = 2 ranks × 1 accumulation × 32"
+    assert described["engine"] == "ZeRO-2, fp32"
+    start, peak, last = map(float, described["learning rate"].split(" → "))
+    assert (start, peak) == (pytest.approx(1e-5 / 8, rel=1e-2), 4e-3 / 8)
+    assert 2e-5 / 8 < last < 0.01 * peak
+
+
+def test_the_command(command, fashion_shards, tmp_path):
+    places = f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}"
+    plan = "-m", "launch.plan", "--config", "configs/quickstart.yaml", "--ranks", 4, *places
+    finished = command(*plan, f"output={tmp_path / 'run'}", "optimizer.global_batch=32")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert "32 = 4 ranks × 1 accumulation × 8" in finished.stdout
+    assert "polaformerpp_b0, 10 classes, 32² pixels" in finished.stdout
+    assert not (tmp_path / "run").exists()
+
+    refused = command(*plan, "optimizer.global_batch=30")
+    message = "error: global batch 30 is not divisible by 4 ranks × 1 accumulation; use 28 or 32\n"
+    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", message)

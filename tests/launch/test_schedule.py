@@ -1,0 +1,117 @@
+"""The learning rate of every step against timm's scheduler, and intervals of epochs that end exactly once."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from timm.scheduler import CosineLRScheduler
+
+from launch.config import OptimizerSection
+from launch.schedule import ends_interval, lr_at, make_schedule
+
+SAMPLES = 1000
+
+
+def rates(optimizer: OptimizerSection) -> list[float]:
+    schedule = make_schedule(optimizer, SAMPLES)
+    return [lr_at(step, schedule) for step in range(schedule.steps)]
+
+
+def timms_rates(optimizer: OptimizerSection) -> list[float]:
+    """The same as the official recipe has them: timm's cosine by steps, after the warm-up."""
+    schedule = make_schedule(optimizer, SAMPLES)
+    scale = optimizer.global_batch / 512
+    timms = CosineLRScheduler(
+        torch.optim.SGD([torch.zeros(1)], lr=optimizer.lr * scale),
+        t_initial=schedule.steps - schedule.warmup_steps,
+        lr_min=optimizer.min_lr * scale,
+        warmup_t=schedule.warmup_steps,
+        warmup_lr_init=optimizer.warmup_lr * scale,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
+    return [timms._get_lr(step)[0] for step in range(schedule.steps)]
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSection(),
+        OptimizerSection(global_batch=512, epochs=30, warmup_epochs=2.5, warmup_lr=0, min_lr=0),
+        OptimizerSection(global_batch=96, epochs=0.7, warmup_epochs=0.1),
+        OptimizerSection(global_batch=100, epochs=3, warmup_epochs=0),
+    ],
+    ids=["defaults", "from nothing to nothing", "less than an epoch", "no warm-up"],
+)
+def test_every_step_has_timms_rate(optimizer):
+    assert rates(optimizer) == pytest.approx(timms_rates(optimizer), rel=1e-12, abs=1e-20)
+
+
+def test_beginning_turn_and_end():
+    optimizer = OptimizerSection(global_batch=512, epochs=40, warmup_epochs=4)
+    schedule = make_schedule(optimizer, 5120)
+    assert (schedule.warmup_steps, schedule.steps) == (40, 400)
+    assert lr_at(0, schedule) == optimizer.warmup_lr
+    assert lr_at(40, schedule) == optimizer.lr
+    assert lr_at(40 + 360 // 2, schedule) == pytest.approx((optimizer.lr + optimizer.min_lr) / 2)
+    assert lr_at(400, schedule) == pytest.approx(optimizer.min_lr)
+    assert lr_at(399, schedule) == pytest.approx(optimizer.min_lr, rel=1e-3)
+    assert lr_at(399, schedule) > optimizer.min_lr
+
+
+def test_it_rises_and_then_falls():
+    optimizer = OptimizerSection(global_batch=64, epochs=10, warmup_epochs=2)
+    warmup_steps = make_schedule(optimizer, SAMPLES).warmup_steps
+    all_rates = rates(optimizer)
+    assert len(all_rates) == math.ceil(10 * SAMPLES / 64)
+    rising, falling = all_rates[: warmup_steps + 1], all_rates[warmup_steps:]
+    assert rising == sorted(set(rising))
+    assert falling == sorted(set(falling), reverse=True)
+
+
+def test_rates_grow_with_the_batch():
+    small, large = (make_schedule(OptimizerSection(global_batch=batch), SAMPLES) for batch in (512, 2048))
+    assert (small.start, small.peak, small.floor) == (1e-7, 5e-4, 1e-5)
+    assert (large.start, large.peak, large.floor) == pytest.approx((4e-7, 2e-3, 4e-5))
+
+
+def test_a_part_of_a_step_is_a_step():
+    schedule = make_schedule(OptimizerSection(global_batch=64, epochs=1, warmup_epochs=0.1), SAMPLES)
+    assert (schedule.steps, schedule.warmup_steps) == (16, 2)  # 15.6 and 1.6
+
+
+def test_a_run_shorter_than_its_warm_up_has_rates():
+    optimizer = OptimizerSection(global_batch=1000, epochs=1, warmup_epochs=0.9)
+    assert rates(optimizer) == [optimizer.warmup_lr * 1000 / 512]
+
+
+@given(
+    samples=st.integers(1, 5000),
+    global_batch=st.integers(1, 3000),
+    epochs=st.floats(0.01, 20),
+    steps=st.integers(1, 400),
+)
+def test_an_interval_ends_in_the_step_that_completes_it(samples, global_batch, epochs, steps):
+    interval = epochs * samples
+    ends = {step for step in range(steps) if ends_interval(step, global_batch, interval)}
+    completed = math.floor(Fraction(steps * global_batch) / Fraction(interval))
+    first_steps = {
+        math.ceil(number * Fraction(interval) / global_batch) - 1 for number in range(1, min(completed, 10 * steps) + 1)
+    }
+    if completed <= 10 * steps:
+        assert ends == first_steps  # of several that end in one step, each is in it
+    if interval >= global_batch:
+        assert len(ends) == completed
+
+
+def test_an_epoch_that_does_not_divide_ends_inside_a_step():
+    """10 images in steps of 4: epochs end after 10, 20 and 30 images, in steps 2, 4 and 7, counted from 0."""
+    assert [step for step in range(8) if ends_interval(step, 4, 10)] == [2, 4, 7]
+    assert [step for step in range(8) if ends_interval(step, 4, 0.5 * 10)] == [1, 2, 3, 4, 6, 7]
+
+
+def test_intervals_shorter_than_a_step_end_in_every_step():
+    assert all(ends_interval(step, 64, 10) for step in range(20))

@@ -1,0 +1,248 @@
+"""The story of a run with real launchers: it trains, goes on after a kill as if nothing had been, or says why not."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataio.pack import PackOptions, pack
+from launch import checkpoint
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/quickstart.yaml"
+RECORDED_RUN = str(Path(__file__).with_name("recorded_run.py"))
+TRAIN = "launch/train.py"
+STEPS = 20  # of the runs below
+FINAL = f"step-{STEPS:08d}"
+
+
+def overrides(shards: Path, output: Path, *more: str) -> list[str]:
+    """A run of STEPS steps over 2 epochs on CPU, with everything on that draws random numbers."""
+    return [
+        *("--config", CONFIG, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={output}"),
+        *("optimizer.epochs=2", "optimizer.global_batch=32", "optimizer.accumulation=2"),
+        *("model.drop_path_rate=0.1", "data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.25", "data.threads=1"),
+        *("checkpoint.every_epochs=0.4", "log.every_steps=1", *more),
+    ]
+
+
+def kill_in_the_middle(arguments: list[str], folder: Path) -> Path:
+    """Starts a run on 2 ranks, kills all of it once it has a checkpoint, and returns the newest one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(folder.with_suffix(".log"), "w") as log:
+        process = psutil.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
+        deadline = time.monotonic() + 180
+        while not (folder / "checkpoints" / "latest").exists():
+            assert process.poll() is None, log.name
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for doomed in (process, *process.children(recursive=True)):
+            doomed.kill()
+        process.wait(timeout=30)
+    newest, _ = checkpoint.newest(folder / "checkpoints")
+    return newest
+
+
+def records(path: Path) -> dict[int, list[int]]:
+    """Samples by position, over both ranks; after a kill some positions come twice, and must come alike."""
+    seen: dict[int, list[int]] = {}
+    for rank in (0, 1):
+        for line in Path(f"{path}-{rank}.jsonl").read_text().splitlines():
+            entry = json.loads(line)
+            assert seen.setdefault(entry["position"], entry["samples"]) == entry["samples"]
+    return seen
+
+
+def metrics(folder: Path) -> list[dict]:
+    """What a run measured of its training, without its speed."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in lines]
+
+
+def assert_equal_tree(left, right, where: str) -> None:
+    assert type(left) is type(right), where
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal_tree(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for number, pair in enumerate(zip(left, right, strict=True)):
+            assert_equal_tree(*pair, f"{where}[{number}]")
+    elif isinstance(left, str | int | float | bool | None):
+        assert left == right, where
+
+
+@pytest.fixture
+def refusal(command):
+    """Returns a function: the message with which launch/train.py refuses these arguments, on one rank."""
+
+    def refuse(arguments: list[str]) -> str:
+        finished = command(TRAIN, *arguments)
+        assert finished.returncode == 2, finished.stderr
+        assert "Traceback" not in finished.stderr
+        return finished.stderr.partition("error: ")[2].strip()
+
+    return refuse
+
+
+@pytest.fixture(scope="module")
+def runs(torchrun, fashion_shards, tmp_path_factory) -> dict[str, Any]:
+    """The same run twice on 2 ranks: once in one go, once killed in the middle and started again."""
+    folder = tmp_path_factory.mktemp("runs")
+    whole, killed = (
+        [RECORDED_RUN, str(folder / f"{name}-record"), *overrides(fashion_shards, folder / name)]
+        for name in ("whole", "killed")
+    )
+    finished = torchrun(2, *whole)
+    assert finished.returncode == 0, finished.stderr
+    resumed_from = kill_in_the_middle(killed, folder / "killed")
+    state = checkpoint.read_state(resumed_from)
+    assert 0 < state.step < STEPS
+    finished = torchrun(2, *killed)
+    assert finished.returncode == 0, finished.stderr
+    assert f"goes on from {resumed_from}" in finished.stdout
+    return {"whole": folder / "whole", "killed": folder / "killed", "state": state}
+
+
+def test_it_was_killed_in_the_middle_of_an_epoch(runs, fashion_shards):
+    samples = json.loads((fashion_shards / "train" / "manifest.json").read_text())["samples"]
+    assert runs["state"].loader["samples_seen"] % samples
+
+
+@pytest.mark.parametrize("file", [checkpoint.MODEL_NAME, checkpoint.EMA_NAME])
+def test_weights_and_buffers_are_bit_identical(runs, file):
+    whole, killed = (load_file(runs[name] / "checkpoints" / FINAL / file) for name in ("whole", "killed"))
+    assert any(name.endswith("running_mean") for name in whole)
+    assert_equal_tree(whole, killed, file)
+
+
+def test_optimizer_state_is_bit_identical(runs):
+    folders = [runs[name] / "checkpoints" / FINAL / "engine" for name in ("whole", "killed")]
+    files = sorted(path.name for path in folders[0].iterdir())
+    assert len([name for name in files if "optim_states" in name]) == 2  # one a rank
+    for name in files:
+        assert_equal_tree(*(torch.load(folder / name, weights_only=False) for folder in folders), name)
+
+
+def test_losses_rates_and_scores_are_equal(runs):
+    whole, killed = metrics(runs["whole"]), metrics(runs["killed"])
+    assert len([line for line in whole if "train/loss" in line]) == STEPS
+    assert whole == killed
+
+
+def test_samples_are_equal_and_each_epoch_is_whole(runs, fashion_shards):
+    whole, killed = (records(Path(f"{runs[name]}-record")) for name in ("whole", "killed"))
+    steps = {position: samples for position, samples in whole.items() if position < STEPS * 32}
+    assert steps == {position: samples for position, samples in killed.items() if position < STEPS * 32}
+    order = [sample for position in sorted(steps) for sample in steps[position]]
+    count = json.loads((fashion_shards / "train" / "manifest.json").read_text())["samples"]
+    assert sorted(order[:count]) == list(range(count))
+
+
+def test_only_the_newest_checkpoints_are_kept(runs):
+    folder = runs["whole"] / "checkpoints"
+    names = sorted(path.name for path in folder.glob("step-*"))
+    best = (folder / "best").read_text().strip()
+    assert (folder / "latest").read_text().strip() == names[-1] == FINAL
+    assert best in names
+    assert len(set(names) - {best}) in (2, 3)
+    assert not list(folder.glob(".step*"))
+
+
+def test_started_again_a_finished_run_does_nothing(torchrun, runs, fashion_shards):
+    before = sorted((runs["whole"] / "checkpoints").iterdir())
+    arguments = overrides(fashion_shards, runs["whole"])
+    finished = torchrun(2, TRAIN, *arguments)
+    assert finished.returncode == 0
+    assert f"trained for {STEPS} steps" in finished.stdout
+    assert sorted((runs["whole"] / "checkpoints").iterdir()) == before
+
+
+def test_another_number_of_ranks_is_refused(refusal, runs, fashion_shards):
+    message = refusal(overrides(fashion_shards, runs["whole"]))
+    assert "the run's checkpoint has number of ranks 2, this start has 1" in message
+
+
+def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, fashion_shards, tmp_path):
+    """Two ranks of the deepspeed command; an EMA with decay 0 is the weights themselves, buffers included."""
+    arguments = overrides(
+        fashion_shards, tmp_path, "engine.precision=bf16", "optimizer.ema_decay=0", "optimizer.epochs=1"
+    )
+    finished = command("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", TRAIN, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    newest, _ = checkpoint.newest(tmp_path / "checkpoints")
+    model, average = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    assert all(value.dtype in (torch.float32, torch.int64) for value in model.values())
+    assert_equal_tree(model, average, "weights")
+    assert all(torch.isfinite(value).all() for value in model.values())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_resumes(torchrun, fashion_shards, tmp_path, stage):
+    staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "log.eval_every_epochs=9"
+    whole = overrides(fashion_shards, tmp_path / "whole", *staged)
+    assert torchrun(2, TRAIN, *whole).returncode == 0
+    folder = tmp_path / "whole" / "checkpoints"
+    final = load_file(folder / FINAL / checkpoint.EMA_NAME)
+    for later in sorted(folder.glob("step-*"))[1:]:  # as if it had been killed before them
+        later.rename(tmp_path / later.name)
+    finished = torchrun(2, TRAIN, *whole)
+    assert finished.returncode == 0, finished.stderr
+    assert "goes on from" in finished.stdout
+    assert_equal_tree(load_file(folder / FINAL / checkpoint.EMA_NAME), final, "ema")
+
+
+def test_one_message_for_all_ranks(torchrun, fashion_shards, tmp_path):
+    finished = torchrun(2, TRAIN, *overrides(fashion_shards, tmp_path, "optimizer.lrr=1"))
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: unknown key optimizer.lrr; did you mean lr?") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_data_set_on_resume(torchrun, fashion, fashion_shards, runs, tmp_path):
+    pack(fashion, tmp_path / "train", PackOptions(hold_out=25, part="kept", seed=1))
+    arguments = overrides(fashion_shards, runs["whole"], f"data.train={tmp_path / 'train'}")
+    finished = torchrun(2, TRAIN, *arguments)
+    assert finished.stderr.count("the run began on a data set with manifest") == 1
+
+
+def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
+    arguments = overrides(fashion_shards, runs["whole"], "model.name=polaformerpp_b1")
+    finished = torchrun(2, TRAIN, *arguments)
+    wanted = "error: the run's checkpoint has model polaformerpp_b0, this start has polaformerpp_b1"
+    assert finished.stderr.count(wanted) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.global_batch=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
+        ("optimizer.global_batch=30", "a batch of 15 images per rank cannot be mixed in pairs"),
+        ("model.num_classes=4", "has 10 classes and label 9, the model has 4 outputs"),
+        ("model.kernels=required", "model.kernels=required, but this installation has no compiled"),
+        ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
+        ("model.weights=nothing.pth", "no weights at nothing.pth"),
+    ],
+)
+def test_what_cannot_work_is_refused(refusal, fashion_shards, tmp_path, override, message):
+    assert message in refusal(overrides(fashion_shards, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_shard_is_refused(refusal, fashion, tmp_path):
+    pack(fashion, tmp_path / "train", PackOptions())
+    shard = tmp_path / "train" / "shard-000000.tar"
+    os.truncate(shard, shard.stat().st_size - 1024)
+    message = refusal(overrides(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}"))
+    assert f"{shard} has {shard.stat().st_size} bytes where the manifest says" in message
