@@ -6,7 +6,6 @@ it was; `start` brings the rest to the one form that DeepSpeed and torch expect 
 """
 
 import os
-import re
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -24,13 +23,12 @@ _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 @dataclass(frozen=True)
 class Placement:
-    """One of `ranks` processes, `ranks_here` of them on its host; `rank` and `local_rank` count from 0."""
+    """One of `ranks` processes; `rank` counts them all from 0, `local_rank` those on its host."""
 
     rank: int
     local_rank: int
     ranks: int
-    ranks_here: int
-    launcher: str  # "torchrun", "deepspeed", "srun" or "python"
+    launcher: str  # "environment" (torchrun, deepspeed), "srun", or "python": started by hand
 
 
 def placement(environ: Mapping[str, str]) -> Placement:
@@ -43,28 +41,25 @@ def placement(environ: Mapping[str, str]) -> Placement:
     Raises ValueError if some of a launcher's variables are missing, are no numbers, or contradict each other.
     """
     if not environ.keys().isdisjoint({"RANK", "LOCAL_RANK", "WORLD_SIZE"}):
-        by_deepspeed = "LOCAL_SIZE" in environ and "LOCAL_WORLD_SIZE" not in environ
         place = Placement(
             rank=_number(environ, "RANK"),
             local_rank=_number(environ, "LOCAL_RANK"),
             ranks=_number(environ, "WORLD_SIZE"),
-            ranks_here=_number(environ, "LOCAL_SIZE" if by_deepspeed else "LOCAL_WORLD_SIZE"),
-            launcher="deepspeed" if by_deepspeed else "torchrun",
+            launcher="environment",
         )
     elif "SLURM_STEP_NUM_TASKS" in environ:
         place = Placement(
             rank=_number(environ, "SLURM_PROCID"),
             local_rank=_number(environ, "SLURM_LOCALID"),
             ranks=_number(environ, "SLURM_STEP_NUM_TASKS"),
-            ranks_here=_tasks_on_node(environ),
             launcher="srun",
         )
     else:
-        place = Placement(rank=0, local_rank=0, ranks=1, ranks_here=1, launcher="python")
-    if not (place.rank < place.ranks and place.local_rank < place.ranks_here <= place.ranks):
+        place = Placement(rank=0, local_rank=0, ranks=1, launcher="python")
+    if not (place.rank < place.ranks and place.local_rank <= place.rank):
         raise ValueError(
-            f"the environment says rank {place.rank} of {place.ranks} and local rank {place.local_rank} of"
-            f" {place.ranks_here}, which cannot be; {_REMEDY}"
+            f"the environment says rank {place.rank} of {place.ranks} and local rank {place.local_rank}, which cannot"
+            f" be; {_REMEDY}"
         )
     return place
 
@@ -75,17 +70,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if not environ[name].isdecimal():
         raise ValueError(f'{name} is "{environ[name]}", which is not a number; {_REMEDY}')
     return int(environ[name])
-
-
-def _tasks_on_node(environ: Mapping[str, str]) -> int:
-    """This node's entry in SLURM_STEP_TASKS_PER_NODE, where `8(x2),4` stands for 8, 8, 4."""
-    node, listed = _number(environ, "SLURM_NODEID"), environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    tasks = []
-    for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", listed):
-        tasks += [int(count)] * int(nodes or 1)
-    if node >= len(tasks):
-        raise ValueError(f'SLURM_NODEID is {node} but SLURM_STEP_TASKS_PER_NODE is "{listed}"; {_REMEDY}')
-    return tasks[node]
 
 
 def start(place: Placement, device_type: str, timeout: timedelta) -> torch.device:
@@ -136,7 +120,7 @@ def _select_device(place: Placement, device_type: str) -> torch.device:
     index = 0 if place.launcher == "srun" and visible == 1 else place.local_rank
     if index >= visible:
         raise RuntimeError(
-            f"local rank {place.local_rank} of {place.ranks_here} has no GPU, {visible} are visible to it;"
+            f"local rank {place.local_rank} has no GPU, {visible} are visible to it;"
             f" start one rank per GPU, or choose the CPU"
         )
     device = torch.device("cuda", index)
@@ -146,7 +130,7 @@ def _select_device(place: Placement, device_type: str) -> torch.device:
 
 def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
-    if place.launcher in ("torchrun", "deepspeed"):
+    if place.launcher == "environment":
         return {}
     if place.ranks == 1:  # what the environment may hold was meant for other processes
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -188,7 +172,10 @@ def together() -> Iterator[None]:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
-    met = {text: rank for rank, text in reversed(list(enumerate(faults))) if text is not None}
+    met: dict[str, int] = {}  # the first rank of each
+    for rank, text in enumerate(faults):
+        if text is not None:
+            met.setdefault(text, rank)
     if met:
         everywhere = len(met) == 1 and None not in faults
         raise Refusal("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in met.items()))

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
-from itertools import zip_longest
 from pathlib import Path
 
 import timm
@@ -120,10 +119,11 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         card = make_card(arguments.model, manifest.classes, ImageOptions())
     if arguments.model not in (None, card.model):
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
-    for label, (trained, packed) in enumerate(zip_longest(card.classes, manifest.classes)):
+    for label, packed in enumerate(manifest.classes):  # the model may have further outputs
+        trained = card.classes[label] if label < len(card.classes) else "missing"
         if trained != packed:
             raise ValueError(
-                f"class {label} is {trained or 'missing'} in {path} and {packed or 'missing'} in {manifest.folder};"
+                f"class {label} is {trained} in {path} and {packed} in {manifest.folder};"
                 " give data with the classes of the training"
             )
     if arguments.image_size is None:

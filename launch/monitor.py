@@ -71,7 +71,7 @@ class Monitor:
     def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None) -> None:
         """Averages what was added since the last call over steps and ranks, and writes it. Every rank calls it.
 
-        Raises Refusal on every rank if the loss is not finite.
+        Raises Refusal on every rank if the loss or the gradient's norm is not finite.
         """
         loss = torch.stack(self._losses).mean()
         dist.all_reduce(loss)
@@ -89,10 +89,11 @@ class Monitor:
             "memory/peak_gib": _peak_memory() / 2**30,
         }
         self._losses, self._waited, self._images = [], 0.0, 0
-        if not math.isfinite(mean_loss):
+        norm = scalars["train/gradient_norm"]
+        if not math.isfinite(mean_loss) or not math.isfinite(norm or 0.0):
             raise Refusal(
-                f"the loss is {mean_loss} at step {step + 1}; lower optimizer.lr or set optimizer.clip, and start"
-                " again: the last checkpoint is from before"
+                f"the loss is {mean_loss} and the gradient's norm {norm} at step {step + 1}; lower optimizer.lr or set"
+                " optimizer.clip, and start again: the last checkpoint is from before"
             )
         self.scalars(step + 1, scalars)
         self.say(

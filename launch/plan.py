@@ -27,8 +27,12 @@ class Plan:
     batches: TrainPlan  # how a step's samples are dealt to ranks and micro-steps
     images: ImageOptions
     mixing: MixOptions
-    classes: int
+    class_names: tuple[str, ...]  # one for each output of the model
     schedule: Schedule
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
 
     @property
     def steps(self) -> int:
@@ -53,7 +57,8 @@ def make_plan(config: Config, rank: int, ranks: int) -> Plan:
     for manifest in (train, val):
         check_labels(manifest, classes)
     images, mixing = image_options(config.data), mix_options(config.data)
-    return Plan(train, val, batches, images, mixing, classes, make_schedule(optimizer, len(train)))
+    names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
+    return Plan(train, val, batches, images, mixing, names, make_schedule(optimizer, len(train)))
 
 
 def image_options(data: DataSection) -> ImageOptions:

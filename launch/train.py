@@ -8,6 +8,7 @@ Started again with the same command, a run goes on from its newest whole checkpo
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -45,12 +46,17 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
     except (ValueError, OSError) as error:
         return refuse(error, rank)
-    device = start(place, default_device_type(), timedelta(minutes=config.engine.timeout_minutes))
+    try:
+        device = start(place, default_device_type(), timedelta(minutes=config.engine.timeout_minutes))
+    except RuntimeError as error:  # of this rank alone: there is no group yet
+        return refuse(error, rank=0)
     try:
         with together():
             plan = make_plan(config, rank, place.ranks)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
-        train(prepare(config, plan, device), augment)
+        run = prepare(config, plan, device)
+        with contextlib.closing(run.monitor):
+            train(run, augment)
     except Refusal as refusal:
         return refuse(refusal, rank)
     finally:
@@ -79,14 +85,14 @@ def train(run: "Run", augment: Augment) -> None:
 
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
-        if monitor.due(step):
+        saving = is_due(step, config.checkpoint.every_epochs, plan)
+        if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss is lost
             monitor.write(step, lr, engine.get_global_grad_norm())  # the only host synchronisation
         if is_due(step, config.log.eval_every_epochs, plan):
             run.evaluate(step)
-        if is_due(step, config.checkpoint.every_epochs, plan):
+        if saving:
             run.save(step)
     monitor.say(f"trained for {plan.steps} steps; {config.output} holds the run")
-    monitor.close()
 
 
 @dataclass
@@ -125,7 +131,7 @@ class Run:
         best_top1 = max(self.top1, self.state.best_top1)
         is_best = self.top1 > self.state.best_top1
         self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
-        card = make_card(self.config.model.name, self.plan.train.classes, self.plan.images)
+        card = make_card(self.config.model.name, self.plan.class_names, self.plan.images)
         saved = checkpoint.save(checkpoints_of(self.config), self.engine, self.average, self.state, card.metadata())
         checkpoint.retain(saved, is_best, self.config.checkpoint.keep)
         self.monitor.skip_time()

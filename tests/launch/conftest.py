@@ -9,12 +9,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from launch.config import Config, load_config
 from launch.distributed import placement, start, stop
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+SMALL_RUN = """
+model: {name: polaformerpp_b0, drop_path_rate: 0.0}
+data:
+  image_size: 32
+  crop_scale: [0.6, 1.0]
+  eval_crop_fraction: 1.0
+  mean: [0.286, 0.286, 0.286]
+  std: [0.353, 0.353, 0.353]
+  mixup: 0.0
+  cutmix: 0.0
+  threads: 1
+optimizer: {epochs: 4, global_batch: 16, lr: 1.6e-2, warmup_lr: 1.0e-5, warmup_epochs: 0.4, ema_decay: 0.8}
+engine: {precision: fp32}
+checkpoint: {every_epochs: 2}
+log: {eval_every_epochs: 2}
+"""
 _OF_LAUNCHERS = ("SLURM_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
 
 
@@ -58,22 +74,26 @@ def torchrun(command) -> Callable[..., subprocess.CompletedProcess]:
     )
 
 
+@pytest.fixture(scope="session")
+def small_config(fashion_shards, tmp_path_factory) -> Path:
+    """A file that configures a run of b0 on `fashion_shards`, all but its output."""
+    tree = yaml.safe_load(SMALL_RUN)
+    tree["data"] |= {part: str(fashion_shards / part) for part in ("train", "val")}
+    path = tmp_path_factory.mktemp("configs") / "small.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 @pytest.fixture
-def configure(fashion_shards, tmp_path) -> Callable[..., Config]:
-    """Returns a function: overrides → the quickstart's configuration, on `fashion_shards`."""
-    places = [f"data.{part}={fashion_shards / part}" for part in ("train", "val")]
-    return lambda *overrides: load_config(QUICKSTART, [*places, f"output={tmp_path / 'run'}", *overrides])
+def configure(small_config, tmp_path) -> Callable[..., Config]:
+    """Returns a function: overrides → the small run's configuration."""
+    return lambda *overrides: load_config(small_config, [f"output={tmp_path / 'run'}", *overrides])
 
 
 @pytest.fixture(scope="session")
-def trained_run(fashion_shards, command, tmp_path_factory) -> Path:
-    """The folder of a real run of b0: four epochs of `fashion_shards` at 32×32 pixels on one rank."""
+def trained_run(small_config, command, tmp_path_factory) -> Path:
+    """The folder of that run: four epochs on one rank, two checkpoints."""
     output = tmp_path_factory.mktemp("run") / "b0"
-    finished = command(
-        *("launch/train.py", "--config", QUICKSTART, f"output={output}"),
-        *(f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", "data.threads=1"),
-        *("optimizer.epochs=4", "optimizer.global_batch=16", "optimizer.lr=1.6e-2", "optimizer.ema_decay=0.8"),
-        *("log.eval_every_epochs=2", "checkpoint.every_epochs=2"),
-    )
+    finished = command("launch/train.py", "--config", small_config, f"output={output}")
     assert finished.returncode == 0, finished.stderr
     return output

@@ -16,22 +16,20 @@ ROOT = Path(__file__).parents[2]
 REPORT_RANK = Path(__file__).with_name("report_rank.py")
 MINUTE = timedelta(minutes=1)
 
-TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-DEEPSPEED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4", "CROSS_RANK": "1"}
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+DEEPSPEED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "CROSS_RANK": "1"}
 # As Slurm 22.05 sets them, for the third of four nodes.
-BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "24", "SLURM_JOB_ID": "7"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "24", "SLURM_JOB_ID": "7"}
 SALLOC = {"SLURM_NTASKS": "24", "SLURM_NPROCS": "24", "SLURM_JOB_ID": "7", "SLURM_TASKS_PER_NODE": "8(x2),4(x2)"}
 STEP = {
     "SLURM_PROCID": "17",
     "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "2",
     "SLURM_NTASKS": "24",
     "SLURM_STEP_NUM_TASKS": "24",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2),4(x2)",
     "SLURM_JOB_ID": "7",
 }
 # An salloc shell on a cluster with use_interactive_step: a step of one task, in an allocation of more.
-INTERACTIVE = STEP | BATCH | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}
+INTERACTIVE = STEP | BATCH | {"SLURM_STEP_NUM_TASKS": "1"}
 
 REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
 
@@ -39,17 +37,16 @@ REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these
 @pytest.mark.parametrize(
     ("environ", "place"),
     [
-        ({"PATH": "/usr/bin"}, Placement(0, 0, 1, 1, "python")),
-        (TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
-        (DEEPSPEED, Placement(5, 1, 8, 4, "deepspeed")),
-        (STEP, Placement(17, 1, 24, 4, "srun")),
-        (STEP | {"SLURM_PROCID": "9", "SLURM_NODEID": "1"}, Placement(9, 1, 24, 8, "srun")),
-        (BATCH, Placement(0, 0, 1, 1, "python")),
-        (SALLOC, Placement(0, 0, 1, 1, "python")),
-        (INTERACTIVE, Placement(0, 0, 1, 1, "srun")),
-        (BATCH | DEEPSPEED, Placement(5, 1, 8, 4, "deepspeed")),
-        (STEP | TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
-        (DEEPSPEED | TORCHRUN, Placement(5, 1, 8, 4, "torchrun")),
+        ({"PATH": "/usr/bin"}, Placement(0, 0, 1, "python")),
+        (TORCHRUN, Placement(5, 1, 8, "environment")),
+        (DEEPSPEED, Placement(5, 1, 8, "environment")),
+        (STEP, Placement(17, 1, 24, "srun")),
+        (BATCH, Placement(0, 0, 1, "python")),
+        (SALLOC, Placement(0, 0, 1, "python")),
+        (INTERACTIVE, Placement(0, 0, 1, "srun")),
+        (BATCH | DEEPSPEED, Placement(5, 1, 8, "environment")),
+        (STEP | TORCHRUN, Placement(5, 1, 8, "environment")),
+        (DEEPSPEED | TORCHRUN, Placement(5, 1, 8, "environment")),
     ],
 )
 def test_each_launcher_is_read(environ, place):
@@ -68,11 +65,8 @@ def without(environ, name):
         ({"LOCAL_RANK": "0"}, "RANK is not set although other variables of a launcher are"),
         (TORCHRUN | {"RANK": "-1"}, 'RANK is "-1", which is not a number'),
         (TORCHRUN | {"WORLD_SIZE": ""}, 'WORLD_SIZE is "", which is not a number'),
-        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8 and local rank 1 of 4, which cannot be"),
-        (DEEPSPEED | {"LOCAL_RANK": "4"}, "rank 5 of 8 and local rank 4 of 4, which cannot be"),
-        (TORCHRUN | {"LOCAL_WORLD_SIZE": "9"}, "rank 5 of 8 and local rank 1 of 9, which cannot be"),
-        (STEP | {"SLURM_NODEID": "4"}, 'SLURM_NODEID is 4 but SLURM_STEP_TASKS_PER_NODE is "8(x2),4(x2)"'),
-        (without(STEP, "SLURM_STEP_TASKS_PER_NODE"), 'SLURM_NODEID is 2 but SLURM_STEP_TASKS_PER_NODE is ""'),
+        (TORCHRUN | {"RANK": "8"}, "rank 8 of 8 and local rank 1, which cannot be"),
+        (DEEPSPEED | {"LOCAL_RANK": "6"}, "rank 5 of 8 and local rank 6, which cannot be"),
     ],
 )
 def test_half_set_and_contradicting_variables_are_refused(environ, fault):
@@ -86,8 +80,8 @@ def test_another_device_type_is_refused():
 
 
 def test_a_rank_without_a_gpu_is_refused():
-    place = Placement(rank=900, local_rank=900, ranks=1000, ranks_here=1000, launcher="torchrun")
-    with pytest.raises(RuntimeError, match="local rank 900 of 1000 has no GPU, .*; start one rank per GPU"):
+    place = Placement(rank=900, local_rank=900, ranks=1000, launcher="environment")
+    with pytest.raises(RuntimeError, match="local rank 900 has no GPU, .*; start one rank per GPU"):
         start(place, "cuda", MINUTE)
 
 
@@ -96,7 +90,7 @@ def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_pa
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[07-09]")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RuntimeError, match=r"the first host of gpu\[07-09\] is unknown .*; export its name as MASTER"):
-        start(Placement(0, 0, 3, 1, "srun"), "cpu", MINUTE)
+        start(Placement(0, 0, 3, "srun"), "cpu", MINUTE)
 
 
 def clean_environment(folder, **more):
@@ -141,8 +135,8 @@ def test_two_ranks_meet(launcher, tmp_path):
     ranks = report_ranks(launcher_command(launcher, 2), "cpu", tmp_path, environ)
     assert len(ranks) == 2
     for rank, found in enumerate(ranks):
-        assert (found["rank"], found["local_rank"], found["ranks"], found["ranks_here"]) == (rank, rank, 2, 2)
-        assert (found["launcher"], found["group"], found["sum"]) == (launcher, [rank, 2], 3.0)
+        assert (found["rank"], found["local_rank"], found["ranks"]) == (rank, rank, 2)
+        assert (found["launcher"], found["group"], found["sum"]) == ("environment", [rank, 2], 3.0)
         assert (found["device"], found["backend"]) == ("cpu", "gloo")
 
 

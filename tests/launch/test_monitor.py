@@ -173,15 +173,15 @@ def test_later_and_half_lines_are_dropped(tmp_path, cut):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_refused(alone, tmp_path, loss):
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss, norm):
     monitor = Monitor(tmp_path, 0, 9, 1, RATES)
     for value in (1.0, loss):
         monitor.add(torch.tensor(value), 4)
     with pytest.raises(
-        Refusal, match=f"^the loss is {loss} at step 3; lower optimizer.lr or set optimizer.clip, and start again"
+        Refusal, match=f"^the loss is {loss} and the gradient's norm {norm} at step 3; lower optimizer.lr or set"
     ):
-        monitor.write(2, 0.1, 1.0)
+        monitor.write(2, 0.1, norm)
     monitor.close()
     assert read_lines(tmp_path) == []
 

@@ -15,7 +15,7 @@ def test_the_numbers(configure):
     assert (plan.samples_per_epoch, len(plan.val), plan.classes) == (len(plan.train), 400 - len(plan.train), 10)
     assert plan.steps == -(-5 * plan.samples_per_epoch // 48)
     assert plan.schedule.warmup_steps == -(-4 * plan.samples_per_epoch // 480)  # 0.4 epochs
-    assert plan.schedule.peak == pytest.approx(4e-3 * 48 / 512)
+    assert plan.schedule.peak == pytest.approx(1.6e-2 * 48 / 512)
     assert (plan.batches.rank, plan.batches.ranks, plan.batches.batch) == (2, 3, 8)
 
 
@@ -94,14 +94,13 @@ def test_the_description(configure):
     assert described["batch"] == "64 = 2 ranks × 1 accumulation × 32"
     assert described["engine"] == "ZeRO-2, fp32"
     start, peak, last = map(float, described["learning rate"].split(" → "))
-    assert (start, peak) == (pytest.approx(1e-5 / 8, rel=1e-2), 4e-3 / 8)
-    assert 2e-5 / 8 < last < 0.01 * peak
+    assert (start, peak) == (pytest.approx(1e-5 / 8, rel=1e-2), 1.6e-2 / 8)
+    assert 1e-5 / 8 < last < 0.01 * peak
 
 
-def test_the_command(command, fashion_shards, tmp_path):
-    places = f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}"
-    plan = "-m", "launch.plan", "--config", "configs/quickstart.yaml", "--ranks", 4, *places
-    finished = command(*plan, f"output={tmp_path / 'run'}", "optimizer.global_batch=32")
+def test_the_command(command, small_config, tmp_path):
+    plan = "-m", "launch.plan", "--config", small_config, "--ranks", 4, f"output={tmp_path / 'run'}"
+    finished = command(*plan, "optimizer.global_batch=32")
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "32 = 4 ranks × 1 accumulation × 8" in finished.stdout
     assert "polaformerpp_b0, 10 classes, 32² pixels" in finished.stdout
