@@ -111,8 +111,8 @@ def _poles(x: Tensor, swap: bool = False) -> Tensor:
 
 def _join_poles(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
     """The gradient of x from that of `_poles(x, swap)`: (…, 2D) → (…, D)."""
-    positive, negative = reversed(grad.chunk(2, dim=-1)) if swap else grad.chunk(2, dim=-1)
-    return torch.where(x > 0, positive, 0) - torch.where(x < 0, negative, 0)
+    first, second = (grad * _poles(x.sign(), swap)).chunk(2, dim=-1)
+    return second - first if swap else first - second
 
 
 def _temperature(logits: Tensor, like: Tensor) -> Tensor:
