@@ -36,6 +36,15 @@ class MixOptions:
         return self.mixup > 0 or self.cutmix > 0
 
 
+def check_pairs(options: MixOptions, batch: int) -> None:
+    """Raises ValueError if images are to be mixed in pairs and `batch`, of one rank and micro-step, is odd."""
+    if options.mixes and batch % 2:
+        raise ValueError(
+            f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
+            " or set mixup and cutmix to 0"
+        )
+
+
 class Augment:
     """Call it with a batch for (images, targets). The images are the batch's, changed in place.
 
@@ -44,11 +53,7 @@ class Augment:
     """
 
     def __init__(self, options: MixOptions, num_classes: int, seed: int, batch: int, device: torch.device) -> None:
-        if options.mixes and batch % 2:
-            raise ValueError(
-                f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
-                f" or set mixup and cutmix to 0"
-            )
+        check_pairs(options, batch)
         self.options, self.num_classes, self.seed = options, num_classes, seed
         self._erase = RandomErasing(options.erase_probability, mode="pixel", max_count=1, device=device)
         self._mix = Mixup(

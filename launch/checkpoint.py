@@ -23,7 +23,7 @@ import torch.distributed as dist
 from dataio.files import sha256_of, sync
 from launch.averages import MovingAverage
 from launch.distributed import together
-from launch.engine import full_parameters
+from launch.engine import full_parameters, kept_settings
 from polaformer.weights import load_weights, save_weights
 
 MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
@@ -63,8 +63,8 @@ class RunState:
 def save(folder: Path, engine, average: MovingAverage, state: RunState, metadata: dict[str, str]) -> Path:
     """Writes a checkpoint below `folder` and points `latest` to it; every rank calls it. Returns its folder.
 
-    metadata: for the headers of the safetensors. Raises Refusal on every rank if it cannot be written; what was there
-    before stays.
+    metadata: for the headers of the safetensors. Raises Refusal on every rank if rank 0's files cannot be written or
+    another rank's are not there; what DeepSpeed raises for a rank's own file ends that rank. What was there stays.
     """
     target = folder / f"step-{state.step:08d}"
     staging = folder / f".{target.name}"
@@ -81,22 +81,26 @@ def save(folder: Path, engine, average: MovingAverage, state: RunState, metadata
             (staging / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
     with together():  # by now every rank's files are there
         if rank == 0:
+            _require_files(staging, state)
             _publish(staging, target)
     return target
 
 
 def retain(saved: Path, is_best: bool, keep: int) -> None:
-    """Lets `best` name the checkpoint just saved if it is, and removes all but the newest `keep` and the best one."""
+    """Lets `best` name the checkpoint just saved if it is; keeps the `keep` newest up to it, and the best one.
+
+    Later ones are of a future that this run did not come from: it passed them over because they were damaged.
+    """
     with together():
         if dist.get_rank() == 0:
             if is_best:
                 _point(saved.parent / "best", saved.name)
-            _remove_old(saved.parent, keep)
+            _remove_others(saved, keep)
 
 
 def load(checkpoint: Path, engine, average: MovingAverage) -> None:
     """Puts a checkpoint back into the engine and the average; every rank calls it. Raises Refusal on every rank."""
-    with together():
+    with together(), kept_settings(engine):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE_TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}; start from an older checkpoint")
@@ -142,6 +146,16 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
 
 
+def _require_files(staging: Path, state: RunState) -> None:
+    """Raises RuntimeError unless every rank's part of the optimizer's state is among the files."""
+    parts = len(list((staging / _ENGINE_TAG).glob("*optim_states.pt")))
+    if state.zero_stage > 0 and parts != state.ranks:
+        raise RuntimeError(
+            f"{staging} holds the optimizer's state of {parts} ranks out of {state.ranks}; put the run's output folder"
+            " on a file system that all nodes share"
+        )
+
+
 def _publish(staging: Path, target: Path) -> None:
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     manifest = {
@@ -157,12 +171,12 @@ def _publish(staging: Path, target: Path) -> None:
     _point(target.parent / "latest", target.name)
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    best = folder / "best"
-    kept = {path.name for path in _checkpoints(folder)[-keep:]}
+def _remove_others(saved: Path, keep: int) -> None:
+    checkpoints, best = _checkpoints(saved.parent), saved.parent / "best"
+    kept = [path.name for path in checkpoints if path.name <= saved.name][-keep:]
     if best.is_file():
-        kept.add(best.read_text().strip())
-    for path in _checkpoints(folder):
+        kept.append(best.read_text().strip())
+    for path in checkpoints:
         if path.name not in kept:
             doomed = path.with_name(f".{path.name}")  # so that a killed removal leaves no half checkpoint
             path.rename(doomed)

@@ -14,9 +14,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from polaformer import PRESETS
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
+
+
+#: DeepSpeed's keys that would contradict ours, and where ours are set.
+_DERIVED = {
+    "train_batch_size": "optimizer.global_batch",
+    "train_micro_batch_size_per_gpu": "optimizer.global_batch",
+    "gradient_accumulation_steps": "optimizer.accumulation",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "the optimizer section",
+    "scheduler": "the optimizer section",
+}
 
 
 class Section(BaseModel):
@@ -71,10 +83,10 @@ class OptimizerSection(Section):
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not for biases and one-dimensional parameters
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99982
+    ema_decay: BelowOne = 0.99982
 
     @model_validator(mode="after")
     def check(self):
@@ -120,9 +132,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        ours = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer"}
-        if taken := ours & self.deepspeed.keys():
-            raise ValueError(f"deepspeed.{min(taken)} is derived from the optimizer section; set it there")
+        for key, home in _DERIVED.items():
+            if key in self.deepspeed:
+                raise ValueError(f"deepspeed.{key} is derived; set {home} instead")
+        if "stage" in self.deepspeed.get("zero_optimization", {}):
+            raise ValueError("deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead")
         return self
 
 

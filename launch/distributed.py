@@ -8,11 +8,13 @@ it was; `start` brings the rest to the one form that DeepSpeed and torch expect 
 import os
 import socket
 import subprocess
+import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -110,6 +112,17 @@ def stop() -> None:
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
+
+
+def end_at_once() -> NoReturn:
+    """Ends this process with the traceback of the exception being handled, and without leaving the group.
+
+    Under NCCL, leaving it would wait for ranks that are waiting for this one; the launcher ends those.
+    """
+    traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _select_device(place: Placement, device_type: str) -> torch.device:

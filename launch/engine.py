@@ -5,7 +5,7 @@ DeepSpeed's configuration is derived from ours by a pure function, so that a tes
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from launch.config import Config
 from launch.plan import Plan
 from polaformer import ops
 from polaformer.weights import load_weights
-
-_NEVER = 10**12  # steps
 
 
 def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
@@ -67,8 +65,8 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         },
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
-        "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # true waits for the device in every micro-step
     }
     return _merge(derived, config.deepspeed)
 
@@ -90,6 +88,19 @@ def start_engine(config: Config, plan: Plan, model: nn.Module):
 def set_lr(engine, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+@contextlib.contextmanager
+def kept_settings(engine) -> Iterator[None]:
+    """What the configuration says of clipping, decay and Adam stays, whatever is loaded into the optimizer inside."""
+    optimizer = engine.optimizer
+    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    clip = getattr(optimizer, "clip_grad", None)  # ZeRO's; without ZeRO the engine clips, and nothing is loaded
+    yield
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    if clip is not None:
+        optimizer.clip_grad = clip
 
 
 def full_parameters(engine) -> contextlib.AbstractContextManager:

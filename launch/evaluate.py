@@ -26,7 +26,16 @@ from dataio.loader import Batch, EvalLoader
 from dataio.pipeline import ImageOptions
 from launch import checkpoint
 from launch.card import Card, make_card, read_card
-from launch.distributed import Refusal, default_device_type, placement, start, stop, together
+from launch.distributed import (
+    Refusal,
+    default_device_type,
+    end_at_once,
+    from_rank_zero,
+    placement,
+    start,
+    stop,
+    together,
+)
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 from polaformer.weights import load_weights
@@ -143,15 +152,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         with together():
-            path = find_weights(arguments.weights, arguments.kind)
+            path = find_weights(arguments.weights, arguments.kind) if place.rank == 0 else None
+        path = from_rank_zero(path)  # a run that goes on may have a newer one by now
+        with together():
             model, loader, card = prepare(arguments, path, device)
         scores = evaluate(model, loader, len(card.classes), arguments.precision)
     except Refusal as refusal:
+        stop()
         if place.rank == 0:
             print(f"error: {refusal}", file=sys.stderr)
         return 2
-    finally:
-        stop()
+    except Exception:
+        end_at_once()
+    stop()
     if place.rank == 0:
         report = {"weights": str(path), "model": card.model, "image_size": card.size}
         report |= {"data": str(arguments.data), "samples": len(loader.manifest), **scores}

@@ -102,9 +102,12 @@ class Monitor:
             step + 1,
         )
 
-    def skip_time(self) -> None:
-        """Starts the next interval now: what was done since the last was no training."""
-        self._last = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside is no training and counts for no rate."""
+        began = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - began
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
         """Writes named numbers of the run after `step` completed steps; None is left out. Rank 0 writes."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from dataio.augment import MixOptions
+from dataio.augment import MixOptions, check_pairs
 from dataio.index import Manifest, load_manifest
 from dataio.loader import TrainPlan, check_labels, check_same_classes
 from dataio.pipeline import ImageOptions
@@ -46,8 +46,8 @@ class Plan:
 def make_plan(config: Config, rank: int, ranks: int) -> Plan:
     """Reads both manifests and checks the configuration against them.
 
-    Raises FileNotFoundError without shards; ValueError if the batch does not divide, the two folders name different
-    classes, or a label is beyond model.num_classes.
+    Raises FileNotFoundError without shards; ValueError if the batch does not divide or cannot be mixed in pairs, the
+    two folders name different classes, or a label is beyond model.num_classes.
     """
     optimizer = config.optimizer
     batches = TrainPlan(config.seed, optimizer.global_batch, optimizer.accumulation, rank=rank, ranks=ranks)
@@ -57,6 +57,7 @@ def make_plan(config: Config, rank: int, ranks: int) -> Plan:
     for manifest in (train, val):
         check_labels(manifest, classes)
     images, mixing = image_options(config.data), mix_options(config.data)
+    check_pairs(mixing, batches.batch)
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
     return Plan(train, val, batches, images, mixing, names, make_schedule(optimizer, len(train)))
 

@@ -5,6 +5,7 @@ its result is there already.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataio.index import MANIFEST_NAME
+from launch.config import load_config
 
 CONFIG = "configs/quickstart.yaml"
 HELD_OUT_PERCENT = "10"
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     stages = Stages(console, arguments.setup_seconds)
     own = arguments.data is not None
     photographs = arguments.data if own else Path("data/fashion-mnist")
-    shards = Path("data/shards") / photographs.resolve().name
+    shards = Path("data/shards") / name_of(photographs if own else None)
     run = Path("runs") / (f"quickstart-{shards.name}" if own else "quickstart")
 
     if not own:
@@ -78,6 +80,14 @@ def main(argv: list[str] | None = None) -> int:
         accuracies[kind] = json.loads(out.read_text())["top1"]
     summarize(console, stages, accuracies, {"run": run, "shards": shards, "exported EMA": exported})
     return 0
+
+
+def name_of(own: Path | None) -> str:
+    """What shards and runs are called: after the folder, and its place, since others may bear the same name."""
+    if own is None:
+        return "fashion-mnist"
+    place = hashlib.sha256(os.fsencode(own.resolve())).hexdigest()[:8]
+    return f"{own.resolve().name}-{place}"
 
 
 def packing(photographs: Path, shards: Path) -> list[list[str]]:
@@ -101,15 +111,17 @@ def use_ranks() -> None:
 
 
 def training(overrides: list[str]) -> list[str]:
-    """On every GPU, or else on two CPU ranks."""
-    ranks = [] if torch.cuda.is_available() else ["--num_accelerators", str(CPU_RANKS)]
-    return ["deepspeed", *ranks, "launch/train.py", "--config", CONFIG, *overrides]
+    """On every GPU (as many as the global batch can be dealt to), or else on two CPU ranks."""
+    batch = load_config(CONFIG, overrides).optimizer.global_batch
+    gpus = [count for count in range(1, torch.cuda.device_count() + 1) if batch % count == 0]
+    ranks = gpus[-1] if gpus else CPU_RANKS
+    return ["deepspeed", "--num_accelerators", str(ranks), "launch/train.py", "--config", CONFIG, *overrides]
 
 
 def evaluation(weights: Path, data: Path, out: Path) -> list[str]:
     ranks = torch.cuda.device_count() or CPU_RANKS
     flags = ["--weights", weights, "--kind", "model", "--data", data, "--batch", "250", "--out", out]
-    return ["torchrun", "--nproc-per-node", str(ranks), "-m", "launch.evaluate", *map(str, flags)]
+    return ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "launch.evaluate", *map(str, flags)]
 
 
 def module(name: str, *arguments: object) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from timm.loss import SoftTargetCrossEntropy
 
 from dataio.augment import Augment
@@ -26,7 +27,16 @@ from launch.averages import MovingAverage, average_buffers
 from launch.card import make_card
 from launch.checkpoint import RunState
 from launch.config import Config, dump_config, load_config
-from launch.distributed import Refusal, default_device_type, from_rank_zero, placement, start, stop, together
+from launch.distributed import (
+    Refusal,
+    default_device_type,
+    end_at_once,
+    from_rank_zero,
+    placement,
+    start,
+    stop,
+    together,
+)
 from launch.engine import build_model, plain_model, seed_step, set_lr, start_engine
 from launch.evaluate import evaluate
 from launch.flops import measure_rates
@@ -58,9 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.closing(run.monitor):
             train(run, augment)
     except Refusal as refusal:
-        return refuse(refusal, rank)
-    finally:
         stop()
+        return refuse(refusal, rank)
+    except Exception:
+        end_at_once()
+    stop()
     return 0
 
 
@@ -88,10 +100,10 @@ def train(run: "Run", augment: Augment) -> None:
         saving = is_due(step, config.checkpoint.every_epochs, plan)
         if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss is lost
             monitor.write(step, lr, engine.get_global_grad_norm())  # the only host synchronisation
-        if is_due(step, config.log.eval_every_epochs, plan):
-            run.evaluate(step)
-        if saving:
-            run.save(step)
+        with monitor.paused():
+            top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
+            if saving:
+                run.save(step, top1)
     monitor.say(f"trained for {plan.steps} steps; {config.output} holds the run")
 
 
@@ -106,10 +118,9 @@ class Run:
     loader: TrainLoader
     monitor: Monitor
     state: RunState  # as last saved, or at the beginning
-    top1: float = 0.0  # percent, the better of weights and EMA, in the latest evaluation
 
-    def evaluate(self, step: int) -> None:
-        """Scores weights and EMA on all validation images after `step`, counted from 0."""
+    def evaluate(self, step: int) -> float:
+        """Scores weights and EMA on all validation images after `step`, counted from 0; the better top-1, percent."""
         plan, batches, average = self.plan, self.plan.batches, self.average.module
         device = next(average.parameters()).device
         loader = EvalLoader(plan.val, plan.images, batches.batch, batches.rank, batches.ranks, device)
@@ -117,24 +128,25 @@ class Run:
         for kind, model in (("eval", plain_model(self.engine, average)), ("eval_ema", average)):
             measured = evaluate(model, loader, plan.classes, self.config.engine.precision)
             scores |= {f"{kind}/{name}": value for name, value in measured.items()}
-        self.top1 = max(scores["eval/top1"], scores["eval_ema/top1"])
         self.monitor.scalars(step + 1, scores)
         epochs = (step + 1) * batches.global_batch / plan.samples_per_epoch
         self.monitor.say(
             f"epoch {epochs:.2f}  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
             f"  top-5 {scores['eval/top5']:.2f} % (EMA {scores['eval_ema/top5']:.2f} %)"
         )
-        self.monitor.skip_time()
+        return max(scores["eval/top1"], scores["eval_ema/top1"])
 
-    def save(self, step: int) -> None:
-        """Writes a checkpoint after `step`, counted from 0; `best` names it if its evaluation was the best so far."""
-        best_top1 = max(self.top1, self.state.best_top1)
-        is_best = self.top1 > self.state.best_top1
+    def save(self, step: int, top1: float) -> None:
+        """Writes a checkpoint after `step`, counted from 0; `best` names it if none was evaluated better.
+
+        top1: percent, of these weights; 0 if they were not evaluated.
+        """
+        best_top1 = max(top1, self.state.best_top1)
+        is_best = top1 > self.state.best_top1
         self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
         card = make_card(self.config.model.name, self.plan.class_names, self.plan.images)
         saved = checkpoint.save(checkpoints_of(self.config), self.engine, self.average, self.state, card.metadata())
         checkpoint.retain(saved, is_best, self.config.checkpoint.keep)
-        self.monitor.skip_time()
 
 
 def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
@@ -165,8 +177,9 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
     if found is not None:
         checkpoint.load(found, engine, average)
     rates = measure_rates(config, plan, device)
-    monitor = Monitor(config.output, state.step, plan.steps, config.log.every_steps, rates)
-    introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
+    with together():
+        monitor = Monitor(config.output, state.step, plan.steps, config.log.every_steps, rates)
+        introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
     return Run(config, plan, engine, average, loader, monitor, state)
 
 
@@ -175,12 +188,24 @@ def introduce(config: Config, plan: Plan, monitor: Monitor, news: list[str]) -> 
     text = dump_config(config)
     path = config.output / "config.yaml"
     if plan.batches.rank == 0:
-        before = path.read_text().splitlines() if path.is_file() else text.splitlines()
-        news += [f"changed since the run began: {line.strip()}" for line in text.splitlines() if line not in before]
+        if path.is_file():
+            news = [*news, *changes(yaml.safe_load(path.read_text()), yaml.safe_load(text))]
         path.write_text(text)
     monitor.text("configuration", text)
     for line in (text, *(f"{name}: {value}" for name, value in describe(config, plan).items()), *news):
         monitor.say(line)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
+    """A line for each key whose value is another than at the run's last start."""
+    lines = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{section}{key}.")
+        elif old != new:
+            lines.append(f"changed since the last start: {section}{key}: {old} → {new}")
+    return lines
 
 
 def checkpoints_of(config: Config) -> Path:

@@ -94,7 +94,9 @@ def backward(grad_out: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, 
         key_features = torch.expm1(_poles(k))
         grad_state = torch.cat(grad_state, dim=-1) / (height * width)
         grad_v = rotate(key_features, turns) @ grad_state
-        grad_features = rotate(v @ grad_state.mT, turns.conj_physical()) + grad_key_mean.unsqueeze(-2) / (height * width)
+        grad_features = rotate(v @ grad_state.mT, turns.conj_physical()) + grad_key_mean.unsqueeze(-2) / (
+            height * width
+        )
         grad_k = _join_poles(grad_features * (key_features + 1), k)
     return grad_q, grad_k, grad_v, *grad_logits
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
@@ -66,7 +67,10 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}; give an official .pth or a .safetensors file")
-    state = read_state_dict(str(path))
+    try:
+        state = read_state_dict(str(path))
+    except SafetensorError as error:
+        raise RuntimeError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
     if new_head:
         state |= {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
     model.load_state_dict(state)

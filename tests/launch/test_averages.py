@@ -32,7 +32,7 @@ stop()
 def test_buffers_are_the_mean_over_ranks_and_weights_are_not_touched(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script, tmp_path]
-    subprocess.run(command, cwd=ROOT, timeout=120, check=True, env=None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    subprocess.run(command, cwd=ROOT, timeout=120, check=True)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [[1.5, 3.0], [6.0, 6.0, 6.0], True]

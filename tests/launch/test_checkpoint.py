@@ -1,0 +1,110 @@
+"""Which checkpoint a run goes on from: the newest whole one, told by its manifest. On the files of a real run."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from launch import checkpoint
+from launch.checkpoint import RunState
+
+
+@pytest.fixture
+def folder(trained_run, tmp_path):
+    """The real run's two checkpoints, to be damaged."""
+    shutil.copytree(trained_run / "checkpoints", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def flip_a_byte(path):
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def optimizer_file(newest):
+    return next((newest / "engine").glob("*optim_states.pt"))
+
+
+def test_the_newest_is_taken_and_latest_names_it(folder):
+    newest, faults = checkpoint.newest(folder)
+    assert newest.name == names(folder)[-1] == (folder / "latest").read_text().strip()
+    assert faults == []
+
+
+def test_the_manifest_names_every_file(folder):
+    newest, _ = checkpoint.newest(folder)
+    files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    assert set(json.loads((newest / checkpoint.MANIFEST_NAME).read_text())) == files - {checkpoint.MANIFEST_NAME}
+    assert {checkpoint.MODEL_NAME, checkpoint.EMA_NAME, checkpoint.STATE_NAME} < files
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda newest: truncate(optimizer_file(newest)), r"optim_states\.pt has \d+ bytes instead of \d+"),
+        (lambda newest: flip_a_byte(newest / checkpoint.EMA_NAME), r"ema\.safetensors is not what was written"),
+        (lambda newest: (newest / checkpoint.STATE_NAME).unlink(), r"cannot be read \(.*state\.json"),
+        (lambda newest: (newest / checkpoint.MANIFEST_NAME).write_text("{"), "cannot be read"),
+        (lambda newest: (newest / checkpoint.MANIFEST_NAME).unlink(), "cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(folder, damage, message):
+    older, newer = names(folder)
+    damage(folder / newer)
+    found, [fault] = checkpoint.newest(folder)
+    assert found.name == older
+    assert re.search(message, fault)
+
+
+def test_nothing_whole_is_an_error_and_nothing_at_all_is_not(folder, tmp_path):
+    for name in names(folder):
+        truncate(folder / name / checkpoint.MODEL_NAME)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*; .* Move the folder away to start anew"):
+        checkpoint.newest(folder)
+    assert checkpoint.newest(tmp_path / "nothing") == (None, [])
+
+
+def test_an_unfinished_checkpoint_is_not_seen(folder):
+    shutil.copytree(folder / names(folder)[-1], folder / ".step-99999999")
+    newest, _ = checkpoint.newest(folder)
+    assert newest.name == names(folder)[-1]
+
+
+def test_the_best_is_kept_besides_the_newest(alone, folder):
+    older, newer = names(folder)
+    third = shutil.copytree(folder / newer, folder / "step-90000000")
+    checkpoint.retain(folder / older, is_best=True, keep=1)
+    assert names(folder) == [older, third.name]
+    checkpoint.retain(third, is_best=True, keep=1)
+    assert names(folder) == [third.name]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
+    older, newer = names(folder)
+    truncate(folder / newer / checkpoint.MODEL_NAME)
+    checkpoint.retain(folder / older, is_best=False, keep=1)
+    assert checkpoint.newest(folder)[0].name == older
+
+
+def test_what_a_state_continues():
+    state = RunState(3, "polaformerpp_b0", 10, 2, 1, {}, 50.0)
+    state.check_continues(replace(state, step=0, best_top1=0.0))
+    with pytest.raises(ValueError, match="has number of classes 10, this start has 12; start it with 10, or choose"):
+        state.check_continues(replace(state, classes=12))
+    with pytest.raises(ValueError, match="has ZeRO stage 1, this start has 3"):
+        state.check_continues(replace(state, zero_stage=3))
