@@ -104,7 +104,6 @@ class EngineSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
     bucket_elements: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
-    overlap_comm: bool = False
     compile: bool = False  # torch.compile
     timeout_minutes: Positive = 10  # for a collective; a rank that hangs ends the run after it
 

@@ -50,7 +50,7 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.bucket_elements,
             "allgather_bucket_size": engine.bucket_elements,
-            "overlap_comm": engine.overlap_comm,
+            "overlap_comm": False,  # has a history of silent corruption
             "contiguous_gradients": True,
             # true would all-reduce where a reduce-scatter's worth of traffic does: 3 instead of 2 parameters' bytes
             "use_multi_rank_bucket_allreduce": False,

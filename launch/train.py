@@ -99,7 +99,7 @@ def train(run: "Run", augment: Augment) -> None:
             monitor.images(images, config.data.mean, config.data.std)
         saving = is_due(step, config.checkpoint.every_epochs, plan)
         if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss is lost
-            monitor.write(step, lr, engine.get_global_grad_norm())  # the only host synchronisation
+            monitor.write(step, lr, engine.get_global_grad_norm())  # our only wait for the device
         with monitor.paused():
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:

@@ -9,7 +9,11 @@ from dataclasses import replace
 import pytest
 
 from launch import checkpoint
+from launch.averages import MovingAverage
 from launch.checkpoint import RunState
+from launch.distributed import Refusal
+from launch.engine import build_model, start_engine
+from launch.plan import make_plan
 
 
 @pytest.fixture
@@ -99,6 +103,39 @@ def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
     truncate(folder / newer / checkpoint.MODEL_NAME)
     checkpoint.retain(folder / older, is_best=False, keep=1)
     assert checkpoint.newest(folder)[0].name == older
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_settings_are_the_configurations_and_not_the_checkpoints(alone, configure, tmp_path, stage):
+    """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
+
+    def start(*overrides):
+        config = configure(f"engine.zero_stage={stage}", *overrides)
+        plan = make_plan(config, 0, 1)
+        model = build_model(config, plan, alone)
+        average = MovingAverage(model, 0.9)
+        return start_engine(config, plan, model), average
+
+    engine, average = start("optimizer.clip=1.0", "optimizer.weight_decay=0.05")
+    state = RunState(1, "polaformerpp_b0", 10, 1, stage, {}, 0.0)
+    saved = checkpoint.save(tmp_path, engine, average, state, {})
+    engine, average = start("optimizer.clip=0.25", "optimizer.weight_decay=0.3")
+    checkpoint.load(saved, engine, average)
+    assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.0, 0.3]
+    assert engine.gradient_clipping() == 0.25
+    assert getattr(engine.optimizer, "clip_grad", 0.25) == 0.25
+
+
+def test_files_of_a_rank_that_are_not_there(alone, configure, tmp_path):
+    config = configure()
+    plan = make_plan(config, 0, 1)
+    model = build_model(config, plan, alone)
+    average = MovingAverage(model, 0.9)
+    engine = start_engine(config, plan, model)
+    state = RunState(1, "polaformerpp_b0", 10, 2, 1, {}, 0.0)
+    with pytest.raises(Refusal, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
+        checkpoint.save(tmp_path, engine, average, state, {})
+    assert checkpoint.newest(tmp_path) == (None, [])
 
 
 def test_what_a_state_continues():

@@ -86,12 +86,18 @@ def explanation(path: Path, *overrides: str) -> str:
         ("optimizer.min_lr=0.1", "optimizer.min_lr 0.1 is above optimizer.lr 0.0005; lower it"),
         (
             "deepspeed.train_batch_size=8",
-            "deepspeed.train_batch_size is derived from the optimizer section; set it there",
+            "deepspeed.train_batch_size is derived; set optimizer.global_batch instead",
         ),
         (
             "deepspeed.optimizer.type=Lion",
-            "deepspeed.optimizer is derived from the optimizer section; set it there",
+            "deepspeed.optimizer is derived; set the optimizer section instead",
         ),
+        ("deepspeed.gradient_clipping=3", "deepspeed.gradient_clipping is derived; set optimizer.clip instead"),
+        (
+            "deepspeed.zero_optimization.stage=3",
+            "deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead",
+        ),
+        ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 is 1: input should be less than 1"),
         ("optimizer.lr", "override 'optimizer.lr' is not key=value; write for example optimizer.lr=1e-3"),
         ("=3", "override '=3' is not key=value; write for example optimizer.lr=1e-3"),
         ("output.folder=x", "override 'output.folder=x': output is a value, not a section"),

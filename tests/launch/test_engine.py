@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.optim import param_groups_weight_decay
 
 from launch.config import load_config
 from launch.engine import build_model, deepspeed_config, seed_step
@@ -86,6 +87,27 @@ def test_weights_of_other_classes(configured, tmp_path):
         build_model(*configured(starting), torch.device("cpu"))
     model = build_model(*configured(starting, "model.new_head=true"), torch.device("cpu"))
     assert model.num_classes == 10
+
+
+def test_what_decays(configured):
+    """Matrices, kernels, layer scales and polarity logits; no bias, and no weight of a norm."""
+    config, plan = configured("optimizer.weight_decay=0.3")
+    model = build_model(config, plan, torch.device("cpu"))
+    spared, decayed = param_groups_weight_decay(model, config.optimizer.weight_decay)
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {names[id(parameter)] for parameter in decayed["params"]}
+    spares = {names[id(parameter)] for parameter in spared["params"]}
+    block = "stages.0.blocks.1"
+    assert {
+        f"{block}.gamma_1",
+        f"{block}.gamma_2",
+        f"{block}.attn.same_logits",
+        f"{block}.attn.opposite_logits",
+    } < decays
+    assert {f"{block}.attn.qkvg.weight", f"{block}.pos.weight", "stem.0.weight", "head.weight"} < decays
+    assert {f"{block}.norm1.weight", "stem.1.weight", "norm.weight", "head.bias", f"{block}.pos.bias"} < spares
+    assert all(name.endswith(".bias") or ".norm" in name or name.startswith(("norm", "stem")) for name in spares)
 
 
 def test_steps_and_ranks_draw_differently():

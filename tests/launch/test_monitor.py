@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,19 @@ def test_text(alone, tmp_path):
     (event,) = read_board(tmp_path).Tensors("configuration/text_summary")
     text = event.tensor_proto.string_val[0].decode()
     assert text == "```\noutput: größer\ndata:\n  flip: 0.5\n```"
+
+
+def test_a_pause_counts_for_no_rate(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    with monitor.waiting():
+        time.sleep(0.2)
+    with monitor.paused():
+        time.sleep(2)
+    monitor.add(torch.tensor(1.0), 4)
+    monitor.write(0, 0.1, 1.0)
+    monitor.close()
+    (line,) = read_lines(tmp_path)
+    assert 0.2 < line["speed/waiting_for_data"] <= 1  # of the time that counts; a tenth of all
 
 
 def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):

@@ -1,6 +1,8 @@
 """What the packages may be called and what they may import, read from their source."""
 
 import ast
+import importlib.metadata
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -59,6 +61,15 @@ def test_what_of_ours_a_package_imports(package, may_import):
 
 def test_the_model_needs_neither_deepspeed_nor_dali():
     assert top_levels("polaformer") == {"polaformer", "torch", "timm", "einops", "safetensors"}
+
+
+def test_the_model_alone_is_installed_without_them():
+    """`pip install .` takes what has no extra; the extras bring the rest."""
+    needed = importlib.metadata.requires("polaformer-plus-plus")
+    alone = {re.match(r"[\w-]+", line).group() for line in needed if "extra ==" not in line}
+    assert alone == {"torch", "timm", "einops", "safetensors"}
+    train = {re.match(r"[\w-]+", line).group() for line in needed if 'extra == "train"' in line}
+    assert {"deepspeed", "nvidia-dali-cuda130", "pydantic"} < train
 
 
 def test_only_launch_knows_deepspeed():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from dataio.pack import PackOptions, pack
 from launch import checkpoint
+from launch.config import load_config, parse_config
+from launch.engine import build_model
+from launch.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
@@ -162,9 +168,13 @@ def test_only_the_newest_checkpoints_are_kept(runs):
 
 def test_started_again_a_finished_run_does_nothing(torchrun, runs, fashion_shards):
     before = sorted((runs["whole"] / "checkpoints").iterdir())
-    arguments = overrides(fashion_shards, runs["whole"])
+    arguments = overrides(fashion_shards, runs["whole"], "optimizer.clip=0.7")
     finished = torchrun(2, TRAIN, *arguments)
     assert finished.returncode == 0
+    assert finished.stdout.count("changed since the last start: ") == 1
+    assert "changed since the last start: optimizer.clip: 1.0 → 0.7" in finished.stdout
+    kept = parse_config(yaml.safe_load((runs["whole"] / "config.yaml").read_text()))
+    assert kept == load_config(arguments[1], arguments[2:])
     assert f"trained for {STEPS} steps" in finished.stdout
     assert sorted((runs["whole"] / "checkpoints").iterdir()) == before
 
@@ -189,18 +199,65 @@ def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, fashion_shar
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_resumes(torchrun, fashion_shards, tmp_path, stage):
+def test_every_zero_stage_resumes_past_damaged_checkpoints(torchrun, fashion_shards, tmp_path, stage):
     staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "log.eval_every_epochs=9"
     whole = overrides(fashion_shards, tmp_path / "whole", *staged)
     assert torchrun(2, TRAIN, *whole).returncode == 0
     folder = tmp_path / "whole" / "checkpoints"
     final = load_file(folder / FINAL / checkpoint.EMA_NAME)
-    for later in sorted(folder.glob("step-*"))[1:]:  # as if it had been killed before them
-        later.rename(tmp_path / later.name)
+    oldest, *later = sorted(folder.glob("step-*"))
+    for damaged in later:
+        states = next((damaged / "engine").glob("*model_states.pt"))
+        os.truncate(states, states.stat().st_size - 1)
     finished = torchrun(2, TRAIN, *whole)
     assert finished.returncode == 0, finished.stderr
-    assert "goes on from" in finished.stdout
+    assert finished.stdout.count("model_states.pt has") == len(later)
+    assert f"goes on from {oldest}" in finished.stdout
     assert_equal_tree(load_file(folder / FINAL / checkpoint.EMA_NAME), final, "ema")
+
+
+def test_the_moving_average_follows_once_in_a_step(command, fashion_shards, tmp_path):
+    """One step of two micro-steps: half of the start, half of the end, for parameters and BatchNorm's statistics."""
+    arguments = overrides(
+        fashion_shards, tmp_path, "optimizer.epochs=0.1", "optimizer.warmup_epochs=0", "optimizer.ema_decay=0.5"
+    )
+    assert command(TRAIN, *arguments).returncode == 0
+    config = load_config(arguments[1], arguments[2:])
+    start = build_model(config, make_plan(config, 0, 1), torch.device("cpu")).state_dict()
+    newest, _ = checkpoint.newest(tmp_path / "checkpoints")
+    assert checkpoint.read_state(newest).step == 1
+    model, average = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    for name, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (start[name] + model[name]) / 2, msg=name)
+
+
+def test_an_image_that_breaks_after_packing_ends_all_ranks(torchrun, fashion, tmp_path):
+    """Only one rank meets it; the run ends at once, and says where the image lies."""
+    manifest = pack(fashion, tmp_path / "train", PackOptions())
+    row = manifest.samples[7]
+    with open(tmp_path / "train" / manifest.shards[0].name, "r+b") as shard:
+        shard.seek(int(row["offset"]))
+        shard.write(bytes(int(row["bytes"])))
+    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}"))
+    assert finished.returncode != 0
+    assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_it_trains_and_resumes_on_a_gpu(fashion_shards, tmp_path):
+    """nvJPEG, NCCL, bf16: the steps after a resume have losses near those of the uninterrupted run."""
+    arguments = overrides(fashion_shards, tmp_path, "engine.precision=bf16")
+    start = [sys.executable, TRAIN, *arguments]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(start, cwd=ROOT, env=environ, check=True, timeout=300)
+    before = metrics(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / FINAL)
+    subprocess.run(start, cwd=ROOT, env=environ, check=True, timeout=300)
+    for first, again in zip(before, metrics(tmp_path), strict=True):
+        if "train/loss" in first:
+            assert again["train/loss"] == pytest.approx(first["train/loss"], rel=0.05)
 
 
 def test_one_message_for_all_ranks(torchrun, fashion_shards, tmp_path):
@@ -214,6 +271,7 @@ def test_another_data_set_on_resume(torchrun, fashion, fashion_shards, runs, tmp
     pack(fashion, tmp_path / "train", PackOptions(hold_out=25, part="kept", seed=1))
     arguments = overrides(fashion_shards, runs["whole"], f"data.train={tmp_path / 'train'}")
     finished = torchrun(2, TRAIN, *arguments)
+    assert finished.returncode != 0
     assert finished.stderr.count("the run began on a data set with manifest") == 1
 
 
@@ -221,6 +279,7 @@ def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
     arguments = overrides(fashion_shards, runs["whole"], "model.name=polaformerpp_b1")
     finished = torchrun(2, TRAIN, *arguments)
     wanted = "error: the run's checkpoint has model polaformerpp_b0, this start has polaformerpp_b1"
+    assert finished.returncode != 0
     assert finished.stderr.count(wanted) == 1
 
 
