@@ -52,7 +52,6 @@ def explanation(path: Path, *overrides: str) -> str:
         ("optimizer.lr=.inf", "optimizer.lr is inf: input should be a finite number"),
         ("optimizer.lr=", "optimizer.lr is None: input should be a valid number"),
         ("optimizer.ema_decay=1", "optimizer.ema_decay is 1: input should be less than 1"),
-        ("optimizer.betas=[0.9, 1.5]", "optimizer.betas.1 is 1.5: input should be less than or equal to 1"),
         ("data.mean=0.5", "data.mean is 0.5: input should be a valid tuple"),
         ("data.mean=[0.5, 0.5, .nan]", "data.mean.2 is nan: input should be a finite number"),
         ("data.std=[0.2, 0.2, 0]", "data.std.2 is 0: input should be greater than 0"),
@@ -201,7 +200,7 @@ def test_what_is_dumped_is_read_back(file):
             "optimizer.warmup_lr=1e-7",
             "data.crop_ratio=[0.3333333333333333, 3]",
             "seed=9223372036854775807",
-            "deepspeed.zero_optimization={stage: 2, nested: [1, x, null]}",
+            "deepspeed.zero_optimization={round_robin_gradients: true, nested: [1, x, null]}",
         ],
     )
     text = dump_config(config)
