@@ -38,6 +38,11 @@ def read_board(folder: Path) -> EventAccumulator:
     return board
 
 
+def await_next_second() -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second of their start."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def assert_equal_to_lines(board: EventAccumulator, lines: list[dict]) -> None:
     """TensorBoard shows exactly the scalars of these lines, which it keeps as float32."""
     for tag in {tag for line in lines for tag in line} - {"step", "time"}:
@@ -152,6 +157,7 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
     with open(tmp_path / METRICS_NAME, "a") as lines:
         lines.write('{"step": 3, "time": 17')  # the last write was cut
 
+    await_next_second()
     resumed = Monitor(tmp_path, 4, 8, 1, RATES)
     assert read_lines(tmp_path) == kept
     train(resumed, 4, 8)
@@ -167,6 +173,7 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
 
 def test_started_anew_nothing_is_left(alone, tmp_path):
     for _ in range(2):  # the first was killed before its first checkpoint
+        await_next_second()
         monitor = Monitor(tmp_path, 0, 3, 1, RATES)
         monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
         train(monitor, 0, 3)
