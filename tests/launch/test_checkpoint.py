@@ -88,13 +88,16 @@ def test_an_unfinished_checkpoint_is_not_seen(folder):
     assert newest.name == names(folder)[-1]
 
 
-def test_the_best_is_kept_besides_the_newest(alone, folder):
-    older, newer = names(folder)
-    third = shutil.copytree(folder / newer, folder / "step-90000000")
-    checkpoint.retain(folder / older, is_best=True, keep=1)
-    assert names(folder) == [older, third.name]
-    checkpoint.retain(third, is_best=True, keep=1)
-    assert names(folder) == [third.name]
+def test_the_best_is_kept_besides_the_newest(alone, folder, tmp_path):
+    older, newer = (folder / name for name in names(folder))
+    newer.rename(tmp_path / "later")
+    checkpoint.retain(older, is_best=True, keep=1)
+    (tmp_path / "later").rename(newer)
+    newest = shutil.copytree(newer, folder / "step-90000000")
+    checkpoint.retain(newest, is_best=False, keep=1)
+    assert names(folder) == [older.name, newest.name]
+    checkpoint.retain(newest, is_best=True, keep=1)
+    assert names(folder) == [newest.name]
     assert not list(folder.glob(".*"))
 
 

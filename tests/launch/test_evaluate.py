@@ -269,4 +269,4 @@ def test_an_environment_that_contradicts_itself(score, monkeypatch, ema, val):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(no_launcher, capsys, ema, val):
     assert main(["--weights", str(ema), "--data", str(val), "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("error: local rank 0 of 1 has no GPU, 0 are visible to it; start one")
+    assert capsys.readouterr().err.startswith("error: local rank 0 has no GPU, 0 are visible to it; start one")
