@@ -12,9 +12,10 @@ from polaformer import reference
 
 _library = torch.library.Library("polaformer", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
-_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, Tensor state, Tensor key_mean)")
+_SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
+_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, {_SAVED})")
 _library.define(
-    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, Tensor state, Tensor key_mean, int height, int width)"
+    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, {_SAVED}, int height, int width)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -26,7 +27,7 @@ def polarity_attention(
 
     q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
     Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
-    Keeps q, k, v, a (B, H, 2D, D) state and a (B, H, 2D) mean for backward.
+    Keeps q, k, v, a (B, H, 2D, D) state and (B, H, 3D) numbers for backward.
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
@@ -51,14 +52,14 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
 def _forward(q, k, v, same_logits, opposite_logits, height, width):
-    out, state, key_mean = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
-    return _tokens_first(out, q.dtype), state, key_mean
+    out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
+    return _tokens_first(out, q.dtype), *saved
 
 
 @torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
-def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
-    inputs = q, k, v, same_logits, opposite_logits
-    *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, (state, key_mean), height, width)
+def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
+    inputs, saved = (q, k, v, same_logits, opposite_logits), (state, key_mean, key_shift)
+    *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, saved, height, width)
     grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
 
@@ -66,25 +67,25 @@ def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, 
 @torch.library.register_fake("polaformer::polarity_attention", lib=_library)
 def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
     batch, heads, _, head_width = q.shape
+    per_head = (2 * head_width, head_width), (2 * head_width,), (head_width,)  # state, key_mean, key_shift
     kept = torch.promote_types(q.dtype, torch.float32)
-    state = q.new_empty(batch, heads, 2 * head_width, head_width, dtype=kept)
-    return _empty_tokens_first(q), state, q.new_empty(batch, heads, 2 * head_width, dtype=kept)
+    return _empty_tokens_first(q), *(q.new_empty(batch, heads, *shape, dtype=kept) for shape in per_head)
 
 
 @torch.library.register_fake("polaformer::polarity_attention_backward", lib=_library)
-def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
+def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
     logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
     return *(_empty_tokens_first(x) for x in (q, k, v)), *logits
 
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.height, ctx.width = inputs
-    _, state, key_mean = output
-    ctx.mark_non_differentiable(state, key_mean)
-    ctx.save_for_backward(*tensors, state, key_mean)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _differentiate(ctx, grad_out, _grad_state, _grad_key_mean):
+def _differentiate(ctx, grad_out, *_grads_of_saved):
     operator = torch.ops.polaformer.polarity_attention_backward
     return *operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
