@@ -80,7 +80,12 @@ def kernels() -> dict:
     host = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
     include = [str(SOURCES.resolve())]
     cpu = sorted(map(str, SOURCES.glob("cpu/*.cpp")))
-    extensions = [CppExtension("polaformer._cpu", cpu, include_dirs=include, extra_compile_args=host)]
+    threads = ["-fopenmp"]  # PyTorch's own thread pool; without it at::parallel_for runs on one thread
+    extensions = [
+        CppExtension(
+            "polaformer._cpu", cpu, include_dirs=include, extra_compile_args=host + threads, extra_link_args=threads
+        )
+    ]
     print("polaformer: building kernels for CPUs: baseline, and on x86-64 AVX2 and AVX-512")
     if not home or torch.version.cuda is None:
         reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"

@@ -268,12 +268,14 @@ struct Turns {
   static const R* table(const Sizes& s, const float* angles, int64_t length, Services& services) {
     R* table = static_cast<R*>(services.allocate(length * 2 * s.W * sizeof(R)));
     for (int64_t place = 0; place < length; ++place)
-      for (int i = 0; i < s.W; ++i) {
+      for (int i = 0; i < s.W; i += 2) {
         const R turn = i < s.D ? R(place) * R(angles[i / 2]) : R(0);
-        R* cosine = table + place * 2 * s.W + i;
-        cosine[0] = sizeof(R) == 4 ? __builtin_cosf(turn) : __builtin_cos(turn);
+        const R cosine = sizeof(R) == 4 ? __builtin_cosf(turn) : __builtin_cos(turn);
         const R sine = sizeof(R) == 4 ? __builtin_sinf(turn) : __builtin_sin(turn);
-        cosine[s.W] = i % 2 ? sine : -sine;
+        R* pair = table + place * 2 * s.W + i;
+        pair[0] = pair[1] = cosine;
+        pair[s.W] = -sine;
+        pair[s.W + 1] = sine;
       }
     return table;
   }
@@ -309,9 +311,21 @@ inline Vec<R> turned_back(Vec<R> x, const R* turns, int i, int W) {
 
 // ---- rows in and out -----------------------------------------------------------------------------------------------
 
+inline int bytes_of(Type type) { return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 8; }
+
 inline char* address(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
-  const int64_t bytes = rows.type == Type::float32 ? 4 : rows.type == Type::bfloat16 ? 2 : 8;
-  return static_cast<char*>(rows.data) + (batch * rows.batch + head * rows.head + token * rows.token) * bytes;
+  const int64_t number = batch * rows.batch + head * rows.head + token * rows.token;
+  return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
+}
+
+// Asks for the rows of the tile after this one, which the work on this one gives time to come.
+template <class R>
+void prefetch_next(const Rows& rows, const Tile<R>& tile, const Sizes& s) {
+  const int64_t rest = s.tokens - tile.first - kTile;
+  for (int64_t t = 0; t < (rest < kTile ? rest : kTile); ++t) {
+    const char* row = address(rows, tile.batch, tile.head, tile.first + kTile + t);
+    for (int i = 0; i < s.D * bytes_of(rows.type); i += 64) __builtin_prefetch(row + i);
+  }
 }
 
 template <class R>
@@ -344,6 +358,7 @@ void store_numbers(const R* from, Type type, char* to, int count) {
 // A tile of queries or keys: (kTile, W).
 template <class R>
 void load_tile(const Rows& rows, const Tile<R>& tile, const Sizes& s, R* to) {
+  prefetch_next(rows, tile, s);
   for (int t = 0; t < tile.count; ++t)
     load_numbers(address(rows, tile.batch, tile.head, tile.first + t), rows.type, to + t * s.W, s.D, s.W);
   for (int64_t i = int64_t(tile.count) * s.W; i < int64_t(kTile) * s.W; ++i) to[i] = 0;
@@ -358,9 +373,10 @@ void store_tile(const R* from, const Rows& rows, const Tile<R>& tile, const Size
 // A tile of one half (0 or 1) of values: (kTile, M) with rows `row` apart.
 template <class R>
 void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
-  const int64_t bytes = rows.type == Type::float32 ? 4 : rows.type == Type::bfloat16 ? 2 : 8;
+  if (half == 0) prefetch_next(rows, tile, s);
+  const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
   for (int t = 0; t < tile.count; ++t) {
-    const char* from = address(rows, tile.batch, tile.head, tile.first + t) + half * (s.D / 2) * bytes;
+    const char* from = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
     load_numbers(from, rows.type, to + t * row, s.D / 2, s.M);
   }
   for (int t = tile.count; t < kTile; ++t)
@@ -369,9 +385,9 @@ void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, 
 
 template <class R>
 void store_half(const R* from, int row, const Rows& rows, const Tile<R>& tile, const Sizes& s, int half) {
-  const int64_t bytes = rows.type == Type::float32 ? 4 : rows.type == Type::bfloat16 ? 2 : 8;
+  const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
   for (int t = 0; t < tile.count; ++t) {
-    char* to = address(rows, tile.batch, tile.head, tile.first + t) + half * (s.D / 2) * bytes;
+    char* to = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
     store_numbers(from + t * row, rows.type, to, s.D / 2);
   }
 }
@@ -741,7 +757,7 @@ struct ForwardPass {
         products.multiply(features, halves[half], b.product, s.M, kTile, s.M, s.F, false);
         for (int t = 0; t < tile.count; ++t)
           for (int i = 0; i < s.M; ++i)
-            b.product[t * s.M + i] = at_most(b.product[t * s.M + i] / normalizer[t], limit);
+            b.product[t * s.M + i] = at_most(b.product[t * s.M + i] * (R(1) / normalizer[t]), limit);
         store_half(b.product, s.M, call.out, tile, s, half);
       }
     }
