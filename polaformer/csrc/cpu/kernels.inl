@@ -11,7 +11,8 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-constexpr int kTile = 64;  // tokens; rows of a tile beyond the last token are zeros
+constexpr int kTile = 64;  // tokens; a last tile may have fewer, its rows beyond the last token are zeros
+constexpr int kRowsTogether = 32;  // a tile's rows are a multiple of these, as matrix units want it
 constexpr int64_t kTokensPerTask = 1024;
 
 // ---- vectors -------------------------------------------------------------------------------------------------------
@@ -281,22 +282,41 @@ struct Turns {
   }
 };
 
+inline int bytes_of(Type type) { return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 8; }
+
+inline char* address(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
+  const int64_t number = batch * rows.batch + head * rows.head + token * rows.token;
+  return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
+}
+
 // Some tokens of one head, and how each of them turns.
 template <class R>
 struct Tile {
   int64_t batch, head, first;
-  int count;
+  int count, rows;  // tokens, and rows of the tile
   const R *row[kTile], *column[kTile];
+  const char *ahead[2];  // where the next tile begins in two of the tensors that are read
+  int64_t ahead_bytes[2];  // from one of its tokens to the next
 
-  Tile(const Sizes& s, const Turns<R>& turns, int64_t of_head, int64_t first, int64_t end)
+  Tile(const Sizes& s, const Turns<R>& turns, int64_t of_head, int64_t first, int64_t end, const Rows& read,
+       const Rows& read_too)
       : batch(of_head / s.heads), head(of_head % s.heads), first(first),
-        count(end - first < kTile ? end - first : kTile) {
+        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowsTogether)),
+        ahead{address(read, batch, head, first + kTile), address(read_too, batch, head, first + kTile)},
+        ahead_bytes{read.token * bytes_of(read.type), read_too.token * bytes_of(read_too.type)} {
     int64_t y = first / s.width, x = first % s.width;
     for (int t = 0; t < kTile; ++t) {
       row[t] = turns.rows + (t < count ? y : 0) * 2 * s.W;
       column[t] = turns.columns + (t < count ? x : 0) * 2 * s.W;
       if (++x == s.width) x = 0, ++y;
     }
+  }
+
+  // Called for every vector of every token, asks for the next tile's numbers while this one is worked on: the rows
+  // lie too far apart for the processor to foresee them. Asking beyond the tensor does no harm.
+  void prefetch(int t, int i) const {
+    for (int tensor = 0; tensor < 2; ++tensor)
+      __builtin_prefetch(ahead[tensor] + t * ahead_bytes[tensor] + i * sizeof(R), 0, 2);
   }
 };
 
@@ -310,23 +330,6 @@ inline Vec<R> turned_back(Vec<R> x, const R* turns, int i, int W) {
 }
 
 // ---- rows in and out -----------------------------------------------------------------------------------------------
-
-inline int bytes_of(Type type) { return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 8; }
-
-inline char* address(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
-  const int64_t number = batch * rows.batch + head * rows.head + token * rows.token;
-  return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
-}
-
-// Asks for the rows of the tile after this one, which the work on this one gives time to come.
-template <class R>
-void prefetch_next(const Rows& rows, const Tile<R>& tile, const Sizes& s) {
-  const int64_t rest = s.tokens - tile.first - kTile;
-  for (int64_t t = 0; t < (rest < kTile ? rest : kTile); ++t) {
-    const char* row = address(rows, tile.batch, tile.head, tile.first + kTile + t);
-    for (int i = 0; i < s.D * bytes_of(rows.type); i += 64) __builtin_prefetch(row + i);
-  }
-}
 
 template <class R>
 void load_numbers(const char* from, Type type, R* to, int count, int padded_count) {
@@ -358,10 +361,9 @@ void store_numbers(const R* from, Type type, char* to, int count) {
 // A tile of queries or keys: (kTile, W).
 template <class R>
 void load_tile(const Rows& rows, const Tile<R>& tile, const Sizes& s, R* to) {
-  prefetch_next(rows, tile, s);
   for (int t = 0; t < tile.count; ++t)
     load_numbers(address(rows, tile.batch, tile.head, tile.first + t), rows.type, to + t * s.W, s.D, s.W);
-  for (int64_t i = int64_t(tile.count) * s.W; i < int64_t(kTile) * s.W; ++i) to[i] = 0;
+  for (int i = tile.count * s.W; i < tile.rows * s.W; ++i) to[i] = 0;
 }
 
 template <class R>
@@ -373,13 +375,12 @@ void store_tile(const R* from, const Rows& rows, const Tile<R>& tile, const Size
 // A tile of one half (0 or 1) of values: (kTile, M) with rows `row` apart.
 template <class R>
 void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
-  if (half == 0) prefetch_next(rows, tile, s);
   const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
   for (int t = 0; t < tile.count; ++t) {
     const char* from = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
     load_numbers(from, rows.type, to + t * row, s.D / 2, s.M);
   }
-  for (int t = tile.count; t < kTile; ++t)
+  for (int t = tile.count; t < tile.rows; ++t)
     for (int i = 0; i < s.M; ++i) to[t * row + i] = 0;
 }
 
@@ -413,7 +414,7 @@ inline R shifted_feature(R x, R shift) {
 
 template <class R>
 void turn_tile(const Tile<R>& tile, const Sizes& s, R* features) {
-  for (int t = 0; t < kTile; ++t)
+  for (int t = 0; t < tile.rows; ++t)
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
       R* positive = features + t * s.F + i;
       store(positive, turned(load(positive), tile.row[t], i, s.W));
@@ -428,7 +429,8 @@ R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R
   Vec<R> largest{};
   for (int i = 0; i < s.W; i += Simd<R>::lanes) {
     Vec<R> positive_sum{}, negative_sum{};
-    for (int t = 0; t < kTile; ++t) {
+    for (int t = 0; t < tile.rows; ++t) {
+      tile.prefetch(t, i);
       const Vec<R> x = load(k + t * s.W + i);
       const Vec<R> exponent = x > 0 ? x : -x;
       largest = exponent > largest ? exponent : largest;
@@ -456,7 +458,7 @@ R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R
 template <class R>
 void shifted_key_features(const Tile<R>& tile, const Sizes& s, const R* k, const R* shift, const Features<R>& out,
                           R* sums) {
-  for (int t = 0; t < kTile; ++t)
+  for (int t = 0; t < tile.rows; ++t)
     for (int i = 0; i < s.W; ++i) {
       const R x = k[t * s.W + i], exponent = x > 0 ? x : -x;
       const int pole = x > 0 ? i : s.W + i, other = x > 0 ? s.W + i : i;
@@ -484,9 +486,10 @@ template <class R, bool for_backward>
 R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow, const Features<R>& out,
                  R* normalizer) {
   Vec<R> largest{};
-  for (int t = 0; t < kTile; ++t) {
+  for (int t = 0; t < tile.rows; ++t) {
     Vec<R> z{};
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
+      if (flow.swap) tile.prefetch(t, i);
       const Vec<R> x = flow.swap ? -load(q + t * s.W + i) : load(q + t * s.W + i);
       const Vec<R> heat = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
       const Vec<R> exponent = x * heat;
@@ -511,7 +514,7 @@ R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>&
 template <class R>
 void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow,
                             const Features<R>& out, R* normalizer) {
-  for (int t = 0; t < kTile; ++t) {
+  for (int t = 0; t < tile.rows; ++t) {
     R token_shift = 0;
     for (int i = 0; i < s.W; ++i) {
       const R x = flow.swap ? -q[t * s.W + i] : q[t * s.W + i];
@@ -685,7 +688,7 @@ struct ForwardPass {
     if (first >= end)
       for (int64_t i = 0; i < int64_t(s.V) * s.F; ++i) state[i] = 0;
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end);
+      const Tile<R> tile(s, turns, head, at, end, call.k, call.v);
       load_tile(call.k, tile, s, b.k);
       for (int half = 0; half < 2; ++half) load_half(call.v, tile, s, half, b.v + half * s.M, s.V);
       if (shift) {
@@ -694,9 +697,9 @@ struct ForwardPass {
         const R here = key_features<R, false>(tile, s, b.k, b.features, sum);
         largest = here > largest ? here : largest;
       }
-      const auto values = products.columns(b.v, s.V, kTile, b.left);
-      const auto features = products.right(b.features.turned, s.F, kTile, s.F, b.right);
-      products.multiply(values, features, state, s.F, s.V, s.F, kTile, at > first);
+      const auto values = products.columns(b.v, s.V, tile.rows, b.left);
+      const auto features = products.right(b.features.turned, s.F, tile.rows, s.F, b.right);
+      products.multiply(values, features, state, s.F, s.V, s.F, tile.rows, at > first);
     }
     return largest;
   }
@@ -728,7 +731,7 @@ struct ForwardPass {
   void find_shift(int64_t head, Arena arena, R* shift) const {
     R* k = arena.take<R>(kTile * s.W);
     for (int64_t at = 0; at < s.tokens; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, s.tokens);
+      const Tile<R> tile(s, turns, head, at, s.tokens, call.k, call.k);
       load_tile(call.k, tile, s, k);
       for (int t = 0; t < tile.count; ++t)
         for (int i = 0; i < s.W; ++i) {
@@ -747,18 +750,28 @@ struct ForwardPass {
     const R limit = largest_finite<R>(call.out.type);
     R normalizer[kTile];
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end);
+      const Tile<R> tile(s, turns, head, at, end, call.q, call.q);
       load_tile(call.q, tile, s, b.q);
       for (int half = 0; half < 2; ++half) {
         const R* temperature = temperatures + (tile.head * 2 + half) * s.F;
         const Flow<R> flow{half == 1, temperature, b.saved.key_mean, b.saved.key_shift, b.saved.shifted};
         any_query_features<R, false>(tile, s, b.q, flow, b.features, normalizer);
-        const auto features = products.rows(b.features.turned, kTile, s.F, b.left);
-        products.multiply(features, halves[half], b.product, s.M, kTile, s.M, s.F, false);
-        for (int t = 0; t < tile.count; ++t)
-          for (int i = 0; i < s.M; ++i)
-            b.product[t * s.M + i] = at_most(b.product[t * s.M + i] * (R(1) / normalizer[t]), limit);
+        const auto features = products.rows(b.features.turned, tile.rows, s.F, b.left);
+        products.multiply(features, halves[half], b.product, s.M, tile.rows, s.M, s.F, false);
+        divide(tile, b.product, normalizer, limit);
         store_half(b.product, s.M, call.out, tile, s, half);
+      }
+    }
+  }
+
+  // A tile's products (kTile, M) by their normalizers, within ±limit.
+  void divide(const Tile<R>& tile, R* products, const R* normalizer, R limit) const {
+    for (int t = 0; t < tile.rows; ++t) {
+      const R inverse = R(1) / normalizer[t];
+      for (int i = 0; i < s.M; i += Simd<R>::lanes) {
+        Vec<R> x = load(products + t * s.M + i) * inverse;
+        x = x > limit ? broadcast(limit) : x;
+        store(products + t * s.M + i, x < -limit ? broadcast(-limit) : x);
       }
     }
   }
@@ -857,37 +870,37 @@ struct BackwardPass {
                                                 products.right(b.state + s.M * s.F, s.F, s.M, s.F, b.right[1])};
     R normalizer[kTile], grad_normalizer[kTile];
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end);
+      const Tile<R> tile(s, turns, head, at, end, call.q, call.grad_out);
       load_tile(call.q, tile, s, b.q);
-      for (int64_t i = 0; i < int64_t(kTile) * s.W; ++i) b.grad_q[i] = 0;
+      for (int i = 0; i < tile.rows * s.W; ++i) b.grad_q[i] = 0;
       for (int half = 0; half < 2; ++half) {
         const R* temperature = temperatures + (tile.head * 2 + half) * s.F;
         const Flow<R> flow{half == 1, temperature, b.saved.key_mean, b.saved.key_shift, b.saved.shifted};
         any_query_features<R, true>(tile, s, b.q, flow, b.features, normalizer);
         load_half(call.grad_out, tile, s, half, b.u, s.M);
-        divide(b.u, normalizer);
-        products.multiply(products.rows(b.u, kTile, s.M, b.u_rows), halves[half], b.grad_turned, s.F, kTile, s.F, s.M,
+        divide(tile, b.u, normalizer);
+        products.multiply(products.rows(b.u, tile.rows, s.M, b.u_rows), halves[half], b.grad_turned, s.F, tile.rows, s.F, s.M,
                           false);
-        products.multiply(products.columns(b.u, s.M, kTile, b.u_columns),
-                          products.right(b.features.turned, s.F, kTile, s.F, b.turned), grad_state + half * s.M * s.F,
-                          s.F, s.M, s.F, kTile, at > first);
-        differentiate_normalizers(b, normalizer, grad_normalizer);
+        products.multiply(products.columns(b.u, s.M, tile.rows, b.u_columns),
+                          products.right(b.features.turned, s.F, tile.rows, s.F, b.turned), grad_state + half * s.M * s.F,
+                          s.F, s.M, s.F, tile.rows, at > first);
+        differentiate_normalizers(tile, b, normalizer, grad_normalizer);
         differentiate_features(tile, flow, b, grad_normalizer, grad_mean, grad_heat + half * s.F);
       }
       store_tile(b.grad_q, call.grad_q, tile, s);
     }
   }
 
-  void divide(R* u, R* normalizer) const {
-    for (int t = 0; t < kTile; ++t) {
+  void divide(const Tile<R>& tile, R* u, R* normalizer) const {
+    for (int t = 0; t < tile.rows; ++t) {
       if (normalizer[t] < R(kLeastGradientNormalizer)) normalizer[t] = R(kLeastGradientNormalizer);
       const R inverse = R(1) / normalizer[t];
       for (int i = 0; i < s.M; ++i) u[t * s.M + i] *= inverse;
     }
   }
 
-  void differentiate_normalizers(const QueryBuffers& b, const R* normalizer, R* grad) const {
-    for (int t = 0; t < kTile; ++t) {
+  void differentiate_normalizers(const Tile<R>& tile, const QueryBuffers& b, const R* normalizer, R* grad) const {
+    for (int t = 0; t < tile.rows; ++t) {
       Vec<R> dot{};
       for (int i = 0; i < s.F; i += Simd<R>::lanes)
         dot += load(b.features.turned + t * s.F + i) * load(b.grad_turned + t * s.F + i);
@@ -901,7 +914,7 @@ struct BackwardPass {
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
       Vec<R> mean_positive{}, mean_negative{}, heat_positive{}, heat_negative{};
       const Vec<R> zero{};
-      for (int t = 0; t < kTile; ++t) {
+      for (int t = 0; t < tile.rows; ++t) {
         const Vec<R> x = flow.swap ? -load(b.q + t * s.W + i) : load(b.q + t * s.W + i);
         const R* grad_turned = b.grad_turned + t * s.F + i;
         const Vec<R> positive = turned_back(load(grad_turned), tile.row[t], i, s.W);
@@ -959,18 +972,18 @@ struct BackwardPass {
     const auto of_features = products.right(transposed, s.F, s.V, s.F, b.transposed_right);
     const auto of_values = products.right(b.grad_state, s.V, s.F, s.V, b.state_right);
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end);
+      const Tile<R> tile(s, turns, head, at, end, call.k, call.v);
       load_tile(call.k, tile, s, b.k);
       for (int half = 0; half < 2; ++half) load_half(call.v, tile, s, half, b.v + half * s.M, s.V);
       if (b.saved.shifted)
         shifted_key_features<R>(tile, s, b.k, b.saved.key_shift, b.features, nullptr);
       else
         key_features<R, true>(tile, s, b.k, b.features, nullptr);
-      products.multiply(products.rows(b.v, kTile, s.V, b.v_rows), of_features, b.grad_turned, s.F, kTile, s.F, s.V,
+      products.multiply(products.rows(b.v, tile.rows, s.V, b.v_rows), of_features, b.grad_turned, s.F, tile.rows, s.F, s.V,
                         false);
-      products.multiply(products.rows(b.features.turned, kTile, s.F, b.turned_rows), of_values, b.grad_v, s.V, kTile,
+      products.multiply(products.rows(b.features.turned, tile.rows, s.F, b.turned_rows), of_values, b.grad_v, s.V, kTile,
                         s.V, s.F, false);
-      for (int t = 0; t < kTile; ++t)
+      for (int t = 0; t < tile.rows; ++t)
         for (int i = 0; i < s.W; i += Simd<R>::lanes) {
           const Vec<R> x = load(b.k + t * s.W + i), slope = load(b.features.slope + t * s.W + i), zero{};
           const R* grad_turned = b.grad_turned + t * s.F + i;
