@@ -1,8 +1,14 @@
 """The operators as PyTorch sees them: schema, implementations, fake tensors, autograd, FLOPs.
 
-The only file that names torch.ops. Compiled kernels register themselves for CPU and CUDA under the schema defined
-here; where there is none, the dispatcher falls through to the reference.
+The only file that names torch.ops. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so beside this
+file) register themselves for CPU and CUDA under the schema defined here; where there is none, the dispatcher falls
+through to the reference, which says so once.
 """
+
+import functools
+import os
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,6 +26,27 @@ _library.define(
 )
 
 
+_FAULTS: dict[str, str] = {}  # device type → why its kernels are not there
+
+
+def _load_kernels() -> None:
+    for device_type in ("cpu", "cuda"):
+        if os.environ.get("POLAFORMER_KERNELS") == "none":  # the build's own switch, for comparing with the reference
+            _FAULTS[device_type] = "POLAFORMER_KERNELS is none"
+            continue
+        libraries = sorted(Path(__file__).parent.glob(f"_{device_type}*.so"))
+        if not libraries:
+            _FAULTS[device_type] = "they were not built"
+        for library in libraries:
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:  # of another torch, or of another CUDA
+                _FAULTS[device_type] = str(error)
+
+
+_load_kernels()
+
+
 def polarity_attention(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> Tensor:
@@ -31,6 +58,8 @@ def polarity_attention(
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    if q.is_cuda and q.dtype == torch.float64:  # the one dtype that no GPU kernel is built for
+        return reference.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)
     return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
 
 
@@ -40,9 +69,24 @@ def has_compiled_kernels(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("polaformer::polarity_attention", key)
 
 
+def why_no_kernels(device_type: str) -> str:
+    """What is wrong with the compiled kernels for "cpu" or "cuda", and the remedy; empty if they are there."""
+    if has_compiled_kernels(device_type):
+        return ""
+    fault = _FAULTS.get(device_type, "they were not built")
+    return f"no compiled kernels for {device_type}: {fault}; build them with: pip install --no-build-isolation -e ."
+
+
+@functools.cache
+def _say_once(device_type: str) -> None:
+    if device_type in ("cpu", "cuda"):
+        warnings.warn(f"polarity attention runs in plain PyTorch, {why_no_kernels(device_type)}", stacklevel=2)
+
+
 def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A (B, H, N, D) tensor whose memory is a contiguous (B, N, H, D)."""
-    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    """A (B, H, N, D) tensor in a dtype that may be narrower, within its range; memory is a contiguous (B, N, H, D)."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _empty_tokens_first(like: Tensor) -> Tensor:
@@ -52,6 +96,7 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
 def _forward(q, k, v, same_logits, opposite_logits, height, width):
+    _say_once(q.device.type)
     out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
     return _tokens_first(out, q.dtype), *saved
 

@@ -93,8 +93,8 @@ def assert_equal_tree(left, right, where: str) -> None:
 def refusal(command):
     """Returns a function: the message with which launch/train.py refuses these arguments, on one rank."""
 
-    def refuse(arguments: list[str]) -> str:
-        finished = command(TRAIN, *arguments)
+    def refuse(arguments: list[str], **variables: str) -> str:
+        finished = command(TRAIN, *arguments, **variables)
         assert finished.returncode == 2, finished.stderr
         assert "Traceback" not in finished.stderr
         return finished.stderr.partition("error: ")[2].strip()
@@ -289,13 +289,19 @@ def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
         ("optimizer.global_batch=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
         ("optimizer.global_batch=30", "a batch of 15 images per rank cannot be mixed in pairs"),
         ("model.num_classes=4", "has 10 classes and label 9, the model has 4 outputs"),
-        ("model.kernels=required", "model.kernels=required, but this installation has no compiled"),
         ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
     ],
 )
 def test_what_cannot_work_is_refused(refusal, fashion_shards, tmp_path, override, message):
     assert message in refusal(overrides(fashion_shards, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_are_required_and_missing(refusal, fashion_shards, tmp_path):
+    arguments = overrides(fashion_shards, tmp_path / "run", "model.kernels=required")
+    message = refusal(arguments, POLAFORMER_KERNELS="none")
+    assert "model.kernels=required, but there are no compiled kernels for cpu: POLAFORMER_KERNELS is none" in message
     assert not (tmp_path / "run").exists()
 
 

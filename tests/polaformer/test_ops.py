@@ -89,9 +89,3 @@ def test_flops():
 def test_wrong_inputs_are_refused_before_dispatch():
     with pytest.raises(ValueError, match="12 tokens are not height 3 × width 5"):
         ops.polarity_attention(*projected_inputs((1, 1, 12, 8)), 3, 5)
-
-
-def test_without_compiled_kernels_the_reference_serves():
-    assert not ops.has_compiled_kernels("cpu")
-    with pytest.raises(KeyError):
-        ops.has_compiled_kernels("tpu")

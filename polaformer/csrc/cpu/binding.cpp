@@ -2,10 +2,13 @@
 // picks the kernels for this processor.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
-#include <cstdlib>
+#include <atomic>
+#include <exception>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -16,19 +19,30 @@ namespace {
 
 using at::Tensor;
 
+// The kernels for this processor, or for the lesser one that ATEN_CPU_CAPABILITY names.
 const Kernels& kernels() {
 #if defined(__x86_64__)
-  static const Kernels* best = [] {
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return avx512 ? &kAvx512 : avx2 ? &kAvx2 : &kBaseline;
-  }();
-  return *best;
+  const std::string capability = at::get_cpu_capability();
+  return capability == "AVX512" ? kAvx512 : capability == "AVX2" ? kAvx2 : kBaseline;
 #else
   return kBaseline;
 #endif
+}
+
+// Whether PyTorch multiplies bfloat16 matrices in hardware here (AMX or AVX512-BF16). It refuses where it does not.
+bool has_bf16_products() {
+  static const bool has = [] {
+    const std::vector<at::BFloat16> ones(32 * 32, 1.f);
+    std::vector<float> product(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, ones.data(), ones.data(), product.data());
+      at::native::cpublas::brgemm_release();
+      return product[0] == 32.f;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
 }
 
 class TorchServices final : public Services {
@@ -72,6 +86,11 @@ Tensor tokens_first(const Tensor& x) {
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
 }
 
+// x in the caller's type: float16, for which the kernels wrote float32, holds no more than 65,504.
+Tensor finite(const Tensor& x, at::ScalarType type) {
+  return type == at::kHalf ? x.clamp(-65504.0, 65504.0).to(type) : x;
+}
+
 Rows rows(const Tensor& x) {
   const Type type = x.scalar_type() == at::kDouble  ? Type::float64
                     : x.scalar_type() == at::kFloat ? Type::float32
@@ -83,7 +102,7 @@ Rows rows(const Tensor& x) {
 Tensor angles(int64_t head_width) { return at::pow(10000.0, at::linspace(0, 1, head_width / 2)).reciprocal(); }
 
 Problem problem(const Tensor& q, int64_t height, int64_t width, const Tensor& angles) {
-  const bool bf16 = q.scalar_type() == at::kBFloat16 && at::native::cpublas::could_pack(at::kBFloat16);
+  const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_products();
   return {q.size(0), q.size(1), height, width, int(q.size(3)), bf16, angles.const_data_ptr<float>()};
 }
 
@@ -107,8 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v,
                        key_shift.data_ptr()},
                       services);
   }
-  const double largest = 65504;  // of float16: at most that, as the reference has it
-  return {q.scalar_type() == at::kHalf ? out.clamp(-largest, largest).to(at::kHalf) : out, state, key_mean, key_shift};
+  return {finite(out, q.scalar_type()), state, key_mean, key_shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inputs q, Inputs k, Inputs v,
@@ -131,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inp
                        services);
   }
   const auto type = q.scalar_type();
-  return {grad_q.to(type), grad_k.to(type), grad_v.to(type), grad_same.to(same_logits.scalar_type()),
+  return {finite(grad_q, type), finite(grad_k, type), finite(grad_v, type), grad_same.to(same_logits.scalar_type()),
           grad_opposite.to(opposite_logits.scalar_type())};
 }
 

@@ -92,6 +92,11 @@ namespace POLAFORMER_ISA {
 
 constexpr int padded(int count, int lanes) { return (count + lanes - 1) / lanes * lanes; }
 
+template <class R>
+inline R at_most(R x, R limit) {
+  return x > limit ? limit : x < -limit ? -limit : x;
+}
+
 // ---- products of matrices ------------------------------------------------------------------------------------------
 
 // A block of `rows` × `columns` vectors of C, held in registers: C = A B or C += A B.
@@ -343,18 +348,21 @@ void load_numbers(const char* from, Type type, R* to, int count, int padded_coun
   for (int i = count; i < padded_count; ++i) to[i] = 0;
 }
 
+constexpr float kLargestBf16 = 3.38953139e38f;
+
 template <class R>
 void store_numbers(const R* from, Type type, char* to, int count) {
   if (type == Type::bfloat16) {
     auto* out = reinterpret_cast<uint16_t*>(to);
     for (int i = 0; i < count; ++i) {
-      const uint32_t bits = __builtin_bit_cast(uint32_t, float(from[i]));
+      const float limited = at_most(float(from[i]), kLargestBf16);
+      const uint32_t bits = __builtin_bit_cast(uint32_t, limited);
       const uint32_t even = bits + 0x7fff + ((bits >> 16) & 1);
-      out[i] = uint16_t((from[i] == from[i] ? even : bits | 0x400000) >> 16);
+      out[i] = uint16_t((limited == limited ? even : bits | 0x400000) >> 16);
     }
   } else {
     auto* out = reinterpret_cast<R*>(to);
-    for (int i = 0; i < count; ++i) out[i] = from[i];
+    for (int i = 0; i < count; ++i) out[i] = at_most(from[i], sizeof(R) == 4 ? R(FLT_MAX) : R(DBL_MAX));
   }
 }
 
@@ -599,15 +607,6 @@ void unpack_state(const Sizes& s, const R* state, bool transposed, R* out) {
       out[transposed ? s.value(d) * s.F + s.feature(f) : s.feature(f) * s.V + s.value(d)] = state[f * s.D + d];
 }
 
-template <class R>
-inline R at_most(R x, R limit) {
-  return x > limit ? limit : x < -limit ? -limit : x;
-}
-template <class R>
-inline R largest_finite(Type type) {
-  return type == Type::float64 ? R(DBL_MAX) : type == Type::float32 ? R(FLT_MAX) : R(3.38953139e38f);
-}
-
 // ---- forward -------------------------------------------------------------------------------------------------------
 
 // state = Σ turned(φ_k)ᵀ v / N and key_mean = Σ φ_k / N over tokens, then out = turned(φ_q) state / (φ_q key_mean + ε).
@@ -747,7 +746,6 @@ struct ForwardPass {
     unpack_state(s, static_cast<const R*>(call.state) + head * 2 * s.D * s.D, false, b.state);
     const typename Products::Right halves[2] = {products.right(b.state, s.V, s.F, s.M, b.right[0]),
                                                 products.right(b.state + s.M, s.V, s.F, s.M, b.right[1])};
-    const R limit = largest_finite<R>(call.out.type);
     R normalizer[kTile];
     for (int64_t at = first; at < end; at += kTile) {
       const Tile<R> tile(s, turns, head, at, end, call.q, call.q);
@@ -758,21 +756,18 @@ struct ForwardPass {
         any_query_features<R, false>(tile, s, b.q, flow, b.features, normalizer);
         const auto features = products.rows(b.features.turned, tile.rows, s.F, b.left);
         products.multiply(features, halves[half], b.product, s.M, tile.rows, s.M, s.F, false);
-        divide(tile, b.product, normalizer, limit);
+        divide(tile, b.product, normalizer);
         store_half(b.product, s.M, call.out, tile, s, half);
       }
     }
   }
 
-  // A tile's products (kTile, M) by their normalizers, within ±limit.
-  void divide(const Tile<R>& tile, R* products, const R* normalizer, R limit) const {
+  // A tile's products (kTile, M) by their normalizers.
+  void divide(const Tile<R>& tile, R* products, const R* normalizer) const {
     for (int t = 0; t < tile.rows; ++t) {
       const R inverse = R(1) / normalizer[t];
-      for (int i = 0; i < s.M; i += Simd<R>::lanes) {
-        Vec<R> x = load(products + t * s.M + i) * inverse;
-        x = x > limit ? broadcast(limit) : x;
-        store(products + t * s.M + i, x < -limit ? broadcast(-limit) : x);
-      }
+      for (int i = 0; i < s.M; i += Simd<R>::lanes)
+        store(products + t * s.M + i, load(products + t * s.M + i) * inverse);
     }
   }
 };
