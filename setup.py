@@ -20,7 +20,14 @@ from pathlib import Path
 from setuptools import setup
 
 MODEL = ["torch>=2.11", "timm>=1.0.31", "einops>=0.8", "safetensors>=0.5"]
-DATA = ["nvidia-dali-cuda130>=2.4", "numpy>=2.2", "pillow>=12", "torchvision>=0.26"]
+DATA = [
+    "nvidia-dali-cuda130>=2.4",
+    "numpy>=2.2",
+    "pillow>=12",
+    "torchvision>=0.26",
+    "braceexpand>=0.1.7",
+    "matplotlib>=3.10",
+]
 LAUNCH = [
     "deepspeed>=0.19.8",
     "psutil>=6",
