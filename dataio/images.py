@@ -1,6 +1,6 @@
 """The bytes of one image file: what is let into a shard, its size, what is odd about it, and making it smaller.
 
-source.py says where the bytes are, shards.py writes them.
+source.py says where the bytes are, shard_writer.py writes them.
 """
 
 import io

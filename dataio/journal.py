@@ -17,7 +17,7 @@ import numpy as np
 
 from dataio.files import sha256_of, sync
 from dataio.index import SAMPLE_DTYPE, Broken, Shard
-from dataio.shards import WrittenShard
+from dataio.shard_writer import WrittenShard
 
 UNFINISHED = ".new"  # what the names of files written aside end with
 

@@ -6,7 +6,7 @@
                                   TARGET/report.json        how they were packed, and the odd images among them
                                   TARGET/manifest.json      classes, shards, sha256 of every other file but the report
 
-source.py finds the images, images.py looks at each, shards.py writes a shard in a worker process. The bytes of all
+source.py finds the images, images.py looks at each, shard_writer.py writes a shard in a worker process. The bytes of all
 files depend on the images and the options alone, not on the number of workers, nor on how often packing was killed:
 started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
 """
@@ -43,7 +43,7 @@ from dataio.index import (
     philox,
 )
 from dataio.journal import UNFINISHED, FinishedShard, Journal
-from dataio.shards import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
+from dataio.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
 from dataio.source import ImageFile, Source, find_images
 from dataio.terminal import progress_bar, status
 from dataio.workers import available_cores, worker_pool

@@ -7,7 +7,7 @@ import pytest
 
 from dataio.index import Broken
 from dataio.journal import Journal
-from dataio.shards import ShardTask, WrittenShard, write_shard
+from dataio.shard_writer import ShardTask, WrittenShard, write_shard
 from dataio.source import find_images
 from dataio.workers import worker_pool
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.shards import BrokenImageError, ShardTask, TarWriter, member_bytes, write_shard
+from dataio.shard_writer import BrokenImageError, ShardTask, TarWriter, member_bytes, write_shard
 from dataio.source import find_images
 
 NAMES = st.from_regex(r"[0-9]{8}\.[a-z0-9]{2,5}", fullmatch=True)
