@@ -6,9 +6,9 @@
                                   TARGET/report.json        how they were packed, and the odd images among them
                                   TARGET/manifest.json      classes, shards, sha256 of every other file but the report
 
-source.py finds the images, images.py looks at each, shard_writer.py writes a shard in a worker process. The bytes of all
-files depend on the images and the options alone, not on the number of workers, nor on how often packing was killed:
-started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
+source.py finds the images, images.py looks at each, shard_writer.py writes a shard in a worker process. The bytes
+of all files depend on the images and the options alone, not on the number of workers, nor on how often packing was
+killed: started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
 """
 
 import argparse
