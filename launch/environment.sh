@@ -9,7 +9,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   exit 2
 fi
 
-wanted=$(cat requirements.txt setup.py $(find polaformer/csrc -type f | sort) | sha256sum)
+wanted=$({ cat requirements.txt setup.py && find polaformer/csrc -type f | sort | xargs cat; } | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing into .venv and building kernels (about three minutes and 6 GB, once)"
   if ! "$python" -m venv .venv; then
