@@ -198,13 +198,12 @@ def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
     assert "measuring" not in errors
 
 
-def test_without_a_compiler_the_rest_is_measured(run, monkeypatch):
+def test_without_a_compiler_the_rest_is_measured(run):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nowhere/g++"))
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    status, report, table, _ = run(*SMALL[:2], "--device", "cpu", "--dtype", "float32", "--contenders", "compiled",
-                                   "eager")  # fmt: skip
+    with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
+        status, report, table, _ = run(*SMALL[:2], "--device", "cpu", "--dtype", "float32", "--contenders", "compiled",
+                                       "eager")  # fmt: skip
     compiled, eager = report["results"]
     assert status == 0
     assert "passes" in eager
