@@ -82,15 +82,19 @@ def shard_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    yield
+def await_their_end() -> None:
     if shard_threads():
         gc.collect()  # a loader and its batches refer to each other
     deadline = time.monotonic() + 10
     while shard_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not shard_threads()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    await_their_end()
 
 
 @pytest.mark.parametrize("kind", ["http", "s3", "file"])
@@ -373,8 +377,8 @@ def test_a_full_disk(http_server, far, local, expected, small_disk):
     cache, url = CacheOptions(small_disk / "cache", 2**30, HASTY), http_server(far).url
     got = list(itertools.islice(TrainLoader(open_data(url, cache), SMALL, PLAN, CPU), len(local) // 24))
     assert_same(got, expected[: len(got)])
+    await_their_end()  # what they have open still takes room
     shutil.rmtree(cache.folder)
-    gc.collect()  # what is open still takes room
     (small_disk / "other").write_bytes(bytes(480_000))
     loader = TrainLoader(open_data(url, cache), SMALL, PLAN, CPU)
     fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache name a folder"
