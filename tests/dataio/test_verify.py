@@ -34,6 +34,7 @@ def change_manifest(folder, change):
     path = folder / MANIFEST_NAME
     fields = json.loads(path.read_text())
     change(fields)
+    fields["sha256"] = ""  # its own hash would tell at once
     path.write_text(json.dumps(fields))
 
 
