@@ -7,14 +7,14 @@ number, and a run may go on with another number of ranks.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from dataio.index import Manifest, draws_at, samples_at
-from dataio.pipeline import DRAWS_PER_IMAGE, ImageOptions, Request, decode_batches, eval_views, train_views
+from dataio.pipeline import ImageOptions, Request, decode_batches, eval_views, train_views
 
 
 class Batch(NamedTuple):
@@ -132,7 +132,7 @@ class TrainLoader:
         for number in itertools.count(micro_step):
             first = plan.first_position(number)
             samples = samples_at(plan.seed, np.arange(first, first + plan.batch), len(self.manifest))
-            draws = draws_at(plan.seed, first, plan.batch, DRAWS_PER_IMAGE)
+            draws = draws_at(plan.seed, first, plan.batch, self.options.draws_per_image)
             yield Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options))
 
 
@@ -156,7 +156,8 @@ class EvalLoader:
             raise ValueError(f"the evaluation batch is {batch}; use at least 1")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
-        self.manifest, self.options, self.batch, self.device = manifest, options, batch, device
+        self.manifest, self.batch, self.device = manifest, batch, device
+        self.options = replace(options, recipe="simple", color_jitter=0.0)  # for a graph without stages
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)
 
     def __len__(self) -> int:

@@ -5,7 +5,8 @@ python -m launch.plan --config configs/X.yaml [--ranks N] [key=value …]
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from dataio.augment import MixOptions, check_pairs
 from dataio.index import Manifest, load_manifest
 from dataio.loader import TrainPlan, check_labels, check_same_classes
 from dataio.pipeline import ImageOptions
+from dataio.recipes import RandAugment
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 
@@ -64,30 +66,17 @@ def make_plan(config: Config, rank: int, ranks: int) -> Plan:
 
 def image_options(data: DataSection) -> ImageOptions:
     """What dataio needs to know of the configuration: how an image is prepared."""
-    return ImageOptions(
-        size=data.image_size,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip_probability=data.flip,
-        eval_resize=data.eval_resize,
-        crop_fraction=data.eval_crop_fraction,
-        threads=data.threads,
-        prefetch_batches=data.prefetch,
-    )
+    return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
 
 
 def mix_options(data: DataSection) -> MixOptions:
     """The same for what happens to whole batches."""
-    return MixOptions(
-        erase_probability=data.erase,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        probability=data.mix_probability,
-        label_smoothing=data.label_smoothing,
-    )
+    return MixOptions(**_same_fields(data, MixOptions))
+
+
+def _same_fields(data: DataSection, options: type) -> dict[str, Any]:
+    """The configuration's values for all fields of a dataclass of dataio; both have the same names."""
+    return {field.name: getattr(data, field.name) for field in fields(options)}
 
 
 def main(argv: list[str] | None = None) -> int:
