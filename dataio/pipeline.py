@@ -26,22 +26,10 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image, UnidentifiedImageError
 
+from dataio import recipes
 from dataio.index import Manifest
 from dataio.operations import Stage, apply_stage
-from dataio.recipes import (
-    COLOR_JITTER,
-    DRAWS,
-    RAND_AUGMENT,
-    THREE_AUGMENT,
-    Kind,
-    Operations,
-    RandAugment,
-    color_jitter,
-    matrices,
-    no_operations,
-    rand_augment,
-    three_augment,
-)
+from dataio.recipes import Kind, Operations, RandAugment
 
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _EVAL_RESIZES = ("squash", "short")
@@ -109,15 +97,15 @@ class ImageOptions:
         """The operations that a training image passes: of each stage, the kinds that it may have."""
         of_recipe = {
             "simple": (),
-            "three-augment": (THREE_AUGMENT,),
-            "rand-augment": (RAND_AUGMENT,) * self.rand_augment.layers,
+            "three-augment": (recipes.THREE_AUGMENT,),
+            "rand-augment": (recipes.RAND_AUGMENT,) * self.rand_augment.layers,
         }
-        return of_recipe[self.recipe] + (COLOR_JITTER,) * len(COLOR_JITTER) * (self.jitter > 0)
+        return of_recipe[self.recipe] + (recipes.COLOR_JITTER,) * len(recipes.COLOR_JITTER) * (self.jitter > 0)
 
     @property
     def draws_per_image(self) -> int:
         """Uniform draws that `train_views` takes."""
-        return WINDOW_DRAWS + DRAWS * len(self.stages)
+        return WINDOW_DRAWS + recipes.DRAWS * len(self.stages)
 
 
 class Views(NamedTuple):
@@ -185,16 +173,16 @@ def train_views(rows: np.ndarray, draws: np.ndarray, options: ImageOptions) -> V
 
 
 def _operations(draws: np.ndarray, options: ImageOptions) -> Operations:
-    """Those of the recipe, and of a colour jitter after it: (B, L × DRAWS) → (B, L)."""
-    parts = [no_operations(len(draws), 0)]
+    """Those of the recipe, and of a colour jitter after it: (B, L × recipes.DRAWS) → (B, L)."""
+    parts = [recipes.no_operations(len(draws), 0)]
     if options.jitter:
-        draws, of_jitter = np.split(draws, [-DRAWS * len(COLOR_JITTER)], axis=1)
+        draws, of_jitter = np.split(draws, [-recipes.DRAWS * len(recipes.COLOR_JITTER)], axis=1)
     if options.recipe == "rand-augment":
-        parts.append(rand_augment(draws, options.rand_augment))
+        parts.append(recipes.rand_augment(draws, options.rand_augment))
     elif options.recipe == "three-augment":
-        parts.append(three_augment(draws))
+        parts.append(recipes.three_augment(draws))
     if options.jitter:
-        parts.append(color_jitter(of_jitter, options.jitter))
+        parts.append(recipes.color_jitter(of_jitter, options.jitter))
     return Operations(*(np.concatenate(fields, axis=1) for fields in zip(*parts, strict=True)))
 
 
@@ -209,7 +197,7 @@ def eval_views(rows: np.ndarray, options: ImageOptions) -> Views:
     crops = np.rint((resized - options.image_size) / 2)  # half to even
     windows = np.concatenate([np.zeros_like(sides), sides[:, ::-1]], axis=1)
     flips = np.zeros(len(rows), dtype=bool)
-    none = no_operations(len(rows), len(options.stages))
+    none = recipes.no_operations(len(rows), len(options.stages))
     return Views(windows.astype(np.int32), resized.astype(np.int32), crops.astype(np.int32), flips, *none)
 
 
@@ -310,7 +298,7 @@ def _graph_inputs(views: Views, size: int) -> tuple[np.ndarray, ...]:
 
 def _stage_inputs(views: Views, size: int) -> Iterator[np.ndarray]:
     """Kind, amount and matrix of one stage after the other."""
-    of_stages = matrices(Operations(views.kinds, views.amounts), size, views.flips)
+    of_stages = recipes.matrices(Operations(views.kinds, views.amounts), size, views.flips)
     for number in range(views.kinds.shape[1]):
         for values in (views.kinds, views.amounts, of_stages):
             yield np.ascontiguousarray(values[:, number])
