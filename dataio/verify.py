@@ -1,7 +1,7 @@
 """Checks packed folders: `python -m dataio.verify TARGET` lists every fault, or says that there is none.
 
 Everything is read again: sizes and sha256 of all files, and each shard's members against its .idx and its rows
-in samples.npy. What only costs a look, load_manifest checks at the start of each run.
+in samples.npy; with --decode every image too. What only costs a look, load_manifest checks at the start of each run.
 """
 
 import argparse
@@ -9,19 +9,19 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from dataio.files import sha256_of
+from dataio.images import check_image
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
-from dataio.workers import available_cores
+from dataio.terminal import progress_bar
+from dataio.workers import available_cores, worker_pool
 
+_FAULTS_SHOWN = 20  # of a shard's images
 _REMEDY = "copy it again, or pack the folder again"
 
 
@@ -29,12 +29,16 @@ _REMEDY = "copy it again, or pack the folder again"
 class Member:
     """A sample as its shard has it: what its .idx line should be, and its row in samples.npy."""
 
+    name: str  # of the image
     idx_line: str
     row: tuple[int, int, int]  # label, offset, bytes
 
 
-def verify(folder: str | Path) -> list[str]:
-    """The faults of a packed folder, each with its file and remedy; none if it is whole."""
+def verify(folder: str | Path, decode: bool = False, workers: int = 0) -> list[str]:
+    """The faults of a packed folder, each with its file and remedy; none if it is whole.
+
+    decode: look at every image too, as `pack --check decode` does. workers: processes; 0: one per available core.
+    """
     folder = Path(folder)
     try:
         manifest, _ = read_manifest_file(folder)
@@ -42,22 +46,43 @@ def verify(folder: str | Path) -> list[str]:
         return [str(error)]
     samples, faults = _read_samples(folder, manifest)
     faults += _unknown_files(folder, manifest)
+    if not manifest.shards:
+        return faults
     ends = np.cumsum([shard.samples for shard in manifest.shards])
-
-    def check(number: int) -> list[str]:
-        shard = manifest.shards[number]
-        rows = None if samples is None else samples[ends[number] - shard.samples : ends[number]]
-        try:
-            return list(_shard_faults(folder, manifest, number, rows))
-        except OSError as error:
-            return [f"{shard.name}: it cannot be read ({error}); check the disk, then {_REMEDY}"]
-
-    console = Console(stderr=True)
-    bar = Progress(console=console, disable=not console.is_terminal, transient=True)
-    with ThreadPoolExecutor(available_cores()) as pool, bar:  # hashing releases the interpreter's lock
-        for found in bar.track(pool.map(check, range(len(manifest.shards))), len(manifest.shards)):
+    tasks = [
+        ShardCheck(folder, manifest, number, None if samples is None else samples[end - shard.samples : end], decode)
+        for number, (shard, end) in enumerate(zip(manifest.shards, ends, strict=True))
+    ]
+    with (
+        worker_pool(min(workers or available_cores(), len(tasks))) as pool,
+        progress_bar("checking", sum(shard.bytes for shard in manifest.shards)) as show,
+    ):
+        done = 0
+        for shard, found in zip(manifest.shards, pool.map(_check_shard, tasks), strict=True):
             faults += found
+            done += shard.bytes
+            if show:
+                show(done)
     return faults
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """One shard to check, by its number, with its rows of samples.npy (None: not to be had)."""
+
+    folder: Path
+    manifest: ManifestFile
+    number: int
+    rows: np.ndarray | None
+    decode: bool
+
+
+def _check_shard(task: ShardCheck) -> list[str]:
+    try:
+        return list(_shard_faults(task))
+    except OSError as error:
+        name = task.manifest.shards[task.number].name
+        return [f"{name}: it cannot be read ({error}); check the disk, then {_REMEDY}"]
 
 
 def _read_samples(folder: Path, manifest: ManifestFile) -> tuple[np.ndarray | None, list[str]]:
@@ -82,10 +107,11 @@ def _unknown_files(folder: Path, manifest: ManifestFile) -> list[str]:
     return [f"{name}: the manifest does not name it; remove it" for name in found if name not in known]
 
 
-def _shard_faults(folder: Path, manifest: ManifestFile, number: int, rows: np.ndarray | None) -> Iterator[str]:
-    """The faults of one shard, its .idx and its rows of samples.npy (None: not to be had)."""
-    shard = manifest.shards[number]
-    path = folder / shard.name
+def _shard_faults(task: ShardCheck) -> Iterator[str]:
+    """The faults of one shard, its .idx, its rows of samples.npy and its images."""
+    manifest, rows = task.manifest, task.rows
+    shard = manifest.shards[task.number]
+    path = task.folder / shard.name
     if not path.is_file():
         yield f"{shard.name}: missing; {_REMEDY}"
         return
@@ -105,11 +131,14 @@ def _shard_faults(folder: Path, manifest: ManifestFile, number: int, rows: np.nd
         yield (
             f"{shard.name}: it has label {highest}, the manifest {len(manifest.classes)} classes; pack the folder again"
         )
-    yield from _idx_faults(folder, shard, members)
+    yield from _idx_faults(task.folder, shard, members)
     if len(members) != shard.samples:
         yield f"{shard.name}: {len(members)} samples where the manifest says {shard.samples}; {_REMEDY}"
+        rows = None
     elif rows is not None:
-        yield from _row_faults(shard.name, number, rows, members)
+        yield from _row_faults(shard.name, task.number, rows, members)
+    if task.decode:
+        yield from _first(_image_faults(path, rows, members), shard.name)
 
 
 def _members(path: Path) -> Iterator[Member]:
@@ -122,6 +151,7 @@ def _members(path: Path) -> Iterator[Member]:
             if label is None or label.name != f"{key}.cls":
                 raise ValueError(f"{image.name} is not followed by {key}.cls")
             yield Member(
+                name=image.name,
                 idx_line=f"{ending} {image.offset_data} {image.size} {image.name}"
                 f" cls {label.offset_data} {label.size} {label.name}",
                 row=(int(tar.extractfile(label).read()), image.offset_data, image.size),
@@ -157,6 +187,32 @@ def _row_faults(name: str, number: int, rows: np.ndarray, members: list[Member])
         )
 
 
+def _image_faults(path: Path, rows: np.ndarray | None, members: list[Member]) -> Iterator[str]:
+    """Of the images themselves, and of their sizes in samples.npy."""
+    with open(path, "rb") as file:
+        for number, member in enumerate(members):
+            _, offset, size = member.row
+            file.seek(offset)
+            try:
+                header = check_image(file.read(size), "decode")
+            except ValueError as error:
+                yield f"{path.name}: {member.name}: {error}; {_REMEDY} with --skip-broken"
+                continue
+            stated = None if rows is None else (rows[number]["width"], rows[number]["height"])
+            if stated not in (None, (header.width, header.height)):
+                yield (
+                    f"{path.name}: {member.name} has {header.width}×{header.height} pixels where {SAMPLES_NAME} says"
+                    f" {stated[0]}×{stated[1]}; {_REMEDY}"
+                )
+
+
+def _first(faults: Iterator[str], shard: str) -> Iterator[str]:
+    """The first faults, and how many more there are."""
+    yield from islice(faults, _FAULTS_SHOWN)
+    if more := sum(1 for _ in faults):
+        yield f"{shard}: {more} more images with faults"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataio.verify",
@@ -164,9 +220,17 @@ def main(argv: list[str] | None = None) -> int:
         " and sample table fit together. Exit status 1 if anything is wrong.",
     )
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder with a manifest.json")
-    target = parser.parse_args(argv).target
-    start = time.monotonic()
-    faults = verify(target)
+    parser.add_argument("--decode", action="store_true", help="decode every image too, to the last pixel")
+    parser.add_argument("--workers", type=int, default=0, help="number of processes (default: one per core)")
+    arguments = parser.parse_args(argv)
+    if arguments.workers < 0:
+        parser.error(f"--workers is {arguments.workers}; use 1 or more, or 0 for one per core")
+    target, start = arguments.target, time.monotonic()
+    try:
+        faults = verify(target, arguments.decode, arguments.workers)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     for fault in faults:
         print(fault)
     if faults:

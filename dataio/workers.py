@@ -19,12 +19,16 @@ def available_cores() -> int:
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that end at once when the block raises or is interrupted, and when this process is killed.
 
-    Raises RuntimeError if one of them is killed.
+    They are forked here, before the block: that takes milliseconds where a new interpreter with its imports takes
+    tenths of a second, and they hold the locks that this process holds. What threads this process may have by
+    now, the workers must not need. Raises RuntimeError if a worker is killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     receiver, lifeline = context.Pipe(duplex=False)
-    with receiver, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (receiver,)) as pool:
+    with receiver, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (receiver, lifeline)) as pool:
         try:
+            with _ctrl_c_held_back():  # workers inherit that; so the parent alone decides
+                pool.submit(os.getpid)  # the first task forks them all
             yield pool
         except BrokenProcessPool as error:
             raise RuntimeError(
@@ -35,7 +39,16 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _end_with_parent(lifeline: Connection) -> None:
-    """Ends this worker when the other end of `lifeline` is closed, which the parent's death does as well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-    threading.Thread(target=lambda: (lifeline.poll(None), os._exit(1)), daemon=True).start()
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(receiver: Connection, lifeline: Connection) -> None:
+    """Ends this worker when no process has the other end of `lifeline`: the parent has closed it, or died."""
+    lifeline.close()
+    threading.Thread(target=lambda: (receiver.poll(None), os._exit(1)), daemon=True).start()

@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Place = Annotated[str, Field(min_length=1)]
 LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
 
 
@@ -63,8 +64,13 @@ class RandAugmentSection(Section):
 
 
 class DataSection(Section):
-    train: Path  # folder that `python -m dataio.pack` wrote
-    val: Path  # the same, for evaluation
+    train: Place  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
+    val: Place  # the same, for evaluation
+    order: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
+    window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
+    cache: Path | None = None  # this machine's folder for remote shards; null: one beside other temporary files
+    cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
+    max_broken: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height

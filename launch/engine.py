@@ -27,8 +27,8 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
     """
     if config.model.kernels == "required" and not ops.has_compiled_kernels(device.type):
         raise RuntimeError(
-            f"model.kernels=required, but this installation has no compiled polarity attention for {device.type};"
-            " build the extension (pip install -e .), or set model.kernels=auto for the PyTorch reference"
+            f"model.kernels=required, but there are {ops.why_no_kernels(device.type)},"
+            " or set model.kernels=auto for the reference in PyTorch"
         )
     torch.manual_seed(config.seed)
     model = timm.create_model(config.model.name, num_classes=plan.classes, drop_path_rate=config.model.drop_path_rate)

@@ -9,15 +9,22 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   exit 2
 fi
 
-wanted=$(cat requirements.txt setup.py | sha256sum)
+wanted=$({ cat requirements.txt setup.py && find polaformer/csrc -type f | sort | xargs cat; } | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  echo "installing into .venv (about two minutes and 6 GB, once)"
+  echo "installing into .venv and building kernels (about three minutes and 6 GB, once)"
   if ! "$python" -m venv .venv; then
     echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 2
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+  # The kernels are built against the torch just installed; setup.py says what it builds, and what not.
+  if ! .venv/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --verbose \
+    --editable . >.venv/build.log 2>&1; then
+    tail -n 40 .venv/build.log >&2
+    echo "error: the kernels could not be built (.venv/build.log); POLAFORMER_KERNELS=cpu or none leaves them out" >&2
+    exit 2
+  fi
+  grep 'polaformer: building' .venv/build.log | sort -u
   echo "$wanted" >.venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"

@@ -21,7 +21,8 @@ from torch import nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dataio.index import Manifest, load_manifest
+from dataio.cache import open_data
+from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader
 from dataio.pipeline import ImageOptions
 from launch import checkpoint
@@ -36,6 +37,7 @@ from launch.distributed import (
     stop,
     together,
 )
+from launch.plan import cache_options
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 from polaformer.weights import load_weights
@@ -92,7 +94,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
-    add("--data", type=Path, required=True, help="a folder written by python -m dataio.pack")
+    add("--data", required=True, help="a folder written by python -m dataio.pack, or the URL of a copy")
+    add("--cache", type=Path, help="this machine's folder for remote shards (default: beside other temporary files)")
+    add("--cache-gib", type=float, default=64, help="size that it may reach (default 64)")
     add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
     add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
     add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
@@ -110,7 +114,7 @@ def prepare(arguments: argparse.Namespace, path: Path, device: torch.device) -> 
 
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
-    manifest = load_manifest(arguments.data)
+    manifest = open_data(arguments.data, cache_options(arguments.cache, arguments.cache_gib))
     card = _settle_card(arguments, path, manifest)
     model = timm.create_model(card.model, num_classes=len(card.classes))
     load_weights(model, path)
@@ -132,7 +136,7 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         trained = card.classes[label] if label < len(card.classes) else "missing"
         if trained != packed:
             raise ValueError(
-                f"class {label} is {trained} in {path} and {packed} in {manifest.folder};"
+                f"class {label} is {trained} in {path} and {packed} in {manifest.place};"
                 " give data with the classes of the training"
             )
     if arguments.image_size is None:

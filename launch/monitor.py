@@ -6,6 +6,7 @@ Everything measured stays on the device until `write`, the only place where the 
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,16 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Monitor:
-    """Every rank has one; rank 0's writes. `first_step` is where the run begins or goes on."""
+    """Every rank has one; rank 0's writes. `first_step` is where the run begins or goes on.
 
-    def __init__(self, folder: Path, first_step: int, steps: int, every: int, rates: Rates) -> None:
-        self._every, self._rates, self._steps = every, rates, steps
+    max_broken: images that all ranks together may have replaced in an epoch.
+    """
+
+    def __init__(
+        self, folder: Path, first_step: int, steps: int, every: int, rates: Rates, max_broken: int = 0
+    ) -> None:
+        self._every, self._rates, self._steps, self._max_broken = every, rates, steps, max_broken
+        self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
         self._writes = dist.get_rank() == 0
@@ -68,14 +75,17 @@ class Monitor:
         """Whether the steps so far are to be written after `step`, counted from 0."""
         return (step + 1) % self._every == 0 or step + 1 == self._steps
 
-    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None) -> None:
+    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None, broken: int = 0) -> None:
         """Averages what was added since the last call over steps and ranks, and writes it. Every rank calls it.
 
-        Raises Refusal on every rank if the loss or the gradient's norm is not finite.
+        broken: images that this rank replaced in this epoch; summed over ranks.
+        Raises Refusal on every rank if the loss or the gradient's norm is not finite, or too many images are broken.
         """
         loss = torch.stack(self._losses).mean()
-        dist.all_reduce(loss)
-        mean_loss = loss.item() / dist.get_world_size()  # waits for the device
+        sums = torch.stack([loss, torch.full_like(loss, broken)])
+        dist.all_reduce(sums)
+        loss_sum, broken_sum = sums.tolist()  # waits for the device
+        mean_loss = loss_sum / dist.get_world_size()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = self._images * dist.get_world_size() / seconds
@@ -87,6 +97,7 @@ class Monitor:
             "speed/waiting_for_data": self._waited / seconds,
             "speed/mfu": rate * self._rates.flops_per_image / self._rates.peak_flops,
             "memory/peak_gib": _peak_memory() / 2**30,
+            "data/broken_images": int(broken_sum),
         }
         self._losses, self._waited, self._images = [], 0.0, 0
         norm = scalars["train/gradient_norm"]
@@ -96,6 +107,11 @@ class Monitor:
                 " optimizer.clip, and start again: the last checkpoint is from before"
             )
         self.scalars(step + 1, scalars)
+        if broken_sum > self._max_broken:
+            raise Refusal(
+                f"{broken_sum:.0f} broken images in this epoch at step {step + 1}, data.max_broken allows"
+                f" {self._max_broken}; check the shards with python -m dataio.verify, or raise it"
+            )
         self.say(
             f"step {step + 1}/{self._steps}  loss {mean_loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
             f"  {scalars['speed/waiting_for_data']:.0%} waiting for data",
@@ -129,6 +145,12 @@ class Monitor:
         """Puts a text on TensorBoard as it is."""
         if self._writes:
             self._board.add_text(name, f"```\n{text}\n```")
+
+    def warn(self, line: str) -> None:
+        """A line for people from any rank, on standard error; once, however often its cause is met."""
+        if line not in self._warned:
+            self._warned.add(line)
+            print(f"rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
 
     def say(self, line: str, completed: int | None = None) -> None:
         """A line for people, on rank 0; with `completed` steps it becomes the progress bar's where there is one."""

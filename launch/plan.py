@@ -4,18 +4,23 @@ python -m launch.plan --config configs/X.yaml [--ranks N] [key=value …]
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dataio.augment import MixOptions, check_pairs
-from dataio.index import Manifest, load_manifest
-from dataio.loader import TrainPlan, check_labels, check_same_classes
+from dataio.cache import open_data, require_room
+from dataio.index import Manifest
+from dataio.loader import EvalLoader, TrainPlan, check_labels, check_same_classes
 from dataio.pipeline import ImageOptions
 from dataio.recipes import RandAugment
+from dataio.remote import CacheOptions, is_url
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 
@@ -46,14 +51,14 @@ class Plan:
 
 
 def make_plan(config: Config, rank: int, ranks: int) -> Plan:
-    """Reads both manifests and checks the configuration against them.
+    """Reads both manifests, fetches their tables if they are remote, and checks the configuration against them.
 
     Raises FileNotFoundError without shards; ValueError if the batch does not divide or cannot be mixed in pairs, the
-    two folders name different classes, or a label is beyond model.num_classes.
+    two folders name different classes, a label is beyond model.num_classes, or the cache is too small; RuntimeError if
+    a remote folder cannot be read.
     """
-    optimizer = config.optimizer
-    batches = TrainPlan(config.seed, optimizer.global_batch, optimizer.accumulation, rank=rank, ranks=ranks)
-    train, val = load_manifest(config.data.train), load_manifest(config.data.val)
+    batches = deal_batches(config, rank, ranks)
+    train, val = open_both(config.data, batches)
     check_same_classes(train, val)
     classes = config.model.num_classes or len(train.classes)
     for manifest in (train, val):
@@ -61,11 +66,43 @@ def make_plan(config: Config, rank: int, ranks: int) -> Plan:
     images, mixing = image_options(config.data), mix_options(config.data)
     check_pairs(mixing, batches.batch)
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
-    return Plan(train, val, batches, images, mixing, names, make_schedule(optimizer, len(train)))
+    return Plan(train, val, batches, images, mixing, names, make_schedule(config.optimizer, len(train)))
+
+
+def deal_batches(config: Config, rank: int, ranks: int) -> TrainPlan:
+    """What dataio needs to know of the configuration: which samples a rank gets."""
+    optimizer, data = config.optimizer, config.data
+    windowed = data.order == "windowed" or (data.order == "auto" and is_url(data.train))
+    return TrainPlan(
+        seed=config.seed,
+        global_batch=optimizer.global_batch,
+        accumulation=optimizer.accumulation,
+        rank=rank,
+        ranks=ranks,
+        window_shards=data.window_shards if windowed else None,
+        max_broken=data.max_broken,
+    )
+
+
+def open_both(data: DataSection, batches: TrainPlan) -> tuple[Manifest, Manifest]:
+    """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
+    cache = cache_options(data.cache, data.cache_gib)
+    train, val = open_data(data.train, cache), open_data(data.val, cache)
+    needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
+    if val.remote:
+        needed["data.val"] = EvalLoader.bytes_at_once(val, batches.batch, batches.ranks)
+    require_room(cache, needed)
+    return train, val
+
+
+def cache_options(folder: Path | None, gib: float) -> CacheOptions:
+    """Where remote shards go: into `folder`, or one of this user's own beside other temporary files."""
+    default = Path(tempfile.gettempdir()) / f"polaformer-shards-{os.getuid()}"
+    return CacheOptions(folder or default, int(gib * 2**30))
 
 
 def image_options(data: DataSection) -> ImageOptions:
-    """What dataio needs to know of the configuration: how an image is prepared."""
+    """The same: how an image is prepared."""
     return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
 
 
@@ -88,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         plan = make_plan(config, 0, arguments.ranks)
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = Table("quantity", "value", title=str(arguments.config))
@@ -103,7 +140,8 @@ def describe(config: Config, plan: Plan) -> dict[str, str]:
     schedule = plan.schedule
     return {
         "model": f"{config.model.name}, {plan.classes} classes, {config.data.image_size}² pixels",
-        "training images": f"{plan.samples_per_epoch:,} in {len(plan.train.shards)} shards",
+        "training images": f"{plan.samples_per_epoch:,} in {len(plan.train.shards)} shards,"
+        f" order {plan.batches.order(plan.train)}",
         "validation images": f"{len(plan.val):,}",
         "batch": f"{config.optimizer.global_batch} = {plan.batches.ranks} ranks × {config.optimizer.accumulation}"
         f" accumulation × {plan.batches.batch}",

@@ -87,6 +87,8 @@ def train(run: "Run", augment: Augment) -> None:
         for _ in range(config.optimizer.accumulation):
             with monitor.waiting():
                 batch = next(run.loader)
+            for broken in batch.replaced:
+                monitor.warn(f"sample {broken.by} stands for {plan.train.describe(broken.sample)}: {broken.reason}")
             images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
             loss = loss_of(engine(images).float(), targets)
             engine.backward(loss)
@@ -98,8 +100,9 @@ def train(run: "Run", augment: Augment) -> None:
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
         saving = is_due(step, config.checkpoint.every_epochs, plan)
-        if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss is lost
-            monitor.write(step, lr, engine.get_global_grad_norm())  # our only wait for the device
+        if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss or too much data is lost
+            norm = engine.get_global_grad_norm()
+            monitor.write(step, lr, norm, run.loader.broken)  # our only wait for the device
         with monitor.paused():
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:
@@ -178,7 +181,8 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
         checkpoint.load(found, engine, average)
     rates = measure_rates(config, plan, device)
     with together():
-        monitor = Monitor(config.output, state.step, plan.steps, config.log.every_steps, rates)
+        every, allowed = config.log.every_steps, config.data.max_broken
+        monitor = Monitor(config.output, state.step, plan.steps, every, rates, allowed)
         introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
     return Run(config, plan, engine, average, loader, monitor, state)
 

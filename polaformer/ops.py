@@ -1,8 +1,14 @@
 """The operators as PyTorch sees them: schema, implementations, fake tensors, autograd, FLOPs.
 
-The only file that names torch.ops. Compiled kernels register themselves for CPU and CUDA under the schema defined
-here; where there is none, the dispatcher falls through to the reference.
+The only file that names torch.ops. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so beside this
+file) register themselves for CPU and CUDA under the schema defined here; where there is none, the dispatcher falls
+through to the reference, which says so once.
 """
+
+import functools
+import os
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,11 +18,33 @@ from polaformer import reference
 
 _library = torch.library.Library("polaformer", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
-_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, Tensor state, Tensor key_mean)")
+_SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
+_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, {_SAVED})")
 _library.define(
-    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, Tensor state, Tensor key_mean, int height, int width)"
+    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, {_SAVED}, int height, int width)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+
+
+_FAULTS: dict[str, str] = {}  # device type → why its kernels are not there
+
+
+def _load_kernels() -> None:
+    for device_type in ("cpu", "cuda"):
+        if os.environ.get("POLAFORMER_KERNELS") == "none":  # the build's own switch, for comparing with the reference
+            _FAULTS[device_type] = "POLAFORMER_KERNELS is none"
+            continue
+        libraries = sorted(Path(__file__).parent.glob(f"_{device_type}*.so"))
+        if not libraries:
+            _FAULTS[device_type] = "they were not built"
+        for library in libraries:
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:  # of another torch, or of another CUDA
+                _FAULTS[device_type] = str(error)
+
+
+_load_kernels()
 
 
 def polarity_attention(
@@ -26,10 +54,12 @@ def polarity_attention(
 
     q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
     Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
-    Keeps q, k, v, a (B, H, 2D, D) state and a (B, H, 2D) mean for backward.
+    Keeps q, k, v, a (B, H, 2D, D) state and (B, H, 3D) numbers for backward.
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    if q.is_cuda and q.dtype == torch.float64:  # the one dtype that no GPU kernel is built for
+        return reference.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)
     return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
 
 
@@ -39,9 +69,24 @@ def has_compiled_kernels(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("polaformer::polarity_attention", key)
 
 
+def why_no_kernels(device_type: str) -> str:
+    """What is wrong with the compiled kernels for "cpu" or "cuda", and the remedy; empty if they are there."""
+    if has_compiled_kernels(device_type):
+        return ""
+    fault = _FAULTS.get(device_type, "they were not built")
+    return f"no compiled kernels for {device_type}: {fault}; build them with: pip install --no-build-isolation -e ."
+
+
+@functools.cache
+def _say_once(device_type: str) -> None:
+    if device_type in ("cpu", "cuda"):
+        warnings.warn(f"polarity attention runs in plain PyTorch, {why_no_kernels(device_type)}", stacklevel=2)
+
+
 def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A (B, H, N, D) tensor whose memory is a contiguous (B, N, H, D)."""
-    return x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    """A (B, H, N, D) tensor in a dtype that may be narrower, within its range; memory is a contiguous (B, N, H, D)."""
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _empty_tokens_first(like: Tensor) -> Tensor:
@@ -51,14 +96,15 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
 
 @torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
 def _forward(q, k, v, same_logits, opposite_logits, height, width):
-    out, state, key_mean = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
-    return _tokens_first(out, q.dtype), state, key_mean
+    _say_once(q.device.type)
+    out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
+    return _tokens_first(out, q.dtype), *saved
 
 
 @torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
-def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
-    inputs = q, k, v, same_logits, opposite_logits
-    *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, (state, key_mean), height, width)
+def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
+    inputs, saved = (q, k, v, same_logits, opposite_logits), (state, key_mean, key_shift)
+    *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, saved, height, width)
     grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
 
@@ -66,25 +112,25 @@ def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, 
 @torch.library.register_fake("polaformer::polarity_attention", lib=_library)
 def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
     batch, heads, _, head_width = q.shape
+    per_head = (2 * head_width, head_width), (2 * head_width,), (head_width,)  # state, key_mean, key_shift
     kept = torch.promote_types(q.dtype, torch.float32)
-    state = q.new_empty(batch, heads, 2 * head_width, head_width, dtype=kept)
-    return _empty_tokens_first(q), state, q.new_empty(batch, heads, 2 * head_width, dtype=kept)
+    return _empty_tokens_first(q), *(q.new_empty(batch, heads, *shape, dtype=kept) for shape in per_head)
 
 
 @torch.library.register_fake("polaformer::polarity_attention_backward", lib=_library)
-def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, height, width):
+def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
     logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
     return *(_empty_tokens_first(x) for x in (q, k, v)), *logits
 
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.height, ctx.width = inputs
-    _, state, key_mean = output
-    ctx.mark_non_differentiable(state, key_mean)
-    ctx.save_for_backward(*tensors, state, key_mean)
+    _, *saved = output
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(*tensors, *saved)
 
 
-def _differentiate(ctx, grad_out, _grad_state, _grad_key_mean):
+def _differentiate(ctx, grad_out, *_grads_of_saved):
     operator = torch.ops.polaformer.polarity_attention_backward
     return *operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 

@@ -1,6 +1,14 @@
 """Polarity attention in plain PyTorch: the oracle that every kernel is compared with, and the fallback for none.
 
-Axes: B batch, H heads, N = height·width tokens (row-major), D head width, F = 2·D features.
+Axes: B batch, H heads, N = height·width tokens (row-major), D head width, F = 2·D features, P = D rotated pairs.
+
+**The shift.** Features e^x − 1 overflow float32 for x > 88. The output does not: it is a quotient in which a factor of
+a query's features cancels, and a factor of a row of the state, or of the two rows that the rotation mixes, can be taken
+over by the query. So each pair of key features is kept as e^(x − c) − e^(−c), c being by how much the pair's largest
+exponent exceeds FREE_EXPONENT; a token's query features as e^(x + c − C) − e^(c − C), C being by how much the largest
+x + c of its flow exceeds it; and its epsilon as epsilon · e^(−C). Below FREE_EXPONENT c and C are 0 and nothing differs
+from the paper. Gradients where the normalizer vanishes beside the features grow like its square; two bounds that are
+met nowhere else keep them finite.
 """
 
 import torch
@@ -9,6 +17,9 @@ from torch import Tensor
 from polaformer.layers import rotary_turns, rotate
 
 EPSILON = 1e-6
+FREE_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
+LEAST_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
+LARGEST_NORMALIZER_GRADIENT = 1e25
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor], height: int, width: int) -> None:
@@ -35,41 +46,72 @@ def polarity_attention(
     """Polarity-aware linear attention of PolaFormer++; differentiable by autograd.
 
     q, k, v: (B, H, N, D), any strides, any floating dtype; logits: (H, 2D). Returns (B, H, N, D) in q's dtype.
-    Computes in float32, or in float64 if q is float64; autocast does not reach inside.
+    Computes in float32, or in float64 if q is float64; autocast does not reach inside. Finite for finite inputs.
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
-    return forward(q, k, v, same_logits, opposite_logits, height, width)[0].to(q.dtype)
+    return forward(q, k, v, same_logits, opposite_logits, height, width)[0]
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
+) -> Tensor:
+    """The paper's formulas in q's own dtype without a shift, as a model in eager PyTorch has them: the baseline.
+
+    Takes and returns what `polarity_attention` does. Benchmarks are relative to its time, low-precision tests to
+    its error.
+    """
+    turns = rotary_turns(height, width, 2 * q.shape[-1], q)
+    key_features = torch.expm1(_poles(k))
+    key_mean = key_features.mean(dim=-2, keepdim=True)
+    state = rotate(key_features, turns).mT @ (v / (height * width))
+    halves = []
+    flows = zip((same_logits, opposite_logits), state.chunk(2, dim=-1), (False, True), strict=True)
+    for logits, state_half, swap in flows:
+        query_features = torch.expm1(_poles(q, swap) * logits.to(q.dtype).sigmoid().unsqueeze(-2))
+        normalizer = query_features @ key_mean.mT + EPSILON
+        halves.append(rotate(query_features, turns) @ state_half / normalizer)
+    return torch.cat(halves, dim=-1)
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention and what its backward needs: out (B, H, N, D), state S (B, H, 2D, D), key_mean m (B, H, 2D)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, state, key_mean, key_shift): attention, and what its backward needs.
+
+    out: (B, H, N, D) in q's dtype. state S: (B, H, 2D, D), key_mean m: (B, H, 2D), both shifted, and key_shift c:
+    (B, H, D), one for each pair of features, in the compute dtype.
+    """
     with torch.autocast(q.device.type, enabled=False):
+        dtype = q.dtype
         q, k, v = (_widen(x) for x in (q, k, v))
         turns = rotary_turns(height, width, 2 * q.shape[-1], q)
-        key_features = torch.expm1(_poles(k))
+        key_exponents = _poles(k)
+        key_shift = _excess(_pair_maxima(key_exponents.detach()).amax(dim=-2))
+        key_features = _shifted_features(key_exponents, _per_feature(key_shift).unsqueeze(-2))
         key_mean = key_features.mean(dim=-2)
         state = rotate(key_features, turns).mT @ v / (height * width)
 
         halves = []
         for logits, state_half, swap in _flows(same_logits, opposite_logits, state):
-            query_features = torch.expm1(_poles(q, swap) * _temperature(logits, q))
-            normalizer = query_features @ key_mean.unsqueeze(-1) + EPSILON  # the denominator is not rotated
-            halves.append(rotate(query_features, turns) @ state_half / normalizer)
-        return torch.cat(halves, dim=-1), state, key_mean
+            features, _, normalizer = _query_features(q, logits, swap, key_mean, key_shift)
+            halves.append(rotate(features, turns) @ state_half / normalizer)
+        out = torch.cat(halves, dim=-1)
+        largest = torch.finfo(dtype).max
+        return out.clamp(-largest, largest).to(dtype), state, key_mean, key_shift
 
 
-def backward(grad_out: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, Tensor], height: int, width: int):
+def backward(
+    grad_out: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, Tensor, Tensor], height: int, width: int
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, same_logits, opposite_logits, each in the compute dtype and in its input's shape.
 
-    inputs: those five tensors; saved: (state, key_mean) of `forward`. Features are computed again, not kept.
-    Writing u for grad/normalizer, the gradient of a rotated query feature is S u, and that of the normalizer
+    inputs: those five tensors; saved: (state, key_mean, key_shift) of `forward`. Features are computed again, not
+    kept. Writing u for grad/normalizer, the gradient of a rotated query feature is S u, and that of the normalizer
     needs no output: −(rotated features · S u) / normalizer.
     """
     q, k, v, same_logits, opposite_logits = inputs
-    state, key_mean = saved
+    state, key_mean, key_shift = saved
     with torch.autocast(q.device.type, enabled=False):
         q, k, v, grad_out = (_widen(x) for x in (q, k, v, grad_out))
         turns = rotary_turns(height, width, 2 * q.shape[-1], q)
@@ -78,27 +120,67 @@ def backward(grad_out: Tensor, inputs: tuple[Tensor, ...], saved: tuple[Tensor, 
         flows = _flows(same_logits, opposite_logits, state)
         for (logits, state_half, swap), grad_half in zip(flows, grad_out.chunk(2, dim=-1), strict=True):
             poles, temperature = _poles(q, swap), _temperature(logits, q)
-            features = torch.expm1(poles * temperature)
+            features, shift, normalizer = _query_features(q, logits, swap, key_mean, key_shift)
             rotated = rotate(features, turns)
-            normalizer = features @ key_mean.unsqueeze(-1) + EPSILON
+            normalizer = normalizer.clamp(min=LEAST_GRADIENT_NORMALIZER)
             u = grad_half / normalizer
             grad_rotated = u @ state_half.mT
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
+            grad_normalizer = grad_normalizer.clamp(-LARGEST_NORMALIZER_GRADIENT, LARGEST_NORMALIZER_GRADIENT)
             grad_state.append(rotated.mT @ u)
             grad_key_mean += (grad_normalizer * features).sum(-2)
             grad_features = rotate(grad_rotated, turns.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
-            grad_exponent = grad_features * (features + 1)
-            grad_logits.append((grad_exponent * poles).sum((0, 2)) * _logistic_slope(temperature))
+            grad_exponent = grad_features * _slope(poles * temperature, shift)
+            of_temperature = torch.where(poles > 0, grad_exponent * poles, 0)
+            grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
             grad_q += _join_poles(grad_exponent * temperature, q, swap)
 
-        key_features = torch.expm1(_poles(k))
+        exponents, shift = _poles(k), _per_feature(key_shift).unsqueeze(-2)
         grad_state = torch.cat(grad_state, dim=-1) / (height * width)
-        grad_v = rotate(key_features, turns) @ grad_state
+        grad_v = rotate(_shifted_features(exponents, shift), turns) @ grad_state
         grad_features = rotate(v @ grad_state.mT, turns.conj_physical()) + grad_key_mean.unsqueeze(-2) / (
             height * width
         )
-        grad_k = _join_poles(grad_features * (key_features + 1), k)
+        grad_k = _join_poles(grad_features * _slope(exponents, shift), k)
     return grad_q, grad_k, grad_v, *grad_logits
+
+
+def _query_features(
+    q: Tensor, logits: Tensor, swap: bool, key_mean: Tensor, key_shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One flow's features (B, H, N, 2D), the shift of each (the same shape), their normalizer (B, H, N, 1)."""
+    exponents = _poles(q, swap) * _temperature(logits, q)
+    key_shift = _per_feature(key_shift).unsqueeze(-2)
+    largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
+    token_shift = _excess(largest)
+    shift = (token_shift - key_shift).clamp(min=-FREE_EXPONENT)  # less only where a pole is 0, and so its feature
+    features = _shifted_features(exponents, shift)
+    epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)
+    return features, shift, features @ key_mean.unsqueeze(-1) + epsilon
+
+
+def _shifted_features(exponents: Tensor, shift: Tensor) -> Tensor:
+    """e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large."""
+    small, large = exponents.clamp(max=FREE_EXPONENT), exponents.clamp(min=FREE_EXPONENT)
+    beyond = torch.exp(large - shift) - torch.exp(FREE_EXPONENT - shift)
+    return torch.expm1(small) * torch.exp(-shift) + torch.where(exponents > FREE_EXPONENT, beyond, 0)
+
+
+def _slope(exponents: Tensor, shift: Tensor) -> Tensor:
+    """The derivative of `_shifted_features`; a pole that is 0 has none, and its finite value here is not used."""
+    return torch.exp(exponents - shift)
+
+
+def _excess(largest: Tensor) -> Tensor:
+    return (largest - FREE_EXPONENT).clamp(min=0)
+
+
+def _pair_maxima(exponents: Tensor) -> Tensor:
+    return exponents.unflatten(-1, (-1, 2)).amax(dim=-1)  # (…, 2D) → (…, D)
+
+
+def _per_feature(pairs: Tensor) -> Tensor:
+    return pairs.repeat_interleave(2, dim=-1)  # (…, D) → (…, 2D)
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -113,7 +195,7 @@ def _poles(x: Tensor, swap: bool = False) -> Tensor:
 
 def _join_poles(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
     """The gradient of x from that of `_poles(x, swap)`: (…, 2D) → (…, D)."""
-    first, second = (grad * _poles(x.sign(), swap)).chunk(2, dim=-1)
+    first, second = torch.where(_poles(x, swap) > 0, grad, 0).chunk(2, dim=-1)
     return second - first if swap else first - second
 
 

@@ -1,14 +1,24 @@
-"""A class folder to spoil, and the operations of the recipes as timm and PIL do them."""
+"""A class folder to spoil, many small shards and servers to fetch them from, and the recipes' operations in PIL."""
 
 import os
 import shutil
-from collections.abc import Callable
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import NAME_TO_OP
 
+from dataio.index import Manifest
+from dataio.pack import PackOptions, pack
 from dataio.recipes import Kind
 
 TIMM_NAMES = {
@@ -30,6 +40,41 @@ TIMM_NAMES = {
 }
 WHOLE = (Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD)  # have integers for amounts
 WITHOUT_AMOUNT = (Kind.AUTO_CONTRAST, Kind.EQUALIZE, Kind.INVERT)
+
+
+class SmallShards(PackOptions):
+    """Shards of 60 kB; the command's are of 1 MiB and more."""
+
+    kib = 70
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shard_mib", self.kib / 1024)
+
+
+class TinyShards(SmallShards):
+    kib = 40
+
+
+@pytest.fixture(scope="session")
+def many_shards(fashion, tmp_path_factory) -> Path:
+    """`fashion`, packed into shards of about 24 images."""
+    target = tmp_path_factory.mktemp("many_shards") / "fashion"
+    pack(fashion, target, SmallShards())
+    return target
+
+
+@pytest.fixture(scope="session")
+def few_photographs(photos, tmp_path_factory) -> Path:
+    """24 of `photos` in three shards: 60×48 pixels, JPEG, PNG and WebP."""
+    root = tmp_path_factory.mktemp("few_photographs")
+    for name in ("cat", "coffee", "rocket"):
+        (root / "source" / name).mkdir(parents=True)
+        for number in range(8):
+            ending = {3: "png", 4: "webp"}.get(number, "jpg")
+            with Image.open(photos / name / f"{number + 3:02d}.jpg") as photograph:
+                photograph.crop((0, 0, 60, 48)).save(root / "source" / name / f"{number}.{ending}")
+    pack(root / "source", root / "packed", TinyShards())
+    return root / "packed"
 
 
 @pytest.fixture
@@ -61,3 +106,150 @@ def _in_pil(
         return Image.new(image.mode, image.size)
     amounts = () if kind in WITHOUT_AMOUNT else (int(amount),) if kind in WHOLE else (float(amount),)
     return NAME_TO_OP[TIMM_NAMES[kind]](image, *amounts, fillcolor=fill, resample=resample)
+
+
+@pytest.fixture
+def overwrite() -> Callable[..., None]:
+    """Returns a function: puts bytes at an offset from where a sample's encoded image begins in its shard."""
+
+    def write(manifest: Manifest, sample: int, content: bytes, offset: int = 0) -> None:
+        row = manifest.samples[sample]
+        with open(manifest.folder / manifest.shards[row["shard"]].name, "r+b") as shard:
+            shard.seek(int(row["offset"]) + offset)
+            shard.write(content)
+
+    return write
+
+
+@pytest.fixture
+def truncate(overwrite) -> Callable[[Manifest, int], None]:
+    """Returns a function: overwrites the second half of a sample's image with what no decoder takes for pixels."""
+
+    def write(manifest: Manifest, sample: int) -> None:
+        size = int(manifest.samples["bytes"][sample])
+        overwrite(manifest, sample, (size - size // 2) * b"\xff", size // 2)
+
+    return write
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves files, after the faults that the server was told for them: `server.faults[name]`, one a request."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        self.server.requests.append(name)
+        self.server.times.append(time.monotonic())
+        fault = self.server.faults[name].pop(0) if self.server.faults.get(name) else None
+        if fault is None:
+            super().do_GET()
+        elif fault.isdecimal():
+            self.send_error(int(fault))
+        else:
+            self.close_connection = True
+            self.misbehave(fault, Path(self.translate_path(self.path)).read_bytes())
+
+    def misbehave(self, fault: str, content: bytes) -> None:
+        if fault == "reset":  # the connection breaks off without a word
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
+        if fault == "silent":
+            self.server.stopping.wait(5)
+            return
+        self.send_response(200)
+        if fault in ("half", "wrong", "drip"):  # else its end is where the connection closes
+            self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if fault.startswith("half"):
+            self.wfile.write(content[: len(content) // 2])
+        elif fault == "wrong":
+            self.wfile.write(content[::-1])
+        elif fault == "drip":  # never silent for long, and never done
+            for byte in content[:50]:
+                self.wfile.write(bytes([byte]))
+                if self.server.stopping.wait(0.1):
+                    return
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """An HTTP server on a port of its own. `requests` are the names of the files asked for, `times` when."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), lambda *arguments: Handler(*arguments, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.faults: dict[str, list[str]] = {}
+        self.requests: list[str] = []
+        self.times: list[float] = []
+        self.stopping = threading.Event()
+        self.connections: list[socket.socket] = []
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def process_request(self, request: socket.socket, client_address: object) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
+
+    def handle_error(self, *arguments: object) -> None:
+        """The client hung up."""
+
+    def stop(self) -> None:
+        if not self.stopping.is_set():
+            self.stopping.set()
+            self.shutdown()
+            self.server_close()
+            for connection in self.connections:  # those kept alive would still be answered
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def http_server() -> Iterator[Callable[..., Server]]:
+    """Returns a function: starts a server for a folder."""
+    servers = []
+
+    def start(*arguments: object) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A server that speaks S3."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
+    """Returns a function: copies a folder's files to a bucket; the URL under which they are then."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+
+    def upload(folder: Path) -> str:
+        bucket = f"bucket-{abs(hash(str(tmp_path)))}"
+        client.create_bucket(Bucket=bucket)
+        for path in folder.iterdir():
+            client.upload_file(str(path), bucket, f"set/{path.name}")
+        return f"s3://{bucket}/set"
+
+    return upload

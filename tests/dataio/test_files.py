@@ -1,21 +1,23 @@
-"""Folders that are whole or absent: after errors, after kills, and with two processes at once."""
+"""Folders that are whole or absent: after errors, after kills, gone on with, and with two processes at once."""
 
 import hashlib
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dataio.files import new_folder, sha256_of, write_file
+from dataio.files import BusyError, new_folder, partial_folder, sha256_of, write_file
 
 DEADLINE_SECONDS = 60
 
 OTHER_PROCESS = f"""
 import signal, sys
 from pathlib import Path
-from dataio.files import new_folder
+from dataio.files import BusyError, new_folder
 
 signal.alarm({DEADLINE_SECONDS})
 with new_folder(Path(sys.argv[1])) as folder:
@@ -74,7 +76,7 @@ def test_target_that_exists(target, tmp_path):
         with pytest.raises(ValueError, match=f"{taken} exists already; delete it or name another folder"):
             make(taken)
     assert contents(tmp_path) == {"file": b"mine"}
-    assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+    assert not partial_folder(tmp_path).exists()
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -91,22 +93,86 @@ def test_a_block_that_fails_leaves_nothing(error, target, tmp_path):
 
 def test_a_killed_process_does_not_disturb_the_next(other, target, tmp_path):
     process, left = other
+    (left / "theirs").write_text("half")
     process.kill()
     process.wait(DEADLINE_SECONDS)
-    assert left.is_dir()
-    assert left.parent == tmp_path
+    assert left.parent == partial_folder(target) == tmp_path / ".target.partial"
     make(target)
     assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
 
 
-def test_a_running_process_is_left_alone_and_replaces_nothing(other, target, tmp_path):
+def test_two_at_once(other, target, tmp_path):
     process, theirs = other
-    make(target)
-    assert theirs.is_dir()
-    _, message = process.communicate(timeout=DEADLINE_SECONDS)
-    assert message.endswith(f"ValueError: {target} exists already; delete it or name another folder\n")
-    assert process.returncode == 1
-    assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
+    (theirs / "theirs").write_text("half")
+    message = f"another process is writing {target}; wait until it has ended, or name another folder"
+    with pytest.raises(BusyError, match=message):
+        make(target)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode == 0
+    assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
+
+
+def test_one_that_waits_while_the_other_ends(other, target, tmp_path):
+    """It gets the lock of a folder that is gone by then."""
+    process, theirs = other
+    (theirs / "theirs").write_text("half")
+
+    def end_soon() -> None:
+        time.sleep(0.3)
+        process.stdin.close()
+
+    with ThreadPoolExecutor() as pool:
+        pool.submit(end_soon)
+        with pytest.raises(ValueError, match=f"{target} exists already"):
+            make(target)
+    process.wait(DEADLINE_SECONDS)
+    assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
+
+
+def test_a_target_that_appears_meanwhile(target, tmp_path):
+    def write_both() -> None:
+        with new_folder(target) as folder:
+            write_file(folder / "file", b"ours")
+            target.mkdir()
+            write_file(target / "file", b"mine")
+
+    with pytest.raises(ValueError, match=f"{target} exists already; delete it or name another folder"):
+        write_both()
+    assert contents(tmp_path) == {"target": None, "target/file": b"mine"}
+
+
+# Going on
+
+
+def test_a_folder_is_gone_on_with(target, tmp_path):
+    """After an error in the block, what it wrote is there again, also what it wrote beside the folder."""
+
+    def write_half() -> None:
+        with new_folder(target, resume=True) as folder:
+            assert contents(folder) == {}
+            write_file(folder / "first", b"1")
+            write_file(folder.parent / "notes", b"one")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert not target.exists()
+    with new_folder(target, resume=True) as folder:
+        assert contents(folder) == {"first": b"1"}
+        assert (folder.parent / "notes").read_bytes() == b"one"
+        write_file(folder / "second", b"2")
+    assert contents(tmp_path) == {"target": None, "target/first": b"1", "target/second": b"2"}
+
+
+def test_an_empty_folder_is_not_worth_going_on_with(target, tmp_path):
+    def write_notes() -> None:
+        with new_folder(target, resume=True) as folder:
+            write_file(folder.parent / "notes", b"one")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_notes()
+    assert contents(tmp_path) == {}
 
 
 def test_what_appears_is_on_disk(target, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The order and the draws against Philox written out from its paper; the manifest against damage."""
+"""The orders and the draws against Philox written out from its paper; the manifest against damage."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataio.files import sha256_of
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, draws_at, epoch_order, load_manifest, samples_at
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Order, draws_at, epoch_order, load_manifest, samples_at
 
 WORD = 2**64
 
@@ -65,6 +65,132 @@ def test_samples_at_crosses_epochs():
     assert samples_at(3, np.arange(28), 7).tolist() == expected.tolist()
     assert samples_at(3, np.arange(5, 16), 7).tolist() == expected[5:16].tolist()
     assert samples_at(3, np.array([20, 6, 7]), 7).tolist() == expected[[20, 6, 7]].tolist()
+
+
+def windows_by_hand(seed: int, epoch: int, sizes: list[int], window_shards: int) -> list[tuple[list, list]]:
+    """(shards, samples) of each window of an epoch, from the definition: no NumPy, and no jump in the stream.
+
+    Rows of as many neighbouring shards as there are windows deal one shard to each, in the order of their words; the
+    middle row may lack some. Then each place of the epoch has a word, and those of a window rank its samples.
+    """
+    windows = -(-len(sizes) // window_shards)
+    rows = -(-len(sizes) // windows)
+    words = iter(philox((seed, 2 * epoch), rows * windows + sum(sizes) + 4))
+    dealt = [[] for _ in range(windows)]
+    if windows == 1:
+        dealt[0] = list(range(len(sizes)))
+        [next(words) for _ in sizes]
+    else:
+        shards = iter(range(len(sizes)))
+        for row in range(rows):
+            there = windows if row != rows // 2 else len(sizes) - (rows - 1) * windows
+            stretch = [next(shards) if place < there else None for place in range(windows)]
+            keys = [next(words) for _ in range(windows)]
+            for window, place in enumerate(sorted(range(windows), key=keys.__getitem__)):
+                if stretch[place] is not None:
+                    dealt[window].append(stretch[place])
+    result = []
+    for shards in dealt:
+        members = [sum(sizes[:shard]) + number for shard in shards for number in range(sizes[shard])]
+        keys = [next(words) for _ in members]
+        result.append((shards, [members[place] for place in sorted(range(len(members)), key=keys.__getitem__)]))
+    return result
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+WINDOWS = st.integers(1, 14)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), sizes=SIZES, window=WINDOWS)
+def test_windowed_order_is_its_definition(seed, epoch, sizes, window):
+    order = Order(seed, tuple(sizes), window)
+    by_hand = windows_by_hand(seed, epoch, sizes, window)
+    first = epoch * order.samples
+    expected = [sample for _, samples in by_hand for sample in samples]
+    assert order.samples_at(np.arange(first, first + order.samples)).tolist() == expected
+    assert sorted(expected) == list(range(order.samples))
+    counts = [len(shards) for shards, _ in by_hand]
+    assert max(counts) <= window
+    assert max(counts) - min(counts) <= 1
+    assert len(by_hand) == order.windows
+
+
+def test_windowed_order_stays_what_it_was():
+    """A run that was started with an older version must resume in the same order."""
+    order = Order(42, (3, 2, 4, 1, 2), 2)
+    first = [4, 3, 11, 10, 1, 2, 0, 9, 6, 5, 8, 7]
+    second = [0, 1, 2, 5, 11, 6, 7, 10, 8, 3, 9, 4]
+    assert order.samples_at(np.arange(24)).tolist() == first + second
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=SIZES, window=WINDOWS | st.none(), data=st.data())
+def test_any_positions_in_any_order(sizes, window, data):
+    order = Order(7, tuple(sizes), window)
+    whole = order.samples_at(np.arange(3 * order.samples))
+    positions = data.draw(st.lists(st.integers(0, 3 * order.samples - 1), min_size=1, max_size=20))
+    assert order.samples_at(np.array(positions)).tolist() == whole[positions].tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=SIZES, window=WINDOWS | st.none(), first=st.integers(0, 200), length=st.integers(1, 40))
+def test_shards_ahead(sizes, window, first, length):
+    """All that the stretch needs and the window after its first one, in the order of need, and no more than bounded."""
+    order = Order(3, tuple(sizes), window)
+    ahead = order.shards_ahead(first, first + length - 1)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    needed = [int(shard_of[sample]) for sample in order.samples_at(np.arange(first, first + length))]
+    assert set(needed) <= set(ahead)
+    assert len(ahead) == len(set(ahead)) <= order.most_held(length)
+    if window is None:
+        assert sorted(ahead) == list(range(len(sizes)))
+        return
+    epochs = range(first // order.samples, (first + length) // order.samples + 2)
+    windows = [shards for epoch in epochs for shards, _ in windows_by_hand(3, epoch, sizes, window)]
+    ends = np.cumsum([sum(sizes[shard] for shard in shards) for shards in windows]) + epochs[0] * order.samples
+    begin = int(np.searchsorted(ends, first, side="right"))
+    end = max(begin + 1, int(np.searchsorted(ends, first + length - 1, side="right")))
+    assert list(ahead) == list(dict.fromkeys(shard for shards in windows[begin : end + 1] for shard in shards))
+
+
+def test_a_far_position_of_a_windowed_order():
+    order = Order(5, (100,) * 64, 16)
+    far = 10**12 // 6400 * 6400
+    assert sorted(order.samples_at(np.arange(far, far + 6400))) == list(range(6400))
+    window = order.samples_at(np.arange(far, far + 1600)) // 100
+    assert sorted(set(window.tolist())) == sorted(order.shards_ahead(far, far)[:16])
+
+
+def correlations(order: Order, epochs: int) -> np.ndarray:
+    """Of place and stored place, for each epoch."""
+    stored = np.arange(order.samples)
+    orders = [order.samples_at(epoch * order.samples + stored) for epoch in range(epochs)]
+    return np.array([np.corrcoef(stored, seen)[0, 1] for seen in orders])
+
+
+def test_a_full_order_is_unlike_the_stored_one():
+    assert np.abs(correlations(Order(0, (1000,) * 64), 10)).max() <= 0.02
+
+
+@pytest.mark.parametrize("shards", [17, 40, 64, 250])
+def test_an_order_in_windows_of_16_shards_is_nearly_so(shards):
+    """Over an epoch, and within each window."""
+    order = Order(0, (256,) * shards, 16)
+    assert np.abs(correlations(order, 5)).max() <= 0.1
+    seen = order.samples_at(np.arange(order.samples))
+    ends = np.flatnonzero(np.diff([order.shards_ahead(place, place)[0] for place in range(order.samples)])) + 1
+    within = [np.corrcoef(np.arange(len(part)), part)[0, 1] for part in np.split(seen, ends)]
+    assert len(within) == order.windows
+    assert np.abs(within).max() <= 0.1
+
+
+def test_orders_by_name():
+    assert str(Order(0, (3, 2))) == "full"
+    assert str(Order(0, (3, 2), 16)) == "windowed by 16 shards"
+    assert Order(0, (3, 2)).samples_at(np.arange(5)).tolist() == epoch_order(0, 0, 5).tolist()
+    with pytest.raises(ValueError, match="window_shards is 0; use at least 1"):
+        Order(0, (3, 2), 0)
 
 
 def test_draws_are_the_upper_bits_of_philox_words():
@@ -124,7 +250,7 @@ def copy(shards, tmp_path):
 
 def change_manifest(folder, **fields):
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields | {"sha256": ""}))
 
 
 def test_no_manifest(tmp_path):
@@ -132,11 +258,64 @@ def test_no_manifest(tmp_path):
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 1, "shards": 3, "classes": []}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", 9999 * "[", "\xff", '{"format": 1}', '{"format": 1, "shards": 3, "classes": []}']
+)
 def test_not_a_manifest(copy, text):
-    (copy / MANIFEST_NAME).write_text(text)
+    (copy / MANIFEST_NAME).write_text(text, "latin-1")
     with pytest.raises(ValueError, match=r"manifest.json is not a manifest .*; pack the folder again"):
         load_manifest(copy)
+
+
+def change_first_shard(**fields):
+    return lambda manifest: manifest["shards"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda manifest: manifest.update(samples="48"), "samples: Input should be a valid integer"),
+        (lambda manifest: manifest.update(sample=48), "sample: Unexpected keyword argument"),
+        (lambda manifest: manifest.pop("classes"), "classes: Field required"),
+        (lambda manifest: manifest["classes"].__setitem__(2, "cat"), "two classes have one name"),
+        (lambda manifest: manifest.update(samples_sha256="0" * 63), "'0{63}' is no sha256"),
+        (lambda manifest: manifest["shards"].reverse() or manifest["shards"][0].pop("bytes"), "shards.0.bytes: Field"),
+        (change_first_shard(name="../shard-000000.tar"), "'../shard-000000.tar' is no name of a shard"),
+        (change_first_shard(name="/etc/passwd"), "'/etc/passwd' is no name of a shard"),
+        (change_first_shard(name="shard-000001.tar"), "two shards have one name"),
+        (change_first_shard(samples=0), "a shard is empty"),
+        (change_first_shard(bytes=-1), "a shard is empty"),
+        (change_first_shard(sha256="A" * 64), "'A{64}' is no sha256"),
+    ],
+)
+def test_a_manifest_that_says_what_none_says(copy, change, fault):
+    path = copy / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"manifest.json is not a manifest \(.*{fault}.*\); pack the folder again"):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"classes": ["astronaut", "coffee", "cat", "rocket"]}, {"seed": 1}, {"sha256": 64 * "0"}]
+)
+def test_a_manifest_whose_content_changed(copy, change):
+    """Classes that exchanged their names are the same to everything but the hash."""
+    path = copy / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=r"manifest.json is not a manifest \(its content changed, its own sha256 is of"
+    ):
+        load_manifest(copy)
+
+
+def test_a_manifest_from_before_it_had_a_hash(copy):
+    path = copy / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    path.write_text(json.dumps(fields))
+    assert load_manifest(copy).classes == tuple(fields["classes"])
 
 
 def test_manifest_of_another_format(copy):
@@ -160,22 +339,44 @@ def test_truncated_shard(copy):
         load_manifest(copy)
 
 
+def change_samples(folder, rows):
+    """Another sample table, which the manifest names."""
+    np.save(folder / SAMPLES_NAME, rows)
+    change_manifest(folder, samples_sha256=sha256_of(folder / SAMPLES_NAME))
+
+
 def test_sample_table_of_another_length(copy):
-    np.save(copy / SAMPLES_NAME, np.load(copy / SAMPLES_NAME)[:-1])
+    change_samples(copy, np.load(copy / SAMPLES_NAME)[:-1])
     with pytest.raises(ValueError, match=r"shape \(47,\) .* asks for 48 samples; pack the folder again"):
         load_manifest(copy)
 
 
-def test_sample_table_that_is_no_table(copy):
-    (copy / SAMPLES_NAME).write_bytes(b"not an array")
-    with pytest.raises(ValueError, match=r"samples.npy cannot be read .*; pack the folder again"):
+@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00v\x00{'descr'"])
+def test_sample_table_that_is_no_table(copy, content):
+    (copy / SAMPLES_NAME).write_bytes(content)
+    change_manifest(copy, samples_sha256=sha256_of(copy / SAMPLES_NAME))
+    with pytest.raises(ValueError, match=r"samples.npy cannot be read .*; copy it again, or pack the folder again"):
         load_manifest(copy)
 
 
-def test_sample_table_of_other_shards(copy):
+def test_sample_table_that_was_changed(copy):
+    """A label that is another one, and still one of the classes: only the hash can tell."""
+    rows = np.load(copy / SAMPLES_NAME)
+    rows["label"][3] = (rows["label"][3] + 1) % 4
+    np.save(copy / SAMPLES_NAME, rows)
+    with pytest.raises(
+        ValueError, match=r"samples.npy cannot be read \(its bytes changed, the manifest has another sha"
+    ):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize("change", ["another count", "another order"])
+def test_sample_table_of_other_shards(copy, change):
     rows = np.load(copy / SAMPLES_NAME)
     rows["shard"][0] = 1
-    np.save(copy / SAMPLES_NAME, rows)
+    if change == "another order":  # each shard has as many as before
+        rows["shard"][np.flatnonzero(rows["shard"] == 1)[-1]] = 0
+    change_samples(copy, rows)
     with pytest.raises(ValueError, match="samples.npy does not fit the manifest's shards"):
         load_manifest(copy)
 
@@ -188,6 +389,6 @@ def test_labels_beyond_the_classes(copy):
 
 def test_no_samples(copy):
     change_manifest(copy, samples=0, shards=[])
-    np.save(copy / SAMPLES_NAME, np.load(copy / SAMPLES_NAME)[:0])
+    change_samples(copy, np.load(copy / SAMPLES_NAME)[:0])
     with pytest.raises(ValueError, match="holds no samples; pack a folder with images"):
         load_manifest(copy)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,10 +28,17 @@ def clothes(fashion_shards) -> Manifest:
     return load_manifest(fashion_shards / "train")
 
 
-def loaders(manifest: Manifest, ranks: int, accumulation: int = 1, global_batch: int = 24) -> list[TrainLoader]:
+@pytest.fixture(scope="module")
+def many(many_shards) -> Manifest:
+    return load_manifest(many_shards)
+
+
+def loaders(
+    manifest: Manifest, ranks: int, accumulation: int = 1, global_batch: int = 24, options=SMALL, **more
+) -> list[TrainLoader]:
     """One loader for each rank."""
-    plan = TrainPlan(seed=7, global_batch=global_batch, accumulation=accumulation, ranks=ranks)
-    return [TrainLoader(manifest, SMALL, dataclasses.replace(plan, rank=rank), CPU) for rank in range(ranks)]
+    plan = TrainPlan(seed=7, global_batch=global_batch, accumulation=accumulation, ranks=ranks, **more)
+    return [TrainLoader(manifest, options, dataclasses.replace(plan, rank=rank), CPU) for rank in range(ranks)]
 
 
 def next_steps(of_ranks: list[TrainLoader], steps: int) -> list[Batch]:
@@ -80,12 +88,59 @@ def test_a_sample_is_cut_anew_in_each_epoch(manifest):
     assert not torch.equal(images[first], images[second])
 
 
+SWITCHES = [1, 2, 1, 3, 1, 4, 1, 8, 1, 2, 3, 2, 4, 2, 8, 2, 3, 4, 3, 8, 3, 4, 8, 4]
+
+
+@pytest.mark.parametrize("window_shards", [None, 3])
+def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards):
+    """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
+    counts = set(SWITCHES)
+    assert set(itertools.pairwise(SWITCHES)) == {(before, after) for before in counts for after in counts - {before}}
+    steps = 2 * len(SWITCHES)
+    assert len(many) % 24, "an epoch must end inside a step for this test to mean anything"
+    alone = next_steps(loaders(many, 1, window_shards=window_shards), steps)
+    switched, state = [], loaders(many, 1, window_shards=window_shards)[0].state()
+    for ranks in SWITCHES:
+        of_ranks = loaders(many, ranks, window_shards=window_shards)
+        for loader in of_ranks:
+            loader.restore(json.loads(json.dumps(state)))
+        switched += next_steps(of_ranks, 2)
+        (state,) = {json.dumps(loader.state()) for loader in of_ranks}
+        state = json.loads(state)
+    assert_same(switched, alone)
+    seen = np.concatenate([batch.samples for batch in switched])
+    whole = len(seen) // len(many)
+    assert whole >= 2
+    for epoch in range(whole):
+        part = seen[epoch * len(many) : (epoch + 1) * len(many)]
+        assert np.array_equal(np.sort(part), np.arange(len(many)))
+
+
+def test_a_window_is_read_before_the_next(many):
+    """Of the shards of three windows, each is read in one stretch of the epoch."""
+    (loader,) = loaders(many, 1, window_shards=-(-len(many.shards) // 3))
+    order = np.concatenate([batch.samples for batch in next_steps([loader], len(many) // 24)])
+    of_shard = [np.flatnonzero(many.samples["shard"][order] == shard) for shard in range(len(many.shards))]
+    assert max(np.ptp(places) for places in of_shard) < len(many) / 2.5
+    assert order.tolist() != sorted(order)
+
+
+def test_the_state_is_small_and_step_a_million_no_further_than_the_first(many):
+    for window_shards in (None, 16):
+        (loader,) = loaders(many, 1, window_shards=window_shards)
+        loader.restore({**loader.state(), "samples_seen": 24 * 10**6})
+        batch = next(loader)
+        assert batch.position == 24 * 10**6
+        assert len(json.dumps(loader.state())) < 400
+
+
 def test_a_run_of_one_rank_goes_on_with_four_within_an_epoch(manifest):
     uninterrupted = next_steps(loaders(manifest, 1, global_batch=16), 7)
     (begun,) = loaders(manifest, 1, global_batch=16)
     next_steps([begun], 4)
     state = json.loads(json.dumps(begun.state()))
-    assert state == {"seed": 7, "samples_seen": 64, "manifest_hash": manifest.hash, "global_batch": 16}
+    expected = {"seed": 7, "samples_seen": 64, "manifest_hash": manifest.hash, "global_batch": 16, "order": "full"}
+    assert state == expected
     assert state["samples_seen"] % len(manifest), "the run must stop within an epoch"
     resumed = loaders(manifest, 4, accumulation=2, global_batch=16)
     for loader in resumed:
@@ -125,6 +180,10 @@ def test_restore_goes_back_and_far_ahead(manifest):
         ),
         ({"global_batch": 48}, "the run began with global batch 48, this is global batch 24; set it back to 48"),
         ({"seed": 8}, "the run began with seed 8, this is seed 7; set it back to 8, or start a new run"),
+        (
+            {"order": "windowed by 16 shards"},
+            "the run began with order windowed by 16 shards, this is order full; set it back to windowed by 16 shards",
+        ),
     ],
 )
 def test_the_state_of_another_run_is_refused(manifest, change, message):
@@ -134,14 +193,184 @@ def test_the_state_of_another_run_is_refused(manifest, change, message):
     assert loader.state()["samples_seen"] == 0
 
 
-def test_a_broken_image_is_met_again_by_a_further_next(manifest):
+def test_another_window_is_refused(many):
+    (loader,) = loaders(many, 1, window_shards=3)
+    state = loader.state()
+    for window_shards, name in ((None, "full"), (4, "windowed by 4 shards")):
+        with pytest.raises(ValueError, match=f"began with order windowed by 3 shards, this is order {name}; set it"):
+            loaders(many, 1, window_shards=window_shards)[0].restore(state)
+
+
+def test_a_state_from_before_there_were_windows(many):
+    (loader,) = loaders(many, 1)
+    state = {name: value for name, value in loader.state().items() if name != "order"}
+    loader.restore({**state, "samples_seen": 48})
+    assert loader.state()["samples_seen"] == 48
+    with pytest.raises(ValueError, match="the run began with order full, this is order windowed by 3 shards"):
+        loaders(many, 1, window_shards=3)[0].restore(state)
+
+
+@pytest.fixture
+def damaged(many_shards, tmp_path) -> Manifest:
+    """A copy of `many_shards` to be damaged after its manifest was read."""
+    return load_manifest(shutil.copytree(many_shards, tmp_path / "damaged"))
+
+
+def as_if(manifest: Manifest, stand_ins: dict[int, int]) -> Manifest:
+    """A data set in whose table some rows are others': what is decoded if those stand for these."""
     samples = np.array(manifest.samples)
-    samples["bytes"] = 10
-    (loader,) = loaders(dataclasses.replace(manifest, samples=samples), 1)
+    for sample, other in stand_ins.items():
+        samples[sample] = manifest.samples[other]
+    return dataclasses.replace(manifest, samples=samples)
+
+
+def without_samples(batches: list[Batch]) -> list[Batch]:
+    return [batch._replace(samples=np.zeros(0)) for batch in batches]
+
+
+def shard_range(manifest: Manifest, shard: int) -> range:
+    first = sum(manifest.shard_samples[:shard])
+    return range(first, first + manifest.shard_samples[shard])
+
+
+@pytest.mark.parametrize(("ranks", "window_shards"), [(1, None), (2, None), (3, 3), (8, 3)])
+def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite, truncate, ranks, window_shards):
+    """Three in one batch of the first step, one whose next one is broken too, and the last one of a shard.
+
+    Whatever the number of ranks, all other pixels stay as they were, and the stand-in is looked at as the broken one
+    would have been.
+    """
+    ends = [shard_range(damaged, shard)[-1] for shard in range(len(damaged.shards))]
+    (first,) = next_steps(loaders(damaged, 1, window_shards=window_shards), 1)
+    together = [int(sample) for sample in first.samples if {sample, sample + 1}.isdisjoint(ends)][:3]
+    pair = next(
+        sample for sample in range(ends[-2] + 1, ends[-1]) if not {sample - 1, sample, sample + 1} & {*together}
+    )
+    last = ends[4]
+    stand_ins = {sample: sample + 1 for sample in together if sample + 1 not in together}
+    stand_ins |= {sample: sample + 2 for sample in together if sample + 1 in together}
+    stand_ins |= {pair: pair + 2, pair + 1: pair + 2, last: ends[3] + 1}
+    expected = next_steps(loaders(as_if(damaged, stand_ins), 1, window_shards=window_shards), 40)
+    truncate(damaged, together[0])
+    overwrite(damaged, together[1], b"no image" * 8)
+    overwrite(damaged, together[2], b"9", -512)  # no more than its name in the shard
+    truncate(damaged, pair)
+    truncate(damaged, pair + 1)
+    truncate(damaged, last)
+    got = next_steps(loaders(damaged, ranks, window_shards=window_shards, max_broken=6), 40)
+    assert_same(without_samples(got), without_samples(expected))
+    rows = damaged.samples["label"]
+    assert all(batch.labels.tolist() == rows[batch.samples].tolist() for batch in got)
+    met = [(broken.sample, broken.by) for batch in got for broken in batch.replaced]
+    epochs = 40 * 24 / len(damaged)
+    assert set(met) == set(stand_ins.items())
+    assert all(int(epochs) <= met.count(each) <= int(epochs) + 1 for each in met)
+    reasons = {broken.sample: broken.reason for batch in got for broken in batch.replaced}
+    assert (reasons[together[1]], reasons[together[2]]) == ("not an image", "its shard has no label behind it")
+
+
+def test_which_views_of_a_truncated_image_are_broken_does_not_depend_on_the_batch(shards, tmp_path, truncate):
+    """Of a JPEG, the upper part can still be decoded: such crops stay, though others in their batch are replaced."""
+    manifest = load_manifest(shutil.copytree(shards, tmp_path / "damaged"))
+    for sample in range(0, len(manifest), 4):
+        truncate(manifest, sample)
+    options = dataclasses.replace(SMALL, crop_scale=(0.01, 0.05))
+    alone = next_steps(loaders(manifest, 1, options=options, max_broken=1000), 6)
+    met = {(batch.position + broken.place, broken.by) for batch in alone for broken in batch.replaced}
+    seen = np.concatenate([batch.samples for batch in alone])
+    assert any(seen % 4 == 0)
+    assert len(met) > 5
+    for ranks in (2, 8):
+        together = next_steps(loaders(manifest, ranks, options=options, max_broken=1000), 6)
+        assert_same(together, alone)
+        assert met == {(batch.position + broken.place, broken.by) for batch in together for broken in batch.replaced}
+
+
+def test_more_broken_images_than_are_allowed(damaged, overwrite):
+    order = samples_at(7, np.arange(2 * len(damaged)), len(damaged))
+    broken = sorted(int(sample) for sample in order[:100:20])  # 5 in the first epoch
+    for sample in broken:
+        overwrite(damaged, sample, b"no image" * 8)
+    (loader,) = loaders(damaged, 1, max_broken=5)
+    counts = []
+    while loader.state()["samples_seen"] < 2 * len(damaged):
+        batch = next(loader)
+        counts.append((batch.position // len(damaged), loader.broken))  # a batch is a step here
+    assert [max(count for epoch, count in counts if epoch == number) for number in (0, 1)] == [5, 5]
+    assert min(count for epoch, count in counts if epoch == 1) < 5, "each epoch begins anew"
+
+    (loader,) = loaders(damaged, 1, max_broken=3)
+    named = ".*".join(f"sample {sample} .*: not an image" for sample in order[:61:20])
+    for _ in range(2):  # met again by a further next()
+        with pytest.raises(
+            RuntimeError, match=f"^more than 3 broken images in epoch 0: .*{named}; check .* data.max_br"
+        ):
+            next_steps([loader], 5)
+        assert loader.state()["samples_seen"] == 48
+
+
+def test_a_resumed_run_counts_anew_and_replaces_alike(damaged, truncate):
+    order = samples_at(7, np.arange(len(damaged)), len(damaged))
+    for sample in (order[30], order[60]):
+        truncate(damaged, int(sample))
+    (loader,) = loaders(damaged, 1, max_broken=2)
+    next_steps([loader], 2)
+    assert loader.broken == 1
+    state = loader.state()
+    uninterrupted = next_steps([loader], 4)
+    assert loader.broken == 2
+    resumed = loaders(damaged, 4, max_broken=2)
+    for one in resumed:
+        one.restore(state)
+    assert_same(next_steps(resumed, 4), uninterrupted)
+    assert sum(one.broken for one in resumed) == 1
+
+
+def test_a_shard_without_any_whole_image(damaged, overwrite):
+    for sample in shard_range(damaged, 3):
+        overwrite(damaged, sample, b"no image" * 8)
+    (loader,) = loaders(damaged, 1, max_broken=1000)
+    fault = r"cannot decode sample \d+ \(shard-000003.*: not an image, and no sample after it can stand for it; check"
+    with pytest.raises(RuntimeError, match=fault):
+        next_steps([loader], 20)
+
+
+def test_a_broken_image_is_met_again_by_a_further_next(damaged, overwrite):
+    for sample in range(len(damaged)):
+        overwrite(damaged, sample, b"no image" * 8)
+    (loader,) = loaders(damaged, 1)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="cannot decode sample .*: Truncated File Read, .* and 19 more; check"):
+        with pytest.raises(RuntimeError, match="cannot decode sample .*: not an image, .* and 19 more; check"):
             next(loader)
     assert loader.state()["samples_seen"] == 0
+
+
+def test_an_image_of_another_size_than_was_packed(damaged, tmp_path):
+    """Its bytes are an image, and no smaller crop of it passes for the right one where the decoder can tell."""
+    samples = np.array(damaged.samples)
+    samples["width"][:] += 60
+    grown = dataclasses.replace(damaged, samples=samples)
+    with pytest.raises(RuntimeError, match="it has 28×28 pixels where 88×28 were packed"):
+        list(EvalLoader(grown, SMALL, 16, 0, 1, CPU))
+
+
+def test_in_an_evaluation_a_broken_image_is_an_error(damaged, overwrite):
+    overwrite(damaged, 40, b"9", -512)
+    with pytest.raises(RuntimeError, match=r"cannot decode sample 40 \(.*: its shard has no label behind it; check"):
+        list(EvalLoader(damaged, SMALL, 16, 0, 1, CPU))
+
+
+@pytest.mark.parametrize("max_broken", [0, 10])
+def test_a_shard_that_vanishes_is_an_error_and_no_broken_image(damaged, max_broken):
+    path = damaged.folder / damaged.shards[2].name
+    (loader,) = loaders(damaged, 1, max_broken=max_broken)
+    next(loader)
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"cannot read sample .* \(shard-000002.*: its shard ends too early; check"):
+        next_steps([loader], 20)
+    path.write_bytes(content)
+    next_steps([loader], 20)
 
 
 @pytest.mark.parametrize(

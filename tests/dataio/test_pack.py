@@ -1,17 +1,22 @@
 """Packing real photographs, read back with the tools that others use: webdataset, DALI's reader, wds2idx."""
 
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import webdataset
@@ -19,9 +24,10 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from wds2idx import IndexCreator
 
-from dataio.index import SAMPLES_NAME, load_manifest
-from dataio.pack import PackOptions, main, pack
-from dataio.source import FORMATS
+from dataio.files import partial_folder
+from dataio.images import FORMATS
+from dataio.index import SAMPLES_NAME, Broken, load_manifest
+from dataio.pack import PackOptions, main, pack, read_report
 from dataio.verify import verify
 
 DEADLINE_SECONDS = 60
@@ -185,7 +191,7 @@ def test_skip_broken_lists_and_leaves_out(source, shards, tmp_path, capsys):
     }
     target = tmp_path / "target"
     assert main([str(source), str(target), "--skip-broken"]) == 0
-    *lines, count = capsys.readouterr().err.splitlines()
+    *lines, count = capsys.readouterr().err.splitlines()[2:]  # below the odd ones
     assert count == "skipped 8 broken files; manifest.json lists them all"
     broken = load_manifest(target).broken
     assert lines == [f"skipped {file.file}: {file.reason}" for file in broken]
@@ -205,7 +211,8 @@ def test_skip_broken_closes_the_gap_of_a_shard_without_images(source, shards, tm
         f"shard-{number:06d}.tar" for number in range(len(manifest.shards))
     ]
     assert sorted(contents(target)) == sorted(
-        ["manifest.json", SAMPLES_NAME] + [name for shard in manifest.shards for name in (shard.name, shard.idx_name)]
+        ["manifest.json", "report.json", SAMPLES_NAME]
+        + [name for shard in manifest.shards for name in (shard.name, shard.idx_name)]
     )
     assert packed_images(target) == packed_images(shards)
     assert verify(target) == []
@@ -229,7 +236,8 @@ def test_a_class_of_broken_files_only(name, message, source, tmp_path):
 def test_no_such_folder(tmp_path, capsys):
     assert main([str(tmp_path / "none"), str(tmp_path / "target")]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path / 'none'} is not a folder; name one that holds a folder of images for each class\n"
+        f"error: {tmp_path / 'none'} is not there; name a folder that holds a folder of images for each class, a zip"
+        f" or tar of one, or the shards of a WebDataset\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -253,6 +261,12 @@ def test_target_inside_the_source(source):
         (["--shard-mib", "0"], "--shard-mib is 0; use 1 or more (128 to 512 suits most disks)"),
         (["--workers", "-1"], "--workers is -1; use 1 or more, or 0 for one per core"),
         (["--seed", "-1"], "--seed is -1; use a number from 0 to 2**63 - 1"),
+        (["--resize", "0"], "--resize is 0; use the pixels that the short side should have"),
+        (["--quality", "80"], "--quality is for the images that --resize makes smaller; give both or neither"),
+        (
+            ["--resize", "64", "--quality", "101"],
+            "--quality is 101; use a number from 1 to 100 (above 95 gains nothing)",
+        ),
         (["--hold-out", "10"], "--hold-out and --part belong together; give both or neither"),
         (["--part", "kept"], "--hold-out and --part belong together; give both or neither"),
         (
@@ -280,6 +294,27 @@ def test_part_of_another_name():
         PackOptions(hold_out=10, part="rest")
 
 
+def test_check_of_another_name():
+    with pytest.raises(ValueError, match='--check is "all"; use decode, header, none'):
+        PackOptions(check="all")
+
+
+def test_too_little_space(source, tmp_path, capsys):
+    """A file of 4 TiB, of which the disk has none."""
+    with open(source / "cat" / "huge.jpg", "wb") as file:
+        file.truncate(2**42)
+    target = tmp_path / "target"
+    assert main([str(source), str(target), "--skip-broken"]) == 2
+    message = capsys.readouterr().err
+    free, needed = re.fullmatch(
+        rf"error: {tmp_path} has ([\d,]+) MiB free, the shards need ([\d,]+) MiB; free some, or name a folder on a"
+        r" larger disk\n",
+        message,
+    ).groups()
+    assert 0 < int(free.replace(",", "")) < 2**22 < int(needed.replace(",", "")) < 2**22 + 10
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 # Two parts
 
 
@@ -292,82 +327,401 @@ def test_hold_out_splits_the_images(fashion, fashion_shards, tmp_path):
     assert packed_images(tmp_path / "val") == held_out  # the seed moves no image to the other part
 
 
+# Other sources and ways to store
+
+
+def write_zip(path: Path, photos: Path) -> None:
+    shutil.make_archive(str(path.with_suffix("")), "zip", photos)
+
+
+def write_tar(path: Path, photos: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        tar.add(photos, arcname="photos")
+
+
+@pytest.mark.parametrize(("name", "write"), [("photos.zip", write_zip), ("photos.tar", write_tar)])
+def test_an_archive_gives_the_bytes_of_the_folder(name, write, photos, shards, tmp_path):
+    write(tmp_path / name, photos)
+    assert main([str(tmp_path / name), str(tmp_path / "target"), "--shard-mib", "1", "--workers", "3"]) == 0
+    assert contents(tmp_path / "target") == contents(shards)
+
+
+def test_resharding(shards, tmp_path):
+    """Our own shards into larger ones, in another order."""
+    manifest = pack(shards, tmp_path / "target", PackOptions(shard_mib=2, seed=5))
+    assert len(manifest.shards) < len(load_manifest(shards).shards)
+    assert manifest.classes == load_manifest(shards).classes
+    assert packed_images(tmp_path / "target") == packed_images(shards)
+    assert verify(tmp_path / "target", decode=True) == []
+
+
+def test_a_webdataset_with_numbers_and_names(photos, tmp_path):
+    """Classes without images are allowed where numbers say which class is which."""
+    with webdataset.ShardWriter(str(tmp_path / "s-%02d.tar"), maxcount=10, verbose=0) as writer:
+        for number in range(3, 15):
+            data = (photos / ("cat" if number % 2 else "coffee") / f"{number % 9 + 3:02d}.jpg").read_bytes()
+            writer.write({"__key__": f"{number}", "jpg": data, "cls": 1 if number % 2 else 3})
+    (tmp_path / "names").write_text("astronaut\ncat\ntea\ncoffee\n")
+    source = tmp_path / "s-{00..01}.tar"
+    assert main([str(source), str(tmp_path / "target"), "--classes", str(tmp_path / "names")]) == 0
+    manifest = load_manifest(tmp_path / "target")
+    assert manifest.classes == ("astronaut", "cat", "tea", "coffee")
+    assert sorted(manifest.samples["label"].tolist()) == [1] * 6 + [3] * 6
+    held_out = [pack(source, tmp_path / part, PackOptions(hold_out=40, part=part)) for part in ("kept", "held-out")]
+    assert sum(map(len, held_out)) == 12
+
+
+def test_a_broken_image_in_an_archive_is_named(source, tmp_path, capsys):
+    (source / "cat" / "cut.jpg").write_bytes((source / "cat" / "00.jpg").read_bytes()[:3000])
+    write_zip(tmp_path / "photos.zip", source)
+    assert main([str(tmp_path / "photos.zip"), str(tmp_path / "target")]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: broken image {tmp_path / 'photos.zip'}/cat/cut.jpg: it cannot be decoded: image file is truncated"
+    )
+
+
+@pytest.mark.parametrize("check", ["header", "none"])
+def test_other_checks_store_the_same(check, photos, shards, tmp_path):
+    pack(photos, tmp_path / "target", PackOptions(shard_mib=1, check=check))
+    ours, full = contents(tmp_path / "target"), contents(shards)
+    assert json.loads(ours.pop("report.json"))["check"] == check
+    assert json.loads(full.pop("report.json"))["check"] == "decode"
+    assert ours == full
+
+
+def test_checks_let_more_or_less_through(source, tmp_path):
+    for name, size in (("cut.jpg", -100), ("cut.bmp", -100)):
+        with Image.open(source / "cat" / "00.jpg") as image:
+            image.save(source / "cat" / name)
+        os.truncate(source / "cat" / name, (source / "cat" / name).stat().st_size + size)
+    broken = {
+        check: [file.file for file in pack(source, tmp_path / check, PackOptions(check=check, skip_broken=True)).broken]
+        for check in ("decode", "header", "none")
+    }
+    assert broken == {"decode": ["cat/cut.bmp", "cat/cut.jpg"], "header": ["cat/cut.jpg"], "none": []}
+
+
+def test_resize(photos, tmp_path):
+    """Photographs of 160 to 508 pixels: small ones keep their bytes, the others have the side that was asked for."""
+    options = PackOptions(shard_mib=1, resize=200, quality=80)
+    manifest = pack(photos, tmp_path / "target", options)
+    assert verify(tmp_path / "target", decode=True) == []
+    shorts = np.minimum(manifest.samples["width"], manifest.samples["height"])
+    originals = images_by_class(photos.glob("*/*"))
+    kept = packed_images(tmp_path / "target") & originals
+    sides = {path: min(Image.open(path).size) for path in photos.glob("*/*")}
+    small = [path for path, side in sides.items() if side <= 200]
+    assert kept == images_by_class(small)
+    assert 0 < len(small) < 48
+    assert sorted(shorts.tolist()) == sorted(min(side, 200) for side in sides.values())
+    report = read_report(tmp_path / "target")
+    assert (report.resize, report.quality, report.resized) == (200, 80, 48 - len(small))
+    assert (report.cmyk, report.rotated) == (["coffee/01.jpg"], ["rocket/01.jpg"])
+
+    pack(photos, tmp_path / "again", replace(options, workers=3))
+    assert contents(tmp_path / "again") == contents(tmp_path / "target")
+    finer = pack(photos, tmp_path / "finer", replace(options, quality=None))
+    assert finer.samples["bytes"].sum() > manifest.samples["bytes"].sum()
+
+
+def test_odd_images_are_reported(source, tmp_path, capsys):
+    for number in range(4):
+        shutil.copy(source / "rocket" / "01.jpg", source / "cat" / f"turned{number}.jpg")
+    assert main([str(source), str(tmp_path / "target"), "--check", "none"]) == 0
+    turned = ["cat/turned0.jpg", "cat/turned1.jpg", "cat/turned2.jpg", "cat/turned3.jpg", "rocket/01.jpg"]
+    assert capsys.readouterr().err == (
+        "CMYK images, trained on as RGB: 1 (coffee/01.jpg)\n"
+        "images whose EXIF asks for a rotation, trained on as stored: 5 (cat/turned0.jpg, cat/turned1.jpg,"
+        " cat/turned2.jpg, …; report.json lists them all)\n"
+    )
+    report = read_report(tmp_path / "target")
+    assert (report.check, report.cmyk, report.rotated) == ("none", ["coffee/01.jpg"], turned)
+
+
 # Ends that come early
 
+MANY = 24  # times the photographs
+LONG_PACK = ["--shard-mib", "2", "--workers", "2"]
 
-def start_long_pack(photos: Path, folder: Path) -> subprocess.Popen:
-    """The real command in the midst of packing 40 times the photographs into FOLDER/target."""
-    many = folder / "many"
-    for number in range(40):
-        shutil.copytree(photos, many / "all" / f"copy{number}", copy_function=os.link)
-    command = subprocess.Popen(
-        [sys.executable, "-m", "dataio.pack", many, folder / "target", "--shard-mib", "2", "--workers", "2"],
+
+@pytest.fixture(scope="module")
+def many(photos, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("many") / "many"
+    for number in range(MANY):
+        shutil.copytree(photos, folder / "all" / f"copy{number}", copy_function=os.link)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(many, tmp_path_factory) -> dict[str, bytes]:
+    """What packing `many` writes."""
+    target = tmp_path_factory.mktemp("uninterrupted") / "target"
+    assert main([str(many), str(target), *LONG_PACK]) == 0
+    return contents(target)
+
+
+def start_pack(many: Path, target: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dataio.pack", many, target, *LONG_PACK, *options],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
 
-    def writing() -> int:
-        """Shards that are begun and not ended: a worker that is still starting would not ignore Ctrl-C yet."""
-        return len(list(folder.glob(".target.*.partial/*.tar"))) - len(list(folder.glob(".target.*.partial/*.idx")))
 
-    until(lambda: writing() == 2 or command.poll() is not None)
-    assert command.poll() is None, command.communicate()
-    return command
+def finished(target: Path) -> dict[str, tuple[int, int]]:
+    """The inode and time of change of each shard that an unfinished pack has noted as finished."""
+    partial = partial_folder(target)
+    if not (partial / "journal").exists():
+        return {}
+    shards = sorted((partial / "content").glob("*.tar"))[: (partial / "journal").read_bytes().count(b"\n") - 1]
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
 
 
 def until(condition) -> None:
     end = time.monotonic() + DEADLINE_SECONDS
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
+        time.sleep(0.002)
 
 
-def has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+def until_finished(shards: int, target: Path, command: subprocess.Popen) -> None:
+    until(lambda: len(finished(target)) >= shards or command.poll() is not None)
+    assert command.poll() is None, command.communicate()
 
 
-def test_a_killed_pack_does_not_disturb_the_next(photos, tmp_path):
-    command = start_long_pack(photos, tmp_path)
-    workers = psutil.Process(command.pid).children(recursive=True)
+def test_killed_again_and_again(many, uninterrupted, tmp_path):
+    """SIGKILL after some shards, each time further on; no shard is written twice, and the bytes are the same."""
+    target = tmp_path / "target"
+    before: dict[str, tuple[int, int]] = {}
+    for more in (1, 2, 5, 6):
+        command = start_pack(many, target)
+        until_finished(len(before) + more, target, command)
+        command.kill()
+        _, message = command.communicate(timeout=DEADLINE_SECONDS)
+        if before:
+            assert re.fullmatch(rf"going on: {len(before)} of \d+ shards are finished\n", message)
+        after = finished(target)
+        assert after.items() >= before.items()
+        assert not target.exists()
+        before = after
+    command = start_pack(many, target)
+    _, message = command.communicate(timeout=DEADLINE_SECONDS)
+    assert command.returncode == 0
+    assert contents(target) == uninterrupted
+    assert {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")
+    }.items() >= before.items()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def kill_at(event: int, source: Path, target: Path) -> None:
+    """Packs, and kills this process before the n-th time that it opens, renames or removes a file."""
+    seen = 0
+
+    def count(name: str, arguments: tuple) -> None:
+        nonlocal seen
+        if name in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (name == "open" and "w" in str(arguments[1])):
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    pack(source, target, PackOptions(shard_mib=1, workers=2))
+    os._exit(0)
+
+
+def test_killed_at_every_step(photos, shards, tmp_path):
+    """Between any two changes to the disk, in a process of its own; then packed to the end."""
+    expected = contents(shards)
+    context = multiprocessing.get_context("fork")
+    for event in itertools.count(1):
+        target = tmp_path / f"{event}"
+        process = context.Process(target=kill_at, args=(event, photos, target))
+        process.start()
+        process.join(DEADLINE_SECONDS)
+        noted = finished(target)
+        if not target.exists():
+            pack(photos, target, PackOptions(shard_mib=1))
+            inodes = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")}
+            assert inodes.items() >= noted.items()
+            assert not partial_folder(target).exists()
+        assert contents(target) == expected
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert event > 15
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted, tmp_path):
+    target = tmp_path / "target"
+    command = start_pack(many, target)
+    until_finished(6, target, command)
     command.kill()
     command.communicate(timeout=DEADLINE_SECONDS)
-    assert len(workers) >= 2
-    until(lambda: all(has_ended(worker) for worker in workers))
-    assert not (tmp_path / "target").exists()
-    assert len(list(tmp_path.glob(".target.*.partial"))) == 1
-
-    assert main([str(photos), str(tmp_path / "target")]) == 0
-    assert verify(tmp_path / "target") == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["many", "target"]
+    content = partial_folder(target) / "content"
+    with open(content / "shard-000004.tar", "r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    assert main([str(many), str(target), *LONG_PACK]) == 0
+    assert contents(target) == uninterrupted
 
 
-def test_ctrl_c_leaves_nothing(photos, tmp_path):
-    command = start_long_pack(photos, tmp_path)
+@pytest.mark.parametrize("spoil", [lambda line: line[:-30], lambda line: line.replace(b'"bytes"', b'"Bytes"')])
+def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys):
+    target = tmp_path / "target"
+    command = start_pack(many, target)
+    until_finished(6, target, command)
+    command.kill()
+    command.communicate(timeout=DEADLINE_SECONDS)
+    journal = partial_folder(target) / "journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[4] = spoil(lines[4])
+    journal.write_bytes(b"".join(lines))
+    assert main([str(many), str(target), *LONG_PACK]) == 0
+    assert capsys.readouterr().err.startswith("going on: 3 of ")
+    assert contents(target) == uninterrupted
+
+
+def interrupted_pack(many: Path, target: Path, shards: int = 3) -> str:
+    """What the command says when Ctrl-C reaches all its processes after some shards."""
+    command = start_pack(many, target)
+    until_finished(shards, target, command)
     os.killpg(command.pid, signal.SIGINT)
-    _, message = command.communicate(timeout=DEADLINE_SECONDS)
+    output, message = command.communicate(timeout=DEADLINE_SECONDS)
     assert command.returncode == 130
-    assert message == f"interrupted; nothing was written to {tmp_path / 'target'}\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["many"]
+    assert output == ""
+    return message
 
 
-def test_a_killed_worker_is_an_error(photos, tmp_path):
-    command = start_long_pack(photos, tmp_path)
-    spawned = [
-        child
-        for child in psutil.Process(command.pid).children(recursive=True)
-        if any("spawn_main" in word for word in child.cmdline())
-    ]
-    spawned[0].kill()
+def test_ctrl_c_keeps_finished_shards(many, uninterrupted, tmp_path, capsys):
+    target = tmp_path / "target"
+    assert interrupted_pack(many, target) == (
+        f"interrupted; {target} is not written; finished shards are kept in {partial_folder(target)}, and the same"
+        f" command goes on from there\n"
+    )
+    assert main([str(many), str(target), *LONG_PACK, "--workers", "1"]) == 0
+    assert capsys.readouterr().err.startswith("going on: ")
+    assert contents(target) == uninterrupted
+
+
+@pytest.mark.parametrize("delay", [0, 0.01, 0.03])
+def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
+    """While images are listed, and while workers are forked: one line, and nothing is left."""
+    target = tmp_path / "target"
+    command = start_pack(many, target, "--shard-mib", "32")  # none is finished so soon
+    until(partial_folder(target).exists)
+    time.sleep(delay)
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.communicate(timeout=DEADLINE_SECONDS) == ("", f"interrupted; {target} is not written\n")
+    assert command.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (["--seed", "1"], "--seed"),
+        (["--shard-mib", "3", "--resize", "1000"], "--shard-mib, --resize, --quality, version of Pillow"),
+        (["--check", "none"], "--check"),
+    ],
+)
+def test_other_options_start_anew(options, changed, many, tmp_path, capsys):
+    target = tmp_path / "target"
+    interrupted_pack(many, target)
+    assert main([str(many), str(target), *LONG_PACK, *options]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == f"starting anew: the unfinished pack in {partial_folder(target)} had another {changed}"
+    main([str(many), str(tmp_path / "expected"), *LONG_PACK, *options])
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+def test_a_changed_source_starts_anew(many, source, tmp_path, capsys):
+    target = tmp_path / "target"
+    interrupted_pack(many, target)
+    assert main([str(source), str(target)]) == 0
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == (
+        f"starting anew: the unfinished pack in {partial_folder(target)} had another source (its files, their sizes"
+        " and times of change), classes, --shard-mib"
+    )
+    assert packed_images(target) == images_by_class(source.glob("*/*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys):
+    """The shards before the broken image are kept, and used when it is to be skipped."""
+    folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
+    for number in range(8):  # some shard other than the first ones has one of them first
+        (folder / "all" / f"broken{number}.jpg").write_bytes(b"no image")
+    target = tmp_path / "target"
+    for seed in map(str, range(20)):
+        shutil.rmtree(partial_folder(target), ignore_errors=True)
+        assert main([str(folder), str(target), *LONG_PACK, "--seed", seed]) == 2
+        error, *kept = capsys.readouterr().err.splitlines()
+        if kept:
+            break
+    assert kept == [f"finished shards are kept in {partial_folder(target)}, and the same command goes on from there"]
+    before = finished(target)
+    assert len(before) >= 1
+    assert main([str(folder), str(target), *LONG_PACK, "--seed", seed]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [error, *kept]
+
+    assert main([str(folder), str(target), *LONG_PACK, "--seed", seed, "--skip-broken"]) == 0
+    assert capsys.readouterr().err.startswith(f"going on: {len(before)} of ")
+    assert len(load_manifest(target).broken) == 8
+    assert (target / "shard-000000.tar").stat().st_ino == before["shard-000000.tar"][0]
+    assert main([str(folder), str(tmp_path / "expected"), *LONG_PACK, "--seed", seed, "--skip-broken"]) == 0
+    assert contents(target) == contents(tmp_path / "expected")
+
+
+def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, capsys):
+    folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
+    for number in range(40):
+        (folder / "all" / f"broken{number}.jpg").write_bytes(b"no image")
+    target = tmp_path / "target"
+    command = start_pack(folder, target, "--skip-broken")
+    until_finished(8, target, command)
+    command.kill()
+    command.communicate(timeout=DEADLINE_SECONDS)
+    assert main([str(folder), str(target), *LONG_PACK]) == 2
+    going_on, error, _ = capsys.readouterr().err.splitlines()
+    assert going_on.startswith("going on: ")
+    assert re.match(rf"error: broken image {folder}/all/broken\d+.jpg: it is no image", error)
+    assert main([str(folder), str(target), *LONG_PACK, "--skip-broken"]) == 0
+    broken = load_manifest(target).broken
+    assert len(broken) == 40
+    assert broken[0] == Broken("all/broken0.jpg", "it is no image, or of an unknown format")
+    assert len(load_manifest(target)) == 48 * MANY
+
+
+def test_two_packs_at_once(many, uninterrupted, tmp_path, capsys):
+    target = tmp_path / "target"
+    command = start_pack(many, target)
+    until_finished(1, target, command)
+    command.send_signal(signal.SIGSTOP)
+    assert main([str(many), str(target), *LONG_PACK]) == 2
+    assert capsys.readouterr().err == (  # not a word about the shards of the other
+        f"error: another process is writing {target}; wait until it has ended, or name another folder\n"
+    )
+    command.send_signal(signal.SIGCONT)
+    command.communicate(timeout=DEADLINE_SECONDS)
+    assert command.returncode == 0
+    assert contents(target) == uninterrupted
+
+
+def test_a_killed_worker_is_an_error(many, tmp_path):
+    target = tmp_path / "target"
+    command = start_pack(many, target)
+    until_finished(3, target, command)
+    psutil.Process(command.pid).children()[0].kill()
     _, message = command.communicate(timeout=DEADLINE_SECONDS)
     assert command.returncode == 2
     assert message == (
         "error: a worker was killed, most often because memory ran out; free some, or use fewer workers\n"
+        f"finished shards are kept in {partial_folder(target)}, and the same command goes on from there\n"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["many"]
 
 
 def test_help_explains_each_option(capsys):
@@ -380,9 +734,13 @@ def test_help_explains_each_option(capsys):
         "--shard-mib",
         "--workers",
         "--seed",
+        "--check",
+        "--resize",
+        "--quality",
         "--skip-broken",
         "--hold-out",
         "--part",
+        "--classes",
     ):
         assert re.search(rf"^  {option}\b.*", text, re.MULTILINE), option
 

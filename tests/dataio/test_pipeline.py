@@ -1,12 +1,8 @@
 """The DALI graph against PIL and torchvision, crops against torchvision's own, and faults named."""
 
-import dataclasses
 import io
-import os
-import resource
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +18,6 @@ from dataio.pipeline import (
     WINDOW_DRAWS,
     ImageOptions,
     Request,
-    ShardFiles,
     Views,
     crop_windows,
     decode_batches,
@@ -30,6 +25,7 @@ from dataio.pipeline import (
     train_views,
 )
 from dataio.recipes import Kind, RandAugment
+from dataio.shards import ShardFiles
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -310,60 +306,19 @@ def evaluate(manifest: Manifest, prefetch_batches: int = 2) -> None:
 
 
 @pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
-def test_a_truncated_image_is_named_with_the_remedy(damaged, prefetch_batches):
+def test_a_truncated_image_is_named_with_the_remedy(damaged, truncate, prefetch_batches):
     files = ShardFiles(damaged)
     broken = next(sample for sample in range(20, len(damaged)) if files.read(sample).startswith(b"\xff\xd8"))
-    samples = np.array(damaged.samples)
-    samples["bytes"][broken] //= 2
-    damaged = dataclasses.replace(damaged, samples=samples)
-    place = rf"sample {broken} \({damaged.shards[samples['shard'][broken]].name}, offset {samples['offset'][broken]},"
+    truncate(damaged, broken)
+    row = damaged.samples[broken]
+    place = rf"sample {broken} \({damaged.shards[row['shard']].name}, offset {row['offset']},"
     remedy = rf"python -m dataio.verify {damaged.folder} and pack it again without broken images"
     with pytest.raises(RuntimeError, match=rf"cannot decode {place}.*truncated.*{remedy}"):
         evaluate(damaged, prefetch_batches)
 
 
-def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged):
+def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged, overwrite):
     for sample in (5, 6):
-        row = damaged.samples[sample]
-        with open(damaged.folder / damaged.shards[row["shard"]].name, "r+b") as shard:
-            shard.seek(row["offset"])
-            shard.write(b"no image" * 8)
+        overwrite(damaged, sample, b"no image" * 8)
     with pytest.raises(RuntimeError, match=r"decode sample 5 \(.*\): not an image, sample 6 \(.*\): not an image;"):
         evaluate(damaged)
-
-
-def test_a_shard_that_was_cut_off_is_named(damaged):
-    last = damaged.samples[-1]
-    name = damaged.shards[last["shard"]].name
-    os.truncate(damaged.folder / name, int(last["offset"]) + 10)
-    fault = rf"cannot read sample {len(damaged) - 1} \({name}, .*its shard ends too early; check the folder with"
-    with pytest.raises(RuntimeError, match=fault):
-        evaluate(damaged)
-
-
-def test_a_shard_that_is_gone_is_named(damaged):
-    (damaged.folder / damaged.shards[-1].name).unlink()
-    with pytest.raises(RuntimeError, match=f"cannot open {damaged.shards[-1].name}: No such file.*dataio.verify"):
-        evaluate(damaged)
-
-
-def test_more_shards_than_open_files_allowed_says_so(manifest):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        with pytest.raises(RuntimeError, match=f"allow more than {len(manifest.shards)} with ulimit -n"):
-            ShardFiles(manifest)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_shards_are_closed_with_their_last_use(manifest):
-    def open_shards() -> int:
-        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return sum(link.startswith(str(manifest.folder)) for link in links)
-
-    before = open_shards()
-    shards = ShardFiles(manifest)
-    assert open_shards() == before + len(manifest.shards)
-    del shards
-    assert open_shards() == before

@@ -1,15 +1,19 @@
 """verify against real damage to real shards: each fault is found, named, and comes with its remedy."""
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dataio.files import sha256_of
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, load_manifest
+from dataio.pack import PackOptions, pack
 from dataio.verify import main, verify
 
 REMEDY = "copy it again, or pack the folder again"
@@ -30,6 +34,7 @@ def change_manifest(folder, change):
     path = folder / MANIFEST_NAME
     fields = json.loads(path.read_text())
     change(fields)
+    fields["sha256"] = ""  # its own hash would tell at once
     path.write_text(json.dumps(fields))
 
 
@@ -207,6 +212,86 @@ def test_counts_that_do_not_add_up(copy):
 def test_labels_beyond_the_classes(copy):
     change_manifest(copy, lambda fields: fields.update(classes=["astronaut", "cat"]))
     assert "shard-000000.tar: it has label 3, the manifest 2 classes; pack the folder again" in verify(copy)
+
+
+# Images
+
+
+@pytest.fixture
+def unchecked(source, tmp_path):
+    """A pack that was not checked, of photographs of which some cannot be decoded, in shards of 1 MiB."""
+    for name in ("cat/03", "cat/05", "rocket/07"):
+        path = source / f"{name}.jpg"
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data[: len(data) // 2])
+    pack(source, tmp_path / "unchecked", PackOptions(shard_mib=1, check="none"))
+    return tmp_path / "unchecked"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_decoding_finds_what_was_packed_unchecked(unchecked, workers):
+    assert verify(unchecked, workers=workers) == []
+    faults = verify(unchecked, decode=True, workers=workers)
+    assert len(faults) == 3
+    manifest = load_manifest(unchecked)
+    for fault in faults:
+        name, key = re.fullmatch(
+            r"(shard-\d{6}.tar): (\d{8}).jpg: it cannot be decoded: image file is truncated .*; copy it again, or pack"
+            r" the folder again with --skip-broken",
+            fault,
+        ).groups()
+        row = manifest.samples[int(key)]
+        assert manifest.shards[row["shard"]].name == name
+        with open(unchecked / name, "rb") as file:
+            file.seek(row["offset"])
+            data = file.read(row["bytes"])
+        with pytest.raises(OSError, match="truncated"):
+            Image.open(io.BytesIO(data)).load()
+
+
+def test_decoding_names_the_damaged_image(copy):
+    row = np.load(copy / SAMPLES_NAME)[3]
+    write_at(copy / "shard-000000.tar", int(row["offset"]), b"no image at all")
+    changed, image = verify(copy, decode=True)
+    assert changed == f"shard-000000.tar: its bytes changed (the manifest has another sha256); {REMEDY}"
+    assert re.fullmatch(
+        r"shard-000000.tar: 00000003.\w+: it is no image, or of an unknown format; copy it again, .*", image
+    )
+
+
+def test_decoding_compares_sizes(copy):
+    rows = np.load(copy / SAMPLES_NAME)
+    width, height = (int(rows[field][7]) for field in ("width", "height"))
+    rows["width"][7] += 1
+    np.save(copy / SAMPLES_NAME, rows)
+    accept(copy, SAMPLES_NAME)
+    assert verify(copy) == []
+    (fault,) = verify(copy, decode=True)
+    assert fault == (
+        f"shard-000000.tar: 00000007.jpg has {width}×{height} pixels where samples.npy says {width + 1}×{height};"
+        f" {REMEDY}"
+    )
+
+
+def test_many_broken_images_of_a_shard_are_counted(source, tmp_path):
+    for path in sorted(source.glob("cat/*.jpg")):  # 11
+        for number in range(3):
+            path.with_name(f"{number}-{path.name}").write_bytes(path.read_bytes()[:-100])
+    pack(source, tmp_path / "packed", PackOptions(check="none"))
+    faults = verify(tmp_path / "packed", decode=True)
+    assert len(faults) == 21
+    assert faults[-1] == "shard-000000.tar: 13 more images with faults"
+
+
+def test_the_command_decodes(shards, unchecked, capsys):
+    assert main([str(shards), "--decode", "--workers", "2"]) == 0
+    assert " is whole: samples 48, classes 4, " in capsys.readouterr().out
+    assert main([str(unchecked), "--decode"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == f"faults in {unchecked}: 3"
+    with pytest.raises(SystemExit, match="2"):
+        main([str(shards), "--workers", "-1"])
+    assert "--workers is -1; use 1 or more, or 0 for one per core" in capsys.readouterr().err
 
 
 def test_all_faults_are_listed(copy):

@@ -1,9 +1,13 @@
-"""Worker processes that are killed, and those whose parent fails or is killed."""
+"""Worker processes that are killed or interrupted, and those whose parent fails or is killed."""
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
 from dataio.workers import worker_pool
@@ -19,6 +23,20 @@ from dataio.workers import worker_pool
 with worker_pool(2) as pool:
     pool.submit(time.sleep, {2 * DEADLINE_SECONDS})
     pool.submit(print, "started", flush=True).result()
+"""
+
+#: Ctrl-C comes after a line of input: before, while and after the workers are forked.
+INTERRUPTED = f"""
+import sys, time
+from dataio.workers import worker_pool
+
+print("ready", flush=True)
+try:
+    sys.stdin.readline()
+    with worker_pool(4) as pool:
+        pool.submit(time.sleep, {2 * DEADLINE_SECONDS}).result()
+except KeyboardInterrupt:
+    print("interrupted")
 """
 
 
@@ -47,6 +65,53 @@ def test_an_error_ends_all_workers_at_once():
     output, message = command.communicate(timeout=DEADLINE_SECONDS)
     assert output == "started\n"
     assert message.endswith("ValueError: enough\n")
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.005, 0.02])
+def test_ctrl_c_is_the_parents_alone_from_the_first_moment(delay):
+    """All processes of a terminal get it, also those that have just been forked."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert command.stdout.readline() == "ready\n"
+    command.stdin.write("\n")
+    command.stdin.flush()
+    time.sleep(delay)
+    os.killpg(command.pid, signal.SIGINT)
+    assert command.communicate(timeout=DEADLINE_SECONDS) == ("interrupted\n", "")
+
+
+def test_workers_hold_the_locks_of_their_parent(tmp_path):
+    """A lock is free when the last of them has ended, so that none writes where another command goes on."""
+    path = tmp_path / "lock"
+    code = STARTED.replace(
+        "with worker_pool", f"lock = open({str(path)!r}, 'w'); fcntl.flock(lock, 2)\nwith worker_pool"
+    )
+    command = start(f"import fcntl{code}")
+    assert command.stdout.readline() == "started\n"
+    workers = psutil.Process(command.pid).children()
+    assert len(workers) == 2
+    command.send_signal(signal.SIGSTOP)  # it cannot end them
+    with open(path) as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for worker in workers:
+            worker.suspend()
+        command.kill()
+        command.wait(DEADLINE_SECONDS)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for worker in workers:
+            worker.resume()
+        signal.alarm(DEADLINE_SECONDS)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        signal.alarm(0)
+    command.communicate()
 
 
 def test_workers_end_with_a_parent_that_is_killed():

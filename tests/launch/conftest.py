@@ -56,13 +56,16 @@ def alone(no_launcher) -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session")
 def command() -> Callable[..., subprocess.CompletedProcess]:
-    """Returns a function: runs Python with these arguments in the project's root, on the CPU; its output is text."""
+    """Returns a function: runs Python with these arguments in the project's root, on the CPU; its output is text.
+
+    Keywords are environment variables of the process.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
     environ = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-    def run(*arguments: object) -> subprocess.CompletedProcess:
+    def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
         words = [sys.executable, *map(str, arguments)]
-        return subprocess.run(words, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240)
+        return subprocess.run(words, cwd=ROOT, env=environ | variables, capture_output=True, text=True, timeout=240)
 
     return run
 

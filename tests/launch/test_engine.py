@@ -75,11 +75,6 @@ def test_the_model_depends_on_the_seed_alone(configured):
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_required_kernels_that_are_missing(configured):
-    with pytest.raises(RuntimeError, match=r"model\.kernels=required, but .* no compiled polarity attention for cpu"):
-        build_model(*configured("model.kernels=required"), torch.device("cpu"))
-
-
 def test_weights_of_other_classes(configured, tmp_path):
     torch.save(build_model(*configured("model.num_classes=12"), torch.device("cpu")).state_dict(), tmp_path / "x.pth")
     starting = f"model.weights={tmp_path / 'x.pth'}"

@@ -164,6 +164,14 @@ def test_it_is_what_the_run_measured_itself(score, trained_run, fashion_shards, 
         assert report[name] == pytest.approx(measured[f"{prefix}/{name}"], rel=1e-4), name
 
 
+def test_data_from_afar(score, trained_run, val, expected, tmp_path):
+    status, report, errors = score(
+        *("--weights", trained_run, "--data", val.as_uri(), "--cache", tmp_path / "cache", "--cache-gib", 0.01)
+    )
+    assert (status, report["data"]) == (0, val.as_uri()), errors
+    assert_same_scores(report, expected)
+
+
 def test_another_image_size(score, ema, trained, clothes, tmp_path):
     packed = pack_resized(clothes[::4], 64, tmp_path)
     _, report, _ = score("--weights", ema, "--data", packed, "--image-size", 64)
@@ -243,6 +251,14 @@ def test_what_does_not_fit_is_refused(score, ema, val, official, tmp_path, argum
     assert (status, report) == (2, None)
     assert errors.startswith(f"error: {message.format(**places)}")
     assert errors.count("\n") == 1
+
+
+def test_a_cache_that_is_too_small(score, ema, val, tmp_path):
+    cache = "--cache", tmp_path / "cache", "--cache-gib", 1e-5
+    status, _, errors = score("--weights", ema, "--data", val.as_uri(), *cache)
+    assert status == 2
+    assert errors.startswith("error: a cache of 1e-05 GiB is too small, file://")
+    assert "at a time; allow it 0.01 (data.cache_gib, --cache-gib), or lower" in errors
 
 
 def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, configure):

@@ -25,6 +25,7 @@ TAGS = {
     "speed/waiting_for_data",
     "speed/mfu",
     "memory/peak_gib",
+    "data/broken_images",
 }
 
 
@@ -207,6 +208,29 @@ def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss,
     assert read_lines(tmp_path) == []
 
 
+def test_broken_images_are_counted_up_to_the_limit(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 9, 1, RATES, max_broken=3)
+    for step, broken in enumerate((0, 3)):
+        monitor.add(torch.tensor(1.0), 4)
+        monitor.write(step, 0.1, 1.0, broken)
+    monitor.add(torch.tensor(1.0), 4)
+    with pytest.raises(
+        Refusal, match="^4 broken images in this epoch at step 3, data.max_broken allows 3; check the sh"
+    ):
+        monitor.write(2, 0.1, 1.0, 4)
+    monitor.close()
+    assert [line["data/broken_images"] for line in read_lines(tmp_path)] == [0, 3, 4]
+    assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
+
+
+def test_a_warning_is_given_once(alone, tmp_path, capsys):
+    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    for line in ("sample 7: not an image", "sample 8: not an image", "sample 7: not an image"):
+        monitor.warn(line)
+    monitor.close()
+    assert capsys.readouterr().err == "rank 0: sample 7: not an image\nrank 0: sample 8: not an image\n"
+
+
 def test_lines_are_printed_as_they_are(alone, tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, 1, 1, RATES)
     monitor.say("output: runs/[b5] :smile: " + 300 * "x")
@@ -242,9 +266,10 @@ from launch.monitor import Monitor
 
 place = placement(os.environ)
 start(place, "cpu", timedelta(minutes=1))
-monitor = Monitor(Path(sys.argv[1], str(place.rank)), 0, 2, 1, Rates(1, 1.0))
+monitor = Monitor(Path(sys.argv[1], str(place.rank)), 0, 2, 1, Rates(1, 1.0), max_broken=5)
 monitor.add(torch.tensor(1.0 + place.rank), 4)
-monitor.write(0, 0.1, None)
+monitor.write(0, 0.1, None, broken=2 + place.rank)
+monitor.warn("a warning")
 monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
 monitor.text("name", "text")
 monitor.say(f"rank {place.rank} speaks")
@@ -265,6 +290,8 @@ def test_losses_are_averaged_over_ranks_and_rank_0_writes(torchrun, tmp_path):
     assert finished.returncode == 0, finished.stderr
     (line,) = read_lines(tmp_path / "0")
     assert line["train/loss"] == 1.5
+    assert line["data/broken_images"] == 5
+    assert {"rank 0: a warning", "rank 1: a warning"} <= set(finished.stderr.splitlines())
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0", "refused-0", "refused-1"}
     assert "rank 0 speaks" in finished.stdout
     assert "rank 1 speaks" not in finished.stdout

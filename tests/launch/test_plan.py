@@ -1,13 +1,14 @@
 """What a configuration comes to on real shards, what does not fit them, and the command that says so."""
 
 import json
+import os
 import shutil
 
 import pytest
 
 from dataio.pack import PackOptions, pack
 from dataio.recipes import RandAugment
-from launch.plan import describe, image_options, make_plan, mix_options
+from launch.plan import cache_options, describe, image_options, make_plan, mix_options
 
 
 def test_the_numbers(configure):
@@ -66,11 +67,60 @@ def test_a_label_without_an_output(configure, fashion_shards, fashion, tmp_path,
     pack(few, tmp_path / "packed", PackOptions())
     manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
     manifest["classes"] = json.loads((fashion_shards / "val" / "manifest.json").read_text())["classes"]
-    (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     config = configure("model.num_classes=2", f"data.{spared}={tmp_path / 'packed'}")
     message = "has 10 classes and label 9, the model has 2 outputs; set num_classes to 10"
     with pytest.raises(ValueError, match=message):
         make_plan(config, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("order", "scheme", "name"),
+    [
+        ("auto", "", "full"),
+        ("auto", "file://", "windowed by 16 shards"),
+        ("full", "file://", "full"),
+        ("windowed", "", "windowed by 16 shards"),
+    ],
+)
+def test_the_order_follows_from_where_the_shards_are(configure, fashion_shards, tmp_path, order, scheme, name):
+    places = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
+    plan = make_plan(configure(*places, f"data.order={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
+    assert str(plan.batches.order(plan.train)) == name
+    assert (plan.train.place, plan.val.place) == tuple(place.partition("=")[2] for place in places)
+    assert len(plan.train) + len(plan.val) == 400
+
+
+def test_a_window_that_is_set(configure):
+    plan = make_plan(configure("data.order=windowed", "data.window_shards=5", "data.max_broken=3"), 0, 1)
+    assert (plan.batches.window_shards, plan.batches.max_broken) == (5, 3)
+
+
+def test_a_cache_that_is_too_small_for_both_sets(configure, fashion_shards, tmp_path):
+    """Each alone would fit."""
+    bytes_of = {part: (fashion_shards / part / "shard-000000.tar").stat().st_size for part in ("train", "val")}
+    gib = (sum(bytes_of.values()) - 1000) / 2**30
+    places = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
+    message = "a cache of .* GiB is too small, data.train needs .* GiB, data.val needs .* GiB at a time; allow it "
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure(*places, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+    make_plan(configure(places[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+
+
+def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    options = cache_options(None, 1.5)
+    assert options.folder == tmp_path / f"polaformer-shards-{os.getuid()}"
+    assert options.limit_bytes == 1.5 * 2**30
+
+
+def test_a_remote_folder_that_is_not_there(command, small_config, tmp_path):
+    places = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
+    refused = command("-m", "launch.plan", "--config", small_config, f"output={tmp_path / 'run'}", *places)
+    message = f"error: cannot fetch file://{tmp_path}/none/manifest.json: it is not there; check the address, and that"
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(message)
+    assert refused.stderr.count("\n") == 1
 
 
 def test_no_shards(configure, tmp_path):
@@ -102,7 +152,7 @@ def test_the_description(configure):
     plan = make_plan(config, 0, 2)
     described = describe(config, plan)
     assert described["model"] == "polaformerpp_b0, 10 classes, 32² pixels"
-    assert described["training images"] == f"{len(plan.train)} in 1 shards"
+    assert described["training images"] == f"{len(plan.train)} in 1 shards, order full"
     assert described["batch"] == "64 = 2 ranks × 1 accumulation × 32"
     assert described["engine"] == "ZeRO-2, fp32"
     start, peak, last = map(float, described["learning rate"].split(" → "))

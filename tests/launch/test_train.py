@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dataio.index import Manifest
 from dataio.pack import PackOptions, pack
 from launch import checkpoint
 from launch.config import load_config, parse_config
@@ -74,10 +78,13 @@ def records(path: Path) -> dict[int, list[int]]:
     return seen
 
 
+def written(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict]:
     """What a run measured of its training, without its speed."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in lines]
+    return [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in written(folder)]
 
 
 def assert_equal_tree(left, right, where: str) -> None:
@@ -100,8 +107,8 @@ def assert_equal_tree(left, right, where: str) -> None:
 def refusal(command):
     """Returns a function: the message with which launch/train.py refuses these arguments, on one rank."""
 
-    def refuse(arguments: list[str]) -> str:
-        finished = command(TRAIN, *arguments)
+    def refuse(arguments: list[str], **variables: str) -> str:
+        finished = command(TRAIN, *arguments, **variables)
         assert finished.returncode == 2, finished.stderr
         assert "Traceback" not in finished.stderr
         return finished.stderr.partition("error: ")[2].strip()
@@ -239,16 +246,56 @@ def test_the_moving_average_follows_once_in_a_step(command, fashion_shards, tmp_
             torch.testing.assert_close(value, (start[name] + model[name]) / 2, msg=name)
 
 
+def break_image(manifest: Manifest, sample: int) -> None:
+    row = manifest.samples[sample]
+    with open(manifest.folder / manifest.shards[row["shard"]].name, "r+b") as shard:
+        shard.seek(int(row["offset"]))
+        shard.write(bytes(int(row["bytes"])))
+
+
 def test_an_image_that_breaks_after_packing_ends_all_ranks(torchrun, fashion, tmp_path):
     """Only one rank meets it; the run ends at once, and says where the image lies."""
     manifest = pack(fashion, tmp_path / "train", PackOptions())
-    row = manifest.samples[7]
-    with open(tmp_path / "train" / manifest.shards[0].name, "r+b") as shard:
-        shard.seek(int(row["offset"]))
-        shard.write(bytes(int(row["bytes"])))
-    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}"))
+    break_image(manifest, 7)
+    places = f"data.val={tmp_path / 'train'}", "data.max_broken=0"
+    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
     assert finished.returncode != 0
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
+
+
+def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, fashion_shards, tmp_path):
+    """Two ranks meet three, of which both together may replace two: the run ends with the first epoch."""
+    manifest = pack(fashion, tmp_path / "train", PackOptions())
+    broken = (7, 20, 31)
+    for sample in broken:
+        break_image(manifest, sample)
+    places = f"data.val={fashion_shards / 'val'}", "data.max_broken=2"
+    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
+    assert finished.returncode != 0
+    message = "error: 3 broken images in this epoch at step 13, data.max_broken allows 2; check the shards with python"
+    assert finished.stderr.count(message) == 1
+    said = [line for line in finished.stderr.splitlines() if "stands for" in line]
+    for sample in broken:
+        words = f"sample {sample + 1} stands for {manifest.describe(sample)}: not an image"
+        assert sum(line in (f"rank 0: {words}", f"rank 1: {words}") for line in said) == 1
+    counts = [line["data/broken_images"] for line in written(tmp_path / "run") if "data/broken_images" in line]
+    assert len(counts) == -(-len(manifest) // 32)
+    assert counts == sorted(counts)
+    assert counts[-1] == 3
+
+
+def test_training_from_afar_is_training_from_a_folder(torchrun, runs, fashion_shards, tmp_path):
+    """Two ranks over one cache: to the last bit the losses and scores of the run on local disk."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(fashion_shards))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        places = [f"data.{part}={url}/{part}" for part in ("train", "val")]
+        more = "data.order=full", f"data.cache={tmp_path / 'cache'}"
+        finished = torchrun(2, TRAIN, *overrides(fashion_shards, tmp_path / "run", *places, *more))
+        server.shutdown()
+    assert finished.returncode == 0, finished.stderr
+    assert metrics(tmp_path / "run") == metrics(runs["whole"])
 
 
 @pytest.mark.gpu
@@ -296,13 +343,19 @@ def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
         ("optimizer.global_batch=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
         ("optimizer.global_batch=30", "a batch of 15 images per rank cannot be mixed in pairs"),
         ("model.num_classes=4", "has 10 classes and label 9, the model has 4 outputs"),
-        ("model.kernels=required", "model.kernels=required, but this installation has no compiled"),
         ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
     ],
 )
 def test_what_cannot_work_is_refused(refusal, fashion_shards, tmp_path, override, message):
     assert message in refusal(overrides(fashion_shards, tmp_path / "run", override))
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_are_required_and_missing(refusal, fashion_shards, tmp_path):
+    arguments = overrides(fashion_shards, tmp_path / "run", "model.kernels=required")
+    message = refusal(arguments, POLAFORMER_KERNELS="none")
+    assert "model.kernels=required, but there are no compiled kernels for cpu: POLAFORMER_KERNELS is none" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -145,14 +145,20 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_to_one_graph(autocast):
+    """Forward and backward of training, without a break at the attention's kernels."""
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
-    image = torch.randn(1, 3, 64, 32)
+    image = torch.randn(1, 3, 64, 64)  # oneDNN's AMX convolution from 4×2 to 2×1 pixels reads beyond its input
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
-        logits = forward(image)
-        logits.square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = forward(image)
+        logits.float().square().sum().backward()
         results.append([logits, *(parameter.grad for parameter in model.parameters())])
-    for eager, compiled in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager)
+    if autocast:  # gradients that are 0 but for rounding are not compared one by one
+        eager, compiled = (torch.cat([x.float().flatten() for x in result]) for result in results)
+        assert (compiled - eager).norm() < 0.05 * eager.norm()
+    else:
+        torch.testing.assert_close(results[1], results[0])

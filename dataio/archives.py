@@ -1,0 +1,131 @@
+"""Zip and tar files whose members are read one by one, in any order, by many processes.
+
+Members are listed once; source.py makes images of them, and a worker reads each by one look at its place.
+"""
+
+import io
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+_COMPRESSED = {  # how such a file begins, and what unpacks it
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ\0": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
+_ZIP_HEADER_BYTES = 30  # of a member, before its name and an extra field
+_ZIP_LENGTHS = struct.Struct("<HH")  # of these two, at the end of those
+_ENCRYPTED = 1  # bit of a zip member's flags
+_OPEN_FILES = 256
+
+
+class Member(NamedTuple):
+    """A file or (name ends with /) a folder in an archive. `place` is for the archive's reader."""
+
+    name: str
+    bytes: int = 0
+    place: tuple[int, ...] = ()
+    fault: str | None = None  # why it cannot be read
+
+
+@dataclass(frozen=True)
+class TarReader:
+    """Reads members of plain tar files. A place is (number of the tar file, offset)."""
+
+    paths: tuple[Path, ...]
+
+    def members(self, number: int) -> Iterator[Member]:
+        """All members of one tar file. Raises ValueError if it is compressed, damaged or none at all."""
+        path = self.paths[number]
+        _require_plain(path)
+        size = path.stat().st_size
+        links: dict[str, Member] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for info in tar:
+                    member = _tar_member(info, number, links)
+                    if info.offset_data + info.size > size and info.isreg():
+                        raise tarfile.ReadError(f"it ends inside {info.name}")
+                    links[info.name] = member
+                    yield member
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
+
+    def read(self, size: int, place: tuple[int, ...]) -> bytes:
+        number, offset = place
+        return os.pread(_opened(self.paths[number]).fileno(), size, offset)
+
+
+def _tar_member(info: tarfile.TarInfo, number: int, before: dict[str, Member]) -> Member:
+    if info.isdir():
+        return Member(f"{info.name}/")
+    if info.islnk() and info.linkname in before:  # the same file under another name
+        return before[info.linkname]._replace(name=info.name)
+    if info.issparse() or not info.isreg():
+        return Member(info.name, fault="it is a link or no regular file, which cannot be read inside an archive")
+    return Member(info.name, info.size, (number, info.offset_data))
+
+
+@dataclass(frozen=True)
+class ZipReader:
+    """Reads members of a zip file. A place is (offset of its header, stored bytes, method, CRC-32)."""
+
+    path: Path
+
+    def members(self) -> Iterator[Member]:
+        """All members. Raises ValueError if it is damaged."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                infos = archive.infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{self.path} is no whole zip file ({error}); copy it again") from error
+        for info in infos:
+            place = info.header_offset, info.compress_size, info.compress_type, info.CRC
+            yield Member(info.filename, info.file_size, place, _zip_fault(info))
+
+    def read(self, size: int, place: tuple[int, ...]) -> bytes:
+        # Not by ZipFile: each process would read the whole directory again, 1 GB of memory for a million members.
+        offset, stored, method, checksum = place
+        file = _opened(self.path).fileno()
+        try:
+            name, extra = _ZIP_LENGTHS.unpack(os.pread(file, _ZIP_HEADER_BYTES, offset)[-_ZIP_LENGTHS.size :])
+            data = os.pread(file, stored, offset + _ZIP_HEADER_BYTES + name + extra)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompress(data, -zlib.MAX_WBITS, size)
+        except (struct.error, zlib.error) as error:
+            raise OSError(f"it cannot be unpacked: {error}") from error
+        if zlib.crc32(data) != checksum:
+            raise OSError("its bytes do not fit its checksum in the archive")
+        return data
+
+
+def _zip_fault(info: zipfile.ZipInfo) -> str | None:
+    if info.flag_bits & _ENCRYPTED:
+        return "it is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"it is compressed by zip's method {info.compress_type}; repack the archive with method 0 or 8"
+    return None
+
+
+def _require_plain(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for mark, (kind, command) in _COMPRESSED.items():
+        if start.startswith(mark):
+            raise ValueError(
+                f"{path} is compressed ({kind}), so its members cannot be read one by one; unpack it first:"
+                f" {command} {path}"
+            )
+
+
+@lru_cache(maxsize=_OPEN_FILES)
+def _opened(path: Path) -> io.FileIO:
+    return open(path, "rb", buffering=0)

@@ -1,0 +1,202 @@
+"""The bytes of one image file: what is let into a shard, its size, what is odd about it, and making it smaller.
+
+source.py says where the bytes are, shard_writer.py writes them.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import PIL
+from PIL import Image, TiffImagePlugin
+
+#: PIL's formats that DALI decodes to the same pixels, and the ending each one gets inside a shard.
+FORMATS = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with further pictures behind the first, as some cameras write it
+    "PNG": "png",
+    "BMP": "bmp",
+    "WEBP": "webp",
+    "TIFF": "tiff",
+    "PPM": "ppm",
+    "JPEG2000": "jp2",
+}
+#: What the names of image files end with, in lower case.
+ENDINGS = (
+    *(".bmp", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+#: How thoroughly an image is looked at. Width and height are read at each level; a file that has none is broken.
+CHECKS = {
+    "decode": "decode every pixel: whatever passes can be trained on",
+    "header": "the header as PIL reads it, and for JPEG and PNG whether the file's end is there: finds truncated"
+    " files, no damage inside",
+    "none": "width and height alone: finds files that are no images, neither truncated ones nor damage inside",
+}
+_ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
+_ROTATIONS = range(2, 9)
+_UNDO_ROTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_JPEG_END = b"\xff\xd9"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What an image file says of itself. Width and height are of the stored pixels, before any rotation."""
+
+    ending: str  # in a shard
+    width: int
+    height: int
+    cmyk: bool = False
+    rotated: bool = False  # its EXIF asks for a rotation or a flip, which training does not apply
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Images whose short side is longer than `side` pixels are scaled to it, and stored as JPEG of this quality."""
+
+    side: int
+    quality: int
+
+
+def check_image(data: bytes, check: str) -> Header:
+    """The header of an image that passes `check`, one of CHECKS.
+
+    Raises ValueError with the reason if it does not, or is of a format that DALI does not decode.
+    """
+    if not data:
+        raise ValueError("the file is empty")
+    if check == "none" and (header := _jpeg_header(data)) is not None:
+        return header
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata and large images are no fault
+            image = Image.open(io.BytesIO(data))
+            if image.format in FORMATS:
+                header = _header(image)
+                if check != "none":
+                    _check_end(image.format, data)
+                if check == "decode":
+                    image.load()
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("it is no image, or of an unknown format") from error
+    except Exception as error:  # PIL's decoders raise a dozen kinds on garbage
+        raise ValueError(f"it cannot be decoded: {error}") from error
+    if image.format not in FORMATS:
+        raise ValueError(f"it is a {image.format}, which DALI does not decode; convert it to JPEG or PNG")
+    return header
+
+
+def shrink_image(data: bytes, header: Header, shrink: Shrink) -> tuple[bytes, Header]:
+    """(its bytes, header) of the image made smaller, without metadata; one that is small enough stays as it is.
+
+    The same bytes again with the same SHRINK_VERSION. Raises ValueError if it cannot be decoded.
+    """
+    short = min(header.width, header.height)
+    if short <= shrink.side:
+        return data, header
+    size = tuple(round(side * shrink.side / short) for side in (header.width, header.height))
+    out = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            # libjpeg may scale by 1/2, 1/4 or 1/8 as it decodes; twice the size is left for the filter
+            image.draft(image.mode, (2 * size[0], 2 * size[1]))
+            _stored_pixels(image).resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=shrink.quality)
+    except Exception as error:  # as above
+        raise ValueError(f"it cannot be decoded: {error}") from error
+    return out.getvalue(), Header("jpg", *size, header.cmyk, header.rotated)
+
+
+#: What the bytes of a smaller image depend on beside the image and Shrink.
+SHRINK_VERSION = f"Pillow {PIL.__version__}"
+
+
+def _stored_pixels(image: Image.Image) -> Image.Image:
+    """The image as training decodes it: 8 bits, grey or RGB, without any rotation."""
+    if image.format == "TIFF":  # which PIL rotates as it loads, unlike all other formats
+        undo = _UNDO_ROTATION.get(image.getexif().get(_ORIENTATION))
+        image.load()
+        image = image if undo is None else image.transpose(undo)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _header(image: Image.Image) -> Header:
+    width, height = image.size
+    rotated = _asks_for_rotation(image.info.get("exif", b""))
+    if image.format == "TIFF":  # whose size PIL gives after the rotation
+        width, height = image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+        rotated = image.tag_v2.get(_ORIENTATION) in _ROTATIONS
+    return Header(FORMATS[image.format], width, height, image.mode == "CMYK", rotated)
+
+
+def _asks_for_rotation(data: bytes) -> bool:
+    if not data:
+        return False
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exif.load(data)
+            return exif.get(_ORIENTATION) in _ROTATIONS
+    except Exception:  # metadata that cannot be read is no fault
+        return False
+
+
+def _check_end(kind: str, data: bytes) -> None:
+    """Raises if the last marker of a JPEG or the last chunk of a PNG is missing, or a PNG's checksum is wrong.
+
+    DALI minds the latter, PIL's load() reads pixels only.
+    """
+    if kind == "PNG":
+        Image.open(io.BytesIO(data)).verify()  # up to the last chunk
+        if _PNG_END not in data:
+            raise ValueError("the last chunk is missing")
+    elif kind in ("JPEG", "MPO") and data.find(_JPEG_END, _jpeg_segments(data).get(_SCAN, 0)) < 0:
+        raise ValueError("image file is truncated (it has no end marker)")
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    """The header of a JPEG in a tenth of PIL's time; None: leave it to PIL."""
+    segments = _jpeg_segments(data)
+    if _SCAN not in segments:
+        return None
+    place = segments.get(_APP1)
+    rotated = place is not None and _asks_for_rotation(data[place + 4 : segments[_SCAN]])
+    for frame in _FRAMES:
+        if place := segments.get(frame):
+            height, width, components = _FRAME.unpack_from(data, place + 5)
+            return Header("jpg", width, height, components == 4, rotated) if width and height else None
+    return None
+
+
+def _jpeg_segments(data: bytes) -> dict[int, int]:
+    """For each marker, where its first segment begins, up to the first scan; of APP1 the first with EXIF."""
+    place, end, marker = 2, len(data) - 10, 0
+    places: dict[int, int] = {}
+    if data.startswith(b"\xff\xd8"):
+        while place < end and data[place] == 0xFF and marker != _SCAN:
+            marker = data[place + 1]
+            if marker != _APP1 or data.startswith(_EXIF, place + 4):
+                places.setdefault(marker, place)
+            place += 2 + (data[place + 2] << 8 | data[place + 3])
+    return places
+
+
+_APP1, _SCAN = 0xE1, 0xDA
+_EXIF = b"Exif\0\0"
+_FRAMES = (0xC0, 0xC2, 0xC1)  # baseline, progressive, extended
+_FRAME = struct.Struct(">HHB")  # of such a segment: height, width, number of components

@@ -1,0 +1,139 @@
+"""Which shards of an unfinished pack are finished, so that the same command can go on from there after a kill.
+
+A shard is written aside in the hidden folder, then renamed into the folder that will be the target, then noted in
+the journal that lies beside that: a line with the line's own hash. pack.py decides what is written.
+"""
+
+import base64
+import hashlib
+import json
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataio.files import sha256_of, sync
+from dataio.index import SAMPLE_DTYPE, Broken, Shard
+from dataio.shard_writer import WrittenShard
+
+UNFINISHED = ".new"  # what the names of files written aside end with
+
+_NAME = "journal"
+_HASH_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class FinishedShard:
+    """What was written, and its line in the manifest: None if all images were broken, so that there is no file."""
+
+    shard: Shard | None
+    written: WrittenShard
+
+
+class Journal:
+    """The finished shards of a pack, in order, in the folder that `new_folder` gave.
+
+    request: what decides about every byte that is packed, as JSON has it. Shards of another request are removed, and
+    so is the first one whose bytes are not those that were noted, with all after it.
+    changed: the names of what was different in the request, if shards were removed for that.
+    """
+
+    def __init__(self, folder: Path, request: dict[str, Any], pool: Executor) -> None:
+        self._folder, path = folder, folder.parent / _NAME
+        self.shards: list[FinishedShard] = []
+        self.changed: list[str] = []
+        before, *records = _read(path) or [request]
+        if before != request:
+            self.changed = [name for name in request if before.get(name) != request[name]] if records else []
+            records = []
+        records = _whole(folder, records, pool)
+        self.shards = [_from_record(record) for record in records]
+        self._remove_others()
+        new = path.with_suffix(UNFINISHED)
+        new.write_bytes(b"".join(map(_line, [request, *records])))
+        new.replace(path)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by __exit__)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, path: Path, written: WrittenShard) -> None:
+        """Gives the shard at `path`, written aside, its name and its index."""
+        if not len(written.rows):
+            path.unlink()
+            finished = FinishedShard(None, written)
+        else:
+            number = sum(1 for other in self.shards if other.shard)
+            name = f"shard-{number:06d}.tar"
+            idx_sha256 = hashlib.sha256(written.idx).hexdigest()
+            shard = Shard(name, written.bytes, written.sha256, len(written.rows), idx_sha256)
+            # Before it is noted, so that after a crash of the machine what is noted is there. Not kept in memory:
+            # a folder larger than that would push out all else, and new pages cost more than the copy itself.
+            sync(path, keep_cached=False)
+            path.rename(self._folder / shard.name)
+            (self._folder / shard.idx_name).write_bytes(written.idx)
+            finished = FinishedShard(shard, written)
+        self.shards.append(finished)
+        self._file.write(_line(_record(finished)))  # in one write: a kill comes before or after it
+
+    def _remove_others(self) -> None:
+        known = {name for finished in self.shards if (shard := finished.shard) for name in (shard.name, shard.idx_name)}
+        for path in [*self._folder.iterdir(), *self._folder.parent.glob(f"*{UNFINISHED}")]:
+            if path.name not in known:
+                path.unlink()
+
+
+def _whole(folder: Path, records: list[dict[str, Any]], pool: Executor) -> list[dict[str, Any]]:
+    """The records up to the first whose files are not as noted."""
+    checks = pool.map(_is_whole, [folder] * len(records), [record["shard"] for record in records])
+    return [record for record, _ in takewhile(lambda pair: pair[1], zip(records, checks, strict=True))]
+
+
+def _is_whole(folder: Path, fields: dict[str, Any] | None) -> bool:
+    if fields is None:
+        return True
+    shard = Shard(**fields)
+    try:
+        return sha256_of(folder / shard.name) == shard.sha256 and sha256_of(folder / shard.idx_name) == shard.idx_sha256
+    except FileNotFoundError:
+        return False
+
+
+def _record(finished: FinishedShard) -> dict[str, Any]:
+    written = asdict(finished.written)
+    written["rows"] = base64.b64encode(finished.written.rows.tobytes()).decode()
+    del written["idx"]  # has a file
+    return {"shard": finished.shard and asdict(finished.shard), "written": written}
+
+
+def _from_record(record: dict[str, Any]) -> FinishedShard:
+    fields = dict(record["written"], idx=b"")
+    fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), SAMPLE_DTYPE)
+    fields["broken"] = [Broken(**broken) for broken in fields["broken"]]
+    return FinishedShard(record["shard"] and Shard(**record["shard"]), WrittenShard(**fields))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines up to the first one that is not whole; none if there is no file."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        digest, _, text = line.partition(b" ")
+        if digest != _digest(text):
+            break
+        records.append(json.loads(text))
+    return records
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record).encode()
+    return b"%b %b\n" % (_digest(text), text)
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:_HASH_DIGITS].encode()

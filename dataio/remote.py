@@ -1,0 +1,170 @@
+"""Files from far away: an address below a URL → a whole, verified file on a local disk, or one clear error.
+
+fsspec does the transport (s3://, gs://, https://, file:// and whatever else it has a package for). Here a transfer is
+given its time, tried again with growing pauses, and checked. cache.py decides what is fetched, and when.
+"""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+import tenacity
+from fsspec.asyn import AsyncFileSystem
+
+from dataio.files import sha256_of, sync
+
+_Result = TypeVar("_Result")
+_LONGEST_WAIT_SECONDS = 30
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server, or room on the disk, is waited for before that is an error."""
+
+    attempts: int = 6
+    first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
+    silent_seconds: float = 30  # that a server may send nothing, or take to answer
+    least_bytes_per_second: float = 1e5
+    room_seconds: float = 60  # that shards in use may take up the cache
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The folder of this machine in which remote data sets lie, how much of them, and how long to try."""
+
+    folder: Path
+    limit_bytes: int
+    patience: Patience = Patience()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where a data set is fetched from, and to."""
+
+    url: str
+    cache: CacheOptions
+
+    def address(self, name: str) -> str:
+        """Of one of its files."""
+        return f"{self.url}/{name}"
+
+
+class DamagedError(OSError):
+    """What was fetched is not what the manifest names."""
+
+
+def is_url(place: str | Path) -> bool:
+    return "://" in str(place)
+
+
+def read_remote(remote: Remote, name: str) -> bytes:
+    """The content of a small file. Raises as `fetch` does."""
+    return _tried_again(remote, name, lambda system, path: system.cat_file(path), threading.Event())
+
+
+def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given_up: threading.Event) -> None:
+    """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns. size: about, in bytes.
+
+    Raises RuntimeError if that cannot be had, with URL, fault and remedy, or soon after `given_up` is set; ValueError
+    if the URL's protocol is unknown.
+    """
+    patience = remote.cache.patience
+
+    def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
+        seconds = patience.silent_seconds + size / patience.least_bytes_per_second
+        limits = {"timeout": seconds} if isinstance(system, AsyncFileSystem) else {}  # others block as files do
+        system.get_file(path, str(target), **limits)
+        if sha256_of(target) != sha256:
+            raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
+        sync(target)
+
+    _tried_again(remote, name, transfer, given_up)
+
+
+def _tried_again(
+    remote: Remote, name: str, action: Callable[[Any, str], _Result], given_up: threading.Event
+) -> _Result:
+    """What `action` returns for a file system and the path of `name` on it, at the first attempt that succeeds."""
+    address, patience = remote.address(name), remote.cache.patience
+    try:
+        system, path = _open_system(address, patience)
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_may_pass),
+            stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_when_event_set(given_up),
+            wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
+            sleep=tenacity.sleep_using_event(given_up),
+            reraise=True,
+        ):
+            with attempt:
+                return action(system, path)
+    except ImportError as error:
+        protocol = address.partition("://")[0]
+        raise RuntimeError(
+            f"cannot read {address}: {protocol}:// needs another package ({error}); pip install aiohttp gcsfs s3fs"
+        ) from error
+    except Exception as error:  # each file system raises kinds of its own
+        if isinstance(error, ValueError) and "Protocol not known" in str(error):
+            raise ValueError(f"cannot read {address}: {error}; use s3://, gs://, https:// or a folder") from error
+        raise RuntimeError(f"cannot fetch {address}: {_describe(error, patience)}") from error
+    raise AssertionError("tenacity neither returned nor raised")
+
+
+def _open_system(address: str, patience: Patience) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(the file system, the path on it) of an address; credentials and endpoints are where fsspec looks for them.
+
+    Its retries are left to us, as far as they can be; the user's own settings in fsspec's configuration win.
+    """
+    protocol = address.partition("://")[0]
+    ours: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        seconds = patience.silent_seconds
+        ours["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds),
+        }
+    elif protocol in ("s3", "s3a"):
+        ours["config_kwargs"] = {
+            "connect_timeout": patience.silent_seconds,
+            "read_timeout": patience.silent_seconds,
+            "retries": {"max_attempts": 1},
+        }
+    configured = fsspec.config.conf.get(protocol, {})
+    return fsspec.url_to_fs(address, **{name: value for name, value in ours.items() if name not in configured})
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt may go better."""
+    if isinstance(error, ImportError | FileNotFoundError | PermissionError) or not isinstance(error, Exception):
+        return False
+    return getattr(error, "status", None) not in _REFUSED_STATUS
+
+
+def _describe(error: Exception, patience: Patience) -> str:
+    """Fault and remedy."""
+    fault = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
+        return "it is not there; check the address, and that the whole packed folder was copied to it"
+    if isinstance(error, PermissionError) or getattr(error, "status", None) in (400, 401, 403):
+        return f"access was refused ({fault}); check the credentials"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return (
+            f"{os.strerror(error.errno)} in the cache; free some space, name a folder of a larger disk, or allow the"
+            " cache fewer bytes"
+        )
+    if isinstance(error, DamagedError):
+        return f"{fault}, attempts: {patience.attempts}; copy it there again, or pack the folder again"
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        fault = f"the server was too slow or silent ({fault})"
+    return (
+        f"{fault}, attempts: {patience.attempts}; check server and network, then start again: the run goes on from"
+        " its last checkpoint"
+    )

@@ -1,0 +1,144 @@
+"""A picture of what is packed: `python -m dataio.show TARGET [--augmented] --out grid.png`.
+
+The samples that a training run with this seed sees first, with their classes; with --augmented also what
+pipeline.py and augment.py make of them by default.
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dataio.index import Manifest, load_manifest, samples_at
+
+_COLUMNS = 8
+_TILE_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.3, 100
+_TITLE_LETTERS = 26
+_LABELS_SHOWN = 2  # of a mixed image
+
+
+class Picture(NamedTuple):
+    """(H, W, 3) uint8 pixels, and what to write above them."""
+
+    pixels: np.ndarray
+    title: str
+
+
+def stored_pictures(manifest: Manifest, samples: np.ndarray) -> list[Picture]:
+    """The samples as they are packed, each with its class and size."""
+    pictures = []
+    for sample in samples:
+        row = manifest.samples[sample]
+        with open(manifest.folder / manifest.shards[row["shard"]].name, "rb") as shard:
+            shard.seek(row["offset"])
+            image = Image.open(io.BytesIO(shard.read(row["bytes"])))
+        title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
+        pictures.append(Picture(np.asarray(image.convert("RGB")), title))
+    return pictures
+
+
+def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> list[Picture]:
+    """The first `count` samples of a run as it trains on them, each with the shares of its classes.
+
+    Raises ValueError if `count` is odd: images are mixed in pairs.
+    """
+    import torch  # here, because PyTorch and DALI take seconds to import and the packed images need neither
+
+    from dataio.augment import Augment, MixOptions
+    from dataio.loader import TrainLoader, TrainPlan
+    from dataio.pipeline import ImageOptions
+
+    device = torch.device("cpu")
+    options, mix = ImageOptions(image_size=size), MixOptions()
+    augment = Augment(mix, len(manifest.classes), seed, count, device)
+    images, targets = augment(next(TrainLoader(manifest, options, TrainPlan(seed, count), device)))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))
+    levels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    smoothed = mix.label_smoothing / len(manifest.classes)
+    return [
+        Picture(pixels, _shares(manifest.classes, target, smoothed))
+        for pixels, target in zip(levels, targets.numpy(), strict=True)
+    ]
+
+
+def _shares(classes: tuple[str, ...], target: np.ndarray, smoothed: float) -> str:
+    """The classes that have more than label smoothing gives to all."""
+    labels = np.argsort(-target, kind="stable")[:_LABELS_SHOWN]
+    return "\n".join(
+        f"{_short(classes[label])} {target[label]:.2f}" for label in labels if target[label] > 1.5 * smoothed
+    )
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _TITLE_LETTERS else f"{name[: _TITLE_LETTERS - 1]}…"
+
+
+def draw_grid(rows: list[list[Picture]]) -> Figure:
+    """A figure with a row of tiles for each of `rows`."""
+    columns = max(map(len, rows))
+    lines = max(picture.title.count("\n") + 1 for row in rows for picture in row)
+    heights = _TILE_INCHES + lines * _TITLE_INCHES
+    figure = Figure(figsize=(columns * 1.1 * _TILE_INCHES, len(rows) * heights), dpi=_DPI)
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    figure.subplots_adjust(0.02, 0.01, 0.98, 1 - lines * _TITLE_INCHES / heights / len(rows), 0.1, lines * 0.2)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, places in zip(rows, axes, strict=True):
+        for picture, axis in zip(row, places, strict=False):  # the last row may be shorter
+            axis.imshow(picture.pixels)
+            axis.set_title(picture.title, fontsize=7, parse_math=False)
+    return figure
+
+
+def show(target: Path, count: int, augmented: bool = False, size: int = 224, seed: int = 0) -> Figure:
+    """A grid of the first samples of a run; with `augmented`, each row of them above what is trained on.
+
+    Raises as load_manifest does, ValueError if an option has no meaning.
+    """
+    if count < 1:
+        raise ValueError(f"--count is {count}; use 1 or more")
+    manifest = load_manifest(target)
+    count = min(count, len(manifest))
+    if augmented:
+        count += count % 2  # images are mixed in pairs
+    before = stored_pictures(manifest, samples_at(seed, np.arange(count), len(manifest)))
+    after = augmented_pictures(manifest, count, size, seed) if augmented else []
+    rows = []
+    for first in range(0, count, _COLUMNS):
+        rows += [pictures[first : first + _COLUMNS] for pictures in (before, after) if pictures]
+    return draw_grid(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dataio.show",
+        description="Draws a grid of packed samples with their classes: the first that a run with this seed sees.",
+    )
+    parser.add_argument("target", metavar="TARGET", type=Path, help="folder with a manifest.json")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture to write, like grid.png")
+    parser.add_argument(
+        "--augmented",
+        action="store_true",
+        help="below each row of samples draw what is trained on: cropped, flipped, erased and mixed by default",
+    )
+    parser.add_argument("--count", type=int, default=16, help="number of samples (default: 16)")
+    parser.add_argument("--size", type=int, default=224, help="pixels of an augmented image's side (default: 224)")
+    parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
+    arguments = parser.parse_args(argv)
+    try:
+        figure = show(arguments.target, arguments.count, arguments.augmented, arguments.size, arguments.seed)
+        figure.savefig(arguments.out)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

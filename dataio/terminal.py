@@ -1,0 +1,32 @@
+"""What a command shows while it works, if its standard error is a terminal."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Shows `text` while the block runs."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console  # here, because most commands of a script never show anything
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """A function that shows how many of `total` bytes are done; None if nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(text), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        row = bar.add_task("", total=total)
+        yield lambda done: bar.update(row, completed=done)

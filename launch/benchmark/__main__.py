@@ -1,0 +1,28 @@
+"""python -m launch.benchmark COMMAND …: hands over to the module of that name, which is imported only then."""
+
+import argparse
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "kernel": "polarity attention against eager, compiled eager and softmax attention",
+    "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks, into one folder",
+}
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        return import_module(f"launch.benchmark.{argv[0]}").main(argv[1:])
+    listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.benchmark",
+        description=f"commands:\n{listed}\n\npython -m launch.benchmark COMMAND --help tells the rest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")
+    parser.parse_args(argv)  # leaves with the help, or with what is wrong
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""The proof, before anything is timed, that an implementation computes what the reference computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from launch.benchmark.contenders import Attention, Entrant, Inputs, Shape, make_inputs
+from polaformer import reference
+
+#: An error may be so many times that of eager in the same dtype, plus `FLOOR` of the exact values' own size.
+FACTORS = {"out": 2, "grad_q": 3, "grad_k": 3, "grad_v": 3, "grad_same_logits": 3, "grad_opposite_logits": 3}
+FLOOR = 16 * torch.finfo(torch.float32).eps
+_SIZES: dict[str, Callable[[Tensor], Tensor]] = {
+    "largest": lambda x: x.abs().max(),  # one wrong token shows here
+    "root mean square": lambda x: x.square().mean().sqrt(),  # and a little wrong everywhere here
+}
+
+
+class WrongResult(Exception):
+    """An implementation does not compute what the reference computes; its time means nothing."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of one tensor, as shares of the exact values' size."""
+
+    ours: float
+    eager: float
+    allowed: float
+
+    @property
+    def exceed(self) -> bool:
+        return not self.ours <= self.allowed < float("inf")  # NaN exceeds, too
+
+
+def check(attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Errors]]:
+    """Errors of the last image's output and gradients against the reference in float64: by tensor, then by size.
+
+    The whole batch is computed, as it will be when it is timed. The gradients of all images but the last are zero,
+    so that those of the logits are that image's too.
+    Raises WrongResult if an error exceeds what `FACTORS` and `FLOOR` allow.
+    """
+    inputs = make_inputs(shape, dtype, device)
+    inputs.grad_out[:-1] = 0
+    last = Inputs(
+        tuple(x.detach()[-1:].requires_grad_() for x in inputs.tensors[:3]) + inputs.tensors[3:],
+        inputs.grad_out[-1:],
+        inputs.size,
+    )
+    computed = zip(
+        FACTORS, _last(_compute(attention, inputs)), _compute(reference.plain, last), _exact(last), strict=True
+    )
+    errors = {}
+    for name, ours, eager, exact in computed:
+        errors[name] = {size: _errors(of, ours, eager, exact, FACTORS[name]) for size, of in _SIZES.items()}
+        for size, found in errors[name].items():
+            if found.exceed:
+                raise WrongResult(
+                    f"{name} of {shape} in {str(dtype).removeprefix('torch.')} is wrong: {size} error {found.ours:.1e},"
+                    f" that of eager {found.eager:.1e}; nothing was timed, run the tests of polaformer first"
+                )
+    return errors
+
+
+def _compute(attention: Attention, inputs: Inputs) -> list[Tensor]:
+    entrant = Entrant(attention, inputs)
+    out = entrant.forward()
+    return [out.detach(), *entrant.backward(out)]
+
+
+def _last(computed: list[Tensor]) -> list[Tensor]:
+    return [x[-1:] for x in computed[:4]] + computed[4:]  # the logits' gradients have no batch
+
+
+def _exact(inputs: Inputs) -> list[Tensor]:
+    """Output and gradients in float64, without autograd, which would keep a hundred times the inputs."""
+    with torch.no_grad():
+        tensors = tuple(x.double() for x in inputs.tensors)
+        out, *saved = reference.forward(*tensors, *inputs.size)
+        return [out, *reference.backward(inputs.grad_out.double(), tensors, tuple(saved), *inputs.size)]
+
+
+def _errors(size: Callable[[Tensor], Tensor], ours: Tensor, eager: Tensor, exact: Tensor, factor: int) -> Errors:
+    scale = size(exact)
+    share_ours, share_eager = ((size(x.double() - exact) / scale).item() for x in (ours, eager))
+    return Errors(share_ours, share_eager, factor * share_eager + FLOOR)

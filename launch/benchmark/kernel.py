@@ -1,0 +1,174 @@
+"""Times polarity attention: ours against eager PyTorch, that compiled, and softmax attention of the same shape.
+
+python -m launch.benchmark kernel
+python -m launch.benchmark kernel --full --output launch/benchmark/results/kernel-h100.json
+python -m launch.benchmark kernel --device cpu --threads 2 --shapes 8,1,56x56,96 --dtype float32
+python -m launch.benchmark kernel --show launch/benchmark/results/kernel-h100.json --markdown
+
+Before any of them is timed, ours is checked against the reference in float64, for every shape and dtype; if it is
+wrong there are no times. "forward" is training's, which keeps what backward needs; "both" is the sum of the two. "GB/s
+of floor" counts what no implementation can leave unmoved: 4·D elements for each token and head forward, 7·D backward.
+A contender that has no room in memory or time, or does not run, has an entry that says so.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch.benchmark.check import WrongResult
+from launch.benchmark.contenders import CONTENDERS, Shape, model_shapes, parse_shape
+from launch.benchmark.contest import Contest, Rules
+from launch.benchmark.kernel_report import describe, dtype_name, growth_ratios, show
+from launch.benchmark.report import default_path, describe_run, write_report
+from launch.distributed import default_device_type
+from polaformer import ops
+from polaformer.model import TOTAL_STRIDE
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_USUAL_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
+_USUAL_RESOLUTIONS, _ALL_RESOLUTIONS = (224,), (224, 384, 512, 768, 1024)
+_USUAL_BATCHES = {"cpu": (8,), "cuda": (64, 128)}
+_ALL_BATCHES = {"cpu": (1, 8), "cuda": (1, 16, 64, 128)}
+_GROWTH_SIDES = (56, 112, 256)
+_GROWTH_BATCH = {"cpu": 1, "cuda": 16}  # the fewest tokens already fill a GPU
+
+
+def measure(rules: Rules, shapes: list[Shape], contenders: list[str], growth_sides: list[int]) -> dict[str, Any]:
+    """The whole report. Raises WrongResult if ours is wrong for one of the shapes; then no contender was timed.
+
+    growth_sides: of square images, in tokens, on which ours alone is timed, from small to large.
+    """
+    report = describe_run("kernel", rules.device)
+    compiled = ops.has_compiled_kernels(rules.device.type)
+    report["implementation_of_ours"] = "compiled kernel" if compiled else "reference"
+    contest = Contest(rules)
+    report["copy_bytes_per_second"] = asdict(contest.rates.copy)
+    report["product_flops_per_second"] = {
+        dtype_name(dtype): asdict(rate) for dtype, rate in contest.rates.products.items()
+    }
+    like = model_shapes([224], [_GROWTH_BATCH[rules.device.type]])[0]
+    growing = [replace(like, height=side, width=side) for side in growth_sides] if "ours" in contenders else []
+    checked = dict.fromkeys((*shapes, *growing)) if "ours" in contenders else {}
+    report["checks"] = [_check(contest, shape, dtype) for shape in checked for dtype in rules.dtypes]
+    for key, competing, participants in (("results", shapes, contenders), ("growth", growing, ["ours"])):
+        report[key] = []
+        for shape in competing:
+            print(f"measuring {shape}", file=sys.stderr)
+            results = contest.run(shape, participants)
+            report[key] += [describe(result, results, contest.rates) for result in results]
+    report["growth_ratios"] = growth_ratios(report["growth"])
+    return report
+
+
+def _check(contest: Contest, shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    print(f"checking {shape} in {dtype_name(dtype)}", file=sys.stderr)
+    found = contest.check_ours(shape, dtype)
+    entry = {"shape": str(shape), "dtype": dtype_name(dtype)}
+    if isinstance(found, str):
+        return entry | {"skipped": found}
+    return entry | {
+        "errors": {name: {size: asdict(error) for size, error in sizes.items()} for name, sizes in found.items()}
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.benchmark kernel",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
+    dtypes = f"of {', '.join(_DTYPES)} (default: bfloat16 on a GPU, float32 bfloat16 on the CPU)"
+    add("--dtype", nargs="+", choices=_DTYPES, metavar="DTYPE", help=dtypes)
+    add("--resolutions", nargs="+", type=int, metavar="PIXELS", help="of b4's and b5's square images (default 224)")
+    add("--batches", nargs="+", type=int, metavar="IMAGES", help="default: 64 128 on a GPU, 8 on the CPU")
+    add("--full", action="store_true", help="resolutions 224 384 512 768 1024, batches from 1 up: about half an hour")
+    add("--shapes", nargs="+", metavar="B,H,HEIGHTxWIDTH,D", help="these instead, for example 8,1,56x56,96")
+    add("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", default=list(CONTENDERS),
+        help=f"of {', '.join(CONTENDERS)} (default: all)")  # fmt: skip
+    sides = "of square images, in tokens, where ours alone is timed; may be empty (default 56 112 256)"
+    add("--growth", nargs="*", type=int, default=list(_GROWTH_SIDES), metavar="SIDE", help=sides)
+    add("--seconds", type=float, default=10, help="to measure one shape, about; at least 5 rounds (default 10)")
+    add("--limit", type=float, default=5, help="a contender that takes longer once is skipped, seconds (default 5)")
+    add("--threads", type=int, help="of the CPU (default: PyTorch's choice)")
+    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--markdown", action="store_true", help="print the table as Markdown")
+    add("--show", type=Path, metavar="FILE.json", help="print the table of this file and measure nothing")
+    return parser.parse_args(argv)
+
+
+def settle_shapes(arguments: argparse.Namespace, device_type: str) -> list[Shape]:
+    """The shapes that the arguments name. Raises ValueError if they contradict each other or name none."""
+    if arguments.shapes:
+        if arguments.full or arguments.resolutions or arguments.batches:
+            raise ValueError("--shapes says all; leave --full, --resolutions and --batches out")
+        return [parse_shape(text) for text in arguments.shapes]
+    resolutions = arguments.resolutions or (_ALL_RESOLUTIONS if arguments.full else _USUAL_RESOLUTIONS)
+    batches = arguments.batches or (_ALL_BATCHES if arguments.full else _USUAL_BATCHES)[device_type]
+    for resolution in resolutions:
+        if resolution < 1 or resolution % TOTAL_STRIDE:
+            raise ValueError(f"--resolutions names {resolution}; give multiples of {TOTAL_STRIDE}, as the models need")
+    if min(batches) < 1:
+        raise ValueError(f"--batches names {min(batches)}; give numbers above 0")
+    return model_shapes(resolutions, batches)
+
+
+def settle_rules(arguments: argparse.Namespace) -> Rules:
+    """Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    device = torch.device(arguments.device or default_device_type())
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no NVIDIA GPU; use --device cpu")
+    for name in ("seconds", "limit", "threads"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value}; give a number above 0")
+    if min(arguments.growth, default=1) < 1:
+        raise ValueError(f"--growth names {min(arguments.growth)}; give numbers above 0")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtypes = tuple(getattr(torch, name) for name in dict.fromkeys(arguments.dtype or _USUAL_DTYPES[device.type]))
+    return Rules(device, dtypes, arguments.seconds, arguments.limit)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote. Raises OSError or ValueError if there is no such thing at `path`."""
+    fault = f"{path} is no report of python -m launch.benchmark kernel; name one"
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(fault) from error
+    if not isinstance(report, dict) or report.get("benchmark") != "kernel":
+        raise ValueError(fault)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        if arguments.show:
+            show(read_report(arguments.show), arguments.markdown)
+            return 0
+        rules = settle_rules(arguments)
+        shapes = settle_shapes(arguments, rules.device.type)
+        path = arguments.output or default_path("kernel")
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        report = measure(rules, shapes, arguments.contenders, sorted(arguments.growth))
+    except WrongResult as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_report(path, report)
+    show(report, arguments.markdown)
+    print(f"written to {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,160 @@
+"""Time, memory and what the device can do at best; knows nothing of what is measured.
+
+Contestants take turns, so that a clock or a neighbour that changes meets all of them alike.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+PASSES = ("forward", "backward", "both")
+LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+_FLUSHED_BYTES = 512 << 20  # several times the L2 cache of any GPU, and longer than a launch takes the host
+_COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+_PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and the quantiles 0.2 and 0.8 of so many repetitions."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+    return Spread(median, low, high, len(values))
+
+
+class Contestant(Protocol):
+    """Something with a forward pass that keeps what its backward pass needs."""
+
+    def forward(self) -> Tensor: ...
+
+    def backward(self, out: Tensor) -> None: ...
+
+
+class Clock:
+    """Times a device: its own events on a GPU, whose cache is flushed before each pass; wall time on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._flushed = torch.empty(_FLUSHED_BYTES if self._is_cuda else 0, dtype=torch.uint8, device=device)
+
+    def time(self, run: Callable[[], Any], repetitions: int) -> list[float]:
+        """Seconds of each repetition."""
+        laps = []
+        for _ in range(repetitions):
+            began = self._begin()
+            run()
+            laps.append((began, self._mark()))
+        return self._seconds(laps)
+
+    def race(self, contestants: Sequence[Contestant], rounds: int) -> list[dict[str, list[float]]]:
+        """For each contestant the seconds of each round, by pass; in a round everybody has one turn."""
+        laps: list[list[tuple[Any, Any]]] = [[] for _ in contestants]
+        for _ in range(rounds):
+            for contestant, own in zip(contestants, laps, strict=True):
+                began = self._begin()
+                out = contestant.forward()
+                own.append((began, self._mark()))
+                began = self._begin()
+                contestant.backward(out)
+                own.append((began, self._mark()))
+                del out
+        times = []
+        for own in laps:
+            seconds = self._seconds(own)
+            forward, backward = seconds[::2], seconds[1::2]
+            both = [a + b for a, b in zip(forward, backward, strict=True)]
+            times.append(dict(zip(PASSES, (forward, backward, both), strict=True)))
+        return times
+
+    def _begin(self) -> Any:
+        self._flushed.zero_()  # meanwhile the host gets ahead of a GPU: launches are not what is measured
+        return self._mark()
+
+    def _mark(self) -> Any:
+        if not self._is_cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, laps: list[tuple[Any, Any]]) -> list[float]:
+        if not self._is_cuda:
+            return [ended - began for began, ended in laps]
+        torch.cuda.synchronize()
+        return [began.elapsed_time(ended) / 1000 for began, ended in laps]
+
+
+def rounds_within(seconds: float, one_round: float) -> int:
+    """How many rounds to run in about that time."""
+    return int(min(max(seconds / one_round, LEAST_ROUNDS), MOST_ROUNDS))
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """By how much the memory of tensors, workspaces among them, exceeded that at the start while `run` ran.
+
+    On the CPU from the profiler's allocations: memory that a library takes past PyTorch's allocator is not seen.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a driver it complains of that, loudly
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        kept = run()  # what it returns lives until the profile ends
+    del kept
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())  # stable: simultaneous ones stay in their order
+    return int(np.cumsum([0, *(event.nbytes() for event in events)]).max())
+
+
+def copy_rate(clock: Clock, device: torch.device) -> Spread:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.zeros(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return _rate(clock, lambda: target.copy_(source), 2 * source.numel())
+
+
+def product_rate(clock: Clock, device: torch.device, dtype: torch.dtype) -> Spread:
+    """Operations per second of a large square matrix product, a multiply-add counted as two."""
+    size = _PRODUCT_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    target = torch.empty_like(a)
+    return _rate(clock, lambda: torch.mm(a, b, out=target), 2 * size**3)
+
+
+def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Spread:
+    run()
+    [once] = clock.time(run, 1)
+    return spread([amount / seconds for seconds in clock.time(run, rounds_within(1.0, once))])
+
+
+def free_bytes() -> int:
+    """Main memory that this process can still take: what the machine has left, or its control group, if less."""
+    free = psutil.virtual_memory().available
+    try:
+        [own] = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
+        folder = Path("/sys/fs/cgroup", own.lstrip("/"))
+        limit = (folder / "memory.max").read_text().strip()
+        used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["anon"]
+    except (OSError, ValueError, KeyError):  # another system, or control groups of the first version
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))

@@ -1,0 +1,56 @@
+"""What every benchmark's JSON begins with, and the file it goes to."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
+    """When, from which commit, on which device, with which versions and how many threads a benchmark runs."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": {"type": device.type, "name": device_name(device)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of these sources, with "+changes" if files differ from it; None outside a checkout."""
+    answers = []
+    for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            finished = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        answers.append(finished.stdout.strip())
+    return answers[0] + ("+changes" if answers[1] else "")
+
+
+def device_name(device: torch.device) -> str:
+    """The maker's name of the GPU, or of the processor with the vector units that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def default_path(benchmark: str) -> Path:
+    """A new file below runs/benchmark, named by the time."""
+    return Path("runs", "benchmark", f"{benchmark}-{datetime.now():%Y%m%d-%H%M%S}.json")
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes the JSON into an existing folder."""
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,163 @@
+// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, prepares tensors,
+// picks the kernels for this processor.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/native/CPUBlas.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <exception>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace polaformer {
+namespace {
+
+using at::Tensor;
+
+// The kernels for this processor, or for the lesser one that ATEN_CPU_CAPABILITY names.
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  return capability == "AVX512" ? kAvx512 : capability == "AVX2" ? kAvx2 : kBaseline;
+#else
+  return kBaseline;
+#endif
+}
+
+// Whether PyTorch multiplies bfloat16 matrices in hardware here (AMX or AVX512-BF16). It refuses where it does not.
+bool has_bf16_products() {
+  static const bool has = [] {
+    const std::vector<at::BFloat16> ones(32 * 32, 1.f);
+    std::vector<float> product(32 * 32);
+    try {
+      at::native::cpublas::brgemm(32, 32, 32, 32, 32, 32, false, ones.data(), ones.data(), product.data());
+      at::native::cpublas::brgemm_release();
+      return product[0] == 32.f;
+    } catch (const std::exception&) {
+      return false;
+    }
+  }();
+  return has;
+}
+
+class TorchServices final : public Services {
+ public:
+  int threads() override { return at::get_num_threads(); }
+
+  void* allocate(int64_t bytes) override {
+    memory_.push_back(at::empty({bytes}, at::kByte));
+    return memory_.back().data_ptr();
+  }
+
+  void parallel(int64_t tasks, void (*body)(void*, int64_t, int), void* context) override {
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) body(context, task, at::get_thread_num());
+      if (used_tiles_) at::native::cpublas::brgemm_release();
+    });
+  }
+
+  void multiply_bf16(int m, int n, int k, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc,
+                     bool add) override {
+    used_tiles_ = true;
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
+                                reinterpret_cast<const at::BFloat16*>(b), c);
+  }
+
+ private:
+  std::vector<Tensor> memory_;
+  std::atomic<bool> used_tiles_{false};
+};
+
+at::ScalarType compute_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+// x in a type that the kernels read, its D numbers side by side.
+Tensor readable(const Tensor& x) {
+  const Tensor wide = x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x;
+  return wide.stride(3) == 1 || wide.size(3) == 1 ? wide : wide.contiguous();
+}
+
+// A tensor of x's shape and type, in memory (B, N, H, D).
+Tensor tokens_first(const Tensor& x) {
+  return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
+}
+
+// x in the caller's type: float16, for which the kernels wrote float32, holds no more than 65,504.
+Tensor finite(const Tensor& x, at::ScalarType type) {
+  return type == at::kHalf ? x.clamp(-65504.0, 65504.0).to(type) : x;
+}
+
+Rows rows(const Tensor& x) {
+  const Type type = x.scalar_type() == at::kDouble  ? Type::float64
+                    : x.scalar_type() == at::kFloat ? Type::float32
+                                                    : Type::bfloat16;
+  return {x.data_ptr(), type, x.stride(0), x.stride(1), x.stride(2)};
+}
+
+// The turn of each pair per unit of distance, as polaformer/layers.py has it.
+Tensor angles(int64_t head_width) { return at::pow(10000.0, at::linspace(0, 1, head_width / 2)).reciprocal(); }
+
+Problem problem(const Tensor& q, int64_t height, int64_t width, const Tensor& angles) {
+  const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_products();
+  return {q.size(0), q.size(1), height, width, int(q.size(3)), bf16, angles.const_data_ptr<float>()};
+}
+
+using Inputs = const Tensor&;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v, Inputs same_logits,
+                                                   Inputs opposite_logits, int64_t height, int64_t width) {
+  const int64_t batch = q.size(0), heads = q.size(1), head_width = q.size(3);
+  const auto kept = q.options().dtype(compute_type(q));
+  const Tensor state = at::empty({batch, heads, 2 * head_width, head_width}, kept);
+  const Tensor key_mean = at::empty({batch, heads, 2 * head_width}, kept);
+  const Tensor key_shift = at::empty({batch, heads, head_width}, kept);
+  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v), out = tokens_first(q_rows);
+  if (q.numel() > 0) {
+    const Tensor turns = angles(head_width);
+    const Tensor same = same_logits.to(kept.dtype()).contiguous();
+    const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();
+    TorchServices services;
+    kernels().forward({problem(q, height, width, turns), rows(q_rows), rows(k_rows), rows(v_rows), rows(out),
+                       same.data_ptr(), opposite.data_ptr(), state.data_ptr(), key_mean.data_ptr(),
+                       key_shift.data_ptr()},
+                      services);
+  }
+  return {finite(out, q.scalar_type()), state, key_mean, key_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inputs q, Inputs k, Inputs v,
+                                                            Inputs same_logits, Inputs opposite_logits, Inputs state,
+                                                            Inputs key_mean, Inputs key_shift, int64_t height,
+                                                            int64_t width) {
+  const auto kept = q.options().dtype(compute_type(q));
+  const Tensor same = same_logits.to(kept.dtype()).contiguous();
+  const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();
+  const Tensor grad_same = at::zeros_like(same), grad_opposite = at::zeros_like(opposite);
+  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v), grad_rows = readable(grad_out);
+  const Tensor grad_q = tokens_first(q_rows), grad_k = tokens_first(q_rows), grad_v = tokens_first(q_rows);
+  if (q.numel() > 0) {
+    const Tensor turns = angles(q.size(3)), s = state.contiguous(), m = key_mean.contiguous();
+    const Tensor shift = key_shift.contiguous();
+    TorchServices services;
+    kernels().backward({problem(q, height, width, turns), rows(grad_rows), rows(q_rows), rows(k_rows), rows(v_rows),
+                        rows(grad_q), rows(grad_k), rows(grad_v), same.data_ptr(), opposite.data_ptr(), s.data_ptr(),
+                        m.data_ptr(), shift.data_ptr(), grad_same.data_ptr(), grad_opposite.data_ptr()},
+                       services);
+  }
+  const auto type = q.scalar_type();
+  return {finite(grad_q, type), finite(grad_k, type), finite(grad_v, type), grad_same.to(same_logits.scalar_type()),
+          grad_opposite.to(opposite_logits.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(polaformer, CPU, library) {
+  library.impl("polarity_attention", forward);
+  library.impl("polarity_attention_backward", backward);
+}
+
+}  // namespace polaformer

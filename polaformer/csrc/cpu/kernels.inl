@@ -1,0 +1,40 @@
+// Polarity attention, forward and backward, for one instruction set: the including file names it (POLAFORMER_ISA) and
+// sets the compiler's target. No header of the standard library or of PyTorch may be included below that point, lest
+// its inline functions be compiled for a processor that the rest of the program cannot assume.
+//
+// Both passes go over tiles of kTile tokens whose features live in the cache: elementwise work on vectors, then
+// products of matrices. A row of D numbers is padded with zeros to W, whole vectors; 2D features to F = 2W, positive
+// poles first; the two halves of a value row to M each, V = 2M. The state is kept transposed, (V, F), since then every
+// product over tokens reads rows. Work is cut by the shape alone and sums are formed in a fixed order: the same bits
+// on any number of threads.
+
+#include "cpu/vectors.inl"
+#include "cpu/products.inl"
+#include "cpu/tiles.inl"
+#include "cpu/features.inl"
+#include "cpu/forward.inl"
+#include "cpu/backward.inl"
+
+namespace polaformer {
+namespace POLAFORMER_ISA {
+
+inline void forward(const Forward& call, Services& services) {
+  if (call.q.type == Type::float64)
+    ForwardPass<DirectProducts<double>>(call, services).run();
+  else if (call.problem.bf16_products)
+    ForwardPass<Bf16Products>(call, services).run();
+  else
+    ForwardPass<DirectProducts<float>>(call, services).run();
+}
+
+inline void backward(const Backward& call, Services& services) {
+  if (call.q.type == Type::float64)
+    BackwardPass<DirectProducts<double>>(call, services).run();
+  else if (call.problem.bf16_products)
+    BackwardPass<Bf16Products>(call, services).run();
+  else
+    BackwardPass<DirectProducts<float>>(call, services).run();
+}
+
+}  // namespace POLAFORMER_ISA
+}  // namespace polaformer

@@ -1,0 +1,183 @@
+// How a problem is cut: padded sizes, tasks, tiles of tokens, how each token turns; rows into tiles and back.
+
+namespace polaformer {
+namespace POLAFORMER_ISA {
+
+constexpr int kTile = 64;  // tokens; a last tile may have fewer, its rows beyond the last token are zeros
+constexpr int kRowsTogether = 32;  // a tile's rows are a multiple of these, as matrix units want it
+constexpr int64_t kTokensPerTask = 1024;
+
+struct Sizes {
+  int64_t batch, heads, tokens, height, width;
+  int D, W, F, M, V;
+  int64_t tasks_per_head, tokens_per_task;  // of work without sums over tokens
+  int64_t parts, tokens_per_part;           // of work with them: each part has its own sums
+
+  Sizes(const Problem& p, int lanes)
+      : batch(p.batch), heads(p.heads), tokens(p.height * p.width), height(p.height), width(p.width), D(p.head_width),
+        W(padded(D, lanes)), F(2 * W), M(padded(D / 2, lanes)), V(2 * M) {
+    constexpr int64_t enough = 256;  // tasks to keep any processor busy
+    tasks_per_head = ceil(tokens, kTokensPerTask);
+    const int64_t wanted = ceil(enough, batch * heads);
+    parts = tasks_per_head < wanted ? tasks_per_head : wanted;
+    tokens_per_task = padded_to_tile(ceil(tokens, tasks_per_head));
+    tokens_per_part = padded_to_tile(ceil(tokens, parts));
+  }
+  static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  static int64_t padded_to_tile(int64_t count) { return ceil(count, kTile) * kTile; }
+  int64_t all_heads() const { return batch * heads; }
+  // Of 2D features, or of D values, where the padded layout keeps number `i`.
+  int feature(int i) const { return i < D ? i : W + i - D; }
+  int value(int i) const { return i < D / 2 ? i : M + i - D / 2; }
+};
+
+// Hands out pieces of one thread's workspace. First asked with no memory, it counts.
+struct Arena {
+  char* memory;
+  int64_t used = 0;
+  void* bytes(int64_t count) {
+    void* piece = memory + used;
+    used += (count + 63) / 64 * 64;
+    return piece;
+  }
+  template <class R>
+  R* take(int64_t count) {
+    return static_cast<R*>(bytes(count * int64_t(sizeof(R))));
+  }
+};
+
+// The cosine and the signed sine of each feature's turn: turned[i] = x[i]·cosine[i] + x[i ^ 1]·sine[i].
+template <class R>
+struct Turns {
+  const R *rows, *columns;  // (height, 2W), (width, 2W): W cosines, W sines
+
+  static const R* table(const Sizes& s, const float* angles, int64_t length, Services& services) {
+    R* table = static_cast<R*>(services.allocate(length * 2 * s.W * sizeof(R)));
+    for (int64_t place = 0; place < length; ++place)
+      for (int i = 0; i < s.W; i += 2) {
+        const R turn = i < s.D ? R(place) * R(angles[i / 2]) : R(0);
+        const R cosine = sizeof(R) == 4 ? __builtin_cosf(turn) : __builtin_cos(turn);
+        const R sine = sizeof(R) == 4 ? __builtin_sinf(turn) : __builtin_sin(turn);
+        R* pair = table + place * 2 * s.W + i;
+        pair[0] = pair[1] = cosine;
+        pair[s.W] = -sine;
+        pair[s.W + 1] = sine;
+      }
+    return table;
+  }
+};
+
+inline int bytes_of(Type type) { return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 8; }
+
+inline char* address(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
+  const int64_t number = batch * rows.batch + head * rows.head + token * rows.token;
+  return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
+}
+
+// Some tokens of one head, and how each of them turns.
+template <class R>
+struct Tile {
+  int64_t batch, head, first;
+  int count, rows;  // tokens, and rows of the tile
+  const R *row[kTile], *column[kTile];
+  const char *ahead[2];  // where the next tile begins in two of the tensors that are read
+  int64_t ahead_bytes[2];  // from one of its tokens to the next
+
+  Tile(const Sizes& s, const Turns<R>& turns, int64_t of_head, int64_t first, int64_t end, const Rows& read,
+       const Rows& read_too)
+      : batch(of_head / s.heads), head(of_head % s.heads), first(first),
+        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowsTogether)),
+        ahead{address(read, batch, head, first + kTile), address(read_too, batch, head, first + kTile)},
+        ahead_bytes{read.token * bytes_of(read.type), read_too.token * bytes_of(read_too.type)} {
+    int64_t y = first / s.width, x = first % s.width;
+    for (int t = 0; t < kTile; ++t) {
+      row[t] = turns.rows + (t < count ? y : 0) * 2 * s.W;
+      column[t] = turns.columns + (t < count ? x : 0) * 2 * s.W;
+      if (++x == s.width) x = 0, ++y;
+    }
+  }
+
+  // Called for every vector of every token, asks for the next tile's numbers while this one is worked on: the rows
+  // lie too far apart for the processor to foresee them. Asking beyond the tensor does no harm.
+  void prefetch(int t, int i) const {
+    for (int tensor = 0; tensor < 2; ++tensor)
+      __builtin_prefetch(ahead[tensor] + t * ahead_bytes[tensor] + i * sizeof(R), 0, 2);
+  }
+};
+
+template <class R>
+inline Vec<R> turned(Vec<R> x, const R* turns, int i, int W) {
+  return x * load(turns + i) + swap_pairs(x) * load(turns + W + i);
+}
+template <class R>
+inline Vec<R> turned_back(Vec<R> x, const R* turns, int i, int W) {
+  return x * load(turns + i) - swap_pairs(x) * load(turns + W + i);
+}
+
+template <class R>
+void load_numbers(const char* from, Type type, R* to, int count, int padded_count) {
+  if (type == Type::bfloat16) {
+    auto* bits = reinterpret_cast<const uint16_t*>(from);
+    for (int i = 0; i < count; ++i) to[i] = __builtin_bit_cast(float, uint32_t(bits[i]) << 16);
+  } else {  // the compute type itself
+    auto* numbers = reinterpret_cast<const R*>(from);
+    for (int i = 0; i < count; ++i) to[i] = numbers[i];
+  }
+  for (int i = count; i < padded_count; ++i) to[i] = 0;
+}
+
+constexpr float kLargestBf16 = 3.38953139e38f;
+
+template <class R>
+void store_numbers(const R* from, Type type, char* to, int count) {
+  if (type == Type::bfloat16) {
+    auto* out = reinterpret_cast<uint16_t*>(to);
+    for (int i = 0; i < count; ++i) {
+      const float limited = at_most(float(from[i]), kLargestBf16);
+      const uint32_t bits = __builtin_bit_cast(uint32_t, limited);
+      const uint32_t even = bits + 0x7fff + ((bits >> 16) & 1);
+      out[i] = uint16_t((limited == limited ? even : bits | 0x400000) >> 16);
+    }
+  } else {
+    auto* out = reinterpret_cast<R*>(to);
+    for (int i = 0; i < count; ++i) out[i] = at_most(from[i], sizeof(R) == 4 ? R(FLT_MAX) : R(DBL_MAX));
+  }
+}
+
+// A tile of queries or keys: (kTile, W).
+template <class R>
+void load_tile(const Rows& rows, const Tile<R>& tile, const Sizes& s, R* to) {
+  for (int t = 0; t < tile.count; ++t)
+    load_numbers(address(rows, tile.batch, tile.head, tile.first + t), rows.type, to + t * s.W, s.D, s.W);
+  for (int i = tile.count * s.W; i < tile.rows * s.W; ++i) to[i] = 0;
+}
+
+template <class R>
+void store_tile(const R* from, const Rows& rows, const Tile<R>& tile, const Sizes& s) {
+  for (int t = 0; t < tile.count; ++t)
+    store_numbers(from + t * s.W, rows.type, address(rows, tile.batch, tile.head, tile.first + t), s.D);
+}
+
+// A tile of one half (0 or 1) of values: (kTile, M) with rows `row` apart.
+template <class R>
+void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
+  const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
+  for (int t = 0; t < tile.count; ++t) {
+    const char* from = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
+    load_numbers(from, rows.type, to + t * row, s.D / 2, s.M);
+  }
+  for (int t = tile.count; t < tile.rows; ++t)
+    for (int i = 0; i < s.M; ++i) to[t * row + i] = 0;
+}
+
+template <class R>
+void store_half(const R* from, int row, const Rows& rows, const Tile<R>& tile, const Sizes& s, int half) {
+  const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
+  for (int t = 0; t < tile.count; ++t) {
+    char* to = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
+    store_numbers(from + t * row, rows.type, to, s.D / 2);
+  }
+}
+
+}  // namespace POLAFORMER_ISA
+}  // namespace polaformer

@@ -1,0 +1,670 @@
+// Gradients of polarity attention. Per head, of either flow, with z = φ(q)·m + ε and u = dout / z:
+//
+//   dR(φ(q)) = S u    dz = −R(φ(q))·dR(φ(q)) / z    dφ(q) = R⁻¹(dR(φ(q))) + dz m    (no output is needed)
+//   dS = Σ_queries R(φ(q)) uᵀ / N                    dm = Σ_queries dz φ(q) / N
+//   dφ(k) = R⁻¹(dS v) + dm                           dv = R(φ(k)) dS
+//
+// and from there by the exponents: φ' = e^x. Features are computed again from q and k. Types as in forward.cu.
+//
+// 1. make_turns                 cosines and sines of every row and column
+// 2. differentiate_queries      dq, and the sums dS, dm and those of the logits over each item's tokens
+// 3. … shifted                  the same again for items with exponents above the free ones; leaves at once elsewhere
+// 4. finish_queries             adds the items up in order
+// 5. differentiate_keys         dk and dv; 6. … shifted likewise
+#include "features.cuh"
+
+namespace polaformer {
+namespace {
+
+template <class Operand, int kWidth>
+struct QueryGradShared {
+  static constexpr int kStages = 4;
+  static constexpr int kStride = kWidth + Operand::kPadding;
+  static constexpr int kGroups = kWidth / 16;           // of columns, per flow
+  // A block sums so many of dS's columns of either flow, as far as registers go; where that is not all, other blocks
+  // compute everything again for the others.
+  static constexpr int kColumns = Operand::kNarrow ? (kWidth < 128 ? kWidth / 2 : 32) : (kWidth < 128 ? 32 : 16);
+  static constexpr int kParts = (kWidth / 2 + kColumns - 1) / kColumns;
+  struct alignas(16) Stage {
+    typename Operand::Element queries[kQueryGradTokens * kStride], grads[kQueryGradTokens * kStride];
+    int2 places[kQueryGradTokens];
+  } stages[kStages];
+  float sums[2 * kGroups][kQueryGradTokens];  // each warp's part of normalizers, …
+  float dots[2 * kGroups][kQueryGradTokens];  // … and of their gradients
+  // S, if it is bf16: rows of a pole's 16 columns of q are even ones first, columns padded by halves.
+  alignas(16) typename Operand::Element state[Operand::kNarrow ? 2 * kWidth * kStride : 1];
+  alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow
+};
+
+// One block per item. One warp per flow and 16 columns of q: its features, turned and transposed, are left operands
+// that never leave its registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns 16 tokens.
+// S u has the same layout, so that every thread has both for tokens {2t, 2t + 1, 2t + 8, 2t + 9} and a pair of columns.
+template <class Operand, int kWidth, bool kShifted>
+struct QueryGrads {
+  using Shared = QueryGradShared<Operand, kWidth>;
+  using Left = typename Operand::Left;
+  using Right = typename Operand::Right;
+  static constexpr int kGroups = Shared::kGroups;
+
+  Shared& shared;
+  const Backward& f;
+  int flow, group;     // this warp's
+  int part;            // this block's
+  const float* state;  // of the head
+  Poles temperatures, means;
+  float2 key_shift;
+
+  static constexpr int kColumns = Shared::kColumns;
+  Sum first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of either pole, eight columns each
+  Poles logit_sum = {}, mean_sum = {};
+  float loudest = 0.f;
+
+  static __device__ __forceinline__ int token_of(int slot) { return 2 * lane_member() + slot % 2 + slot / 2 * 8; }
+  __device__ __forceinline__ int pair() const { return group * 8 + lane_group(); }
+
+  __device__ __forceinline__ void load_head(const Item& item) {
+    const int width = f.shape.head_width, column = 2 * pair();
+    const float* logits = (flow ? f.opposite_logits : f.same_logits) + item.head_in_batch * f.shape.features();
+    const float* mean = f.key_mean + int64_t{item.head} * f.shape.features();
+    state = f.state + int64_t{item.head} * f.shape.state_size();
+    temperatures = means = {};
+    key_shift = {};
+    if (column < width) {
+      temperatures = {{logistic(logits[column]), logistic(logits[column + 1])},
+                      {logistic(logits[width + column]), logistic(logits[width + column + 1])}};
+      means = {{mean[column], mean[column + 1]}, {mean[width + column], mean[width + column + 1]}};
+      const float* shift = f.key_shift + int64_t{item.head} * width + column / 2;
+      key_shift = make_float2(shift[0], shift[width / 2]);
+      if (key_shift.x > 0.f || key_shift.y > 0.f) loudest = FLT_MAX;
+    }
+  }
+
+  // This warp's rows of S of one pole, 16 of its flow's columns.
+  __device__ __forceinline__ Left load_state_rows(int pole, int step) const {
+    Left left;
+    if constexpr (Operand::kNarrow) {
+      const int row = pole * kWidth + group * 16, column = flow * (kWidth / 2) + 16 * step;
+      Operand::load(left, shared.state + row * Shared::kStride + column, Shared::kStride);
+    } else {
+      const int width = f.shape.head_width;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int lower = i / 4, upper = i / 2 % 2, odd = i % 2;
+        const int row = 2 * pair() + lower, column = 16 * step + 8 * upper + 2 * lane_member() + odd;
+        const bool inside = row < width && column < width / 2;
+        const float* place = state + (pole * width + row) * width + flow * (width / 2) + column;
+        left.set_one(lower, upper, odd, inside ? __ldg(place) : 0.f);
+      }
+    }
+    return left;
+  }
+
+  // The numbers of a token's pair of columns, negated in the opposite flow.
+  __device__ __forceinline__ Pair<float> load_pair(const typename Operand::Element* queries, int slot) const {
+    Pair<float> x;
+    Operand::load_pair(queries + token_of(slot) * Shared::kStride + 2 * pair(), x.first, x.second);
+    return flow ? negative(x) : x;
+  }
+
+  // Combines each slot's values over the warp and writes them to its row, one for each token.
+  template <class Combine>
+  __device__ __forceinline__ void write_row(float (&rows)[2 * kGroups][kQueryGradTokens], const float (&values)[4],
+                                            Combine combine) const {
+    const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+    const float a = combine(upper ? values[2] : values[0],
+                            __shfl_xor_sync(kWholeWarp, upper ? values[0] : values[2], 16));
+    const float b = combine(upper ? values[3] : values[1],
+                            __shfl_xor_sync(kWholeWarp, upper ? values[1] : values[3], 16));
+    const float c = combine(odd ? b : a, __shfl_xor_sync(kWholeWarp, odd ? a : b, 8));
+    const float d = combine(c, __shfl_xor_sync(kWholeWarp, c, 4));
+    if ((threadIdx.x & 4) == 0) rows[flow * kGroups + group][2 * lane_member() + odd + 8 * upper] = d;
+  }
+
+  // Combines the rows of this flow's warps: lane i has token i % 16.
+  template <class Combine>
+  __device__ __forceinline__ float read_rows(const float (&rows)[2 * kGroups][kQueryGradTokens],
+                                             Combine combine) const {
+    const int begin = flow * kGroups + threadIdx.x / 16 % 2 * (kGroups / 2), token = threadIdx.x % 16;
+    float result = rows[begin][token];
+#pragma unroll
+    for (int i = 1; i < kGroups / 2; ++i) result = combine(result, rows[begin + i][token]);
+    return combine(result, __shfl_xor_sync(kWholeWarp, result, 16));
+  }
+
+  __device__ __forceinline__ void add_tile(const typename Shared::Stage& stage) {
+    const auto plus = [](float a, float b) { return a + b; };
+    const auto most = [](float a, float b) { return fmaxf(a, b); };
+    const auto of_slot = [](float of_lane, int slot) { return __shfl_sync(kWholeWarp, of_lane, token_of(slot)); };
+
+    float token_shift = 0.f;
+    if constexpr (kShifted) {
+      float wanted[4];
+#pragma unroll
+      for (int slot = 0; slot < 4; ++slot) {
+        const Pair<float> x = load_pair(stage.queries, slot);
+        wanted[slot] = demand(scale(absolute(x), select(temperatures, x)), x, key_shift);
+      }
+      write_row(shared.dots, wanted, most);
+      __syncthreads();
+      token_shift = excess(read_rows(shared.dots, most));
+    }
+
+    // Features and normalizers.
+    Pair<float> features[4];
+    float values[4];
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+      const Pair<float> x = load_pair(stage.queries, slot);
+      loudest = fmaxf(loudest, largest(absolute(x)));
+      Pair<float> shift = {};
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
+      const Pair<float> exponents = scale(absolute(x), select(temperatures, x));
+      features[slot] = features_of<kShifted>(exponents, shift);
+      const Pair<float> mean = select(means, x);
+      values[slot] = features[slot].first * mean.first + features[slot].second * mean.second;
+    }
+    write_row(shared.sums, values, plus);
+    __syncthreads();
+    const float normalizer = read_rows(shared.sums, plus) + (kShifted ? shifted_epsilon(token_shift) : kEpsilon);
+    const float inverse = reciprocal(fmaxf(normalizer, kLeastGradientNormalizer));
+
+    // dS += R(φ) / z · dout; S · dout.
+    Sum grad_first[2] = {}, grad_second[2] = {};  // of turned features of tokens 0 … 7, 8 … 15
+    const auto* grads = stage.grads + flow * (kWidth / 2);
+#pragma unroll(Operand::kNarrow ? kWidth / 32 : 1)
+    for (int step = 0; step < kWidth / 32; ++step) {
+      Right right[2];
+      Operand::load_transposed(right, grads + 16 * step, Shared::kStride);
+      Operand::multiply(grad_first[0], grad_first[1], load_state_rows(0, step), right);
+      Operand::multiply(grad_second[0], grad_second[1], load_state_rows(1, step), right);
+    }
+    Left first_pole, second_pole;
+    Pair<float> grad_features[4];
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      Poles scaled[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int slot = 2 * upper + i;
+        const Pair<float> x = load_pair(stage.queries, slot);
+        const Turns turns = load_turns(f.turns, stage.places[token_of(slot)], pair());
+        const float by = of_slot(inverse, slot);
+        const Poles grad = {{grad_first[upper][i], grad_first[upper][2 + i]},
+                            {grad_second[upper][i], grad_second[upper][2 + i]}};
+        const Poles turned = turns.forward(part_poles(features[slot], x));
+        values[slot] = dot(turned, grad);
+        const Pair<float> back = select(turns.back(grad), x);
+        grad_features[slot] = {back.first * by, back.second * by};
+        scaled[i] = {{turned.first.first * by, turned.first.second * by},
+                     {turned.second.first * by, turned.second.second * by}};
+      }
+      first_pole.set(0, upper, scaled[0].first.first, scaled[1].first.first);
+      first_pole.set(1, upper, scaled[0].first.second, scaled[1].first.second);
+      second_pole.set(0, upper, scaled[0].second.first, scaled[1].second.first);
+      second_pole.set(1, upper, scaled[0].second.second, scaled[1].second.second);
+    }
+    write_row(shared.dots, values, plus);
+#pragma unroll
+    for (int column = 0; column < kColumns; column += 16) {
+      if (kWidth / 2 % kColumns != 0 && part * kColumns + column >= kWidth / 2) break;
+      Right right[2];
+      Operand::load(right, grads + part * kColumns + column, Shared::kStride);
+      Operand::multiply(first[column / 8], first[column / 8 + 1], first_pole, right);
+      Operand::multiply(second[column / 8], second[column / 8 + 1], second_pole, right);
+    }
+    __syncthreads();
+    const float exact = -(read_rows(shared.dots, plus) * inverse) * inverse;
+    const float grad_normalizer = fminf(fmaxf(exact, -kLargestNormalizerGradient), kLargestNormalizerGradient);
+
+    // dφ, dx, and the sums that need dz.
+#pragma unroll
+    for (int slot = 0; slot < 4; ++slot) {
+      const Pair<float> x = load_pair(stage.queries, slot), mean = select(means, x), by = select(temperatures, x);
+      const float grad = of_slot(grad_normalizer, slot);
+      Pair<float> shift = {};
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
+      const Pair<float> slope = slopes_of<kShifted>(features[slot], scale(absolute(x), by), shift);
+      const Pair<float> exponent = {(grad_features[slot].first + grad * mean.first) * slope.first,
+                                    (grad_features[slot].second + grad * mean.second) * slope.second};
+      accumulate(mean_sum, part_poles({features[slot].first * grad, features[slot].second * grad}, x));
+      accumulate(logit_sum, part_poles(scale(exponent, absolute(x)), x));
+      const Pair<float> sign = {sign_of(x.first), sign_of(x.second)};
+      const Pair<float> grad_query = scale(scale(exponent, by), flow ? negative(sign) : sign);
+      *reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair()) =
+          make_float2(grad_query.first, grad_query.second);
+    }
+  }
+
+    // Writes this warp's part of the item's sums.
+  __device__ __forceinline__ void store_sums(unsigned item) const {
+    const int width = f.shape.head_width, row = 2 * pair();
+    const float scale = f.plan.mean_weight;
+    const Poles mean = sum_poles_over_members(mean_sum), logit = sum_poles_over_members(logit_sum);
+    if (row >= width) return;
+    if (lane_member() == 0 && part == 0) {
+      const int64_t index = (int64_t{item} * 2 + flow) * f.shape.features() + row;
+      store_poles(f.item_grad_mean + index, mean, scale);
+      store_poles(f.item_grad_logits + index, logit, 1.f);
+    }
+    float* place = (f.plan.query_grads.items_per_head == 1 ? f.grad_state : f.item_grad_state) +
+                   int64_t{item} * f.shape.state_size() + row * width + flow * (width / 2);
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int column = part * kColumns + 8 * i + 2 * lane_member() + j % 2;
+        if (column >= width / 2) continue;
+        place[j / 2 * width + column] = first[i][j] * scale;
+        place[(width + j / 2) * width + column] = second[i][j] * scale;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ Poles sum_poles_over_members(const Poles& x) {
+    return {{sum_over_members(x.first.first), sum_over_members(x.first.second)},
+            {sum_over_members(x.second.first), sum_over_members(x.second.second)}};
+  }
+
+  __device__ __forceinline__ void store_poles(float* place, const Poles& x, float scale) const {
+    const int width = f.shape.head_width;
+    place[0] = x.first.first * scale, place[1] = x.first.second * scale;
+    place[width] = x.second.first * scale, place[width + 1] = x.second.second * scale;
+  }
+};
+
+// Adds the flows' parts of a tile's dq and writes it, eight columns a thread.
+template <class Operand, int kWidth>
+__device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth>& shared, const Backward& f, int64_t row,
+                                           int begin, int end) {
+  const int token = threadIdx.x / (kWidth / 8), column = threadIdx.x % (kWidth / 8) * 8;
+  if (token >= kQueryGradTokens || begin + token >= end) return;
+  float values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int place = token * (kWidth + 8) + column + i;
+    values[i] = shared.parts[0][place] + shared.parts[1][place];
+  }
+  store_elements<Operand>(f.grad_q, row + int64_t{begin + token} * (f.shape.heads * f.shape.head_width) + column, values,
+                          f.shape.head_width - column, f.shape.dtype);
+}
+
+// Writes an item's dq and sums. Returns whether they are to be computed again: not so if kShifted.
+template <class Operand, int kWidth, bool kShifted>
+__device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWidth>& shared, const Backward& f,
+                                                   unsigned index) {
+  using Shared = QueryGradShared<Operand, kWidth>;
+  constexpr int kThreads = 4 * kWidth;
+  const int part = index % Shared::kParts;
+  const Item item = locate_item(index / Shared::kParts, f.plan.query_grads, f.shape);
+  const int64_t row = first_row(item, f.shape);
+
+  // Half of the threads copy q, the others dout: of bf16 one vector each.
+  const int copies_grads = threadIdx.x / (kThreads / 2);
+  const Rows<Operand::kFloatInputs> rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
+  const auto start_copy = [&](int step) {
+    const int begin = item.begin + step * kQueryGradTokens;
+    if (begin < item.end) {
+      auto& stage = shared.stages[step % Shared::kStages];
+      copy_tile<Operand, kQueryGradTokens, kWidth>(copies_grads ? stage.grads : stage.queries, rows, copies_grads, begin,
+                                                   item.end, threadIdx.x % (kThreads / 2), kThreads / 2);
+      if (threadIdx.x < kQueryGradTokens) {
+        stage.places[threadIdx.x] = locate_turns<kWidth>(min(begin + int(threadIdx.x), item.end - 1), f.shape);
+      }
+    }
+    commit_copies();
+  };
+
+  const int warp = threadIdx.x / 32;
+  QueryGrads<Operand, kWidth, kShifted> sums{shared,
+                                             f,
+                                             warp / Shared::kGroups,
+                                             warp % Shared::kGroups,
+                                             part};
+  for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
+  sums.load_head(item);
+  if constexpr (Operand::kNarrow) {
+    load_state<Operand, kWidth>(shared.state, sums.state, f.shape.head_width, kThreads, true, even_first,
+                                [](int column) { return column; });
+  }
+  int begin = item.begin;
+  for (int step = 0; begin < item.end; ++step, begin += kQueryGradTokens) {
+    wait_for_copies<Shared::kStages - 2>();
+    __syncthreads();  // this stage has arrived, the last one is done with, its dq is there
+    start_copy(step + Shared::kStages - 1);
+    if (step > 0 && part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
+    sums.add_tile(shared.stages[step % Shared::kStages]);
+  }
+  __syncthreads();
+  if (part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
+  sums.store_sums(index / Shared::kParts);
+  return !kShifted && __syncthreads_or(sums.loudest > kFreeExponent);
+}
+
+template <class Operand, int kWidth>
+__global__ void __launch_bounds__(4 * kWidth, kQueryGradResidents.at(Operand::kNarrow, kWidth))
+    differentiate_queries(const Backward f) {
+  auto& shared = shared_memory<QueryGradShared<Operand, kWidth>>();
+  const bool spoiled = differentiate_item<Operand, kWidth, false>(shared, f, blockIdx.x);
+  constexpr int kParts = QueryGradShared<Operand, kWidth>::kParts;
+  if (threadIdx.x == 0 && blockIdx.x % kParts == 0) f.item_spoiled[blockIdx.x / kParts] = spoiled ? 1.f : 0.f;
+}
+
+template <class Operand, int kWidth>
+__global__ void __launch_bounds__(4 * kWidth, 1) differentiate_queries_shifted(const Backward f) {
+  auto& shared = shared_memory<QueryGradShared<Operand, kWidth>>();
+  constexpr int kParts = QueryGradShared<Operand, kWidth>::kParts;
+  for (unsigned index = blockIdx.x; index < f.plan.query_grads.items * kParts; index += gridDim.x) {
+    if (f.item_spoiled[index / kParts] == 0.f) continue;
+    __syncthreads();  // nobody reads the last item's memory any more
+    differentiate_item<Operand, kWidth, true>(shared, f, index);
+  }
+}
+
+constexpr int kFinishThreads = 256;
+constexpr int kFinishMembers = kFinishThreads / 32;  // that share the sum for one feature of the logits
+
+// The blocks of finish_queries, in this order.
+struct FinishBlocks {
+  int64_t logits, mean, state;
+  int chunks;  // of 32 features
+
+  POLAFORMER_INLINE explicit FinishBlocks(const Backward& f)
+      : logits(0), mean((f.shape.all_heads() * f.shape.features() + kFinishThreads - 1) / kFinishThreads), state(0),
+        chunks(static_cast<int>(f.shape.features() + 31) / 32) {
+    logits = 2 * f.shape.heads * chunks;
+    if (f.plan.query_grads.items_per_head > 1) {
+      state = (f.shape.all_heads() * f.shape.state_size() + kFinishThreads - 1) / kFinishThreads;
+    }
+  }
+};
+
+// A logit's gradient: over all items of all images, times the logistic function's slope.
+__device__ __forceinline__ void finish_logits(const Backward& f, int block, int chunks) {
+  auto& parts = shared_memory<float[kFinishMembers][32]>();
+  const int head = block / chunks % f.shape.heads, flow = block / chunks / f.shape.heads;
+  const int features = static_cast<int>(f.shape.features()), feature = block % chunks * 32 + threadIdx.x % 32;
+  const int items = f.plan.query_grads.items_per_head, member = threadIdx.x / 32;
+  float sum = 0.f;
+  if (feature < features) {
+#pragma unroll 4
+    for (int64_t i = member; i < f.shape.batch * items; i += kFinishMembers) {
+      const int64_t item = (i / items * f.shape.heads + head) * items + i % items;
+      sum += f.item_grad_logits[(item * 2 + flow) * features + feature];
+    }
+  }
+  parts[member][threadIdx.x % 32] = sum;
+  __syncthreads();
+  if (member > 0 || feature >= features) return;
+  for (int i = 1; i < kFinishMembers; ++i) sum += parts[i][threadIdx.x];
+  const int64_t index = int64_t{head} * features + feature;
+  const float temperature = logistic((flow ? f.opposite_logits : f.same_logits)[index]);
+  (flow ? f.grad_opposite_logits : f.grad_same_logits)[index] = sum * (temperature * (1.f - temperature));
+}
+
+__global__ void __launch_bounds__(kFinishThreads) finish_queries(const Backward f) {
+  const FinishBlocks blocks(f);
+  const int items = f.plan.query_grads.items_per_head;
+  if (blockIdx.x < blocks.logits) return finish_logits(f, blockIdx.x, blocks.chunks);
+  const int64_t block = blockIdx.x - blocks.logits;
+  if (block < blocks.mean) {
+    const int64_t index = block * kFinishThreads + threadIdx.x, head = index / f.shape.features();
+    if (head >= f.shape.all_heads()) return;
+    const float* part = f.item_grad_mean + head * (2 * items) * f.shape.features() + index % f.shape.features();
+    float sum = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < 2 * items; ++i) sum += part[i * f.shape.features()];
+    f.grad_mean[index] = sum;
+  } else {
+    const int64_t index = (block - blocks.mean) * kFinishThreads + threadIdx.x, size = f.shape.state_size();
+    const int64_t head = index / size;
+    if (head >= f.shape.all_heads()) return;
+    const float* part = f.item_grad_state + head * items * size + index % size;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int i = 0; i < items; ++i) sum += part[i * size];
+    f.grad_state[index] = sum;
+  }
+}
+
+template <class Operand, int kWidth>
+struct KeyGradShared {
+  static constexpr int kStride = kWidth + Operand::kPadding;
+  alignas(16) typename Operand::Element state[2 * kWidth * kStride];  // dS
+  float2 means[kWidth];       // dm: first, second pole
+  float2 shifts[kWidth / 2];  // of pairs
+};
+
+constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
+
+// Fills everything. Returns whether the head's keys are shifted.
+template <class Operand, int kWidth>
+__device__ __forceinline__ bool load_head(KeyGradShared<Operand, kWidth>& shared, const Backward& f, const Item& item) {
+  const int width = f.shape.head_width;
+  bool shifted = false;
+  for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += kKeyGradThreads) {
+    const float* shift = f.key_shift + int64_t{item.head} * width + i;
+    shared.shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
+    shifted |= shared.shifts[i].x > 0.f || shared.shifts[i].y > 0.f;
+  }
+  const float* mean = f.grad_mean + int64_t{item.head} * f.shape.features();
+  for (int i = opaque(int(threadIdx.x)); i < kWidth; i += kKeyGradThreads) {
+    shared.means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
+  }
+  load_state<Operand, kWidth>(shared.state, f.grad_state + int64_t{item.head} * f.shape.state_size(), width,
+                              kKeyGradThreads, false, interleave_16, interleave_32);
+  return __syncthreads_or(shifted);
+}
+
+// A warp's 16 tokens: rows g and g + 8 of its left operands and sums.
+template <class Operand, int kWidth, bool kShifted>
+struct KeyGradTile {
+  using Shared = KeyGradShared<Operand, kWidth>;
+  using Left = typename Operand::Left;
+  using Right = typename Operand::Right;
+  using Eight = typename Operand::template Neighbours<8>;
+  using Four = typename Operand::template Neighbours<4>;
+
+  const Shared& shared;
+  const float* turns;
+  const Rows<Operand::kFloatInputs>& values;
+  int tokens[2];
+  int2 places[2];
+
+  Left held_values[Operand::kNarrow ? kWidth / 16 : 1];  // of tf32 there is no room for them
+  Sum grad_values[kWidth / 8] = {};
+
+  // 32 columns of v.
+  __device__ __forceinline__ void load_values(Left (&left)[2], int column) const {
+    Eight both[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) both[i] = load_neighbours<Operand, 8>(values, tokens[i], column + 8 * lane_member());
+    left[0].set(both, 0), left[1].set(both, 1);
+  }
+
+  __device__ __forceinline__ void hold_values() {
+    if constexpr (Operand::kNarrow) {
+#pragma unroll
+      for (int i = 0; i < kWidth / 32; ++i) {
+        Left left[2];
+        load_values(left, 32 * i);
+        held_values[2 * i] = left[0], held_values[2 * i + 1] = left[1];
+      }
+    }
+  }
+
+  // dS v of 16 columns of the keys: of each pole, of features {2t, 2t + 1} and {2t + 8, 2t + 9}.
+  __device__ __forceinline__ void multiply_values(Sum (&first)[2], Sum (&second)[2], int column) const {
+    const auto* rows = shared.state + column * Shared::kStride;
+#pragma unroll(Operand::kNarrow ? kWidth / 32 : 1)
+    for (int i = 0; i < kWidth / 32; ++i) {
+      Left left[2];
+      if constexpr (Operand::kNarrow) {
+        left[0] = held_values[2 * i], left[1] = held_values[2 * i + 1];
+      } else {
+        load_values(left, 32 * i);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        Right right[2];
+        Operand::load_transposed(right, rows + 32 * i + 16 * half, Shared::kStride);
+        Operand::multiply(first[0], first[1], left[half], right);
+        Operand::load_transposed(right, rows + kWidth * Shared::kStride + 32 * i + 16 * half, Shared::kStride);
+        Operand::multiply(second[0], second[1], left[half], right);
+      }
+    }
+  }
+
+  // Adds the part of 16 columns of the keys to dv; returns dk of four of them, the thread's, for either token.
+  __device__ __forceinline__ void add(float (&grad_keys)[2][4], const Four (&keys)[2], int column) {
+    const int place = column + 4 * lane_member();
+    Sum first[2] = {}, second[2] = {};
+    multiply_values(first, second, column);
+    Left left[2];  // pole
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const Turns by = load_turns(turns, places[row], place / 2 + pair);
+        const Pair<float> x = {keys[row][2 * pair], keys[row][2 * pair + 1]};
+        const Pair<float> mean = select(load_poles(&shared.means[place + 2 * pair]), x);
+        Pair<float> shift = {};
+        if constexpr (kShifted) {
+          const float2 both = shared.shifts[place / 2 + pair];
+          shift = select({{both.x, both.x}, {both.y, both.y}}, x);
+        }
+        const Pair<float> features = features_of<kShifted>(absolute(x), shift);
+        const Poles turned = by.forward(part_poles(features, x));
+        left[0].set(row, pair, turned.first.first, turned.first.second);
+        left[1].set(row, pair, turned.second.first, turned.second.second);
+
+        const Poles grad = {{first[pair][2 * row], first[pair][2 * row + 1]},
+                            {second[pair][2 * row], second[pair][2 * row + 1]}};
+        const Pair<float> back = select(by.back(grad), x), slope = slopes_of<kShifted>(features, absolute(x), shift);
+        grad_keys[row][2 * pair] = (back.first + mean.first) * slope.first * sign_of(x.first);
+        grad_keys[row][2 * pair + 1] = (back.second + mean.second) * slope.second * sign_of(x.second);
+      }
+    }
+#pragma unroll
+    for (int pole = 0; pole < 2; ++pole) {
+      const auto* rows = shared.state + (pole * kWidth + column) * Shared::kStride;
+#pragma unroll
+      for (int i = 0; i < kWidth / 16; ++i) {
+        Right right[2];
+        Operand::load(right, rows + 16 * i, Shared::kStride);
+        Operand::multiply(grad_values[2 * i], grad_values[2 * i + 1], left[pole], right);
+      }
+    }
+  }
+};
+
+// Writes an item's dk and dv.
+template <class Operand, int kWidth, bool kShifted>
+__device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, kWidth>& shared, const Backward& f,
+                                                        unsigned index) {
+  using Four = typename Operand::template Neighbours<4>;
+  const Item item = locate_item(index, f.plan.key_grads, f.shape);
+  if (load_head(shared, f, item) != kShifted) return;
+  const Rows<Operand::kFloatInputs> keys = rows_of<Operand::kFloatInputs>(f.k, f.shape, item);
+  const Rows<Operand::kFloatInputs> values = rows_of<Operand::kFloatInputs>(f.v, f.shape, item);
+  const int64_t row = first_row(item, f.shape);
+  const int width = f.shape.head_width;
+
+  for (int begin = item.begin + threadIdx.x / 32 * 16; begin < item.end; begin += kKeyGradTokens) {
+    KeyGradTile<Operand, kWidth, kShifted> tile{shared, f.turns, values};
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      tile.tokens[lower] = min(begin + lane_group() + 8 * lower, item.end - 1);
+      tile.places[lower] = locate_turns<kWidth>(tile.tokens[lower], f.shape);
+    }
+    tile.hold_values();
+    const auto load_keys = [&](Four (&rows)[2], int column) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        rows[j] = load_neighbours<Operand, 4>(keys, tile.tokens[j], column + 4 * lane_member());
+      }
+    };
+    Four ahead[2];
+    load_keys(ahead, 0);
+#pragma unroll 1
+    for (int column = 0; column < kWidth; column += 16) {
+      const int place = column + 4 * lane_member();
+      const Four both[2] = {ahead[0], ahead[1]};
+      if (column + 16 < kWidth) load_keys(ahead, column + 16);
+      float grad_keys[2][4];
+      tile.add(grad_keys, both, column);
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const int token = begin + lane_group() + 8 * lower;
+        if (token >= item.end) continue;
+        store_elements<Operand>(f.grad_k, row + int64_t{token} * (f.shape.heads * width) + place, grad_keys[lower],
+                                width - place, f.shape.dtype);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth / 32; ++i) {
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const int token = begin + lane_group() + 8 * lower, place = 32 * i + 8 * lane_member();
+        if (token >= item.end) continue;
+        float eight[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) eight[j] = tile.grad_values[4 * i + j / 2][2 * lower + j % 2];
+        store_elements<Operand>(f.grad_v, row + int64_t{token} * (f.shape.heads * width) + place, eight, width - place,
+                                f.shape.dtype);
+      }
+    }
+  }
+}
+
+template <class Operand, int kWidth>
+__global__ void __launch_bounds__(kKeyGradThreads, kKeyGradResidents.at(Operand::kNarrow, kWidth))
+    differentiate_keys(const Backward f) {
+  differentiate_item_keys<Operand, kWidth, false>(shared_memory<KeyGradShared<Operand, kWidth>>(), f, blockIdx.x);
+}
+
+template <class Operand, int kWidth>
+__global__ void __launch_bounds__(kKeyGradThreads, 1) differentiate_keys_shifted(const Backward f) {
+  for (unsigned index = blockIdx.x; index < f.plan.key_grads.items; index += gridDim.x) {
+    __syncthreads();  // nobody reads the last item's memory any more
+    differentiate_item_keys<Operand, kWidth, true>(shared_memory<KeyGradShared<Operand, kWidth>>(), f, index);
+  }
+}
+
+// Runs everything for one padded width.
+template <class Operand, int kWidth>
+const char* run(const Backward& f, void* stream) {
+  if (const char* error = make_turns(f.turns, f.shape, f.angles, stream)) return error;
+
+  using Narrow = QueryGradShared<Operand, kWidth>;
+  using Wide = QueryGradShared<Shifted<Operand>, kWidth>;
+  const int64_t slow_blocks = f.plan.multiprocessors;
+  const int64_t items = f.plan.query_grads.items;
+  const FinishBlocks finish(f);
+  const Grid grids[] = {
+      {items * Narrow::kParts, 4 * kWidth, sizeof(Narrow)},
+      {std::min(items * Wide::kParts, slow_blocks), 4 * kWidth, sizeof(Wide)},
+      {finish.logits + finish.mean + finish.state, kFinishThreads, sizeof(float[kFinishMembers][32])},
+      {f.plan.key_grads.items, kKeyGradThreads, sizeof(KeyGradShared<Operand, kWidth>)},
+      {std::min(f.plan.key_grads.items, slow_blocks), kKeyGradThreads, sizeof(KeyGradShared<Shifted<Operand>, kWidth>)},
+  };
+  void (*const kernels[])(Backward) = {differentiate_queries<Operand, kWidth>, differentiate_queries_shifted<Shifted<Operand>, kWidth>,
+                                       finish_queries, differentiate_keys<Operand, kWidth>,
+                                       differentiate_keys_shifted<Shifted<Operand>, kWidth>};
+  for (int i = 0; i < 5; ++i) {
+    if (const char* error = launch(kernels[i], grids[i], stream, f)) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* run_backward(const Backward& f, void* stream) {
+  return visit_width(f.shape.padded_width(), [&](auto width) {
+    return f.plan.path == Path::kBfloat16 ? run<Bfloat16, width()>(f, stream)
+           : f.plan.path == Path::kFloat32 ? run<Float32, width()>(f, stream)
+           : f.plan.path == Path::kAnyFloat32 ? run<AnyFloat32, width()>(f, stream)
+                                              : run<Any16, width()>(f, stream);
+  });
+}
+
+}  // namespace polaformer

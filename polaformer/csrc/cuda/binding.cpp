@@ -1,0 +1,188 @@
+// The CUDA kernels as PyTorch operators: checks, outputs, workspaces, stream. polaformer/ops.py defines the schema.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linspace.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/reciprocal.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <array>
+#include <mutex>
+#include <tuple>
+
+#include "plan.h"
+
+namespace polaformer {
+namespace {
+
+using at::Tensor;
+
+Dtype dtype_of(const Tensor& q) {
+  switch (q.scalar_type()) {
+    case at::kBFloat16: return Dtype::kBfloat16;
+    case at::kHalf: return Dtype::kHalf;
+    case at::kFloat: return Dtype::kFloat;
+    default: TORCH_CHECK_VALUE(false, "polarity attention's CUDA kernels do not compute in ", q.scalar_type(),
+                               "; pass float32, bfloat16 or float16");
+  }
+}
+
+// The shape of q after everything that comes with it has been compared with it.
+Shape check_inputs(const Tensor& q, at::ArrayRef<Tensor> like_q, at::ArrayRef<Tensor> logits, int64_t height,
+                   int64_t width) {
+  TORCH_CHECK_VALUE(q.dim() == 4, "q has ", q.dim(), " axes; pass (B, H, N, D)");
+  const int64_t heads = q.size(1), tokens = q.size(2), head_width = q.size(3);
+  TORCH_CHECK_VALUE(tokens == height * width && tokens < (1 << 30), tokens, " tokens are not height ", height,
+                    " × width ", width, ", or are 2^30 and more; pass the image's own size");
+  TORCH_CHECK_VALUE(head_width % 2 == 0 && head_width <= kMaxHeadWidth, "head width ", head_width,
+                    " is odd or above ", kMaxHeadWidth, "; call the reference");
+  for (const Tensor& x : like_q) {
+    TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.device() == q.device(),
+                      "q, k, v and the gradient must agree in shape, dtype and device");
+  }
+  for (const Tensor& x : logits) {
+    TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef({heads, 2 * head_width}) && x.device() == q.device(),
+                      "logits must be (H, 2D) and on q's device");
+  }
+  return {q.size(0), static_cast<int>(heads), static_cast<int>(height), static_cast<int>(width),
+          static_cast<int>(head_width), dtype_of(q)};
+}
+
+// With a last stride of 1; a copy if it has another.
+Tensor with_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
+
+Strided strided(const Tensor& x) {
+  const auto stride = [&](int axis) { return x.size(axis) > 1 ? x.stride(axis) : 0; };
+  return {x.const_data_ptr(), stride(0), stride(1), stride(2)};
+}
+
+Tensor in_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+Tensor floats(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kFloat)); }
+
+// Like q, with the memory of a contiguous (B, N, H, D).
+Tensor empty_tokens_first(const Tensor& q) {
+  return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
+}
+
+// The angles of layers.rotary_angles, to the last bit; computed once for each width.
+void copy_angles(float (&angles)[kMaxHeadWidth / 2], int head_width) {
+  static std::array<std::once_flag, kMaxHeadWidth / 2 + 1> once;
+  static std::array<std::array<float, kMaxHeadWidth / 2>, kMaxHeadWidth / 2 + 1> known;
+  const int pairs = head_width / 2;
+  std::call_once(once[pairs], [&] {
+    const Tensor exponents = at::linspace(0, 1, pairs, at::TensorOptions().dtype(at::kFloat).device(at::kCPU));
+    const Tensor values = at::reciprocal(at::pow(at::Scalar(10000.0), exponents));
+    std::copy_n(values.const_data_ptr<float>(), pairs, known[pairs].begin());
+  });
+  std::copy_n(known[pairs].begin(), pairs, angles);
+}
+
+int count_multiprocessors(const Tensor& q) {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, q.get_device()));
+  return count;
+}
+
+// Gives the arguments room for their workspaces; it must live until the kernels are launched.
+template <class Arguments>
+Tensor make_workspaces(Arguments& arguments, const Tensor& like) {
+  int64_t size = 0;
+  arguments.take_workspaces([&](int64_t floats) {
+    size += (floats + 3) / 4 * 4;
+    return static_cast<float*>(nullptr);
+  });
+  const Tensor room = floats(like, {size});
+  float* next = room.mutable_data_ptr<float>();
+  arguments.take_workspaces([&](int64_t floats) {
+    float* const taken = next;
+    next += (floats + 3) / 4 * 4;
+    return taken;
+  });
+  return room;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                   const Tensor& same_logits, const Tensor& opposite_logits,
+                                                   int64_t height, int64_t width) {
+  const Shape shape = check_inputs(q, {k, v}, {same_logits, opposite_logits}, height, width);
+  const c10::cuda::CUDAGuard guard(q.device());
+  const int64_t batch = shape.batch, heads = shape.heads, head_width = shape.head_width;
+  const Tensor out = empty_tokens_first(q), state = floats(q, {batch, heads, 2 * head_width, head_width});
+  const Tensor key_mean = floats(q, {batch, heads, 2 * head_width}), key_shift = floats(q, {batch, heads, head_width});
+  if (q.numel() == 0) return {out, state.zero_(), key_mean.zero_(), key_shift.zero_()};
+
+  const Tensor q_rows = with_rows(q), k_rows = with_rows(k), v_rows = with_rows(v);
+  const Tensor same = in_float(same_logits), opposite = in_float(opposite_logits);
+  Forward arguments{};
+  arguments.shape = shape;
+  arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
+  const Path path = choose_path(shape, {arguments.q, arguments.k, arguments.v});
+  arguments.plan = make_plan(shape, path, count_multiprocessors(q));
+  arguments.same_logits = same.const_data_ptr<float>();
+  arguments.opposite_logits = opposite.const_data_ptr<float>();
+  copy_angles(arguments.angles, shape.head_width);
+  arguments.out = out.mutable_data_ptr();
+  arguments.state = state.mutable_data_ptr<float>();
+  arguments.key_mean = key_mean.mutable_data_ptr<float>();
+  arguments.key_shift = key_shift.mutable_data_ptr<float>();
+  const Tensor workspaces = make_workspaces(arguments, q);
+  const char* error = run_forward(arguments, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  TORCH_CHECK(!error, "polarity attention did not start on ", q.device(), ": ", error);
+  return {out, state, key_mean, key_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
+                                                            const Tensor& v, const Tensor& same_logits,
+                                                            const Tensor& opposite_logits, const Tensor& state,
+                                                            const Tensor& key_mean, const Tensor& key_shift,
+                                                            int64_t height, int64_t width) {
+  const Shape shape = check_inputs(q, {k, v, grad_out}, {same_logits, opposite_logits}, height, width);
+  TORCH_CHECK_VALUE(state.numel() == shape.all_heads() * shape.state_size() &&
+                        key_mean.numel() == shape.all_heads() * shape.features() &&
+                        2 * key_shift.numel() == shape.all_heads() * shape.features(),
+                    "state, key_mean or key_shift has another shape than forward gave; pass them on as they are");
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Tensor grad_q = empty_tokens_first(q), grad_k = empty_tokens_first(q), grad_v = empty_tokens_first(q);
+  const auto like_logits = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };
+  if (q.numel() == 0) return {grad_q, grad_k, grad_v, like_logits(same_logits), like_logits(opposite_logits)};
+
+  const Tensor grad_rows = with_rows(grad_out), q_rows = with_rows(q), k_rows = with_rows(k), v_rows = with_rows(v);
+  const Tensor same = in_float(same_logits), opposite = in_float(opposite_logits);
+  const Tensor saved_state = in_float(state), saved_mean = in_float(key_mean), saved_shift = in_float(key_shift);
+  const Tensor grad_same = floats(q, same.sizes()), grad_opposite = floats(q, same.sizes());
+  Backward arguments{};
+  arguments.shape = shape;
+  arguments.grad_out = strided(grad_rows);
+  arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
+  const Path path = choose_path(shape, {arguments.grad_out, arguments.q, arguments.k, arguments.v});
+  arguments.plan = make_plan(shape, path, count_multiprocessors(q));
+  arguments.same_logits = same.const_data_ptr<float>();
+  arguments.opposite_logits = opposite.const_data_ptr<float>();
+  arguments.state = saved_state.const_data_ptr<float>();
+  arguments.key_mean = saved_mean.const_data_ptr<float>();
+  arguments.key_shift = saved_shift.const_data_ptr<float>();
+  copy_angles(arguments.angles, shape.head_width);
+  arguments.grad_q = grad_q.mutable_data_ptr();
+  arguments.grad_k = grad_k.mutable_data_ptr();
+  arguments.grad_v = grad_v.mutable_data_ptr();
+  arguments.grad_same_logits = grad_same.mutable_data_ptr<float>();
+  arguments.grad_opposite_logits = grad_opposite.mutable_data_ptr<float>();
+  const Tensor workspaces = make_workspaces(arguments, q);
+  const char* error = run_backward(arguments, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  TORCH_CHECK(!error, "the gradient of polarity attention did not start on ", q.device(), ": ", error);
+  return {grad_q, grad_k, grad_v, grad_same.to(same_logits.scalar_type()),
+          grad_opposite.to(opposite_logits.scalar_type())};
+}
+
+}  // namespace
+}  // namespace polaformer
+
+TORCH_LIBRARY_IMPL(polaformer, CUDA, m) {
+  m.impl("polarity_attention", polaformer::forward);
+  m.impl("polarity_attention_backward", polaformer::backward);
+}

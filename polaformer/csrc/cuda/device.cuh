@@ -1,0 +1,140 @@
+// What only a GPU can do: PTX instructions, shared memory, launches. Everything else in this folder is plain C++, so
+// that a test can put an emulation of this one file before it and run the very same kernels on a CPU.
+//
+// Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "… mma.m16n8k8" and
+// "ldmatrix". Below, g = lane / 4 and t = lane % 4 (there groupID and threadID_in_group).
+#ifndef POLAFORMER_DEVICE_CUH
+#define POLAFORMER_DEVICE_CUH
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace polaformer {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// The block's dynamic shared memory; its size is given at launch.
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  extern __shared__ __align__(16) char bytes[];
+  return *reinterpret_cast<T*>(bytes);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes each.
+// Receives elements (g, 2t) and (g, 2t + 1) of each matrix, low half first.
+__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row)));
+}
+
+// The same, each matrix transposed: receives elements (2t, g) and (2t + 1, g).
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row)));
+}
+
+// sum += left (16×16, bf16) · right (16×8, bf16), accumulated in float32.
+__device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+// sum += left (16×8, tf32) · right (8×8, tf32), accumulated in float32.
+__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+// The nearest number of 10 mantissa bits, ties away from zero, as the bits of a float.
+__device__ __forceinline__ uint32_t round_to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// Two bf16 in a register, rounded to nearest even, the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// x, of which the compiler knows nothing: what follows from it is not computed ahead of a loop to occupy registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// 1/x to one unit in the last place, for normal x below 2^126: without the division's branch.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// One store to global memory; the compiler takes some of those it could make itself apart.
+__device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)), "r"(words[0]), "r"(words[1])
+               : "memory");
+}
+__device__ __forceinline__ void store_words(void* global, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// Starts copying 16 bytes from global to shared memory, or zeros if not `valid`: nothing is read then.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the last `kPending` commits of this thread are under way. Others see the data after a barrier.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads, shared_bytes;
+};
+
+// Null, or what went wrong.
+inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), Grid grid, void* stream, const Arguments& arguments) {
+  if (grid.blocks == 0) return nullptr;
+  if (grid.shared_bytes > 48 * 1024) {
+    const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (error != cudaSuccess) return message_of(cudaGetLastError());  // which also forgets it
+  }
+  kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      arguments);
+  return message_of(cudaGetLastError());
+}
+
+}  // namespace polaformer
+
+#endif

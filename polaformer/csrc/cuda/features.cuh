@@ -1,0 +1,140 @@
+// Features of queries and keys: exponents, the exact shift, sums over lanes. polaformer/reference.py explains them.
+//
+// A number x has two poles, x⁺ and x⁻, of which one is zero: one exponential makes both features. The first D features
+// turn with the token's row, the others with its column; of the same flow (and of keys) the first are x⁺, of the
+// opposite flow x⁻. So the opposite flow is the same flow of −x with other temperatures.
+#pragma once
+
+#include "tokens.cuh"
+
+namespace polaformer {
+
+__device__ __forceinline__ float logistic(float x) { return 1.f / (1.f + expf(-x)); }
+__device__ __forceinline__ float excess(float exponent) { return fmaxf(exponent - kFreeExponent, 0.f); }
+
+// e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large.
+__device__ __forceinline__ float shifted_feature(float exponent, float shift) {
+  float feature = expm1_of_exponent(fminf(exponent, kFreeExponent)) * expf(-shift);
+  if (exponent > kFreeExponent) feature += expf(exponent - shift) - expf(kFreeExponent - shift);
+  return feature;
+}
+
+__device__ __forceinline__ float sign_of(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; }
+
+// Pairs of the two poles: only the one that a number's sign selects is not zero.
+struct Poles {
+  Pair<float> first, second;
+};
+
+__device__ __forceinline__ Poles part_poles(Pair<float> feature, Pair<float> x) {
+  return {{x.first > 0.f ? feature.first : 0.f, x.second > 0.f ? feature.second : 0.f},
+          {x.first > 0.f ? 0.f : feature.first, x.second > 0.f ? 0.f : feature.second}};
+}
+
+// A token's turns for one pair: of the first pole by its row, of the second by its column.
+struct Turns {
+  float2 row, column;  // cosine, sine
+  __device__ __forceinline__ Poles forward(const Poles& x) const {
+    return {turn(x.first, row.x, row.y), turn(x.second, column.x, column.y)};
+  }
+  __device__ __forceinline__ Poles back(const Poles& x) const {
+    return {turn(x.first, row.x, -row.y), turn(x.second, column.x, -column.y)};
+  }
+};
+
+__device__ __forceinline__ Turns load_turns(const float* table, int2 place, int pair) {
+  const auto* turns = reinterpret_cast<const float2*>(table);
+  return {__ldg(turns + place.x + pair), __ldg(turns + place.y + pair)};
+}
+
+// Turns of two neighbouring pairs, the first of them even.
+__device__ __forceinline__ void load_turns(Turns (&both)[2], const float* table, int2 place, int pair) {
+  const auto* turns = reinterpret_cast<const float2*>(table);
+  const float4 row = __ldg(reinterpret_cast<const float4*>(turns + place.x + pair));
+  const float4 column = __ldg(reinterpret_cast<const float4*>(turns + place.y + pair));
+  both[0] = {{row.x, row.y}, {column.x, column.y}};
+  both[1] = {{row.z, row.w}, {column.z, column.w}};
+}
+
+// A number's features for given exponents and shift of its pair's poles, and their normalizer's part.
+__device__ __forceinline__ Pair<float> absolute(Pair<float> x) { return {fabsf(x.first), fabsf(x.second)}; }
+__device__ __forceinline__ Pair<float> negative(Pair<float> x) { return {-x.first, -x.second}; }
+__device__ __forceinline__ float largest(Pair<float> x) { return fmaxf(x.first, x.second); }
+
+// Of two poles' values, those that x selects.
+__device__ __forceinline__ Pair<float> select(const Poles& poles, Pair<float> x) {
+  return {x.first > 0.f ? poles.first.first : poles.second.first,
+          x.second > 0.f ? poles.first.second : poles.second.second};
+}
+// A pair's neighbours in memory, each (first pole, second pole).
+__device__ __forceinline__ Poles load_poles(const float2* pair) {
+  const float4 both = *reinterpret_cast<const float4*>(pair);
+  return {{both.x, both.z}, {both.y, both.w}};
+}
+__device__ __forceinline__ Pair<float> scale(Pair<float> x, Pair<float> by) {
+  return {x.first * by.first, x.second * by.second};
+}
+__device__ __forceinline__ float dot(const Poles& a, const Poles& b) {
+  return a.first.first * b.first.first + a.first.second * b.first.second + a.second.first * b.second.first +
+         a.second.second * b.second.second;
+}
+__device__ __forceinline__ void accumulate(Poles& sum, const Poles& x) {
+  sum.first.first += x.first.first, sum.first.second += x.first.second;
+  sum.second.first += x.second.first, sum.second.second += x.second.second;
+}
+
+// Features of exponents; `shift` is each one's.
+template <bool kShifted>
+__device__ __forceinline__ Pair<float> features_of(Pair<float> exponents, Pair<float> shift) {
+  if constexpr (kShifted) {
+    return {shifted_feature(exponents.first, shift.first), shifted_feature(exponents.second, shift.second)};
+  } else {
+    return {expm1_of_exponent(exponents.first), expm1_of_exponent(exponents.second)};
+  }
+}
+
+// Their derivatives by the exponents.
+template <bool kShifted>
+__device__ __forceinline__ Pair<float> slopes_of(Pair<float> features, Pair<float> exponents, Pair<float> shift) {
+  if constexpr (kShifted) {
+    return {expf(exponents.first - shift.first), expf(exponents.second - shift.second)};
+  } else {
+    return {features.first + 1.f, features.second + 1.f};
+  }
+}
+
+// The exponent that a pair of queries asks its token to be shifted for, given its keys' shifts: the larger one of the
+// poles that take part.
+__device__ __forceinline__ float demand(Pair<float> exponents, Pair<float> x, float2 key_shift) {
+  const Poles poles = part_poles(exponents, x);
+  const float first = largest(poles.first), second = largest(poles.second);
+  return fmaxf(first > 0.f ? first + key_shift.x : 0.f, second > 0.f ? second + key_shift.y : 0.f);
+}
+
+// The shift of each feature of a pair of queries.
+__device__ __forceinline__ Pair<float> query_shift(float token_shift, float2 key_shift, Pair<float> x) {
+  const float first = fmaxf(token_shift - key_shift.x, -kFreeExponent);
+  const float second = fmaxf(token_shift - key_shift.y, -kFreeExponent);
+  return {x.first > 0.f ? first : second, x.second > 0.f ? first : second};
+}
+
+__device__ __forceinline__ float shifted_epsilon(float token_shift) {
+  return fmaxf(kEpsilon * expf(-token_shift), kLeastNormalizer);
+}
+
+// Over the lanes of one g, or of the warp; every lane receives the result.
+__device__ __forceinline__ float sum_over_members(float x) {
+  x += __shfl_xor_sync(kWholeWarp, x, 1);
+  return x + __shfl_xor_sync(kWholeWarp, x, 2);
+}
+__device__ __forceinline__ float max_over_members(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
+}
+__device__ __forceinline__ float max_over_warp(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, lanes));
+  return x;
+}
+
+}  // namespace polaformer

@@ -1,0 +1,63 @@
+// The numbers and formulas of polarity attention that host and device share, so that the CPU's tests exercise what
+// the GPU computes. polaformer/reference.py tells them in PyTorch, and why a shift keeps every feature finite.
+//
+// Axes: B batch, H heads, N = height·width tokens (row-major), D head width; 2D features, in D pairs that the rotary
+// turn mixes: the first D/2 pairs are positive poles and turn with the token's row, the others negative, its column.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define POLAFORMER_INLINE __host__ __device__ __forceinline__
+#else
+#define POLAFORMER_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace polaformer {
+
+constexpr float kEpsilon = 1e-6f;
+constexpr float kFreeExponent = 20.f;  // the shift brings larger ones down to this
+constexpr float kLeastNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
+constexpr float kLeastGradientNormalizer = 1e-8f;
+constexpr float kLargestNormalizerGradient = 1e25f;
+constexpr int kMaxHeadWidth = 128;
+
+// The integer type as wide as F; the CPU kernels add their vector types.
+template <class F>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = int32_t;
+};
+
+// e^x − 1 for 0 ≤ x ≤ 88, to 2 ulp: x = n·ln 2 + r with |r| ≤ ln 2 / 2, then 2^n (e^r − 1) + (2^n − 1), where the
+// bracket is a Taylor polynomial. F is float or a vector of floats.
+template <class F>
+POLAFORMER_INLINE F expm1_of_exponent(F x) {
+  using I = typename Bits<F>::type;
+  constexpr float kRound = 12582912.f;  // 1.5·2^23: adding it leaves n in the lowest bits
+  const F shifted = x * 1.44269504f + kRound;
+  const F n = shifted - kRound;
+  const F r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, n times the first one is exact
+  F series = r * 1.98412698e-4f + 1.38888889e-3f;
+  series = series * r + 8.33333333e-3f;
+  series = series * r + 4.16666667e-2f;
+  series = series * r + 1.66666667e-1f;
+  series = series * r + 0.5f;
+  const F expm1_r = r * r * series + r;
+  const F power = __builtin_bit_cast(F, (I)((__builtin_bit_cast(I, shifted) << 23) + 0x3f800000));
+  return power * expm1_r + (power - 1.f);
+}
+
+// A pair of features, turned by its token's angle, or back (sine negated).
+template <class F>
+struct Pair {
+  F first, second;
+};
+template <class F>
+POLAFORMER_INLINE Pair<F> turn(Pair<F> x, F cosine, F sine) {
+  return {x.first * cosine - x.second * sine, x.second * cosine + x.first * sine};
+}
+
+}  // namespace polaformer

@@ -1,0 +1,500 @@
+"""Training and evaluation from servers through a cache that is too small for all: the same bits as from local disk."""
+
+import fcntl
+import gc
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataio.cache import ShardCache, bytes_at_once, open_data, require_room
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
+from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan
+from dataio.pipeline import ImageOptions
+from dataio.remote import CacheOptions, Patience
+
+CPU = torch.device("cpu")
+SMALL = ImageOptions(image_size=32, threads=1)
+WINDOW = 3
+PLAN = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW)
+HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.5, room_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def local(many_shards) -> Manifest:
+    return load_manifest(many_shards)
+
+
+@pytest.fixture(scope="module")
+def expected(local) -> list[Batch]:
+    """Two epochs from local disk."""
+    return list(itertools.islice(TrainLoader(local, SMALL, PLAN, CPU), 2 * len(local) // 24))
+
+
+def tight(local: Manifest) -> int:
+    """Bytes: just what a step needs, with the next window."""
+    return PLAN.bytes_at_once(local)
+
+
+@pytest.fixture
+def cache(local, tmp_path) -> CacheOptions:
+    return CacheOptions(tmp_path / "cache", tight(local), HASTY)
+
+
+@pytest.fixture
+def far(many_shards, tmp_path) -> Path:
+    """A copy of `many_shards` for a server."""
+    return shutil.copytree(many_shards, tmp_path / "far")
+
+
+def cached(cache: CacheOptions) -> dict[str, int]:
+    """Sizes of the files in a cache, by name."""
+    with open(cache.folder / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is evicted or begun while they are counted
+        sizes = {}
+        for path in cache.folder.glob("*/*"):
+            with suppress(FileNotFoundError):  # given up at this moment
+                sizes[path.name] = path.stat().st_size
+        return sizes
+
+
+def assert_same(got: list[Batch], expected: list[Batch]) -> None:
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert np.array_equal(one.samples, other.samples)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def shard_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
+
+
+def await_their_end() -> None:
+    if shard_threads():
+        gc.collect()  # a loader and its batches refer to each other
+    deadline = time.monotonic() + 10
+    while shard_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not shard_threads()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    await_their_end()
+
+
+@pytest.mark.parametrize("kind", ["http", "s3", "file"])
+def test_training_from_afar_is_training_from_disk(http_server, s3_url, far, cache, local, expected, kind):
+    url = {"http": lambda: http_server(far).url, "s3": lambda: s3_url(far), "file": far.as_uri}[kind]()
+    manifest = open_data(f"{url}/", cache)
+    assert (manifest.hash, manifest.place) == (local.hash, url)
+    assert list(cached(cache)) == [SAMPLES_NAME]
+    loader, got = TrainLoader(manifest, SMALL, PLAN, CPU), []
+    for _ in expected:
+        got.append(next(loader))
+        assert sum(cached(cache).values()) <= cache.limit_bytes
+    assert_same(got, expected)
+    assert cache.limit_bytes < sum(shard.bytes for shard in local.shards) / 2
+
+
+def test_each_shard_is_fetched_once_an_epoch_for_all_ranks(http_server, far, cache, expected, local):
+    """Four ranks share the folder."""
+    server = http_server(far)
+    plans = [TrainPlan(seed=7, global_batch=24, rank=rank, ranks=4, window_shards=WINDOW) for rank in range(4)]
+    of_ranks = [TrainLoader(open_data(server.url, cache), SMALL, plan, CPU) for plan in plans]
+    steps = len(local) // 24
+    got = [next(loader) for _ in range(steps) for loader in of_ranks]
+    samples = np.concatenate([batch.samples for batch in expected[:steps]])
+    images = torch.cat([batch.images for batch in expected[:steps]])
+    assert np.array_equal(np.concatenate([batch.samples for batch in got]), samples)
+    assert torch.equal(torch.cat([batch.images for batch in got]), images)
+    of_one_epoch = [server.requests.count(shard.name) for shard in local.shards]
+    assert min(of_one_epoch) == 1
+    assert sum(of_one_epoch) <= len(local.shards) + 2 * WINDOW  # of the next epoch, fetched ahead
+    assert server.requests.count(SAMPLES_NAME) == 1
+
+
+def test_a_cache_that_holds_all_is_filled_once(http_server, far, local, expected, tmp_path):
+    server = http_server(far)
+    cache = CacheOptions(tmp_path / "cache", 2**30, HASTY)
+    got = list(itertools.islice(TrainLoader(open_data(server.url, cache), SMALL, PLAN, CPU), len(expected)))
+    assert_same(got, expected)
+    assert [server.requests.count(shard.name) for shard in local.shards] == [1] * len(local.shards)
+
+
+def test_a_full_order_of_remote_shards(http_server, far, local, tmp_path):
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    plan = TrainPlan(seed=7, global_batch=24)
+    got, near = (list(itertools.islice(TrainLoader(each, SMALL, plan, CPU), 5)) for each in (manifest, local))
+    assert_same(got, near)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_from_afar(http_server, far, local, tmp_path, ranks):
+    cache = CacheOptions(tmp_path / "cache", EvalLoader.bytes_at_once(local, 16, ranks), HASTY)
+    manifest = open_data(http_server(far).url, cache)
+    for rank in range(ranks):
+        near, got = (EvalLoader(each, SMALL, 16, rank, ranks, CPU) for each in (local, manifest))
+        for _ in range(2):
+            assert_same(list(got), list(near))
+    assert sum(cached(cache).values()) <= cache.limit_bytes
+
+
+RANK = """
+import hashlib, sys
+from pathlib import Path
+import torch
+from dataio.cache import open_data
+from dataio.loader import TrainLoader, TrainPlan
+from dataio.pipeline import ImageOptions
+from dataio.remote import CacheOptions
+
+url, folder, limit, rank, ranks, steps = sys.argv[1:]
+manifest = open_data(url, CacheOptions(Path(folder), int(limit)))
+plan = TrainPlan(seed=7, global_batch=24, rank=int(rank), ranks=int(ranks), window_shards=3)
+loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), plan, torch.device("cpu"))
+for _ in range(int(steps)):
+    batch = next(loader)
+    print(batch.position, hashlib.sha256(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest())
+"""
+
+
+def test_processes_share_a_cache(http_server, far, cache, local, expected):
+    """Three, none of which waits for another: the fastest may be several windows ahead."""
+    server = http_server(far)
+    steps = len(expected)
+    wide = 3 * cache.limit_bytes
+    command = [sys.executable, "-c", RANK, server.url, str(cache.folder), str(wide)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), "3", str(steps)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(3)
+    ]
+    lines = []
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        lines += out.splitlines()
+    got = dict(line.split() for line in lines)
+    assert len(got) == 3 * steps
+    for batch in expected:
+        for rank in range(3):
+            part = slice(8 * rank, 8 * rank + 8)
+            digest = sha256(batch.images[part].numpy().tobytes() + batch.labels[part].numpy().tobytes())
+            assert got[str(batch.position + 8 * rank)] == digest
+    assert sum(cached(cache).values()) <= wide
+    assert not [name for name in cached(cache) if name.endswith(".partial")]
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "half", "wrong", "silent"])
+def test_a_server_that_fails_now_and_then(http_server, far, cache, local, expected, fault):
+    server = http_server(far)
+    manifest = open_data(server.url, cache)
+    server.faults = {shard.name: [fault] for shard in local.shards[:: 6 if fault == "silent" else 2]}
+    got = list(itertools.islice(TrainLoader(manifest, SMALL, PLAN, CPU), len(local) // 24))
+    assert_same(got, expected[: len(got)])
+    assert not any(server.faults.values())
+
+
+def test_a_server_that_dies_and_comes_back(http_server, far, cache, expected):
+    """What is cached is still trained on; then an error, in bounded time; then the same batch again."""
+    server = http_server(far)
+    loader = TrainLoader(open_data(server.url, cache), SMALL, PLAN, CPU)
+    got = [next(loader)]
+    server.stop()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"cannot fetch http://127.*/shard-.*\.tar: Cannot connect .* attempts: 3"):
+        got.extend(loader)  # which has no end
+    assert time.monotonic() - began < 60
+    with pytest.raises(RuntimeError, match="cannot fetch"):
+        next(loader)
+    http_server(far, server.server_address[1])
+    got += itertools.islice(loader, len(expected) - len(got))
+    assert_same(got, expected)
+
+
+def test_a_shard_that_is_not_what_the_manifest_names(http_server, far, cache, local):
+    path = far / local.shards[5].name
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    loader = TrainLoader(open_data(http_server(far).url, cache), SMALL, PLAN, CPU)
+    with pytest.raises(
+        RuntimeError, match="shard-000005.tar: .* bytes came, with another sha256 than the manifest's, att"
+    ):
+        list(itertools.islice(loader, len(local) // 24))
+    assert path.name not in cached(cache)
+
+
+def test_a_shard_that_is_missing(http_server, far, cache, local):
+    (far / local.shards[5].name).unlink()
+    loader = TrainLoader(open_data(http_server(far).url, cache), SMALL, PLAN, CPU)
+    with pytest.raises(RuntimeError, match="shard-000005.tar: it is not there; check the address, and that the whole"):
+        list(itertools.islice(loader, len(local) // 24))
+
+
+def test_a_broken_image_of_a_remote_shard_is_replaced(http_server, far, cache, local, overwrite):
+    """Packed with it: the shard's hash is right. The last one of a shard, whose stand-in is the first one."""
+    last = local.shard_samples[0] - 1
+    overwrite(load_manifest(far), last, b"no image" * 8)
+    fields = json.loads((far / MANIFEST_NAME).read_text())
+    fields["shards"][0]["sha256"] = sha256((far / "shard-000000.tar").read_bytes())
+    (far / MANIFEST_NAME).write_text(json.dumps(fields | {"sha256": ""}))
+    manifest = open_data(http_server(far).url, cache)
+    plan = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW, max_broken=1)
+    got, near = (
+        list(itertools.islice(TrainLoader(each, SMALL, plan, CPU), 17)) for each in (manifest, load_manifest(far))
+    )
+    assert_same(got, near)
+    met = [broken for batch in got for broken in batch.replaced]
+    assert {(broken.sample, broken.by, broken.reason) for broken in met} == {(last, 0, "not an image")}
+
+
+@pytest.mark.parametrize("content", ["{", "", '{"format": 1}'])
+def test_a_manifest_that_is_none(http_server, far, cache, content):
+    (far / MANIFEST_NAME).write_text(content)
+    url = http_server(far).url
+    with pytest.raises(ValueError, match=f"^{url}/manifest.json is not a manifest .*; pack the folder again"):
+        open_data(url, cache)
+
+
+def test_a_sample_table_that_is_not_what_the_manifest_names(http_server, far, cache):
+    rows = np.load(far / SAMPLES_NAME)
+    rows["label"][3] = (rows["label"][3] + 1) % 10
+    np.save(far / SAMPLES_NAME, rows)
+    with pytest.raises(
+        RuntimeError, match="samples.npy: .* bytes came, with another sha256 than the manifest's, attempt"
+    ):
+        open_data(http_server(far).url, cache)
+    assert cached(cache) == {}
+
+
+def test_a_cache_that_is_too_small_is_refused_at_once(http_server, far, cache, local):
+    server = http_server(far)
+    small = CacheOptions(cache.folder, cache.limit_bytes - 1, HASTY)
+    manifest = open_data(server.url, small)
+    message = (
+        rf"a cache of .* GiB is too small, {server.url} needs .* GiB at a time; allow it 0.* \(data.cache_gib, --cache"
+    )
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(manifest, SMALL, PLAN, CPU)
+    with pytest.raises(ValueError, match="is too small"):
+        EvalLoader(manifest, SMALL, 16, 0, 8, CPU)
+    assert not [name for name in server.requests if name.endswith(".tar")]
+    with pytest.raises(
+        ValueError, match="a cache of 1 GiB is too small, a needs 1 GiB, b needs 0.5 GiB at a time; allow it 1.5 "
+    ):
+        require_room(CacheOptions(cache.folder, 2**30), {"a": 2**30, "b": 2**29})
+
+
+def test_room_is_counted_with_the_largest_shards(local):
+    sizes = sorted(shard.bytes for shard in local.shards)
+    table = (local.folder / SAMPLES_NAME).stat().st_size
+    assert bytes_at_once(local, 2) == sum(sizes[-3:]) + table
+    assert bytes_at_once(local, 1000) == sum(sizes) + table
+
+
+def hold_and_read(shards: ShardCache, manifest: Manifest, wanted: list[int]) -> None:
+    """Waits until each of them has been read from."""
+    shards.hold(wanted)
+    for shard in wanted:
+        shards.read(sum(manifest.shard_samples[:shard]))
+
+
+def names(shards: list[int]) -> set[str]:
+    return {f"shard-{shard:06d}.tar" for shard in shards}
+
+
+def test_the_longest_unused_are_evicted_first_and_none_in_use(http_server, far, local, tmp_path):
+    table = (local.folder / SAMPLES_NAME).stat().st_size
+    limit = table + 5 * max(shard.bytes for shard in local.shards)
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, HASTY))
+    one, other = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(one, manifest, [0])
+    for shard in (1, 2, 3):
+        hold_and_read(other, manifest, [shard])
+    hold_and_read(other, manifest, [1, 4])  # now 2 and 3 are the longest unused, and 0 is in use
+    hold_and_read(other, manifest, [5, 6])
+    held = {name for name in cached(manifest.remote.cache) if name.endswith(".tar")}
+    assert names([0, 5, 6]) <= held
+    assert held <= names([0, 1, 4, 5, 6])
+    one.close()
+    other.close()
+
+
+def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path):
+    """Another process holds them all; when it lets go, the same batch can be had."""
+    table = (local.folder / SAMPLES_NAME).stat().st_size
+    limit = table + sum(shard.bytes for shard in local.shards[:4])
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, HASTY))
+    holder, other = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(holder, manifest, [0, 1, 2, 3])
+    with pytest.raises(
+        RuntimeError, match=r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
+    ):
+        hold_and_read(other, manifest, [9])
+    hold_and_read(other, manifest, [0, 3])
+    holder.close()
+    hold_and_read(other, manifest, [0, 9])
+    other.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # threads may be closing what is open there
+
+
+def test_a_full_disk(http_server, far, local, expected, small_disk):
+    """A cache may be larger than its disk: shards are evicted for that as well. Without room for a window, an error."""
+    cache, url = CacheOptions(small_disk / "cache", 2**30, HASTY), http_server(far).url
+    got = list(itertools.islice(TrainLoader(open_data(url, cache), SMALL, PLAN, CPU), len(local) // 24))
+    assert_same(got, expected[: len(got)])
+    await_their_end()  # what they have open still takes room
+    shutil.rmtree(cache.folder)
+    (small_disk / "other").write_bytes(bytes(480_000))
+    loader = TrainLoader(open_data(url, cache), SMALL, PLAN, CPU)
+    fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache name a folder"
+    with pytest.raises(RuntimeError, match=fault):
+        next(loader)
+    (small_disk / "other").unlink()
+    assert_same([next(loader)], expected[:1])
+
+
+def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, small_disk):
+    """Its free space is taken between the look at it and the writing, by a limit that only writing meets."""
+    cache = CacheOptions(small_disk / "cache", 2**30, HASTY)
+    url = http_server(far).url
+    fetching = subprocess.run(
+        [sys.executable, "-c", LIMITED, url, str(cache.folder)], capture_output=True, text=True, timeout=60
+    )
+    assert fetching.returncode == 0, fetching.stderr
+    assert (
+        "shard-000000.tar: File too large in the cache; free some space, name a folder of a larger" in fetching.stdout
+    )
+    assert not [name for name in cached(cache) if name.endswith((".tar", ".partial"))]
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from dataio.cache import ShardCache, open_data
+from dataio.remote import CacheOptions, Patience
+
+patience = Patience(attempts=2, first_wait_seconds=0.01)
+manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+shards = ShardCache(manifest)
+shards.hold([0])
+try:
+    shards.read(0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_written(http_server, far, cache):
+    cache.folder.write_text("a file")
+    with pytest.raises(
+        RuntimeError, match="cannot keep .*samples.npy: Not a directory; make the folder writable, or na"
+    ):
+        open_data(http_server(far).url, cache)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(http_server, far, cache, local):
+    manifest = open_data(http_server(far).url, cache)
+    left = manifest.folder / ".shard-000000.tar.99.partial"
+    busy = manifest.folder / ".shard-000001.tar.99.partial"
+    foreign = cache.folder / "photos" / "shard-000000.tar"
+    foreign.parent.mkdir()
+    for path in (left, busy, foreign):
+        path.write_bytes(b"x" * 99)
+    with open(busy) as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        shards = ShardCache(manifest)
+        for shard in range(len(local.shards) // 2):
+            hold_and_read(shards, manifest, [shard])
+        shards.close()
+        assert (left.exists(), busy.exists(), foreign.exists()) == (False, True, True)
+
+
+def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local):
+    server = http_server(far)
+    manifest = open_data(server.url, cache)
+    for shard, damage in ((0, 0), (1, 1)):
+        content = bytearray((far / local.shards[shard].name).read_bytes())
+        content[600] ^= damage
+        path = manifest.folder / local.shards[shard].name
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+    assert [name for name in server.requests if name.endswith(".tar")] == ["shard-000001.tar"]
+    content = (manifest.folder / "shard-000001.tar").read_bytes()
+    assert content == (far / "shard-000001.tar").read_bytes()
+
+
+def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path):
+    """For a server that is silent, between two attempts, and for room."""
+    patient = CacheOptions(tmp_path / "cache", 250_000, Patience(first_wait_seconds=99, room_seconds=99))
+    server = http_server(far)
+    manifest = open_data(server.url, patient)
+    server.faults = {shard.name: ["503"] * 9 for shard in local.shards[1:3]}
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0])
+    shards.hold([0, 1, 2, 3, 4, 5])
+    while not {"shard-000001.tar", "shard-000002.tar"} <= set(server.requests):
+        time.sleep(0.01)
+    shards.close()
+    with pytest.raises(RuntimeError, match="the cache was closed"):
+        shards.read(0)
+
+
+def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
+    """No thread keeps it: the server is silent, and it has lots of patience."""
+    server = http_server(far)
+    server.faults = {f"shard-{shard:06d}.tar": ["silent"] * 9 for shard in range(20)}
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", LEAVING, server.url, str(tmp_path / "cache")], check=True, timeout=60)
+    assert time.monotonic() - began < 5
+
+
+LEAVING = """
+import sys, time
+from pathlib import Path
+from dataio.cache import ShardCache, open_data
+from dataio.remote import CacheOptions
+
+shards = ShardCache(open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30)))
+shards.hold(range(10))
+time.sleep(0.2)
+"""

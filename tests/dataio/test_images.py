@@ -1,0 +1,250 @@
+"""What passes each check, what headers say, and smaller images, against PIL and DALI."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from dataio.images import CHECKS, Header, Shrink, check_image, shrink_image
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    """300×200 pixels."""
+    with Image.open(Path(skimage.data_dir, "chelsea.png")) as image:
+        return image.convert("RGB").crop((60, 40, 360, 240))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def rotation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def by_dali(data: bytes) -> np.ndarray:
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def decoder():
+        source = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+        return fn.decoders.image(source, device="cpu", adjust_orientation=False)
+
+    pipeline = decoder()
+    pipeline.build()
+    (decoded,) = pipeline.run()
+    return decoded.at(0).astype(int)
+
+
+# Headers
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_headers_of_all_photographs(check, photos):
+    """Sizes as PIL has them; and what conftest made odd, whatever the check."""
+    odd = {"coffee/01.jpg": (True, False), "rocket/01.jpg": (False, True)}
+    paths = sorted(photos.glob("*/*"))
+    for path in paths:
+        header = check_image(path.read_bytes(), check)
+        with Image.open(path) as image:
+            assert (header.width, header.height) == image.size
+        assert header.ending == path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        assert (header.cmyk, header.rotated) == odd.get(str(path.relative_to(photos)), (False, False))
+    assert len(paths) == 48
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"progressive": True},
+        {"optimize": True, "subsampling": 0},
+        {"comment": b"\xff\xc0\0\x11\x08\0\1\0\1 no frame"},
+        {"restart_marker_blocks": 4},
+        {"exif": rotation(1)},
+        {"exif": rotation(9)},  # means nothing
+        {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"},  # points nowhere
+        {"exif": b"Exif\0\0garbage"},
+    ],
+)
+def test_jpegs_of_all_kinds(check, options, photograph):
+    assert check_image(encoded(photograph, "JPEG", **options), check) == Header("jpg", 300, 200)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_rotation_behind_other_metadata(check, photograph):
+    """XMP often stands before EXIF, under the same marker."""
+    data = encoded(photograph, "JPEG", exif=rotation(6))
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
+    assert check_image(data, check) == Header("jpg", 300, 200, rotated=True)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_several_pictures_in_one_jpeg(check, photograph):
+    small = photograph.resize((30, 20))
+    data = encoded(photograph, "MPO", save_all=True, append_images=[small])
+    assert check_image(data, check) == Header("jpg", 300, 200)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotations_of_other_formats(check, kind, orientation, photograph):
+    """PIL turns TIFF files by their orientation, unlike all other formats; DALI gets the stored pixels."""
+    header = check_image(encoded(photograph, kind, exif=rotation(orientation)), check)
+    assert header == Header(kind.lower(), 300, 200, rotated=orientation != 1)
+
+
+@pytest.mark.parametrize("ending", ["bmp", "jp2", "jpg", "pgm", "png", "tif", "webp"])
+def test_dali_decodes_what_is_let_in(ending, tmp_path, photograph):
+    path = tmp_path / f"image.{ending}"
+    photograph.convert("L").save(path)
+    header = check_image(path.read_bytes(), "decode")
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert (header.width, header.height) == (300, 200)
+    assert np.abs(by_dali(path.read_bytes()) - expected).mean() < 0.1
+
+
+# Checks
+
+NO_IMAGE = "it is no image, or of an unknown format"
+
+
+def damaged_files(photograph: Image.Image) -> dict[str, tuple[bytes, dict[str, str]]]:
+    """The bytes, and for each check that finds them broken its reason."""
+    jpeg, png = encoded(photograph, "JPEG", quality=95), encoded(photograph, "PNG")
+    thumbnail = encoded(photograph.resize((60, 40)), "JPEG")
+    embedded = encoded(photograph, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
+    cut = "it cannot be decoded: image file is truncated"
+    checksum = png.index(b"IDAT") + 200
+    return {
+        "empty": (b"", dict.fromkeys(CHECKS, "the file is empty")),
+        "text": (b"not an image", dict.fromkeys(CHECKS, NO_IMAGE)),
+        "gif": (encoded(photograph, "GIF"), dict.fromkeys(CHECKS, "it is a GIF, which DALI does not decode; convert")),
+        "jpeg that ends in its header": (jpeg[:150], dict.fromkeys(CHECKS, "it ")),
+        "half a jpeg": (jpeg[: len(jpeg) // 2], {"decode": cut, "header": cut}),
+        "jpeg without its last 2 bytes": (jpeg[:-2], {"decode": cut, "header": cut}),
+        "half a jpeg with a whole one in its metadata": (
+            embedded[: len(embedded) // 2],
+            {"decode": cut, "header": cut},
+        ),
+        "half a png": (png[: len(png) // 2], dict.fromkeys(("decode", "header"), "it cannot be decoded: ")),
+        "png without its end": (png[:-4], dict.fromkeys(("decode", "header"), "it cannot be decoded: ")),
+        "png with a wrong checksum": (
+            png[:checksum] + bytes([png[checksum] ^ 1]) + png[checksum + 1 :],
+            dict.fromkeys(("decode", "header"), "it cannot be decoded: broken PNG file"),
+        ),
+        "half a bmp": ((bmp := encoded(photograph, "BMP"))[: len(bmp) // 2], {"decode": cut}),
+    }
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_what_each_check_finds(check, photograph):
+    for name, (data, reasons) in damaged_files(photograph).items():
+        if check in reasons:
+            with pytest.raises(ValueError, match=reasons[check]):
+                check_image(data, check)
+        else:
+            header = check_image(data, check)
+            assert (name, header.width, header.height) == (name, 300, 200)
+
+
+def test_random_bytes_are_broken_images_and_no_other_error(photograph):
+    """Garbage behind the first bytes of each format, and holes in whole files."""
+    generator = np.random.Generator(np.random.Philox(0))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"):
+        whole = encoded(photograph.resize((64, 48)), kind)
+        for _ in range(30):
+            data = bytearray(whole)
+            start = int(generator.integers(0, min(len(data), 400)))
+            data[start : start + 20] = generator.bytes(20)
+            for check in CHECKS:
+                try:
+                    check_image(bytes(data), check)
+                except ValueError as error:
+                    assert str(error).startswith("it ")  # noqa: PT017  (not raising is right as well)
+
+
+# Smaller images
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (200, 200), (1000, 50)])
+def test_the_short_side_is_what_was_asked_for(size, photograph):
+    data = encoded(photograph.resize(size), "PNG")
+    header = check_image(data, "decode")
+    smaller, after = shrink_image(data, header, Shrink(48, 90))
+    short = min(size)
+    assert after == Header("jpg", round(size[0] * 48 / short), round(size[1] * 48 / short))
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert (image.format, image.size) == ("JPEG", (after.width, after.height))
+
+
+def test_small_images_keep_their_bytes(photograph):
+    data = encoded(photograph, "PNG")
+    header = check_image(data, "decode")
+    for side in (200, 201, 1000):
+        assert shrink_image(data, header, Shrink(side, 90)) == (data, header)
+    assert shrink_image(data, header, Shrink(199, 90))[1] == Header("jpg", 298, 199)
+
+
+def test_quality_and_determinism(photograph):
+    data = encoded(photograph, "PNG")
+    header = check_image(data, "decode")
+    sizes = [len(shrink_image(data, header, Shrink(100, quality))[0]) for quality in (50, 90, 95)]
+    assert sizes == sorted(set(sizes))
+    assert shrink_image(data, header, Shrink(100, 90)) == shrink_image(data, header, Shrink(100, 90))
+
+
+MODES = ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_smaller_images_look_like_the_stored_ones(mode, photograph):
+    """As DALI decodes them: 16 bits become 8, transparency is dropped, CMYK becomes RGB."""
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(photograph.convert("L")).astype(np.uint16) * 257)
+    else:
+        stored = photograph.convert(mode)
+    data = encoded(stored, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 98} if mode == "CMYK" else {}))
+    smaller, header = shrink_image(data, check_image(data, "decode"), Shrink(100, 95))
+    assert (header.ending, header.cmyk) == ("jpg", mode == "CMYK")
+    expected = Image.fromarray(by_dali(data).astype(np.uint8)).resize((150, 100), Image.Resampling.LANCZOS)
+    assert np.abs(by_dali(smaller) - np.asarray(expected).astype(int)).mean() < 4  # most of it from P's dithering
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_smaller_images_are_not_rotated(kind, orientation, photograph):
+    data = encoded(photograph, kind, exif=rotation(orientation))
+    smaller, header = shrink_image(data, check_image(data, "decode"), Shrink(100, 95))
+    assert header == Header("jpg", 150, 100, rotated=orientation != 1)
+    expected = np.asarray(photograph.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(by_dali(smaller) - expected).mean() < 3
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert dict(image.getexif()) == {}
+
+
+def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
+    large = photograph.resize((1500, 1000), Image.Resampling.BICUBIC)
+    data = encoded(large, "JPEG", quality=95)
+    smaller, _ = shrink_image(data, check_image(data, "header"), Shrink(100, 95))
+    expected = np.asarray(large.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(by_dali(smaller) - expected).mean() < 3
+
+
+def test_an_image_that_breaks_when_it_is_made_smaller(photograph):
+    data = encoded(photograph, "JPEG")[:3000]
+    with pytest.raises(ValueError, match="it cannot be decoded: image file is truncated"):
+        shrink_image(data, check_image(data, "none"), Shrink(100, 90))

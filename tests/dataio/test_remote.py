@@ -1,0 +1,176 @@
+"""Files fetched from real servers over HTTP and S3 that are slow, fail, break off, lie, or are gone."""
+
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dataio.remote import CacheOptions, Patience, Remote, fetch, is_url, read_remote
+
+CONTENT = bytes(range(256)) * 4000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.3, room_seconds=0.5)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """What the server serves."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    (folder / "shard.tar").write_bytes(CONTENT)
+    return folder
+
+
+def remote(url: str, tmp_path: Path, patience: Patience = HASTY) -> Remote:
+    return Remote(url, CacheOptions(tmp_path / "cache", 2**30, patience))
+
+
+def fetch_shard(source: Remote, tmp_path: Path) -> bytes:
+    target = tmp_path / "shard.tar"
+    fetch(source, "shard.tar", target, len(CONTENT), SHA256, threading.Event())
+    return target.read_bytes()
+
+
+def test_what_is_a_url():
+    assert all(is_url(place) for place in ("s3://bucket/a", "gs://b", "https://host/a b", "file:///a"))
+    assert not any(is_url(place) for place in ("data/train", "/data", Path("s3"), "C:/data", "."))
+
+
+def test_over_http_and_from_files(http_server, folder, tmp_path):
+    server = http_server(folder)
+    for url in (server.url, folder.as_uri()):
+        assert fetch_shard(remote(url, tmp_path), tmp_path) == CONTENT
+        assert read_remote(remote(url, tmp_path), "shard.tar") == CONTENT
+
+
+def test_over_s3(s3_url, folder, tmp_path):
+    assert fetch_shard(remote(s3_url(folder), tmp_path), tmp_path) == CONTENT
+    assert read_remote(remote(s3_url(folder), tmp_path), "shard.tar") == CONTENT
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "half", "half unsaid", "wrong", "empty", "silent"])
+def test_a_fault_that_passes_is_tried_again(http_server, folder, tmp_path, fault):
+    server = http_server(folder)
+    server.faults["shard.tar"] = [fault, fault]
+    assert fetch_shard(remote(server.url, tmp_path), tmp_path) == CONTENT
+    assert server.requests.count("shard.tar") == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("503", "503.*, attempts: 3; check server and network, then start again: the run goes on"),
+        ("reset", "attempts: 3; check server and network"),
+        ("half", "attempts: 3; check server and network"),
+        (
+            "half unsaid",
+            "512000 bytes came, with another sha256 than the manifest's, attempts: 3; copy it there again",
+        ),
+        ("wrong", "1024000 bytes came, with another sha256 than the manifest's, attempts: 3; copy it there again"),
+        ("empty", "0 bytes came, with another sha256 than the manifest's, attempts: 3; copy it there again"),
+        ("silent", r"the server was too slow or silent \(.*\), attempts: 3; check server and network"),
+        ("drip", r"the server was too slow or silent \(.*\), attempts: 3; check server and network"),
+    ],
+)
+def test_a_fault_that_stays_is_one_error(http_server, folder, tmp_path, fault, message):
+    server = http_server(folder)
+    server.faults["shard.tar"] = [fault] * 9
+    patience = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.3, least_bytes_per_second=1e7)
+    with pytest.raises(RuntimeError, match=f"^cannot fetch {server.url}/shard.tar: .*{message}") as raised:
+        fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
+    assert "\n" not in str(raised.value)
+    # aiohttp asks once more by itself where a connection broke off without a word
+    assert server.requests.count("shard.tar") == (6 if fault == "reset" else 3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("404", "it is not there; check the address, and that the whole packed folder was copied to it"),
+        ("401", r"access was refused \(401.*\); check the credentials"),
+        ("403", r"access was refused \(403.*\); check the credentials"),
+    ],
+)
+def test_what_asking_again_does_not_change_is_asked_once(http_server, folder, tmp_path, fault, message):
+    server = http_server(folder)
+    server.faults["shard.tar"] = [fault] * 9
+    with pytest.raises(RuntimeError, match=message):
+        fetch_shard(remote(server.url, tmp_path), tmp_path)
+    assert server.requests == ["shard.tar"]
+
+
+def test_nothing_there(http_server, s3_url, folder, tmp_path):
+    for url in (http_server(folder).url, s3_url(folder), folder.as_uri()):
+        with pytest.raises(RuntimeError, match=f"cannot fetch {url}/other: it is not there; check the address"):
+            read_remote(remote(url, tmp_path), "other")
+
+
+def test_a_bucket_that_is_not_there(s3_url, folder, tmp_path):
+    s3_url(folder)
+    with pytest.raises(RuntimeError, match="cannot fetch s3://nobodys/shard.tar: it is not there; check the address"):
+        fetch_shard(remote("s3://nobodys", tmp_path), tmp_path)
+
+
+def test_no_server(http_server, folder, tmp_path):
+    server = http_server(folder)
+    server.stop()
+    with pytest.raises(RuntimeError, match=r"Cannot connect to host.*attempts: 3; check server and network"):
+        fetch_shard(remote(server.url, tmp_path), tmp_path)
+
+
+def test_pauses_grow(http_server, folder, tmp_path):
+    server = http_server(folder)
+    server.faults["shard.tar"] = ["503"] * 3
+    patience = Patience(attempts=4, first_wait_seconds=0.1)
+    fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
+    pauses = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
+    assert all(pause >= wait for pause, wait in zip(pauses, (0.1, 0.2, 0.4), strict=True))
+
+
+def test_giving_up_ends_the_pause(http_server, folder, tmp_path):
+    server = http_server(folder)
+    server.faults["shard.tar"] = ["503"] * 9
+    given_up = threading.Event()
+    threading.Timer(0.3, given_up.set).start()
+    source = remote(server.url, tmp_path, Patience(first_wait_seconds=60))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="cannot fetch"):
+        fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, given_up)
+    assert time.monotonic() - began < 30
+
+
+def test_a_protocol_that_nobody_knows(tmp_path):
+    with pytest.raises(
+        ValueError, match="cannot read nfs3://host/a/x: Protocol not known: nfs3; use s3://, gs://, htt"
+    ):
+        read_remote(remote("nfs3://host/a", tmp_path), "x")
+
+
+WITHOUT = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(("gcsfs", "s3fs", "aiohttp")))  # importing them fails as if they were not installed
+from dataio.remote import CacheOptions, Remote, read_remote
+
+for protocol in ("gs", "s3", "https"):
+    try:
+        read_remote(Remote(f"{protocol}://h/a", CacheOptions(Path(), 0)), "x")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_protocols_whose_packages_are_missing():
+    said = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    for line, protocol, package in zip(
+        said.splitlines(), ("gs", "s3", "https"), ("gcsfs", "s3fs", "aiohttp"), strict=True
+    ):
+        assert line.startswith(f"cannot read {protocol}://h/a/x: {protocol}:// needs another package (")
+        assert package in line
+        assert line.endswith("); pip install aiohttp gcsfs s3fs")

@@ -1,0 +1,154 @@
+"""What shards hold, read and told apart from what they should hold; files opened once and closed."""
+
+import os
+import resource
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataio.index import Manifest, load_manifest
+from dataio.shards import BrokenSampleError, ShardFiles
+
+
+@pytest.fixture(scope="module")
+def manifest(shards) -> Manifest:
+    return load_manifest(shards)
+
+
+@pytest.fixture
+def damaged(many_shards, tmp_path) -> Manifest:
+    """A copy of `many_shards` to be damaged after its manifest was read."""
+    return load_manifest(shutil.copytree(many_shards, tmp_path / "damaged"))
+
+
+def label_offset(manifest: Manifest, sample: int) -> int:
+    """From where a sample's image begins to where its label does."""
+    return -(-int(manifest.samples["bytes"][sample]) // 512) * 512 + 512
+
+
+def test_every_sample_is_what_tar_reads(manifest):
+    files = ShardFiles(manifest)
+    sample = 0
+    for shard in manifest.shards:
+        with tarfile.open(manifest.folder / shard.name) as tar:
+            members = [(member.name.partition(".")[2], tar.extractfile(member).read()) for member in tar]
+        for (_, image), (ending, label) in zip(members[::2], members[1::2], strict=True):
+            assert ending == "cls"
+            assert files.read(sample) == image
+            assert manifest.samples["label"][sample] == int(label)
+            sample += 1
+    assert sample == len(manifest)
+
+
+def test_a_label_that_is_another_one(damaged, overwrite):
+    label = int(damaged.samples["label"][30])
+    other = (label + 1) % 10
+    overwrite(damaged, 30, b"%d" % other, label_offset(damaged, 30))
+    files = ShardFiles(damaged)
+    with pytest.raises(BrokenSampleError, match=f"its label is '{other}' in its shard and {label} in the sample table"):
+        files.read(30)
+    files.read(29)
+    files.read(31)
+
+
+@pytest.mark.parametrize("content", [b"\0", b"x", b"\xb2", b"-"])
+def test_a_label_that_is_none(damaged, overwrite, content):
+    overwrite(damaged, 30, content, label_offset(damaged, 30))
+    with pytest.raises(BrokenSampleError, match="its label is '.*' in its shard and . in the sample table"):
+        ShardFiles(damaged).read(30)
+
+
+@pytest.mark.parametrize("content", [b"7", b"9", b"\0", b"-", b" ", b"\xff"])
+@pytest.mark.parametrize("digit", range(10))
+def test_an_image_of_another_size(damaged, overwrite, digit, content):
+    """The 11 octal digits of its tar header, one of them changed."""
+    overwrite(damaged, 30, content, 124 + digit - 512)
+    with pytest.raises(BrokenSampleError, match="its shard has something else there"):
+        ShardFiles(damaged).read(30)
+
+
+def test_a_label_of_another_image(damaged, overwrite):
+    overwrite(damaged, 30, b"9", label_offset(damaged, 30) - 512)  # the key's first digit
+    with pytest.raises(BrokenSampleError, match="its shard has no label behind it"):
+        ShardFiles(damaged).read(30)
+
+
+def test_a_shard_that_was_exchanged_gives_no_image_with_a_wrong_label(damaged):
+    """Both have the size that the manifest names for either, so that it is met only when they are read."""
+    paths = [damaged.folder / shard.name for shard in damaged.shards[:2]]
+    contents = [path.read_bytes() for path in paths]
+    size = max(map(len, contents))
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content.ljust(size, b"\0"))
+    files, right = ShardFiles(damaged), 0
+    for sample in range(sum(damaged.shard_samples[:2])):
+        row = damaged.samples[sample]
+        try:
+            image = files.read(sample)
+        except BrokenSampleError:
+            continue
+        other = contents[1 - row["shard"]]
+        at = int(row["offset"])
+        assert other[at : at + len(image)] == image
+        assert int(other[at + label_offset(damaged, sample) :][:1]) == row["label"]
+        right += 1
+    assert right < 3  # by chance, the same place, size and label
+
+
+def test_a_shard_that_was_cut_off_is_named(damaged):
+    last = damaged.samples[-1]
+    name = damaged.shards[last["shard"]].name
+    os.truncate(damaged.folder / name, int(last["offset"]) + 10)
+    fault = rf"cannot read sample {len(damaged) - 1} \({name}, .*its shard ends too early; check the folder with"
+    with pytest.raises(RuntimeError, match=fault):
+        ShardFiles(damaged).read(len(damaged) - 1)
+
+
+def test_a_shard_that_cannot_be_read_is_named(damaged):
+    """A folder can be opened like a file, and only reading it fails."""
+    path = damaged.folder / damaged.shards[-1].name
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RuntimeError, match=rf"cannot read sample .* \({path.name}, .*Is a directory; check the folder"):
+        ShardFiles(damaged).read(len(damaged) - 1)
+
+
+def test_a_shard_that_is_gone_is_named(damaged):
+    (damaged.folder / damaged.shards[-1].name).unlink()
+    with pytest.raises(RuntimeError, match=f"cannot open {damaged.shards[-1].name}: No such file.*dataio.verify"):
+        ShardFiles(damaged)
+
+
+def test_more_shards_than_open_files_allowed_says_so(manifest):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RuntimeError, match=f"allow more than {len(manifest.shards)} with ulimit -n"):
+            ShardFiles(manifest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("by", ["its end", "close"])
+def test_shards_are_closed_with_their_last_use(manifest, by):
+    def open_shards() -> int:
+        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(link.startswith(str(manifest.folder)) for link in links)
+
+    before = open_shards()
+    shards = ShardFiles(manifest)
+    assert open_shards() == before + len(manifest.shards)
+    if by == "close":
+        shards.close()
+        shards.close()
+    else:
+        del shards
+    assert open_shards() == before
+
+
+def test_the_samples_of_a_shard_lie_together(damaged):
+    assert damaged.shard_samples == tuple(np.bincount(damaged.samples["shard"]))
+    assert len(damaged.shards) >= 16

@@ -1,0 +1,345 @@
+"""The kernel benchmark on tiny shapes: what it refuses, what it measures, that its numbers follow from each other."""
+
+import io
+import json
+import re
+import shlex
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+
+import pytest
+import torch
+
+from launch.benchmark import __main__, contenders, gpu, kernel, measure
+from launch.benchmark.check import WrongResult, check
+from launch.benchmark.contenders import Entrant, Shape, make_inputs, model_shapes, parse_shape
+from polaformer import ops, reference
+
+CPU = torch.device("cpu")
+SMALL = ("--shapes", "2,2,5x7,16", "1,1,8x8,8", "--seconds", "0.01")
+RIVALS = ("eager", "sdpa")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+    ),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_yardsticks():
+    """Rates of the device need no gigabytes here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
+        patch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(measure, "MOST_ROUNDS", 20)
+        yield
+
+
+def run_into(folder, *arguments):
+    """(exit status, the JSON or None, standard output, standard error)"""
+    path, out, err = folder / "report" / "kernel.json", io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = kernel.main([*arguments, "--output", str(path)])
+    return status, json.loads(path.read_text()) if path.exists() else None, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Returns a function: arguments → what `run_into` returns."""
+    return partial(run_into, tmp_path)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def measured(request, tmp_path_factory):
+    """(device, report, table) of ours and its rivals on two shapes in two dtypes, and of growth."""
+    folder, device = tmp_path_factory.mktemp("measured"), request.param
+    options = ("--device", device, "--dtype", "float32", "bfloat16", "--growth", "8", "4")
+    status, report, table, _ = run_into(folder, *SMALL, *options, "--contenders", "ours", *RIVALS)
+    assert status == 0
+    return device, report, table
+
+
+def perturbed(change):
+    """Ours with its output changed, and the gradients that follow from that."""
+    right = ops.polarity_attention
+    return lambda *inputs: change(right(*inputs))
+
+
+class OneTokenWithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k):
+        return k.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[-1, 0, grad[-1, 0].abs().amax(-1).argmax()] = 0
+        return grad
+
+
+def one_wrong_token(out):
+    changed = torch.zeros_like(out)
+    changed[-1, -1, 17] = 0.02 * out.detach().abs().max()
+    return out + changed
+
+
+def test_a_report(measured):
+    device, report, table = measured
+    assert report["benchmark"] == "kernel"
+    assert report["device"]["type"] == device
+    assert report["threads"] == torch.get_num_threads()
+    assert report["implementation_of_ours"] == ("compiled kernel" if ops.has_compiled_kernels(device) else "reference")
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", report["commit"])
+    assert [entry["shape"] for entry in report["growth"][::2]] == [
+        f"{kernel._GROWTH_BATCH[device]},1,{side}x{side},96" for side in (4, 8)
+    ]
+    assert len(report["checks"]) == 2 * 4
+    assert all("errors" in entry for entry in report["checks"])
+    entries = [(entry["shape"], entry["dtype"], entry["contender"]) for entry in report["results"]]
+    assert entries == [
+        (shape, dtype, name) for shape in SMALL[1:3] for dtype in ("float32", "bfloat16") for name in ("ours", *RIVALS)
+    ]
+    for shape, dtype, name in entries:
+        assert re.search(rf"^ *{shape} +{dtype} +{name} +\d", table, re.MULTILINE)
+
+
+def test_numbers_follow_from_each_other(measured):
+    _, report, _ = measured
+    by_key = {(entry["shape"], entry["dtype"], entry["contender"]): entry for entry in report["results"]}
+    for (text, dtype, contender), entry in by_key.items():
+        shape = parse_shape(text)
+        floor = shape.batch * shape.heads * shape.tokens * shape.head_width * {"float32": 4, "bfloat16": 2}[dtype]
+        for name, elements in (("forward", 4), ("backward", 7), ("both", 11)):
+            numbers = entry["passes"][name]
+            seconds = numbers["seconds"]
+            assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+            assert seconds["repetitions"] >= 5
+            assert numbers["floor_bytes"] == elements * floor
+            assert numbers["bytes_per_second"] == pytest.approx(elements * floor / seconds["median"])
+            copy = report["copy_bytes_per_second"]["median"]
+            assert numbers["share_of_copy_rate"] == pytest.approx(numbers["bytes_per_second"] / copy)
+            products = report["product_flops_per_second"][dtype]["median"]
+            share = numbers["flops"] / seconds["median"] / products
+            assert numbers["share_of_product_rate"] == pytest.approx(share)
+            others = {rival: by_key[text, dtype, rival] for rival in ("ours", *RIVALS) if rival != contender}
+            other_dtype = "bfloat16" if dtype == "float32" else "float32"
+            others[f"{contender} {other_dtype}"] = by_key[text, other_dtype, contender]
+            ratios = {
+                rival: other["passes"][name]["seconds"]["median"] / seconds["median"] for rival, other in others.items()
+            }
+            assert numbers["times_faster_than"] == pytest.approx(ratios)
+        peaks = entry["peak_extra_bytes"]
+        assert 0 < peaks["forward"] <= peaks["both"]
+        assert entry["peak_as_share_of"] == pytest.approx(
+            {rival: peaks["both"] / other["peak_extra_bytes"]["both"] for rival, other in others.items()}
+        )
+    ours = by_key["2,2,5x7,16", "float32", "ours"]["passes"]
+    assert [ours[name]["flops"] for name in measure.PASSES] == [n * 2 * 2 * 35 * 16**2 for n in (8, 20, 28)]
+    sdpa = by_key["2,2,5x7,16", "float32", "sdpa"]["passes"]
+    assert [sdpa[name]["flops"] for name in measure.PASSES] == [n * 2 * 2 * 35**2 * 16 for n in (4, 10, 14)]
+
+    for ratio, dtype in zip(report["growth_ratios"], ("float32", "bfloat16"), strict=True):
+        first, last = (entry for entry in report["growth"] if entry["dtype"] == dtype)
+        assert (ratio["dtype"], ratio["tokens"]) == (dtype, 4)
+        medians = [entry["passes"]["both"]["seconds"]["median"] for entry in (first, last)]
+        assert ratio["seconds"] == pytest.approx(medians[1] / medians[0])
+        peaks = [entry["peak_extra_bytes"]["both"] for entry in (first, last)]
+        assert ratio["peak_extra_bytes"] == pytest.approx(peaks[1] / peaks[0])
+
+
+def test_a_saved_report_shows_the_same_table(run, capsys, tmp_path):
+    arguments = *SMALL[:2], "--seconds", "0.01", "--dtype", "float32", "--contenders", "ours", "eager", "--growth"
+    _, report, table, _ = run(*arguments, "--markdown")
+    assert kernel.main(["--show", str(tmp_path / "report" / "kernel.json"), "--markdown"]) == 0
+    assert capsys.readouterr().out == table
+    [row] = [line for line in table.splitlines() if "| ours" in line]
+    faster = report["results"][0]["passes"]["both"]["times_faster_than"]["eager"]
+    assert f" {faster:.2f} " in row
+    assert report["growth"] == report["growth_ratios"] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_right_passes_the_check(device, dtype):
+    shape = Shape(2, 2, 7, 9, 16)
+    for attention in (ops.polarity_attention, reference.polarity_attention, reference.plain):
+        errors = check(attention, shape, dtype, torch.device(device))
+        assert list(errors) == ["out", *(f"grad_{name}" for name in ("q", "k", "v", "same_logits", "opposite_logits"))]
+        assert all(error.ours <= error.allowed for sizes in errors.values() for error in sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("attention", "tensor"),
+    [
+        (perturbed(lambda out: 1.02 * out), "out"),
+        (perturbed(one_wrong_token), "out"),
+        (perturbed(lambda out: out.clone().index_fill_(2, torch.tensor([5]), float("nan"))), "out"),
+        (lambda q, k, *rest: ops.polarity_attention(q, OneTokenWithoutGradient.apply(k), *rest), "grad_k"),
+        (lambda q, k, v, same, *rest: ops.polarity_attention(q, k, v, 0 * same + same.detach(), *rest), "grad_same_.*"),
+        (lambda q, k, v, same, opposite, h, w: ops.polarity_attention(q, k, v, same, opposite, w, h), "out"),
+    ],
+    ids=["all a little", "one token", "NaN", "one token without gradient", "no gradient", "height and width swapped"],
+)  # fmt: skip
+def test_what_is_wrong_does_not(attention, tensor, dtype):
+    message = f"^{tensor} of 2,2,7x9,16 in {str(dtype)[6:]} is wrong: .* error .*; nothing was timed, run the tests"
+    with pytest.raises(WrongResult, match=message):
+        check(attention, Shape(2, 2, 7, 9, 16), dtype, CPU)
+
+
+def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
+    wrong = perturbed(lambda out: 1.02 * out)
+    monkeypatch.setattr(contenders.ops, "polarity_attention", wrong)
+    status, report, table, errors = run(*SMALL, "--dtype", "float32")
+    assert (status, report, table) == (1, None, "")
+    assert "error: out of 2,2,5x7,16 in float32 is wrong" in errors
+    assert "measuring" not in errors
+
+
+def test_without_a_compiler_the_rest_is_measured(run):
+    from torch._inductor import config
+
+    with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
+        status, report, table, _ = run(*SMALL[:2], "--device", "cpu", "--dtype", "float32", "--contenders", "compiled",
+                                       "eager")  # fmt: skip
+    compiled, eager = report["results"]
+    assert status == 0
+    assert "passes" in eager
+    assert "passes" not in compiled
+    assert "No working C++ compiler" in compiled["skipped"]
+    assert f"skipped: compiled on 2,2,5x7,16 in float32: {compiled['skipped']}\n" in table
+    assert report["checks"] == report["growth"] == []  # ours does not take part
+
+
+def test_what_takes_too_long_is_skipped(run):
+    status, report, table, _ = run(*SMALL[:2], "--dtype", "float32", "--limit", "1e-9", "--growth", "--device", "cpu")
+    assert status == 0
+    reasons = {entry["contender"]: entry["skipped"] for entry in report["results"]}
+    assert set(reasons) == set(contenders.CONTENDERS)
+    assert all("products alone take" in reason and "more than --limit 1e-09" in reason for reason in reasons.values())
+    assert reasons["ours"].startswith("not checked: ")
+    assert report["checks"][0]["skipped"] == reasons["ours"]
+    assert reasons["sdpa"] in table
+
+
+def test_what_has_no_room_is_skipped(run):
+    """Two terabytes of inputs alone."""
+    status, report, _, _ = run("--shapes", "200000,1,128x128,96", "--dtype", "float32", "--limit", "1e9", "--growth",
+                               "--device", "cpu")  # fmt: skip
+    assert status == 0
+    for entry in report["results"]:
+        assert "passes" not in entry
+        assert "GB of memory; " in entry["skipped"]
+
+
+@pytest.mark.parametrize("contender", ["ours", "eager", "sdpa"])
+def test_predicted_memory(contender):
+    """From a piece of one image for a batch of whole ones; what does not grow with them is counted too often."""
+    shape = Shape(3, 1, 160, 64, 32)
+    entrant = Entrant(contenders.implementation(contender), make_inputs(shape, torch.float32, CPU))
+    needed = measure.peak_bytes(entrant.both, CPU)
+    assert 0.95 * needed < contenders.predict_bytes(contender, shape, torch.float32, CPU) < 2 * needed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_peak_memory(device):
+    x = torch.ones(1 << 20, device=device)  # 4 MiB
+    assert measure.peak_bytes(lambda: x.add_(1).sum(), torch.device(device)) < 1 << 20
+    assert measure.peak_bytes(lambda: (x + 1) * 2 + x, torch.device(device)) == pytest.approx(2 << 22, rel=1e-3)
+    assert measure.peak_bytes(lambda: [x + 1 for _ in range(3)], torch.device(device)) == pytest.approx(
+        3 << 22, rel=1e-3
+    )
+
+
+def test_inputs_are_views_of_one_projection():
+    inputs = make_inputs(Shape(2, 3, 4, 5, 8), torch.bfloat16, CPU)
+    q, k, v, same, opposite = inputs.tensors
+    assert q.shape == k.shape == v.shape == inputs.grad_out.shape == (2, 3, 20, 8)
+    assert q.stride() == k.stride() == v.stride() == (20 * 4 * 24, 8, 4 * 24, 1)
+    assert len({x.untyped_storage().data_ptr() for x in (q, k, v)}) == 1
+    assert inputs.grad_out.transpose(1, 2).is_contiguous()
+    assert same.shape == opposite.shape == (3, 16)
+    assert (q.dtype, same.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_shapes_of_the_models():
+    assert list(map(str, model_shapes([224, 1024], [8]))) == [
+        *("8,1,56x56,96", "8,2,28x28,96", "8,1,256x256,96", "8,2,128x128,96")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--shapes 8,1,3136,96", "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"),
+        ("--shapes 8,1,5x5,7", "shape 8,1,5x5,7 has an odd head width 7; polarity attention needs an even one"),
+        ("--shapes 8,1,5x5,8 --full", "--shapes says all; leave --full, --resolutions and --batches out"),
+        ("--resolutions 100", "--resolutions names 100; give multiples of 32, as the models need"),
+        ("--batches 0", "--batches names 0; give numbers above 0"),
+        ("--growth 0 8", "--growth names 0; give numbers above 0"),
+        ("--seconds 0", "--seconds is 0.0; give a number above 0"),
+        ("--threads -1", "--threads is -1; give a number above 0"),
+        ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
+        ("--show setup.py", "setup.py is no report of python -m launch.benchmark kernel; name one"),
+    ],
+)
+def test_refusals(capsys, arguments, message):
+    assert kernel.main([*arguments.split(), "--device", "cpu"]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(run, capsys):
+    assert run("--device", "cuda")[3] == "error: PyTorch sees no NVIDIA GPU; use --device cpu\n"
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n"
+
+
+@pytest.mark.parametrize("module", [kernel, gpu])
+def test_the_examples_of_the_help_are_valid(module, capsys):
+    name = module.__name__.rpartition(".")[2]
+    with pytest.raises(SystemExit, match="^0$"):
+        __main__.main([name, "--help"])
+    text = capsys.readouterr().out
+    examples = [line for line in text.splitlines() if line.startswith(f"python -m launch.benchmark {name}")]
+    assert len(examples) >= 2
+    for example in examples:
+        module.parse(shlex.split(example)[4:])
+
+
+def test_the_command(command):
+    helped = command("-m", "launch.benchmark", "--help")
+    assert helped.returncode == 0
+    assert all(f"  {name}" in helped.stdout for name in __main__.COMMANDS)
+    unknown = command("-m", "launch.benchmark", "nothing")
+    assert unknown.returncode == 2
+    assert "invalid choice: 'nothing'" in unknown.stderr
+
+
+def test_steps_of_the_gpu_command(tmp_path, monkeypatch):
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with_sanitizer = gpu.plan_steps(tmp_path, quick=False)
+    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel"]
+    assert with_sanitizer[1].command[0] == str(tmp_path / "compute-sanitizer")
+    assert (gpu.ROOT / with_sanitizer[1].command[-1]).exists()
+    assert "--full" in with_sanitizer[-1].command
+    assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[-1].command
+    assert __main__.COMMANDS.keys() - {"gpu"} == {with_sanitizer[-1].name}  # every benchmark
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert gpu.plan_steps(tmp_path, quick=True)[1].skipped.startswith("compute-sanitizer is neither on the PATH nor")
+
+
+def test_a_step_of_the_gpu_command(tmp_path):
+    tests = tmp_path / "test_three.py"
+    tests.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('so')\n")
+    step = gpu.Step("tests", (sys.executable, "-m", "pytest", str(tests), f"--junitxml={tmp_path / 'tests.xml'}"))
+    entry = gpu.run_step(step, tmp_path)
+    assert (entry["name"], entry["exit_status"]) == ("tests", 1)
+    assert "1 failed, 1 passed, 1 skipped" in (tmp_path / "tests.log").read_text()
+    assert gpu.count_tests(tmp_path / "tests.xml") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
+    assert gpu.run_step(gpu.Step("memcheck", skipped="so"), tmp_path) == {"name": "memcheck", "skipped": "so"}

@@ -1,0 +1,112 @@
+"""The CUDA kernels on emulated threads, and as machine code: what can be known of them without a GPU."""
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from polaformer import layers
+
+ROOT = Path(__file__).parents[3]
+KERNELS = ROOT / "polaformer/csrc/cuda"
+HERE = Path(__file__).parent
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # in the order of plan.h's Dtype
+PATHS = ["bfloat16", "float32", "any float32", "any 16"]  # of plan.h's Path
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What the kernels gave: outputs, what backward needs, gradients of q, k, v and the logits, and their plan."""
+
+    out: torch.Tensor
+    state: torch.Tensor
+    key_mean: torch.Tensor
+    key_shift: torch.Tensor
+    grads: tuple[torch.Tensor, ...]
+    path: str
+    items_per_head: tuple[int, int, int, int]  # keys, queries, gradients of queries, of keys
+
+
+@dataclass
+class Message:
+    """Numbers and arrays for the emulator, in the order that emulate.cpp reads them."""
+
+    parts: list[bytes] = field(default_factory=list)
+
+    def add_numbers(self, *numbers: int) -> None:
+        self.parts.append(np.array(numbers, dtype=np.int64).tobytes())
+
+    def add_array(self, x: torch.Tensor) -> None:
+        content = x.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        self.add_numbers(len(content))
+        self.parts.append(content)
+
+    def add_strided(self, x: torch.Tensor) -> None:
+        """The whole storage that x lies in, so that the emulator reads it in place."""
+        x = x.detach()
+        self.add_numbers(x.storage_offset(), *x.stride()[:3])
+        self.add_array(torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()))
+
+
+def build(folder: Path, *options: str) -> Path:
+    """Compiles the kernels with the emulator in the place of device.cuh."""
+    program = folder / "emulate"
+    command = ["g++", "-std=c++20", "-w", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
+    command += [*options, f"-I{KERNELS}", "-include", HERE / "emulator.h", "-x", "c++"]
+    sources = [*sorted(KERNELS.glob("*.cu")), HERE / "emulate.cpp"]
+    jobs = [subprocess.Popen([*command, "-c", source, "-o", folder / f"{source.stem}.o"]) for source in sources]
+    failures = [job.wait() for job in jobs]
+    assert not any(failures), "the kernels do not compile as plain C++"
+    subprocess.run(["g++", *options, *folder.glob("*.o"), "-o", program], check=True)
+    return program
+
+
+def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multiprocessors=4) -> Emulated:
+    """Runs the kernels on q, k, v, same_logits, opposite_logits and gives what they compute."""
+    q, k, v, *logits = inputs
+    batch, heads, tokens, head_width = q.shape
+    request = Message()
+    request.add_numbers(seed, multiprocessors, grad_out is not None)
+    request.add_numbers(batch, heads, *size, head_width, DTYPES.index(q.dtype))
+    for x in (q, k, v):
+        request.add_strided(x)
+    for x in logits:
+        request.add_array(x.float())
+    request.add_array(layers.rotary_angles(2 * head_width))
+    if grad_out is not None:
+        request.add_strided(grad_out)
+    (folder / "request").write_bytes(b"".join(request.parts))
+    done = subprocess.run(
+        [program, folder / "request", folder / "answer"], capture_output=True, text=True, env={**os.environ}
+    )
+    assert done.returncode == 0, done.stderr
+    answer = memoryview(bytearray((folder / "answer").read_bytes()))
+
+    def take(shape, dtype):
+        nonlocal answer
+        count = int(np.prod(shape))
+        content, answer = answer[: count * dtype.itemsize], answer[count * dtype.itemsize :]
+        return torch.frombuffer(content, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+
+    def take_tokens():
+        return take((batch, tokens, heads, head_width), q.dtype).transpose(1, 2)
+
+    path, *items = take((5,), torch.int32).tolist()
+    out, state = take_tokens(), take((batch, heads, 2 * head_width, head_width), torch.float32)
+    mean, shift = take((batch, heads, 2 * head_width), torch.float32), take((batch, heads, head_width), torch.float32)
+    grads = ()
+    if grad_out is not None:
+        grads = *(take_tokens() for _ in range(3)), *(take((heads, 2 * head_width), torch.float32) for _ in range(2))
+    return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(items))
+
+
+@pytest.fixture(scope="session")
+def emulate(tmp_path_factory):
+    """Returns a function: inputs, (height, width), grad_out → `Emulated`."""
+    folder = tmp_path_factory.mktemp("emulator")
+    program = build(folder, "-O1")
+    return lambda *arguments, **options: run(program, folder, *arguments, **options)

@@ -1,0 +1,114 @@
+// Runs the kernels once on emulated threads: emulate REQUEST ANSWER. The files are written and read by emulation.py.
+//
+// Every tensor gets a buffer of its own and of its exact size, so that the address sanitizer sees an access outside;
+// outputs and workspaces are full of NaN before.
+#include <cstdio>
+#include <deque>
+#include <fstream>
+
+#include "plan.h"
+
+namespace {
+
+using namespace polaformer;
+
+struct Request {
+  std::ifstream file;
+  std::deque<std::vector<char>> buffers;
+
+  template <class T>
+  T read() {
+    T value;
+    file.read(reinterpret_cast<char*>(&value), sizeof value);
+    if (!file) emulator::fail("the request ends early");
+    return value;
+  }
+  char* read_bytes() {
+    auto& buffer = buffers.emplace_back(read<int64_t>());
+    file.read(buffer.data(), buffer.size());
+    return buffer.data();
+  }
+  Strided read_strided(Dtype dtype) {
+    const auto offset = read<int64_t>(), batch = read<int64_t>(), head = read<int64_t>(), token = read<int64_t>();
+    return {read_bytes() + offset * bytes_of(dtype), batch, head, token};
+  }
+  float* read_floats() { return reinterpret_cast<float*>(read_bytes()); }
+  template <class T>
+  T* make(int64_t elements, int64_t bytes = sizeof(T)) {
+    return reinterpret_cast<T*>(buffers.emplace_back(elements * bytes, '\xff').data());
+  }
+};
+
+struct Answer {
+  std::ofstream file;
+  void write(const void* data, int64_t bytes) { file.write(static_cast<const char*>(data), bytes); }
+};
+
+void check(const char* error) {
+  if (error) emulator::fail(error);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  Request request{std::ifstream(arguments[1], std::ios::binary), {}};
+  Answer answer{std::ofstream(arguments[2], std::ios::binary)};
+  emulator::randomness.seed(static_cast<unsigned>(request.read<int64_t>()));
+  const auto multiprocessors = static_cast<int>(request.read<int64_t>());
+  const auto differentiate = request.read<int64_t>();
+
+  Shape shape;
+  shape.batch = request.read<int64_t>();
+  for (int* field : {&shape.heads, &shape.height, &shape.width, &shape.head_width}) *field = request.read<int64_t>();
+  shape.dtype = static_cast<Dtype>(request.read<int64_t>());
+  const int64_t elements = shape.all_heads() * shape.tokens() * shape.head_width, bytes = bytes_of(shape.dtype);
+  const int64_t state = shape.all_heads() * shape.state_size(), features = shape.all_heads() * shape.features();
+
+  Forward forward{};
+  forward.shape = shape;
+  forward.q = request.read_strided(shape.dtype);
+  forward.k = request.read_strided(shape.dtype);
+  forward.v = request.read_strided(shape.dtype);
+  forward.same_logits = request.read_floats();
+  forward.opposite_logits = request.read_floats();
+  std::copy_n(request.read_floats(), shape.head_width / 2, forward.angles);
+  const Path path = choose_path(shape, {forward.q, forward.k, forward.v});
+  forward.plan = make_plan(shape, path, multiprocessors);
+  forward.out = request.make<char>(elements, bytes);
+  forward.state = request.make<float>(state);
+  forward.key_mean = request.make<float>(features);
+  forward.key_shift = request.make<float>(features / 2);
+  forward.take_workspaces([&](int64_t floats) { return request.make<float>(floats); });
+  check(run_forward(forward, nullptr));
+  answer.write(&path, sizeof path);
+  answer.write(&forward.plan.keys.items_per_head, sizeof(int));
+  answer.write(&forward.plan.queries.items_per_head, sizeof(int));
+  answer.write(&forward.plan.query_grads.items_per_head, sizeof(int));
+  answer.write(&forward.plan.key_grads.items_per_head, sizeof(int));
+  answer.write(forward.out, elements * bytes);
+  answer.write(forward.state, state * sizeof(float));
+  answer.write(forward.key_mean, features * sizeof(float));
+  answer.write(forward.key_shift, features / 2 * sizeof(float));
+  if (!differentiate) return 0;
+
+  Backward backward{};
+  backward.shape = shape;
+  backward.grad_out = request.read_strided(shape.dtype);
+  backward.q = forward.q, backward.k = forward.k, backward.v = forward.v;
+  backward.same_logits = forward.same_logits, backward.opposite_logits = forward.opposite_logits;
+  backward.state = forward.state, backward.key_mean = forward.key_mean, backward.key_shift = forward.key_shift;
+  std::copy(std::begin(forward.angles), std::end(forward.angles), backward.angles);
+  backward.plan =
+      make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), multiprocessors);
+  backward.grad_q = request.make<char>(elements, bytes);
+  backward.grad_k = request.make<char>(elements, bytes);
+  backward.grad_v = request.make<char>(elements, bytes);
+  backward.grad_same_logits = request.make<float>(shape.heads * shape.features());
+  backward.grad_opposite_logits = request.make<float>(shape.heads * shape.features());
+  backward.take_workspaces([&](int64_t floats) { return request.make<float>(floats); });
+  check(run_backward(backward, nullptr));
+  for (const void* grad : {backward.grad_q, backward.grad_k, backward.grad_v}) answer.write(grad, elements * bytes);
+  for (const float* grad : {backward.grad_same_logits, backward.grad_opposite_logits}) {
+    answer.write(grad, shape.heads * shape.features() * sizeof(float));
+  }
+}

@@ -1,0 +1,483 @@
+// A GPU on a CPU, for tests: stands in for polaformer/csrc/cuda/device.cuh (whose guard it takes), so that g++ compiles
+// the kernels as they are. Blocks run one after another in random order. Every thread of a block is a fiber; whenever
+// one has to wait for others (a barrier of the block, an instruction of the whole warp) a random one that can go on
+// does. What CUDA leaves undefined is made to fail or to show:
+//
+//   shared memory      exactly as large as the launch says, full of NaN before every block
+//   cp.async           its target is full of NaN until the wait that makes it visible to the thread
+//   barriers           every thread of the block has to arrive, and none may have left; nor lanes of a warp's instruction
+//   mma, ldmatrix      every lane has to give the same instruction; tf32 operands that are not rounded are refused
+//   sums of products   rounded towards zero, as tensor cores round; products are exact
+//
+// With -fsanitize=address,undefined every access is checked too; so give each tensor a buffer of its own.
+#pragma once
+#define POLAFORMER_DEVICE_CUH
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ucontext.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+template <class T>
+T __ldg(const T* place) {
+  return *place;
+}
+using std::max;
+using std::min;
+
+namespace emulator {
+
+constexpr size_t kStackBytes = 256 * 1024;
+
+// Where a flow of control goes on; the stack's bounds are for the address sanitizer.
+struct Context {
+  ucontext_t registers;
+  const void* stack = nullptr;
+  size_t stack_bytes = 0;
+};
+
+inline void switch_context(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* keep = nullptr;
+  __sanitizer_start_switch_fiber(&keep, to.stack, to.stack_bytes);
+  swapcontext(&from.registers, &to.registers);
+  __sanitizer_finish_switch_fiber(keep, nullptr, nullptr);
+#else
+  swapcontext(&from.registers, &to.registers);
+#endif
+}
+
+struct Copy {
+  char* target;
+  const char* source;
+  bool valid;
+};
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
+};
+
+// A meeting of threads: of the block at a barrier, of a warp at an instruction.
+struct Meeting {
+  std::string name;
+  std::vector<int> waiting;
+};
+
+// What a warp's lanes give to an instruction and receive from it.
+struct Lanes {
+  alignas(16) char given[32][64], received[32][32];
+};
+
+struct Block {
+  unsigned index, blocks;
+  std::vector<Fiber> fibers;
+  std::vector<int> ready;
+  std::vector<Meeting> meetings;  // of the block, then of each warp
+  std::vector<Lanes> lanes;
+  std::function<void()> body;
+  char* shared;
+  size_t shared_bytes;
+  Context scheduler;
+  int current = -1, left = 0, votes = 0, vote_result = 0;
+};
+
+inline std::mt19937 randomness;
+inline Block* block;
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "emulator: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// Picks a random thread that can go on.
+inline int choose_ready() {
+  Block& b = *block;
+  if (b.ready.empty()) {
+    std::string where;
+    for (const auto& meeting : b.meetings) {
+      if (!meeting.waiting.empty()) where += " " + std::to_string(meeting.waiting.size()) + " at " + meeting.name + ";";
+    }
+    fail("threads wait for others that never come:" + where);
+  }
+  std::swap(b.ready[randomness() % b.ready.size()], b.ready.back());
+  const int chosen = b.ready.back();
+  b.ready.pop_back();
+  return chosen;
+}
+
+// Returns when it is this thread's turn again.
+inline void let_others_run() {
+  Block& b = *block;
+  const int self = b.current, next = choose_ready();
+  b.current = next;
+  if (next != self) switch_context(b.fibers[self].context, b.fibers[next].context);
+}
+
+// Returns once `count` threads have come; the last one works for all.
+template <class Work>
+void meet(Meeting& meeting, const std::string& name, size_t count, Work work) {
+  Block& b = *block;
+  if (meeting.waiting.empty()) meeting.name = name;
+  if (meeting.name != name) fail("threads that should do the same do " + meeting.name + " and " + name);
+  meeting.waiting.push_back(b.current);
+  if (meeting.waiting.size() == count) {
+    work();
+    b.ready.insert(b.ready.end(), meeting.waiting.begin(), meeting.waiting.end());
+    meeting.waiting.clear();
+  }
+  let_others_run();
+}
+
+// A barrier of the block: how many threads voted for it.
+inline int barrier(const char* name, bool vote) {
+  Block& b = *block;
+  if (b.left > 0) fail(std::string(name) + " after threads of the block have left");
+  b.votes += vote;
+  meet(b.meetings[0], name, b.fibers.size(), [&] { b.vote_result = std::exchange(b.votes, 0); });
+  return b.vote_result;
+}
+
+// An instruction of the whole warp: `work` makes of what all lanes give what each receives.
+template <class Received, class Given, class Work>
+Received warp_instruction(const char* name, const Given& given, Work work) {
+  static_assert(sizeof(Given) <= sizeof(Lanes::given[0]) && sizeof(Received) <= sizeof(Lanes::received[0]));
+  Block& b = *block;
+  const int warp = b.current / 32, lane = b.current % 32;
+  Lanes& lanes = b.lanes[warp];
+  std::memcpy(lanes.given[lane], &given, sizeof(Given));
+  meet(b.meetings[1 + warp], name, 32, [&] {
+    std::array<Given, 32> all;
+    std::array<Received, 32> results;
+    for (int i = 0; i < 32; ++i) std::memcpy(&all[i], lanes.given[i], sizeof(Given));
+    work(all, results);
+    for (int i = 0; i < 32; ++i) std::memcpy(lanes.received[i], &results[i], sizeof(Received));
+  });
+  Received received;
+  std::memcpy(&received, lanes.received[lane], sizeof(Received));
+  return received;
+}
+
+inline void run_fiber() {
+  Block& b = *block;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* stack;
+  size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  if (!b.scheduler.stack) b.scheduler.stack = stack, b.scheduler.stack_bytes = bytes;
+#endif
+  b.body();
+  Context& self = b.fibers[b.current].context;
+  if (++b.left == static_cast<int>(b.fibers.size())) switch_context(self, b.scheduler);
+  b.current = choose_ready();
+  switch_context(self, b.fibers[b.current].context);
+}
+
+inline void run_block(unsigned index, unsigned blocks, int threads, size_t shared_bytes, std::function<void()> body) {
+  Block b{index, blocks};
+  b.fibers = std::vector<Fiber>(threads);
+  b.meetings.resize(1 + threads / 32);
+  b.lanes.resize(threads / 32);
+  b.body = std::move(body);
+  b.shared = static_cast<char*>(std::malloc(shared_bytes));
+  b.shared_bytes = shared_bytes;
+  std::memset(b.shared, 0xff, shared_bytes);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = b.fibers[i];
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
+    fiber.context.stack = fiber.stack.get();
+    fiber.context.stack_bytes = kStackBytes;
+    getcontext(&fiber.context.registers);
+    fiber.context.registers.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.registers.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.context.registers, run_fiber, 0);
+    b.ready.push_back(i);
+  }
+  block = &b;
+  b.current = choose_ready();
+  switch_context(b.scheduler, b.fibers[b.current].context);
+  std::free(b.shared);
+}
+
+}  // namespace emulator
+
+struct EmulatedIndex {
+  unsigned x;
+};
+#define threadIdx (EmulatedIndex{static_cast<unsigned>(emulator::block->current)})
+#define blockIdx (EmulatedIndex{emulator::block->index})
+#define gridDim (EmulatedIndex{emulator::block->blocks})
+
+inline void __syncthreads() { emulator::barrier("__syncthreads", false); }
+inline int __syncthreads_or(int vote) { return emulator::barrier("__syncthreads_or", vote) > 0; }
+
+inline void __syncwarp() {
+  emulator::meet(emulator::block->meetings[1 + emulator::block->current / 32], "__syncwarp", 32, [] {});
+}
+
+inline float __shfl_sync(unsigned, float x, int from) {
+  struct Given {
+    float x;
+    int from;
+  };
+  return emulator::warp_instruction<float>("shfl.idx", Given{x, from}, [](const auto& given, auto& received) {
+    for (int i = 0; i < 32; ++i) received[i] = given[given[i].from % 32].x;
+  });
+}
+
+inline float __shfl_xor_sync(unsigned, float x, int mask) {
+  const std::string name = "shfl.bfly " + std::to_string(mask);
+  return emulator::warp_instruction<float>(name.c_str(), x, [mask](const auto& given, auto& received) {
+    for (int i = 0; i < 32; ++i) received[i] = given[i ^ mask];
+  });
+}
+
+namespace polaformer {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+template <class T>
+T& shared_memory() {
+  if (sizeof(T) > emulator::block->shared_bytes) emulator::fail("the launch gives too little shared memory");
+  return *reinterpret_cast<T*>(emulator::block->shared);
+}
+
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline void check_aligned(const void* pointer, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) emulator::fail(std::string(what) + " of an address not aligned to 16");
+}
+
+// PTX ISA, ldmatrix: "Each address corresponds to the start of a matrix row. Addresses addr0–addr7 correspond to the
+// rows of the first matrix, addresses addr8–addr15 correspond to the rows of the second matrix, and so on"; for .x4
+// they come from threads 0–7, 8–15, 16–23, 24–31. "A group of four threads loads an entire row of the matrix", thread 0
+// "receiving the first fragment in its register r, and so on" (two 16-bit elements each): matrix element
+// (lane / 4, 2 · (lane % 4) + i) is half i of a lane's register. With .trans "the matrix is loaded in column-major
+// format": the same of the transposed matrix.
+inline void load_matrices(uint32_t (&fragment)[4], const void* row, bool transposed) {
+  check_aligned(row, "ldmatrix");
+  using Words = std::array<uint32_t, 4>;
+  const auto words = emulator::warp_instruction<Words>(
+      transposed ? "ldmatrix.trans" : "ldmatrix", static_cast<const uint16_t*>(row),
+      [transposed](const auto& rows, auto& received) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          for (int lane = 0; lane < 32; ++lane) {
+            uint32_t word = 0;
+            for (int i = 0; i < 2; ++i) {
+              const int r = lane / 4, c = 2 * (lane % 4) + i;
+              const uint16_t element = transposed ? rows[8 * matrix + c][r] : rows[8 * matrix + r][c];
+              word |= uint32_t{element} << (16 * i);
+            }
+            received[lane][matrix] = word;
+          }
+        }
+      });
+  std::copy(words.begin(), words.end(), fragment);
+}
+inline void load_matrices(uint32_t (&fragment)[4], const void* row) { load_matrices(fragment, row, false); }
+inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) { load_matrices(fragment, row, true); }
+
+// One mma of shape 16×8×K. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "… mma.m16n8k8":
+//
+//   groupID = %laneid >> 2        threadID_in_group = %laneid % 4
+//   C, D of both: row = groupID for c0, c1, groupID + 8 for c2, c3; col = threadID_in_group * 2 + (i & 0x1)
+//
+// `Layout` says where the elements of A and B are and what they are worth.
+template <class Layout>
+void multiply(const char* name, float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  struct Given {
+    uint32_t left[4], right[2];
+    float sum[4];
+  };
+  Given given;
+  std::copy(left, left + 4, given.left);
+  std::copy(right, right + 2, given.right);
+  std::copy(sum, sum + 4, given.sum);
+  using Floats = std::array<float, 4>;
+  const auto result = emulator::warp_instruction<Floats>(name, given, [](const auto& lanes, auto& received) {
+    double a[16][Layout::kInner], b[Layout::kInner][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < Layout::kLeftElements; ++i) {
+        a[Layout::left_row(lane, i)][Layout::left_column(lane, i)] = Layout::element(lanes[lane].left, i);
+      }
+      for (int i = 0; i < Layout::kRightElements; ++i) {
+        b[Layout::right_row(lane, i)][lane >> 2] = Layout::element(lanes[lane].right, i);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) {
+        const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = (lane % 4) * 2 + (i & 1);
+        double exact = lanes[lane].sum[i];
+        for (int k = 0; k < Layout::kInner; ++k) exact += a[row][k] * b[k][column];
+        const float nearest = static_cast<float>(exact);
+        received[lane][i] = std::fabs(nearest) > std::fabs(exact) ? std::nextafterf(nearest, 0.f) : nearest;
+      }
+    }
+  });
+  std::copy(result.begin(), result.end(), sum);
+}
+
+// m16n8k16, .bf16. A: row = groupID for ai where 0 <= i < 2 || 4 <= i < 6, groupID + 8 otherwise;
+// col = (threadID_in_group * 2) + (i & 0x1) for ai where i < 4, … + 8 for ai where i >= 4.
+// B: row = (threadID_in_group * 2) + (i & 0x1) for bi where i < 2, … + 8 for bi where i >= 2; col = groupID.
+struct LayoutBf16 {
+  static constexpr int kInner = 16, kLeftElements = 8, kRightElements = 4;
+  static int left_row(int lane, int i) { return (0 <= i && i < 2) || (4 <= i && i < 6) ? lane >> 2 : (lane >> 2) + 8; }
+  static int left_column(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 4 ? 0 : 8); }
+  static int right_row(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 2 ? 0 : 8); }
+  static double element(const uint32_t* words, int i) { return float_of(words[i / 2] >> (16 * (i % 2)) << 16); }
+};
+
+// m16n8k8, .tf32. A: row = groupID for a0 and a2, groupID + 8 for a1 and a3; col = threadID_in_group for a0 and a1,
+// threadID_in_group + 4 for a2 and a3. B: row = threadID_in_group for b0, threadID_in_group + 4 for b1; col = groupID.
+struct LayoutTf32 {
+  static constexpr int kInner = 8, kLeftElements = 4, kRightElements = 2;
+  static int left_row(int lane, int i) { return i == 0 || i == 2 ? lane >> 2 : (lane >> 2) + 8; }
+  static int left_column(int lane, int i) { return i == 0 || i == 1 ? lane % 4 : lane % 4 + 4; }
+  static int right_row(int lane, int i) { return i == 0 ? lane % 4 : lane % 4 + 4; }
+  static double element(const uint32_t* words, int i) {
+    if (words[i] & 0x1fff && !std::isnan(float_of(words[i]))) emulator::fail("a tf32 operand is not rounded");
+    return float_of(words[i]);
+  }
+};
+
+inline void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  multiply<LayoutBf16>("mma.m16n8k16.bf16", sum, left, right);
+}
+inline void multiply_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  multiply<LayoutTf32>("mma.m16n8k8.tf32", sum, left, right);
+}
+
+// PTX ISA, cvt: ".rna: round to nearest with ties away from zero". Half of the 13 dropped bits' unit is added to the
+// magnitude; a carry into the exponent is right.
+inline uint32_t round_to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000u) & ~0x1fffu : bits;
+}
+
+inline uint16_t round_to_bf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (std::isnan(x)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | uint32_t{round_to_bf16(high)} << 16; }
+
+template <class T>
+T opaque(T x) {
+  return x;
+}
+inline float reciprocal(float x) { return 1.f / x; }
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                          : exponent     ? std::ldexp(1024.f + mantissa, exponent - 25)
+                                         : std::ldexp(static_cast<float>(mantissa), -24);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+inline uint16_t float_to_half(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x)) return 0x7fff;
+  if (magnitude >= 65520.f) return sign | 0x7c00;
+  int exponent = magnitude > 0 ? std::max(std::ilogb(magnitude), -14) : -14;
+  const auto mantissa = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));  // ties to even
+  return static_cast<uint16_t>(sign + ((exponent + 14) << 10) + mantissa);  // subnormals and carries included
+}
+
+template <int kCount>
+void store_words(void* global, const uint32_t (&words)[kCount]) {
+  if (reinterpret_cast<uintptr_t>(global) % sizeof words) emulator::fail("a vector is stored to an unaligned address");
+  std::copy(words, words + kCount, static_cast<uint32_t*>(global));
+}
+
+inline void copy_async(void* shared, const void* global, bool valid) {
+  check_aligned(shared, "cp.async");
+  if (valid) check_aligned(global, "cp.async");
+  std::memset(shared, 0xff, 16);
+  emulator::Block& b = *emulator::block;
+  b.fibers[b.current].copies.back().push_back(
+      {static_cast<char*>(shared), static_cast<const char*>(global), valid});
+}
+inline void commit_copies() {
+  emulator::Block& b = *emulator::block;
+  b.fibers[b.current].copies.emplace_back();
+}
+template <int kPending>
+void wait_for_copies() {
+  emulator::Block& b = *emulator::block;
+  auto& groups = b.fibers[b.current].copies;
+  while (groups.size() > kPending + 1) {
+    for (const auto& copy : groups.front()) {
+      if (copy.valid) {
+        std::memcpy(copy.target, copy.source, 16);
+      } else {
+        std::memset(copy.target, 0, 16);
+      }
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+struct Grid {
+  int64_t blocks;
+  int threads, shared_bytes;
+};
+
+template <class Arguments>
+const char* launch(void (*kernel)(Arguments), Grid grid, void*, const Arguments& arguments) {
+  std::vector<unsigned> order(grid.blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), emulator::randomness);
+  for (const unsigned index : order) {
+    emulator::run_block(index, static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
+                        [&] { kernel(arguments); });
+  }
+  return nullptr;
+}
+
+}  // namespace polaformer
