@@ -11,7 +11,7 @@ in each epoch.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -223,8 +223,7 @@ class EvalLoader:
             raise ValueError(f"the evaluation batch is {batch}; use at least 1")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
-        self.manifest, self.batch, self.device = manifest, batch, device
-        self.options = replace(options, recipe="simple", color_jitter=0.0)  # for a graph without stages
+        self.manifest, self.options, self.batch, self.device = manifest, options.plain, batch, device
         if manifest.remote:
             require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch, ranks)})
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)

@@ -24,7 +24,7 @@ class Stage(NamedTuple):
 
     kind: DataNode  # scalars, int32: of Kind
     amount: DataNode  # scalars, float32: as Kind says
-    matrix: DataNode  # (3, 3) float32: as recipes.matrices says
+    matrix: DataNode | None = None  # (3, 3) float32: as recipes.matrices says; None where have_matrices denies it
 
 
 Branch = Callable[[DataNode, Stage], DataNode]
@@ -73,13 +73,23 @@ def _warp(images: DataNode, stage: Stage, fill: list[int], interpolation: types.
 
 
 def _color(images: DataNode, stage: Stage) -> DataNode:
-    cut = (stage.amount > 0) * _CUT  # at 0 PIL takes the rounded grey as it is
-    return fn.coord_transform(images, M=stage.matrix, T=cut, dtype=types.UINT8)
+    """image + grey (1 / factor - 1), times the factor: turning floats into bytes costs most, and `brightness` least."""
+    factor = dali_math.max(stage.amount, 1e-6)
+    mixed = images + _grey_level(images) * _beside(images, 1 / factor - 1)
+    return fn.brightness(mixed, brightness=factor, brightness_shift=_CUT / 255, dtype=types.UINT8)
+
+
+def _grey(images: DataNode, stage: Stage) -> DataNode:
+    return fn.color_space_conversion(_grey_level(images), image_type=types.GRAY, output_type=types.RGB)
+
+
+def _grey_level(images: DataNode) -> DataNode:
+    """(H, W, 1) uint8, PIL's L."""
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
 def _contrast(images: DataNode, stage: Stage) -> DataNode:
-    grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
-    centre = dali_math.floor(fn.reductions.mean(grey) + 0.5)
+    centre = dali_math.floor(fn.reductions.mean(_grey_level(images)) + 0.5)
     if images.device == "cpu":  # a tenth of the arithmetic's time, but the centre may not lie on a GPU
         return fn.brightness_contrast(
             images, contrast=stage.amount, contrast_center=centre, brightness_shift=_CUT / 255
@@ -151,4 +161,5 @@ _BRANCHES: dict[Kind, Branch] = {
     Kind.SOLARIZE: _invert_from_threshold,
     Kind.SOLARIZE_ADD: _solarize_add,
     Kind.BLUR: _blur,
+    Kind.GREY: _grey,
 }

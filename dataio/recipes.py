@@ -25,7 +25,7 @@ class Kind(IntEnum):
     SHEAR_Y = 3  # pixels upwards for each column to the right
     TRANSLATE_X = 4  # share of the width, to the left
     TRANSLATE_Y = 5  # share of the height, upwards
-    COLOR = 6  # factor: 0 is grey, 1 as it was, 2 twice as colourful
+    COLOR = 6  # factor above 0: 1 as it was, 2 twice as colourful
     CONTRAST = 7  # factor: 0 is the mean's grey
     BRIGHTNESS = 8  # factor: 0 is black
     SHARPNESS = 9  # factor: 0 is smoothed
@@ -36,25 +36,23 @@ class Kind(IntEnum):
     SOLARIZE = 14  # threshold: values from it on are inverted
     SOLARIZE_ADD = 15  # levels added to values below 128
     BLUR = 16  # standard deviation of a Gaussian in pixels
+    GREY = 17
 
 
 #: The kinds that move pixels.
 AFFINE = (Kind.ROTATE, Kind.SHEAR_X, Kind.SHEAR_Y, Kind.TRANSLATE_X, Kind.TRANSLATE_Y)
 
 #: What a stage of each recipe chooses from, with equal chances. 3-Augment has one stage, colour jitter three.
-RAND_AUGMENT = tuple(kind for kind in Kind if kind not in (Kind.NONE, Kind.BLUR))
-THREE_AUGMENT = (Kind.COLOR, Kind.SOLARIZE, Kind.BLUR)
+RAND_AUGMENT = tuple(kind for kind in Kind if kind not in (Kind.NONE, Kind.BLUR, Kind.GREY))
+THREE_AUGMENT = (Kind.GREY, Kind.SOLARIZE, Kind.BLUR)
 COLOR_JITTER = (Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR)
 
 DRAWS = 4  # uniform numbers that an image has for each stage
 
 _TOP = 10.0  # the scale of magnitudes
 _ORDERS = np.array(list(itertools.permutations(range(len(COLOR_JITTER)))))
-# COLOR and SHARPNESS go from the second matrix, at factor 0, through the first one, at factor 1.
-_ENHANCED = {
-    Kind.COLOR: (np.eye(3), np.tile([0.299, 0.587, 0.114], (3, 1))),  # PIL's grey of R, G, B
-    Kind.SHARPNESS: (np.diag([0.0, 1.0, 0.0]), np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13),  # ImageFilter.SMOOTH
-}
+_SHARP = np.diag([0.0, 1.0, 0.0])  # the filter that leaves an image as it is
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # PIL's ImageFilter.SMOOTH
 _normal = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
 
 
@@ -148,23 +146,26 @@ def _choose(draws: np.ndarray, count: int) -> np.ndarray:
     return (draws * count).astype(np.int64)
 
 
+def have_matrices(kinds: tuple[Kind, ...]) -> bool:
+    """Whether any of them is done by its matrix."""
+    return any(kind in (*AFFINE, Kind.SHARPNESS) for kind in kinds)
+
+
 def matrices(operations: Operations, size: int, mirrored: np.ndarray) -> np.ndarray:
     """(B, L, 3, 3) float32: of what an operation does where that is a matrix, and the identity elsewhere.
 
     AFFINE kinds: from (x, y, 1) in the changed image of `size` × `size` pixels to where its value is in the one
-    before, both with (0, 0) at the corner of the first pixel. COLOR: from (R, G, B) to (R, G, B). SHARPNESS: the
-    filter. mirrored: (B,) bool, images that are only mirrored after their operations, which therefore go the other
-    way round in them.
+    before, both with (0, 0) at the corner of the first pixel. SHARPNESS: the filter. mirrored: (B,) bool, images that
+    are only mirrored after their operations, which therefore go the other way round in them.
     """
     result = np.tile(np.eye(3), (*operations.kinds.shape, 1, 1))
     amounts = operations.amounts.astype(np.float64)
     for kind in AFFINE:
         here = operations.kinds == kind
         result[here] = _affine(kind, amounts[here], size)
-    for kind, (unchanged, weakest) in _ENHANCED.items():
-        here = operations.kinds == kind
-        factors = amounts[here][:, None, None]
-        result[here] = factors * unchanged + (1 - factors) * weakest
+    here = operations.kinds == Kind.SHARPNESS
+    factors = amounts[here][:, None, None]
+    result[here] = factors * _SHARP + (1 - factors) * _SMOOTH
     mirror = np.array([[-1, 0, size], [0, 1, 0], [0, 0, 1]])
     turned = np.isin(operations.kinds, AFFINE) & mirrored[:, None]
     result[turned] = mirror @ result[turned] @ mirror
