@@ -14,6 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms import functional as vision
 
 from dataio.index import Manifest, draws_at, load_manifest
+from dataio.parity import in_pil, largest_gap
 from dataio.pipeline import (
     WINDOW_DRAWS,
     ImageOptions,
@@ -145,7 +146,7 @@ def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
         pytest.param(ImageOptions(image_size=96, threads=2, recipe="simple", color_jitter=0.4), id="colour jitter"),
     ],
 )
-def test_training_recipes_are_the_same_in_pil(manifest, options, device, in_pil):
+def test_training_recipes_are_the_same_in_pil(manifest, options, device):
     """From the encoded image to its last operation. One pixel may decide on all of an image: hence no maximum."""
     views = draw_views(manifest, options)
     assert (views.kinds != Kind.NONE).any(axis=0).all()
@@ -153,7 +154,7 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device, in_pil)
     expected = []
     for image, kinds, amounts in zip(cut(manifest, views, 96, resample), views.kinds, views.amounts, strict=True):
         for kind, amount in zip(kinds, amounts, strict=True):
-            image = in_pil(image, Kind(kind), amount, (124, 116, 104), resample)
+            image = in_pil(image, Kind(kind), amount, options.interpolation)
         expected.append(vision.pil_to_tensor(image))
     got = levels(decode(manifest, options, views, torch.device(device)), options)
     differences = (got - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
@@ -215,13 +216,6 @@ def test_a_recipe_leaves_windows_and_flips_alone(manifest):
         for options in (ImageOptions(), ImageOptions(recipe="simple"), ImageOptions(recipe="simple", color_jitter=0.0))
     ]
     assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))
-
-
-def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's statistic: the largest distance of the two empirical distribution functions."""
-    places = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
-    return np.abs(shares[0] - shares[1]).max()
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (400, 120), (90, 333)])
