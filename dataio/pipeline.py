@@ -456,6 +456,7 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
         num_threads=options.threads,
         device_id=device_id,
         prefetch_queue_depth=options.prefetch_batches,
+        exec_dynamic=True,  # the executor that gives each batch memory of its own, see _to_torch
     )
 
 
@@ -507,7 +508,8 @@ def _definition(
 def _to_torch(output: object, device: torch.device) -> torch.Tensor:
     """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
 
-    On the CPU the tensor is DALI's memory, handed over: DALI never writes to it again. On a GPU DALI's memory would
+    On the CPU the tensor is DALI's memory, handed over: DALI writes to it again only when the tensor is gone, and it
+    outlives the pipeline. On a GPU DALI's memory would
     go back to it with the tensor, while PyTorch's stream may still read from it, so the batch is copied. It is
     complete when share_outputs has returned it. The copy is queued on PyTorch's current stream, and copy_to_external
     makes DALI's stream wait for it before it writes to the buffer again. So release_outputs may follow at once, and

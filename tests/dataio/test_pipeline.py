@@ -1,6 +1,8 @@
 """The DALI graph against PIL and torchvision, crops against torchvision's own, and faults named."""
 
+import gc
 import io
+import itertools
 import shutil
 from collections.abc import Iterator
 
@@ -182,6 +184,27 @@ def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, devi
     ]
     assert len(batches) == len(manifest) // 4
     assert all(torch.equal(kept, at_first) for kept, at_first in batches)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_outlives_its_pipeline_and_is_the_caller_s_to_write_to(manifest, device):
+    """Neither does DALI overwrite what is still held, nor what the caller overwrites come back from it."""
+    options = ImageOptions(image_size=64, threads=2)
+    views = [draw_views(manifest, options, seed) for seed in range(3)]
+    expected = [decode(manifest, options, of_seed, torch.device(device)).clone() for of_seed in views]
+    begun = decode_batches(manifest, options, requests(views[0], 4), 4, torch.device(device))
+    held = [images for _, images in itertools.islice(begun, 8)]
+    begun.close()  # in the middle, with batches under way
+    del begun
+    gc.collect()
+    later = decode(manifest, options, views[1], torch.device(device))
+    assert torch.equal(torch.cat(held), expected[0][:32])
+    assert torch.equal(later, expected[1])
+    for images in held:
+        images.fill_(torch.nan)
+    assert torch.equal(decode(manifest, options, views[2], torch.device(device)), expected[2])
+    assert torch.cat(held).isnan().all()
+    assert torch.equal(later, expected[1])
 
 
 def test_flipping_mirrors_the_same_pixels(manifest):
