@@ -28,7 +28,7 @@ POSITIONS = range(0, 40 * 16, 16)
 @pytest.fixture(scope="module")
 def photographs(shards) -> Batch:
     plan = TrainPlan(seed=0, global_batch=16)
-    return next(TrainLoader(load_manifest(shards), ImageOptions(size=32, threads=2), plan, torch.device("cpu")))
+    return next(TrainLoader(load_manifest(shards), ImageOptions(image_size=32, threads=2), plan, torch.device("cpu")))
 
 
 def at(batch: Batch, position: int, device: str = "cpu") -> Batch:
@@ -134,7 +134,7 @@ def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
 
 
 def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
-    options = MixOptions(erase_probability=0, probability=0.3, label_smoothing=0.4)
+    options = MixOptions(erase_probability=0, mix_probability=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
     for position in POSITIONS:
@@ -148,6 +148,24 @@ def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
 def test_an_odd_batch_cannot_be_mixed():
     with pytest.raises(ValueError, match="batch of 7 images per rank .* in pairs; use 8, or set mixup and cutmix to 0"):
         augment(MixOptions(), batch=7)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_an_image_is_erased_alike_on_any_number_of_ranks(photographs, device, ranks):
+    options = MixOptions(mixup=0, cutmix=0)
+    for position in POSITIONS[:4]:
+        whole = at(photographs, position, device)
+        parts = [
+            Batch(images.clone(), labels, whole.samples, position + rank * 16 // ranks)
+            for rank, (images, labels) in enumerate(
+                zip(whole.images.chunk(ranks), whole.labels.chunk(ranks), strict=True)
+            )
+        ]
+        expected = augment(options, device=device)(whole)
+        got = [augment(options, device=device, batch=16 // ranks)(part) for part in parts]
+        for of_whole, of_parts in zip(expected, zip(*got, strict=True), strict=True):
+            assert torch.equal(of_whole, torch.cat(of_parts))
 
 
 def test_a_quarter_of_the_images_loses_a_rectangle_to_noise(photographs):

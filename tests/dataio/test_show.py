@@ -45,7 +45,7 @@ def test_augmented_samples_below_the_stored_ones(shards):
     assert len(drawn) == 20
     rows = [drawn[:8], drawn[8:16], drawn[16:18], drawn[18:]]  # 8 columns
     before, after = rows[0] + rows[2], rows[1] + rows[3]
-    batch = next(TrainLoader(manifest, ImageOptions(size=64), TrainPlan(3, 10), torch.device("cpu")))
+    batch = next(TrainLoader(manifest, ImageOptions(image_size=64), TrainPlan(3, 10), torch.device("cpu")))
     assert [title for title, _ in before] == [stored(manifest, sample)[0] for sample in batch.samples]
     images, targets = Augment(MixOptions(), 4, 3, 10, torch.device("cpu"))(batch)
     mean, std = (np.array(values) for values in (ImageOptions().mean, ImageOptions().std))
@@ -86,7 +86,7 @@ def test_long_names_are_cut(source, tmp_path):
     ("options", "message"),
     [
         (["--count", "0", "--out", "grid.png"], "--count is 0; use 1 or more"),
-        (["--augmented", "--size", "0", "--out", "grid.png"], "size is 0; use at least 1"),
+        (["--augmented", "--size", "0", "--out", "grid.png"], "image_size is 0; use at least 1"),
         (["--seed", "-1", "--out", "grid.png"], "seed is -1; use a number from 0 to 2**63 - 1"),
         (["--count", "2", "--out", "grid.xyz"], "Format 'xyz' is not supported"),
         (["--count", "2", "--out", "none/grid.png"], "[Errno 2] No such file or directory: "),
