@@ -33,7 +33,7 @@ struct QueryGradShared {
   float dots[2 * kGroups][kQueryGradTokens];  // … and of their gradients
   // S, if it is bf16: rows of a pole's 16 columns of q are even ones first, columns padded by halves.
   alignas(16) typename Operand::Element state[Operand::kNarrow ? 2 * kWidth * kStride : 1];
-  alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow
+  alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow, per unit of exponents
 };
 
 // One block per item. One warp per flow and 16 columns of q: its features, turned and transposed, are left operands
@@ -51,7 +51,7 @@ struct QueryGrads {
   int flow, group;     // this warp's
   int part;            // this block's
   const float* state;  // of the head
-  Poles temperatures, means;
+  Poles temperatures, means;  // temperatures in exponents' units
   float2 key_shift;
 
   static constexpr int kColumns = Shared::kColumns;
@@ -70,8 +70,9 @@ struct QueryGrads {
     temperatures = means = {};
     key_shift = {};
     if (column < width) {
-      temperatures = {{logistic(logits[column]), logistic(logits[column + 1])},
-                      {logistic(logits[width + column]), logistic(logits[width + column + 1])}};
+      constexpr float kUnit = kExponentUnit<Operand>;
+      temperatures = {{kUnit * logistic(logits[column]), kUnit * logistic(logits[column + 1])},
+                      {kUnit * logistic(logits[width + column]), kUnit * logistic(logits[width + column + 1])}};
       means = {{mean[column], mean[column + 1]}, {mean[width + column], mean[width + column + 1]}};
       const float* shift = f.key_shift + int64_t{item.head} * width + column / 2;
       key_shift = make_float2(shift[0], shift[width / 2]);
@@ -159,7 +160,7 @@ struct QueryGrads {
       Pair<float> shift = {};
       if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
       const Pair<float> exponents = scale(absolute(x), select(temperatures, x));
-      features[slot] = features_of<kShifted>(exponents, shift);
+      features[slot] = features_of<Operand, kShifted>(exponents, shift);
       const Pair<float> mean = select(means, x);
       values[slot] = features[slot].first * mean.first + features[slot].second * mean.second;
     }
@@ -182,7 +183,7 @@ struct QueryGrads {
     Pair<float> grad_features[4];
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      Poles scaled[2];
+      Poles turned[2];  // over z
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = 2 * upper + i;
@@ -191,19 +192,15 @@ struct QueryGrads {
         const float by = of_slot(inverse, slot);
         const Poles grad = {{grad_first[upper][i], grad_first[upper][2 + i]},
                             {grad_second[upper][i], grad_second[upper][2 + i]}};
-        const Poles turned = turns.forward(part_poles(features[slot], x));
-        values[slot] = dot(turned, grad);
-        const Pair<float> back = select(turns.back(grad), x);
-        grad_features[slot] = {back.first * by, back.second * by};
-        scaled[i] = {{turned.first.first * by, turned.first.second * by},
-                     {turned.second.first * by, turned.second.second * by}};
+        turned[i] = turns.forward(part_poles(scale(features[slot], by), x));
+        values[slot] = dot(turned[i], grad);
+        grad_features[slot] = scale(select(turns.back(grad), x), by);
       }
-      first_pole.set(0, upper, scaled[0].first.first, scaled[1].first.first);
-      first_pole.set(1, upper, scaled[0].first.second, scaled[1].first.second);
-      second_pole.set(0, upper, scaled[0].second.first, scaled[1].second.first);
-      second_pole.set(1, upper, scaled[0].second.second, scaled[1].second.second);
+      first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
+      first_pole.set(1, upper, turned[0].first.second, turned[1].first.second);
+      second_pole.set(0, upper, turned[0].second.first, turned[1].second.first);
+      second_pole.set(1, upper, turned[0].second.second, turned[1].second.second);
     }
-    write_row(shared.dots, values, plus);
 #pragma unroll
     for (int column = 0; column < kColumns; column += 16) {
       if (kWidth / 2 % kColumns != 0 && part * kColumns + column >= kWidth / 2) break;
@@ -212,8 +209,9 @@ struct QueryGrads {
       Operand::multiply(first[column / 8], first[column / 8 + 1], first_pole, right);
       Operand::multiply(second[column / 8], second[column / 8 + 1], second_pole, right);
     }
+    write_row(shared.dots, values, plus);
     __syncthreads();
-    const float exact = -(read_rows(shared.dots, plus) * inverse) * inverse;
+    const float exact = -read_rows(shared.dots, plus) * inverse;
     const float grad_normalizer = fminf(fmaxf(exact, -kLargestNormalizerGradient), kLargestNormalizerGradient);
 
     // dφ, dx, and the sums that need dz.
@@ -226,16 +224,16 @@ struct QueryGrads {
       const Pair<float> slope = slopes_of<kShifted>(features[slot], scale(absolute(x), by), shift);
       const Pair<float> exponent = {(grad_features[slot].first + grad * mean.first) * slope.first,
                                     (grad_features[slot].second + grad * mean.second) * slope.second};
-      accumulate(mean_sum, part_poles({features[slot].first * grad, features[slot].second * grad}, x));
-      accumulate(logit_sum, part_poles(scale(exponent, absolute(x)), x));
-      const Pair<float> sign = {sign_of(x.first), sign_of(x.second)};
+      accumulate(mean_sum, features[slot], {grad, grad}, x);
+      accumulate(logit_sum, exponent, absolute(x), x);
+      const Pair<float> sign = {with_sign(1.f, x.first), with_sign(1.f, x.second)};
       const Pair<float> grad_query = scale(scale(exponent, by), flow ? negative(sign) : sign);
       *reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair()) =
           make_float2(grad_query.first, grad_query.second);
     }
   }
 
-    // Writes this warp's part of the item's sums.
+  // Writes this warp's part of the item's sums.
   __device__ __forceinline__ void store_sums(unsigned item) const {
     const int width = f.shape.head_width, row = 2 * pair();
     const float scale = f.plan.mean_weight;
@@ -282,7 +280,7 @@ __device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int place = token * (kWidth + 8) + column + i;
-    values[i] = shared.parts[0][place] + shared.parts[1][place];
+    values[i] = (shared.parts[0][place] + shared.parts[1][place]) * (1.f / kExponentUnit<Operand>);
   }
   store_elements<Operand>(f.grad_q, row + int64_t{begin + token} * (f.shape.heads * f.shape.head_width) + column, values,
                           f.shape.head_width - column, f.shape.dtype);
@@ -532,16 +530,17 @@ struct KeyGradTile {
           const float2 both = shared.shifts[place / 2 + pair];
           shift = select({{both.x, both.x}, {both.y, both.y}}, x);
         }
-        const Pair<float> features = features_of<kShifted>(absolute(x), shift);
+        const Pair<float> exponents = scale(absolute(x), kExponentUnit<Operand>);
+        const Pair<float> features = features_of<Operand, kShifted>(exponents, shift);
         const Poles turned = by.forward(part_poles(features, x));
         left[0].set(row, pair, turned.first.first, turned.first.second);
         left[1].set(row, pair, turned.second.first, turned.second.second);
 
         const Poles grad = {{first[pair][2 * row], first[pair][2 * row + 1]},
                             {second[pair][2 * row], second[pair][2 * row + 1]}};
-        const Pair<float> back = select(by.back(grad), x), slope = slopes_of<kShifted>(features, absolute(x), shift);
-        grad_keys[row][2 * pair] = (back.first + mean.first) * slope.first * sign_of(x.first);
-        grad_keys[row][2 * pair + 1] = (back.second + mean.second) * slope.second * sign_of(x.second);
+        const Pair<float> back = select(by.back(grad), x), slope = slopes_of<kShifted>(features, exponents, shift);
+        grad_keys[row][2 * pair] = (back.first + mean.first) * with_sign(slope.first, x.first);
+        grad_keys[row][2 * pair + 1] = (back.second + mean.second) * with_sign(slope.second, x.second);
       }
     }
 #pragma unroll
@@ -566,8 +565,10 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
   if (load_head(shared, f, item) != kShifted) return;
   const Rows<Operand::kFloatInputs> keys = rows_of<Operand::kFloatInputs>(f.k, f.shape, item);
   const Rows<Operand::kFloatInputs> values = rows_of<Operand::kFloatInputs>(f.v, f.shape, item);
-  const int64_t row = first_row(item, f.shape);
   const int width = f.shape.head_width;
+  const auto row_of = [&](int token) {
+    return ((int64_t{item.batch} * f.shape.tokens() + token) * f.shape.heads + item.head_in_batch) * width;
+  };
 
   for (int begin = item.begin + threadIdx.x / 32 * 16; begin < item.end; begin += kKeyGradTokens) {
     KeyGradTile<Operand, kWidth, kShifted> tile{shared, f.turns, values};
@@ -596,8 +597,8 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
       for (int lower = 0; lower < 2; ++lower) {
         const int token = begin + lane_group() + 8 * lower;
         if (token >= item.end) continue;
-        store_elements<Operand>(f.grad_k, row + int64_t{token} * (f.shape.heads * width) + place, grad_keys[lower],
-                                width - place, f.shape.dtype);
+        store_elements<Operand>(f.grad_k, row_of(token) + place, grad_keys[lower], width - place,
+                                f.shape.dtype);
       }
     }
 #pragma unroll
@@ -609,8 +610,7 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
         float eight[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) eight[j] = tile.grad_values[4 * i + j / 2][2 * lower + j % 2];
-        store_elements<Operand>(f.grad_v, row + int64_t{token} * (f.shape.heads * width) + place, eight, width - place,
-                                f.shape.dtype);
+        store_elements<Operand>(f.grad_v, row_of(token) + place, eight, width - place, f.shape.dtype);
       }
     }
   }

@@ -79,6 +79,23 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// 2^x to 2^-22 of it, in one instruction.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The smaller or larger one; NaN if either is.
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  return x;
+}
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  return x;
+}
+
 // 1/x to one unit in the last place, for normal x below 2^126: without the division's branch.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

@@ -51,11 +51,11 @@ struct KeySums {
         const int token = 2 * lane_member() + 8 * upper + i;
         Pair<float> x;
         Operand::load_pair(keys + token * kStride + 2 * pair, x.first, x.second);
-        const Poles features =
-            part_poles({expm1_of_exponent(fabsf(x.first)), expm1_of_exponent(fabsf(x.second))}, x);
+        const Pair<float> exponents = scale(absolute(x), kExponentUnit<Operand>);
+        const Poles features = part_poles(features_of<Operand, false>(exponents, {}), x);
         mean.first.first += features.first.first, mean.first.second += features.first.second;
         mean.second.first += features.second.first, mean.second.second += features.second.second;
-        loudest = fmaxf(loudest, fmaxf(fabsf(x.first), fabsf(x.second)));
+        loudest = fmaxf(loudest, largest(absolute(x)));
         turned[i] = load_turns(turns, places[token], pair).forward(features);
       }
       first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
@@ -202,7 +202,7 @@ __device__ __forceinline__ void sum_shifted_keys(FinishShared& shared, const For
     const int token = begin + member;
     Pair<float> turned = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
-      const Pair<float> features = features_of<true>(key_exponents(keys, token, first + pair), {shift, shift});
+      const Pair<float> features = features_of<AnyFloat32, true>(key_exponents(keys, token, first + pair), {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
       const int64_t place = by_row ? row : shape.height + token - row * shape.width;
@@ -285,7 +285,7 @@ template <class Operand, int kWidth>
 struct QueryShared {
   static constexpr int kStride = kWidth + Operand::kPadding;
   alignas(16) typename Operand::Element state[2 * kWidth * kStride];
-  float2 temperatures[2][kWidth];  // of each flow: first, second pole
+  float2 temperatures[2][kWidth];  // of each flow, in exponents' units: first, second pole
   float2 means[kWidth];
   float2 shifts[kWidth / 2];  // of pairs
 };
@@ -301,8 +301,9 @@ __device__ __forceinline__ bool load_head(QueryShared<Operand, kWidth>& shared, 
     shared.means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
     for (int flow = 0; flow < 2; ++flow) {
       const float* logits = (flow ? f.opposite_logits : f.same_logits) + item.head_in_batch * f.shape.features();
-      shared.temperatures[flow][i] =
-          i < width ? make_float2(logistic(logits[i]), logistic(logits[width + i])) : make_float2(0.f, 0.f);
+      constexpr float kUnit = kExponentUnit<Operand>;
+      shared.temperatures[flow][i] = i < width ? make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]))
+                                               : make_float2(0.f, 0.f);
     }
   }
   bool shifted = false;
@@ -389,7 +390,7 @@ struct QueryTile {
           Pair<float> shift = {};
           if constexpr (kShifted) shift = query_shift(token_shifts[flow][row], shared.shifts[place / 2], x);
           const auto exponents = scale(absolute(x), select(temperatures, x));
-          const Poles features = part_poles(features_of<kShifted>(exponents, shift), x);
+          const Poles features = part_poles(features_of<Operand, kShifted>(exponents, shift), x);
           normalizers[flow][row] += dot(features, means);
           const Poles turned = by[row][pair].forward(features);
           left[0].set(row, pair, turned.first.first, turned.first.second);
@@ -445,8 +446,8 @@ struct QueryTile {
         float values[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          values[k] = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
-          if (fabsf(values[k]) > most) values[k] = copysignf(most, values[k]);
+          const float value = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
+          values[k] = max_or_nan(min_or_nan(value, most), -most);
         }
         const int column = 16 * j + 4 * lane_member();
         store_elements<Operand>(out, index + column, values, half - column, dtype);

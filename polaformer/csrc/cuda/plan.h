@@ -106,7 +106,7 @@ struct Residents {
   constexpr int at(bool narrow, int padded_width) const { return (narrow ? bf16 : tf32)[padded_width / 32 - 1]; }
 };
 constexpr Residents kKeyResidents = {{8, 3, 2, 1}, {6, 2, 1, 1}};
-constexpr Residents kQueryResidents = {{5, 3, 3, 2}, {2, 2, 2, 1}};
+constexpr Residents kQueryResidents = {{4, 3, 3, 2}, {2, 2, 2, 1}};
 constexpr Residents kQueryGradResidents = {{4, 2, 1, 1}, {2, 1, 1, 1}};
 constexpr Residents kKeyGradResidents = {{4, 3, 3, 2}, {2, 2, 1, 1}};
 

@@ -409,6 +409,12 @@ template <class T>
 T opaque(T x) {
   return x;
 }
+// "ex2.approx.ftz.f32 implements a fast approximation … max relative error 2^-22": so far off, either way.
+inline float exp2_approximate(float x) {
+  return static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + (std::bit_cast<uint32_t>(x) & 1 ? 0x1p-22 : -0x1p-22)));
+}
+inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
+inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline float reciprocal(float x) { return 1.f / x; }
 
 inline float half_to_float(uint16_t bits) {
