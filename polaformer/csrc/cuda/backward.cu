@@ -34,6 +34,7 @@ struct QueryGradShared {
   // S, if it is bf16: rows of a pole's 16 columns of q are even ones first, columns padded by halves.
   alignas(16) typename Operand::Element state[Operand::kNarrow ? 2 * kWidth * kStride : 1];
   alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow, per unit of exponents
+  HeadTables<kWidth> head;
 };
 
 // One block per item. One warp per flow and 16 columns of q: its features, turned and transposed, are left operands
@@ -50,9 +51,7 @@ struct QueryGrads {
   const Backward& f;
   int flow, group;     // this warp's
   int part;            // this block's
-  const float* state;  // of the head
-  Poles temperatures, means;  // temperatures in exponents' units
-  float2 key_shift;
+  unsigned head;       // of all B·H
 
   static constexpr int kColumns = Shared::kColumns;
   Sum first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of either pole, eight columns each
@@ -62,23 +61,10 @@ struct QueryGrads {
   static __device__ __forceinline__ int token_of(int slot) { return 2 * lane_member() + slot % 2 + slot / 2 * 8; }
   __device__ __forceinline__ int pair() const { return group * 8 + lane_group(); }
 
-  __device__ __forceinline__ void load_head(const Item& item) {
-    const int width = f.shape.head_width, column = 2 * pair();
-    const float* logits = (flow ? f.opposite_logits : f.same_logits) + item.head_in_batch * f.shape.features();
-    const float* mean = f.key_mean + int64_t{item.head} * f.shape.features();
-    state = f.state + int64_t{item.head} * f.shape.state_size();
-    temperatures = means = {};
-    key_shift = {};
-    if (column < width) {
-      constexpr float kUnit = kExponentUnit<Operand>;
-      temperatures = {{kUnit * logistic(logits[column]), kUnit * logistic(logits[column + 1])},
-                      {kUnit * logistic(logits[width + column]), kUnit * logistic(logits[width + column + 1])}};
-      means = {{mean[column], mean[column + 1]}, {mean[width + column], mean[width + column + 1]}};
-      const float* shift = f.key_shift + int64_t{item.head} * width + column / 2;
-      key_shift = make_float2(shift[0], shift[width / 2]);
-      if (key_shift.x > 0.f || key_shift.y > 0.f) loudest = FLT_MAX;
-    }
-  }
+  // The head's numbers for this thread's pair, from shared memory wherever they are needed: registers are all in use.
+  __device__ __forceinline__ Poles temperatures() const { return load_poles(&shared.head.temperatures[flow][2 * pair()]); }
+  __device__ __forceinline__ Poles means() const { return load_poles(&shared.head.means[2 * pair()]); }
+  __device__ __forceinline__ float2 key_shift() const { return kShifted ? shared.head.shifts[pair()] : float2{}; }
 
   // This warp's rows of S of one pole, 16 of its flow's columns.
   __device__ __forceinline__ Left load_state_rows(int pole, int step) const {
@@ -87,7 +73,8 @@ struct QueryGrads {
       const int row = pole * kWidth + group * 16, column = flow * (kWidth / 2) + 16 * step;
       Operand::load(left, shared.state + row * Shared::kStride + column, Shared::kStride);
     } else {
-      const int width = f.shape.head_width;
+      const int width = opaque(f.shape.head_width);
+      const float* state = f.state + int64_t{head} * (2 * width * width);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int lower = i / 4, upper = i / 2 % 2, odd = i % 2;
@@ -132,6 +119,11 @@ struct QueryGrads {
     return combine(result, __shfl_xor_sync(kWholeWarp, result, 16));
   }
 
+  // Where a slot's part of dq goes; before, of tf32, a part of dφ waits there, as there are no registers for it.
+  __device__ __forceinline__ float2* grad_place(int slot) const {
+    return reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair());
+  }
+
   __device__ __forceinline__ void add_tile(const typename Shared::Stage& stage) {
     const auto plus = [](float a, float b) { return a + b; };
     const auto most = [](float a, float b) { return fmaxf(a, b); };
@@ -143,7 +135,7 @@ struct QueryGrads {
 #pragma unroll
       for (int slot = 0; slot < 4; ++slot) {
         const Pair<float> x = load_pair(stage.queries, slot);
-        wanted[slot] = demand(scale(absolute(x), select(temperatures, x)), x, key_shift);
+        wanted[slot] = demand(scale(absolute(x), select(temperatures(), x)), x, key_shift());
       }
       write_row(shared.dots, wanted, most);
       __syncthreads();
@@ -156,12 +148,12 @@ struct QueryGrads {
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
       const Pair<float> x = load_pair(stage.queries, slot);
-      loudest = fmaxf(loudest, largest(absolute(x)));
+      if constexpr (!kShifted) loudest = fmaxf(loudest, largest(absolute(x)));
       Pair<float> shift = {};
-      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
-      const Pair<float> exponents = scale(absolute(x), select(temperatures, x));
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift(), x);
+      const Pair<float> exponents = scale(absolute(x), select(temperatures(), x));
       features[slot] = features_of<Operand, kShifted>(exponents, shift);
-      const Pair<float> mean = select(means, x);
+      const Pair<float> mean = select(means(), x);
       values[slot] = features[slot].first * mean.first + features[slot].second * mean.second;
     }
     write_row(shared.sums, values, plus);
@@ -172,7 +164,7 @@ struct QueryGrads {
     // dS += R(φ) / z · dout; S · dout.
     Sum grad_first[2] = {}, grad_second[2] = {};  // of turned features of tokens 0 … 7, 8 … 15
     const auto* grads = stage.grads + flow * (kWidth / 2);
-#pragma unroll(Operand::kNarrow ? kWidth / 32 : 1)
+#pragma unroll(Operand::kNarrow && kWidth == 96 ? 3 : 1)  // unrolled, others need more registers than there are
     for (int step = 0; step < kWidth / 32; ++step) {
       Right right[2];
       Operand::load_transposed(right, grads + 16 * step, Shared::kStride);
@@ -180,7 +172,7 @@ struct QueryGrads {
       Operand::multiply(grad_second[0], grad_second[1], load_state_rows(1, step), right);
     }
     Left first_pole, second_pole;
-    Pair<float> grad_features[4];
+    [[maybe_unused]] Pair<float> grad_features[4];
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
       Poles turned[2];  // over z
@@ -194,7 +186,9 @@ struct QueryGrads {
                             {grad_second[upper][i], grad_second[upper][2 + i]}};
         turned[i] = turns.forward(part_poles(scale(features[slot], by), x));
         values[slot] = dot(turned[i], grad);
-        grad_features[slot] = scale(select(turns.back(grad), x), by);
+        const Pair<float> grad_feature = scale(select(turns.back(grad), x), by);
+        if constexpr (Operand::kNarrow) grad_features[slot] = grad_feature;
+        else *grad_place(slot) = make_float2(grad_feature.first, grad_feature.second);
       }
       first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
       first_pole.set(1, upper, turned[0].first.second, turned[1].first.second);
@@ -217,19 +211,21 @@ struct QueryGrads {
     // dφ, dx, and the sums that need dz.
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
-      const Pair<float> x = load_pair(stage.queries, slot), mean = select(means, x), by = select(temperatures, x);
+      const Pair<float> x = load_pair(stage.queries, slot), mean = select(means(), x), by = select(temperatures(), x);
       const float grad = of_slot(grad_normalizer, slot);
       Pair<float> shift = {};
-      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift(), x);
       const Pair<float> slope = slopes_of<kShifted>(features[slot], scale(absolute(x), by), shift);
-      const Pair<float> exponent = {(grad_features[slot].first + grad * mean.first) * slope.first,
-                                    (grad_features[slot].second + grad * mean.second) * slope.second};
+      Pair<float> rest;
+      if constexpr (Operand::kNarrow) rest = grad_features[slot];
+      else rest = {grad_place(slot)->x, grad_place(slot)->y};
+      const Pair<float> exponent = {(rest.first + grad * mean.first) * slope.first,
+                                    (rest.second + grad * mean.second) * slope.second};
       accumulate(mean_sum, features[slot], {grad, grad}, x);
       accumulate(logit_sum, exponent, absolute(x), x);
       const Pair<float> sign = {with_sign(1.f, x.first), with_sign(1.f, x.second)};
       const Pair<float> grad_query = scale(scale(exponent, by), flow ? negative(sign) : sign);
-      *reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair()) =
-          make_float2(grad_query.first, grad_query.second);
+      *grad_place(slot) = make_float2(grad_query.first, grad_query.second);
     }
   }
 
@@ -294,15 +290,20 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
   constexpr int kThreads = 4 * kWidth;
   const int part = index % Shared::kParts;
   const Item item = locate_item(index / Shared::kParts, f.plan.query_grads, f.shape);
-  const int64_t row = first_row(item, f.shape);
+  const int64_t kept_row = first_row(item, f.shape);
+  const auto row = [&] {  // shifted, located again, as there is no register to keep it in
+    if constexpr (!kShifted) return kept_row;
+    const unsigned again = opaque(static_cast<int>(index)) / Shared::kParts;
+    return first_row(locate_item(again, f.plan.query_grads, f.shape), f.shape);
+  };
 
   // Half of the threads copy q, the others dout: of bf16 one vector each.
   const int copies_grads = threadIdx.x / (kThreads / 2);
   const Rows<Operand::kFloatInputs> rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
-  const auto start_copy = [&](int step) {
-    const int begin = item.begin + step * kQueryGradTokens;
+  const auto stage_of = [&](int begin) -> auto& { return shared.stages[begin / kQueryGradTokens % Shared::kStages]; };
+  const auto start_copy = [&](int begin) {
     if (begin < item.end) {
-      auto& stage = shared.stages[step % Shared::kStages];
+      auto& stage = stage_of(begin);
       copy_tile<Operand, kQueryGradTokens, kWidth>(copies_grads ? stage.grads : stage.queries, rows, copies_grads, begin,
                                                    item.end, threadIdx.x % (kThreads / 2), kThreads / 2);
       if (threadIdx.x < kQueryGradTokens) {
@@ -317,23 +318,25 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
                                              f,
                                              warp / Shared::kGroups,
                                              warp % Shared::kGroups,
-                                             part};
-  for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
-  sums.load_head(item);
+                                             part,
+                                             item.head};
+  constexpr int kAhead = (Shared::kStages - 1) * kQueryGradTokens;
+  for (int ahead = 0; ahead < kAhead; ahead += kQueryGradTokens) start_copy(item.begin + ahead);
+  if (shared.head.template load<Operand>(f, item, kThreads)) sums.loudest = FLT_MAX;
   if constexpr (Operand::kNarrow) {
-    load_state<Operand, kWidth>(shared.state, sums.state, f.shape.head_width, kThreads, true, even_first,
-                                [](int column) { return column; });
+    load_state<Operand, kWidth>(shared.state, f.state + int64_t{item.head} * f.shape.state_size(), f.shape.head_width,
+                                kThreads, true, even_first, [](int column) { return column; });
   }
   int begin = item.begin;
-  for (int step = 0; begin < item.end; ++step, begin += kQueryGradTokens) {
+  for (; begin < item.end; begin += kQueryGradTokens) {
     wait_for_copies<Shared::kStages - 2>();
     __syncthreads();  // this stage has arrived, the last one is done with, its dq is there
-    start_copy(step + Shared::kStages - 1);
-    if (step > 0 && part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
-    sums.add_tile(shared.stages[step % Shared::kStages]);
+    start_copy(begin + kAhead);
+    if (begin > item.begin && part == 0) store_tile(shared, f, row(), begin - kQueryGradTokens, item.end);
+    sums.add_tile(stage_of(begin));
   }
   __syncthreads();
-  if (part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
+  if (part == 0) store_tile(shared, f, row(), begin - kQueryGradTokens, item.end);
   sums.store_sums(index / Shared::kParts);
   return !kShifted && __syncthreads_or(sums.loudest > kFreeExponent);
 }
@@ -341,9 +344,9 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
 template <class Operand, int kWidth>
 __global__ void __launch_bounds__(4 * kWidth, kQueryGradResidents.at(Operand::kNarrow, kWidth))
     differentiate_queries(const Backward f) {
-  auto& shared = shared_memory<QueryGradShared<Operand, kWidth>>();
-  const bool spoiled = differentiate_item<Operand, kWidth, false>(shared, f, blockIdx.x);
-  constexpr int kParts = QueryGradShared<Operand, kWidth>::kParts;
+  using Shared = QueryGradShared<Operand, kWidth>;
+  const bool spoiled = differentiate_item<Operand, kWidth, false>(shared_memory<Shared>(), f, blockIdx.x);
+  constexpr int kParts = Shared::kParts;
   if (threadIdx.x == 0 && blockIdx.x % kParts == 0) f.item_spoiled[blockIdx.x / kParts] = spoiled ? 1.f : 0.f;
 }
 
@@ -434,23 +437,27 @@ struct KeyGradShared {
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
 
-// Fills everything. Returns whether the head's keys are shifted.
-template <class Operand, int kWidth>
+// Fills everything and returns true, or returns false: whether the head's keys are shifted is to be as said.
+template <bool kShifted, class Operand, int kWidth>
 __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kWidth>& shared, const Backward& f, const Item& item) {
   const int width = f.shape.head_width;
   bool shifted = false;
+#pragma unroll 1
   for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += kKeyGradThreads) {
     const float* shift = f.key_shift + int64_t{item.head} * width + i;
     shared.shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
     shifted |= shared.shifts[i].x > 0.f || shared.shifts[i].y > 0.f;
   }
+  if (kShifted && !__syncthreads_or(shifted)) return false;  // it seldom is: before anything is loaded in vain
   const float* mean = f.grad_mean + int64_t{item.head} * f.shape.features();
   for (int i = opaque(int(threadIdx.x)); i < kWidth; i += kKeyGradThreads) {
     shared.means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
   }
   load_state<Operand, kWidth>(shared.state, f.grad_state + int64_t{item.head} * f.shape.state_size(), width,
                               kKeyGradThreads, false, interleave_16, interleave_32);
-  return __syncthreads_or(shifted);
+  if constexpr (!kShifted) return !__syncthreads_or(shifted);
+  __syncthreads();
+  return true;
 }
 
 // A warp's 16 tokens: rows g and g + 8 of its left operands and sums.
@@ -562,11 +569,11 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
                                                         unsigned index) {
   using Four = typename Operand::template Neighbours<4>;
   const Item item = locate_item(index, f.plan.key_grads, f.shape);
-  if (load_head(shared, f, item) != kShifted) return;
+  if (!load_head<kShifted>(shared, f, item)) return;
   const Rows<Operand::kFloatInputs> keys = rows_of<Operand::kFloatInputs>(f.k, f.shape, item);
   const Rows<Operand::kFloatInputs> values = rows_of<Operand::kFloatInputs>(f.v, f.shape, item);
   const int width = f.shape.head_width;
-  const auto row_of = [&](int token) {
+  const auto row_of = [&](int token) {  // from its parts each time, as there are no registers to keep more in
     return ((int64_t{item.batch} * f.shape.tokens() + token) * f.shape.heads + item.head_in_batch) * width;
   };
 
@@ -597,8 +604,7 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
       for (int lower = 0; lower < 2; ++lower) {
         const int token = begin + lane_group() + 8 * lower;
         if (token >= item.end) continue;
-        store_elements<Operand>(f.grad_k, row_of(token) + place, grad_keys[lower], width - place,
-                                f.shape.dtype);
+        store_elements<Operand>(f.grad_k, row_of(token) + place, grad_keys[lower], width - place, f.shape.dtype);
       }
     }
 #pragma unroll
@@ -619,7 +625,8 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
 template <class Operand, int kWidth>
 __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradResidents.at(Operand::kNarrow, kWidth))
     differentiate_keys(const Backward f) {
-  differentiate_item_keys<Operand, kWidth, false>(shared_memory<KeyGradShared<Operand, kWidth>>(), f, blockIdx.x);
+  using Shared = KeyGradShared<Operand, kWidth>;
+  differentiate_item_keys<Operand, kWidth, false>(shared_memory<Shared>(), f, blockIdx.x);
 }
 
 template <class Operand, int kWidth>
@@ -633,6 +640,8 @@ __global__ void __launch_bounds__(kKeyGradThreads, 1) differentiate_keys_shifted
 // Runs everything for one padded width.
 template <class Operand, int kWidth>
 const char* run(const Backward& f, void* stream) {
+  static_assert(fit(kQueryGradResidents.at(Operand::kNarrow, kWidth), sizeof(QueryGradShared<Operand, kWidth>)));
+  static_assert(fit(kKeyGradResidents.at(Operand::kNarrow, kWidth), sizeof(KeyGradShared<Operand, kWidth>)));
   if (const char* error = make_turns(f.turns, f.shape, f.angles, stream)) return error;
 
   using Narrow = QueryGradShared<Operand, kWidth>;

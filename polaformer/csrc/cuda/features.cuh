@@ -137,6 +137,37 @@ __device__ __forceinline__ float shifted_epsilon(float token_shift) {
   return fmaxf(kEpsilon * expf(-token_shift), kLeastNormalizer);
 }
 
+// What the queries of one head are turned into features and normalizers with, in shared memory.
+template <int kWidth>
+struct alignas(16) HeadTables {
+  float2 temperatures[2][kWidth];  // of each flow, in exponents' units: first, second pole
+  float2 means[kWidth];
+  float2 shifts[kWidth / 2];  // of pairs
+
+  // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
+  template <class Operand, class Arguments>
+  __device__ __forceinline__ bool load(const Arguments& f, const Item& item, int threads) {
+    constexpr float kUnit = kExponentUnit<Operand>;
+    const int width = f.shape.head_width, features = 2 * width;
+    const float* mean = f.key_mean + int64_t{item.head} * features;
+    for (int i = opaque(int(threadIdx.x)); i < kWidth; i += threads) {
+      means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
+      for (int flow = 0; flow < 2; ++flow) {
+        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{item.head_in_batch} * features;
+        temperatures[flow][i] = i < width ? make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]))
+                                          : make_float2(0.f, 0.f);
+      }
+    }
+    bool shifted = false;
+    for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += threads) {
+      const float* shift = f.key_shift + int64_t{item.head} * width + i;
+      shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
+      shifted |= shifts[i].x > 0.f || shifts[i].y > 0.f;
+    }
+    return shifted;
+  }
+};
+
 // Over the lanes of one g, or of the warp; every lane receives the result.
 __device__ __forceinline__ float sum_over_members(float x) {
   x += __shfl_xor_sync(kWholeWarp, x, 1);
