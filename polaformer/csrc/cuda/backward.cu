@@ -62,7 +62,9 @@ struct QueryGrads {
   __device__ __forceinline__ int pair() const { return group * 8 + lane_group(); }
 
   // The head's numbers for this thread's pair, from shared memory wherever they are needed: registers are all in use.
-  __device__ __forceinline__ Poles temperatures() const { return load_poles(&shared.head.temperatures[flow][2 * pair()]); }
+  __device__ __forceinline__ Poles temperatures() const {
+    return load_poles(&shared.head.temperatures[flow][2 * pair()]);
+  }
   __device__ __forceinline__ Poles means() const { return load_poles(&shared.head.means[2 * pair()]); }
   __device__ __forceinline__ float2 key_shift() const { return kShifted ? shared.head.shifts[pair()] : float2{}; }
 
@@ -268,8 +270,8 @@ struct QueryGrads {
 
 // Adds the flows' parts of a tile's dq and writes it, eight columns a thread.
 template <class Operand, int kWidth>
-__device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth>& shared, const Backward& f, int64_t row,
-                                           int begin, int end) {
+__device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth>& shared, const Backward& f,
+                                           int64_t row, int begin, int end) {
   const int token = threadIdx.x / (kWidth / 8), column = threadIdx.x % (kWidth / 8) * 8;
   if (token >= kQueryGradTokens || begin + token >= end) return;
   float values[8];
@@ -278,8 +280,9 @@ __device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth
     const int place = token * (kWidth + 8) + column + i;
     values[i] = (shared.parts[0][place] + shared.parts[1][place]) * (1.f / kExponentUnit<Operand>);
   }
-  store_elements<Operand>(f.grad_q, row + int64_t{begin + token} * (f.shape.heads * f.shape.head_width) + column, values,
-                          f.shape.head_width - column, f.shape.dtype);
+  const int width = f.shape.head_width;
+  const int64_t index = row + int64_t{begin + token} * (f.shape.heads * width) + column;
+  store_elements<Operand>(f.grad_q, index, values, width - column, f.shape.dtype);
 }
 
 // Writes an item's dq and sums. Returns whether they are to be computed again: not so if kShifted.
@@ -299,13 +302,14 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
 
   // Half of the threads copy q, the others dout: of bf16 one vector each.
   const int copies_grads = threadIdx.x / (kThreads / 2);
-  const Rows<Operand::kFloatInputs> rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
+  const auto rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
   const auto stage_of = [&](int begin) -> auto& { return shared.stages[begin / kQueryGradTokens % Shared::kStages]; };
   const auto start_copy = [&](int begin) {
     if (begin < item.end) {
       auto& stage = stage_of(begin);
-      copy_tile<Operand, kQueryGradTokens, kWidth>(copies_grads ? stage.grads : stage.queries, rows, copies_grads, begin,
-                                                   item.end, threadIdx.x % (kThreads / 2), kThreads / 2);
+      auto* tile = copies_grads ? stage.grads : stage.queries;
+      copy_tile<Operand, kQueryGradTokens, kWidth>(tile, rows, copies_grads, begin, item.end,
+                                                   threadIdx.x % (kThreads / 2), kThreads / 2);
       if (threadIdx.x < kQueryGradTokens) {
         stage.places[threadIdx.x] = locate_turns<kWidth>(min(begin + int(threadIdx.x), item.end - 1), f.shape);
       }
@@ -656,9 +660,13 @@ const char* run(const Backward& f, void* stream) {
       {f.plan.key_grads.items, kKeyGradThreads, sizeof(KeyGradShared<Operand, kWidth>)},
       {std::min(f.plan.key_grads.items, slow_blocks), kKeyGradThreads, sizeof(KeyGradShared<Shifted<Operand>, kWidth>)},
   };
-  void (*const kernels[])(Backward) = {differentiate_queries<Operand, kWidth>, differentiate_queries_shifted<Shifted<Operand>, kWidth>,
-                                       finish_queries, differentiate_keys<Operand, kWidth>,
-                                       differentiate_keys_shifted<Shifted<Operand>, kWidth>};
+  void (*const kernels[])(Backward) = {
+      differentiate_queries<Operand, kWidth>,
+      differentiate_queries_shifted<Shifted<Operand>, kWidth>,
+      finish_queries,
+      differentiate_keys<Operand, kWidth>,
+      differentiate_keys_shifted<Shifted<Operand>, kWidth>,
+  };
   for (int i = 0; i < 5; ++i) {
     if (const char* error = launch(kernels[i], grids[i], stream, f)) return error;
   }

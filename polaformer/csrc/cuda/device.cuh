@@ -143,6 +143,7 @@ inline const char* message_of(cudaError_t error) { return error == cudaSuccess ?
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, void* stream, const Arguments& arguments) {
   if (grid.blocks == 0) return nullptr;
+  if (grid.blocks > INT32_MAX) return "so many heads need more blocks than a grid has; pass fewer images at a time";
   if (grid.shared_bytes > 48 * 1024) {
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     if (error != cudaSuccess) return message_of(cudaGetLastError());  // which also forgets it

@@ -154,8 +154,9 @@ struct alignas(16) HeadTables {
       means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
       for (int flow = 0; flow < 2; ++flow) {
         const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{item.head_in_batch} * features;
-        temperatures[flow][i] = i < width ? make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]))
-                                          : make_float2(0.f, 0.f);
+        temperatures[flow][i] = make_float2(0.f, 0.f);
+        if (i >= width) continue;
+        temperatures[flow][i] = make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]));
       }
     }
     bool shifted = false;

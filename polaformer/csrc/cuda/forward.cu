@@ -202,7 +202,8 @@ __device__ __forceinline__ void sum_shifted_keys(FinishShared& shared, const For
     const int token = begin + member;
     Pair<float> turned = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
-      const Pair<float> features = features_of<AnyFloat32, true>(key_exponents(keys, token, first + pair), {shift, shift});
+      const Pair<float> exponents = key_exponents(keys, token, first + pair);
+      const Pair<float> features = features_of<AnyFloat32, true>(exponents, {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
       const int64_t place = by_row ? row : shape.height + token - row * shape.width;
@@ -320,7 +321,9 @@ struct QueryTile {
 
   __device__ __forceinline__ void load(Eight (&rows)[2], int column) const {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) rows[row] = load_neighbours<Operand, 8>(queries, tokens[row], column + 8 * lane_member());
+    for (int row = 0; row < 2; ++row) {
+      rows[row] = load_neighbours<Operand, 8>(queries, tokens[row], column + 8 * lane_member());
+    }
   }
 
   // Finds the shift of each token and flow.
@@ -414,7 +417,6 @@ struct QueryTile {
   // Writes the outputs of tokens before `end`; `row` is where the first token's of this head begins.
   __device__ __forceinline__ void store(void* out, int64_t row, int begin, int end, const Shape& shape) const {
     const int half = shape.head_width / 2;
-    const float most = dtype == Dtype::kHalf ? 65504.f : dtype == Dtype::kFloat ? FLT_MAX : 3.38953139e38f;
     float inverse[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -430,10 +432,7 @@ struct QueryTile {
       for (int j = 0; j < kWidth / 32; ++j) {
         float values[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const float value = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
-          values[k] = max_or_nan(min_or_nan(value, most), -most);
-        }
+        for (int k = 0; k < 4; ++k) values[k] = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
         const int column = 16 * j + 4 * lane_member();
         store_elements<Operand>(out, index + column, values, half - column, dtype);
       }

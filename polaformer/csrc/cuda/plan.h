@@ -16,6 +16,8 @@
 
 namespace polaformer {
 
+constexpr int64_t kMaxTokens = 1 << 24;  // of a head: places in the table of turns are ints
+
 enum class Dtype : int { kBfloat16, kHalf, kFloat };
 
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }

@@ -46,8 +46,8 @@ __device__ __forceinline__ Rows<kFloat> rows_of(const Strided& tensor, const Sha
           shape.dtype == Dtype::kHalf};
 }
 
-// Where column `padded` of W lies among D, or −1. With `halves` each half of the columns is padded by itself, so that the
-// two flows part at W/2.
+// Where column `padded` of W lies among D, or −1. With `halves` each half of the columns is padded by itself, so that
+// the two flows part at W/2.
 template <int kWidth>
 __device__ __forceinline__ int column_of(int padded, int head_width, bool halves) {
   const int upper = halves && padded >= kWidth / 2, within = padded - upper * (kWidth / 2);
@@ -107,12 +107,21 @@ __device__ __forceinline__ typename Operand::template Neighbours<kCount> load_ne
   return x;
 }
 
+// x, no further from zero than numbers of that type go.
+__device__ __forceinline__ float limit(float x, Dtype dtype) {
+  const float most = dtype == Dtype::kHalf ? 65504.f : dtype == Dtype::kFloat ? FLT_MAX : 3.38953139e38f;
+  return max_or_nan(min_or_nan(x, most), -most);
+}
+
 // Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside: of bf16 operands all or none.
 template <class Operand, int kCount>
-__device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
+__device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&unlimited)[kCount], int count,
                                                Dtype given) {
   const Dtype dtype = Operand::dtype(given);
   count = opaque(count);
+  float values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = limit(unlimited[i], dtype);
   if (dtype == Dtype::kFloat) {
     auto* place = static_cast<float*>(tensor) + index;
 #pragma unroll
@@ -156,8 +165,8 @@ __device__ __forceinline__ int interleave_16(int i) { return i / 16 * 16 + i / 2
 // The even ones of 16 first: rows of left operands that a thread has in pairs.
 __device__ __forceinline__ int even_first(int i) { return i / 16 * 16 + i % 2 * 8 + i / 2 % 8; }
 
-// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half of
-// them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
+// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half
+// of them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
 template <class Operand, int kWidth, class RowOrder, class ColumnOrder>
 __device__ __forceinline__ void load_state(typename Operand::Element* tile, const float* state, int head_width,
                                            int threads, bool halves, RowOrder row_order, ColumnOrder column_order) {

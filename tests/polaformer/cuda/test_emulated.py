@@ -135,6 +135,22 @@ def test_exponents_of_any_size(emulate, dtype, largest, which):
     assert_near(emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out), limit, of_order=1)
 
 
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("largest", [20, 100, 1e4])
+def test_finite_whatever_comes(emulate, dtype, largest):
+    """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
+    wherever those can be represented."""
+    inputs, size = make_inputs((2, 2, 35, 32), dtype, scale=largest / 4), (5, 7)
+    grad_out = make_grad_out(inputs[0])
+    found, exact = emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out)[0]
+    for name, x in zip(NAMES, (found.out, *found.grads), strict=True):
+        assert x.isfinite().all(), name
+    representable = exact.abs() < torch.finfo(dtype).max / 4
+    assert representable.double().mean() > 0.5
+    difference = (found.out.double() - exact).abs() / (exact.abs() + 1)
+    assert difference[representable].quantile(0.9) < 8 * torch.finfo(dtype).eps + 1e-6 * largest
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_loud_head_does_not_touch_its_neighbours(emulate, dtype):
     """The shift is one head's and one item's: the other head has the bits that it has without it."""
