@@ -73,6 +73,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return bits;
 }
 
+// The same, numbers beyond bf16's largest rounded to that.
+__device__ __forceinline__ uint32_t pack_bf16_finite(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 // x, of which the compiler knows nothing: what follows from it is not computed ahead of a loop to occupy registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));

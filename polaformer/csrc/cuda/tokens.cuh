@@ -107,43 +107,30 @@ __device__ __forceinline__ typename Operand::template Neighbours<kCount> load_ne
   return x;
 }
 
-// x, no further from zero than numbers of that type go.
-__device__ __forceinline__ float limit(float x, Dtype dtype) {
-  const float most = dtype == Dtype::kHalf ? 65504.f : dtype == Dtype::kFloat ? FLT_MAX : 3.38953139e38f;
-  return max_or_nan(min_or_nan(x, most), -most);
-}
-
 // Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside: of bf16 operands all or none.
+// Numbers beyond the largest of the tensor's type become that.
 template <class Operand, int kCount>
-__device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&unlimited)[kCount], int count,
+__device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
                                                Dtype given) {
-  const Dtype dtype = Operand::dtype(given);
   count = opaque(count);
-  float values[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = limit(unlimited[i], dtype);
-  if (dtype == Dtype::kFloat) {
-    auto* place = static_cast<float*>(tensor) + index;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i < count) place[i] = values[i];
-    }
-    return;
-  }
-  uint32_t words[kCount / 2];
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    words[i] = dtype == Dtype::kHalf
-                   ? float_to_half(values[2 * i]) | uint32_t{float_to_half(values[2 * i + 1])} << 16
-                   : pack_bf16(values[2 * i], values[2 * i + 1]);
-  }
-  auto* place = static_cast<uint16_t*>(tensor) + index;
   if constexpr (Operand::kNarrow) {
-    if (count >= kCount) store_words(place, words);
+    uint32_t words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) words[i] = pack_bf16_finite(values[2 * i], values[2 * i + 1]);
+    if (count >= kCount) store_words(static_cast<uint16_t*>(tensor) + index, words);
   } else {
+    const Dtype dtype = Operand::dtype(given);
+    const float most = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) place[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      if (i >= count) continue;
+      const float x = max_or_nan(min_or_nan(values[i], most), -most);
+      if (dtype == Dtype::kFloat) {
+        static_cast<float*>(tensor)[index + i] = x;
+      } else {
+        const uint32_t bits = dtype == Dtype::kHalf ? float_to_half(x) : pack_bf16_finite(x, 0.f);
+        static_cast<uint16_t*>(tensor)[index + i] = static_cast<uint16_t>(bits);
+      }
     }
   }
 }

@@ -402,6 +402,13 @@ inline uint16_t round_to_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | uint32_t{round_to_bf16(high)} << 16; }
 
+// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM", of
+// NaN NaN.
+inline uint32_t pack_bf16_finite(float low, float high) {
+  const auto limit = [](float x) { return std::isnan(x) ? x : std::clamp(x, -0x1.fep127f, 0x1.fep127f); };
+  return pack_bf16(limit(low), limit(high));
+}
+
 template <class T>
 T opaque(T x) {
   return x;
