@@ -23,16 +23,16 @@ constexpr float kLeastGradientNormalizer = 1e-8f;
 constexpr float kLargestNormalizerGradient = 1e25f;
 constexpr int kMaxHeadWidth = 128;
 
-// The integer type as wide as F; the CPU kernels add their vector types.
+// The integer type as wide as F, which may wrap around; the CPU kernels add their vector types.
 template <class F>
 struct Bits;
 template <>
 struct Bits<float> {
-  using type = int32_t;
+  using type = uint32_t;
 };
 
-// e^x − 1 for 0 ≤ x ≤ 88, to 2 ulp: x = n·ln 2 + r with |r| ≤ ln 2 / 2, then 2^n (e^r − 1) + (2^n − 1), where the
-// bracket is a Taylor polynomial. F is float or a vector of floats.
+// e^x − 1 for 0 ≤ x ≤ 88, to 2 ulp, and anything for larger x: x = n·ln 2 + r with |r| ≤ ln 2 / 2, then
+// 2^n (e^r − 1) + (2^n − 1), where the bracket is a Taylor polynomial. F is float or a vector of floats.
 template <class F>
 POLAFORMER_INLINE F expm1_of_exponent(F x) {
   using I = typename Bits<F>::type;

@@ -33,7 +33,8 @@ struct QueryGradShared {
   float dots[2 * kGroups][kQueryGradTokens];  // … and of their gradients
   // S, if it is bf16: rows of a pole's 16 columns of q are even ones first, columns padded by halves.
   alignas(16) typename Operand::Element state[Operand::kNarrow ? 2 * kWidth * kStride : 1];
-  alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow
+  alignas(16) float parts[2][kQueryGradTokens * (kWidth + 8)];  // of dq, by flow, per unit of exponents
+  HeadTables<kWidth> head;
 };
 
 // One block per item. One warp per flow and 16 columns of q: its features, turned and transposed, are left operands
@@ -50,9 +51,7 @@ struct QueryGrads {
   const Backward& f;
   int flow, group;     // this warp's
   int part;            // this block's
-  const float* state;  // of the head
-  Poles temperatures, means;
-  float2 key_shift;
+  unsigned head;       // of all B·H
 
   static constexpr int kColumns = Shared::kColumns;
   Sum first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of either pole, eight columns each
@@ -62,22 +61,12 @@ struct QueryGrads {
   static __device__ __forceinline__ int token_of(int slot) { return 2 * lane_member() + slot % 2 + slot / 2 * 8; }
   __device__ __forceinline__ int pair() const { return group * 8 + lane_group(); }
 
-  __device__ __forceinline__ void load_head(const Item& item) {
-    const int width = f.shape.head_width, column = 2 * pair();
-    const float* logits = (flow ? f.opposite_logits : f.same_logits) + item.head_in_batch * f.shape.features();
-    const float* mean = f.key_mean + int64_t{item.head} * f.shape.features();
-    state = f.state + int64_t{item.head} * f.shape.state_size();
-    temperatures = means = {};
-    key_shift = {};
-    if (column < width) {
-      temperatures = {{logistic(logits[column]), logistic(logits[column + 1])},
-                      {logistic(logits[width + column]), logistic(logits[width + column + 1])}};
-      means = {{mean[column], mean[column + 1]}, {mean[width + column], mean[width + column + 1]}};
-      const float* shift = f.key_shift + int64_t{item.head} * width + column / 2;
-      key_shift = make_float2(shift[0], shift[width / 2]);
-      if (key_shift.x > 0.f || key_shift.y > 0.f) loudest = FLT_MAX;
-    }
+  // The head's numbers for this thread's pair, from shared memory wherever they are needed: registers are all in use.
+  __device__ __forceinline__ Poles temperatures() const {
+    return load_poles(&shared.head.temperatures[flow][2 * pair()]);
   }
+  __device__ __forceinline__ Poles means() const { return load_poles(&shared.head.means[2 * pair()]); }
+  __device__ __forceinline__ float2 key_shift() const { return kShifted ? shared.head.shifts[pair()] : float2{}; }
 
   // This warp's rows of S of one pole, 16 of its flow's columns.
   __device__ __forceinline__ Left load_state_rows(int pole, int step) const {
@@ -86,7 +75,8 @@ struct QueryGrads {
       const int row = pole * kWidth + group * 16, column = flow * (kWidth / 2) + 16 * step;
       Operand::load(left, shared.state + row * Shared::kStride + column, Shared::kStride);
     } else {
-      const int width = f.shape.head_width;
+      const int width = opaque(f.shape.head_width);
+      const float* state = f.state + int64_t{head} * (2 * width * width);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int lower = i / 4, upper = i / 2 % 2, odd = i % 2;
@@ -131,6 +121,11 @@ struct QueryGrads {
     return combine(result, __shfl_xor_sync(kWholeWarp, result, 16));
   }
 
+  // Where a slot's part of dq goes; before, of tf32, a part of dφ waits there, as there are no registers for it.
+  __device__ __forceinline__ float2* grad_place(int slot) const {
+    return reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair());
+  }
+
   __device__ __forceinline__ void add_tile(const typename Shared::Stage& stage) {
     const auto plus = [](float a, float b) { return a + b; };
     const auto most = [](float a, float b) { return fmaxf(a, b); };
@@ -142,7 +137,7 @@ struct QueryGrads {
 #pragma unroll
       for (int slot = 0; slot < 4; ++slot) {
         const Pair<float> x = load_pair(stage.queries, slot);
-        wanted[slot] = demand(scale(absolute(x), select(temperatures, x)), x, key_shift);
+        wanted[slot] = demand(scale(absolute(x), select(temperatures(), x)), x, key_shift());
       }
       write_row(shared.dots, wanted, most);
       __syncthreads();
@@ -155,12 +150,12 @@ struct QueryGrads {
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
       const Pair<float> x = load_pair(stage.queries, slot);
-      loudest = fmaxf(loudest, largest(absolute(x)));
+      if constexpr (!kShifted) loudest = fmaxf(loudest, largest(absolute(x)));
       Pair<float> shift = {};
-      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
-      const Pair<float> exponents = scale(absolute(x), select(temperatures, x));
-      features[slot] = features_of<kShifted>(exponents, shift);
-      const Pair<float> mean = select(means, x);
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift(), x);
+      const Pair<float> exponents = scale(absolute(x), select(temperatures(), x));
+      features[slot] = features_of<Operand, kShifted>(exponents, shift);
+      const Pair<float> mean = select(means(), x);
       values[slot] = features[slot].first * mean.first + features[slot].second * mean.second;
     }
     write_row(shared.sums, values, plus);
@@ -171,7 +166,7 @@ struct QueryGrads {
     // dS += R(φ) / z · dout; S · dout.
     Sum grad_first[2] = {}, grad_second[2] = {};  // of turned features of tokens 0 … 7, 8 … 15
     const auto* grads = stage.grads + flow * (kWidth / 2);
-#pragma unroll(Operand::kNarrow ? kWidth / 32 : 1)
+#pragma unroll(Operand::kNarrow && kWidth == 96 ? 3 : 1)  // unrolled, others need more registers than there are
     for (int step = 0; step < kWidth / 32; ++step) {
       Right right[2];
       Operand::load_transposed(right, grads + 16 * step, Shared::kStride);
@@ -179,10 +174,10 @@ struct QueryGrads {
       Operand::multiply(grad_second[0], grad_second[1], load_state_rows(1, step), right);
     }
     Left first_pole, second_pole;
-    Pair<float> grad_features[4];
+    [[maybe_unused]] Pair<float> grad_features[4];
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      Poles scaled[2];
+      Poles turned[2];  // over z
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = 2 * upper + i;
@@ -191,19 +186,17 @@ struct QueryGrads {
         const float by = of_slot(inverse, slot);
         const Poles grad = {{grad_first[upper][i], grad_first[upper][2 + i]},
                             {grad_second[upper][i], grad_second[upper][2 + i]}};
-        const Poles turned = turns.forward(part_poles(features[slot], x));
-        values[slot] = dot(turned, grad);
-        const Pair<float> back = select(turns.back(grad), x);
-        grad_features[slot] = {back.first * by, back.second * by};
-        scaled[i] = {{turned.first.first * by, turned.first.second * by},
-                     {turned.second.first * by, turned.second.second * by}};
+        turned[i] = turns.forward(part_poles(scale(features[slot], by), x));
+        values[slot] = dot(turned[i], grad);
+        const Pair<float> grad_feature = scale(select(turns.back(grad), x), by);
+        if constexpr (Operand::kNarrow) grad_features[slot] = grad_feature;
+        else *grad_place(slot) = make_float2(grad_feature.first, grad_feature.second);
       }
-      first_pole.set(0, upper, scaled[0].first.first, scaled[1].first.first);
-      first_pole.set(1, upper, scaled[0].first.second, scaled[1].first.second);
-      second_pole.set(0, upper, scaled[0].second.first, scaled[1].second.first);
-      second_pole.set(1, upper, scaled[0].second.second, scaled[1].second.second);
+      first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
+      first_pole.set(1, upper, turned[0].first.second, turned[1].first.second);
+      second_pole.set(0, upper, turned[0].second.first, turned[1].second.first);
+      second_pole.set(1, upper, turned[0].second.second, turned[1].second.second);
     }
-    write_row(shared.dots, values, plus);
 #pragma unroll
     for (int column = 0; column < kColumns; column += 16) {
       if (kWidth / 2 % kColumns != 0 && part * kColumns + column >= kWidth / 2) break;
@@ -212,30 +205,33 @@ struct QueryGrads {
       Operand::multiply(first[column / 8], first[column / 8 + 1], first_pole, right);
       Operand::multiply(second[column / 8], second[column / 8 + 1], second_pole, right);
     }
+    write_row(shared.dots, values, plus);
     __syncthreads();
-    const float exact = -(read_rows(shared.dots, plus) * inverse) * inverse;
+    const float exact = -read_rows(shared.dots, plus) * inverse;
     const float grad_normalizer = fminf(fmaxf(exact, -kLargestNormalizerGradient), kLargestNormalizerGradient);
 
     // dφ, dx, and the sums that need dz.
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
-      const Pair<float> x = load_pair(stage.queries, slot), mean = select(means, x), by = select(temperatures, x);
+      const Pair<float> x = load_pair(stage.queries, slot), mean = select(means(), x), by = select(temperatures(), x);
       const float grad = of_slot(grad_normalizer, slot);
       Pair<float> shift = {};
-      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift, x);
+      if constexpr (kShifted) shift = query_shift(of_slot(token_shift, slot), key_shift(), x);
       const Pair<float> slope = slopes_of<kShifted>(features[slot], scale(absolute(x), by), shift);
-      const Pair<float> exponent = {(grad_features[slot].first + grad * mean.first) * slope.first,
-                                    (grad_features[slot].second + grad * mean.second) * slope.second};
-      accumulate(mean_sum, part_poles({features[slot].first * grad, features[slot].second * grad}, x));
-      accumulate(logit_sum, part_poles(scale(exponent, absolute(x)), x));
-      const Pair<float> sign = {sign_of(x.first), sign_of(x.second)};
+      Pair<float> rest;
+      if constexpr (Operand::kNarrow) rest = grad_features[slot];
+      else rest = {grad_place(slot)->x, grad_place(slot)->y};
+      const Pair<float> exponent = {(rest.first + grad * mean.first) * slope.first,
+                                    (rest.second + grad * mean.second) * slope.second};
+      accumulate(mean_sum, features[slot], {grad, grad}, x);
+      accumulate(logit_sum, exponent, absolute(x), x);
+      const Pair<float> sign = {with_sign(1.f, x.first), with_sign(1.f, x.second)};
       const Pair<float> grad_query = scale(scale(exponent, by), flow ? negative(sign) : sign);
-      *reinterpret_cast<float2*>(shared.parts[flow] + token_of(slot) * (kWidth + 8) + 2 * pair()) =
-          make_float2(grad_query.first, grad_query.second);
+      *grad_place(slot) = make_float2(grad_query.first, grad_query.second);
     }
   }
 
-    // Writes this warp's part of the item's sums.
+  // Writes this warp's part of the item's sums.
   __device__ __forceinline__ void store_sums(unsigned item) const {
     const int width = f.shape.head_width, row = 2 * pair();
     const float scale = f.plan.mean_weight;
@@ -274,18 +270,19 @@ struct QueryGrads {
 
 // Adds the flows' parts of a tile's dq and writes it, eight columns a thread.
 template <class Operand, int kWidth>
-__device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth>& shared, const Backward& f, int64_t row,
-                                           int begin, int end) {
+__device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kWidth>& shared, const Backward& f,
+                                           int64_t row, int begin, int end) {
   const int token = threadIdx.x / (kWidth / 8), column = threadIdx.x % (kWidth / 8) * 8;
   if (token >= kQueryGradTokens || begin + token >= end) return;
   float values[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int place = token * (kWidth + 8) + column + i;
-    values[i] = shared.parts[0][place] + shared.parts[1][place];
+    values[i] = (shared.parts[0][place] + shared.parts[1][place]) * (1.f / kExponentUnit<Operand>);
   }
-  store_elements<Operand>(f.grad_q, row + int64_t{begin + token} * (f.shape.heads * f.shape.head_width) + column, values,
-                          f.shape.head_width - column, f.shape.dtype);
+  const int width = f.shape.head_width;
+  const int64_t index = row + int64_t{begin + token} * (f.shape.heads * width) + column;
+  store_elements<Operand>(f.grad_q, index, values, width - column, f.shape.dtype);
 }
 
 // Writes an item's dq and sums. Returns whether they are to be computed again: not so if kShifted.
@@ -296,17 +293,23 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
   constexpr int kThreads = 4 * kWidth;
   const int part = index % Shared::kParts;
   const Item item = locate_item(index / Shared::kParts, f.plan.query_grads, f.shape);
-  const int64_t row = first_row(item, f.shape);
+  const int64_t kept_row = first_row(item, f.shape);
+  const auto row = [&] {  // shifted, located again, as there is no register to keep it in
+    if constexpr (!kShifted) return kept_row;
+    const unsigned again = opaque(static_cast<int>(index)) / Shared::kParts;
+    return first_row(locate_item(again, f.plan.query_grads, f.shape), f.shape);
+  };
 
   // Half of the threads copy q, the others dout: of bf16 one vector each.
   const int copies_grads = threadIdx.x / (kThreads / 2);
-  const Rows<Operand::kFloatInputs> rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
-  const auto start_copy = [&](int step) {
-    const int begin = item.begin + step * kQueryGradTokens;
+  const auto rows = rows_of<Operand::kFloatInputs>(copies_grads ? f.grad_out : f.q, f.shape, item);
+  const auto stage_of = [&](int begin) -> auto& { return shared.stages[begin / kQueryGradTokens % Shared::kStages]; };
+  const auto start_copy = [&](int begin) {
     if (begin < item.end) {
-      auto& stage = shared.stages[step % Shared::kStages];
-      copy_tile<Operand, kQueryGradTokens, kWidth>(copies_grads ? stage.grads : stage.queries, rows, copies_grads, begin,
-                                                   item.end, threadIdx.x % (kThreads / 2), kThreads / 2);
+      auto& stage = stage_of(begin);
+      auto* tile = copies_grads ? stage.grads : stage.queries;
+      copy_tile<Operand, kQueryGradTokens, kWidth>(tile, rows, copies_grads, begin, item.end,
+                                                   threadIdx.x % (kThreads / 2), kThreads / 2);
       if (threadIdx.x < kQueryGradTokens) {
         stage.places[threadIdx.x] = locate_turns<kWidth>(min(begin + int(threadIdx.x), item.end - 1), f.shape);
       }
@@ -319,23 +322,25 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
                                              f,
                                              warp / Shared::kGroups,
                                              warp % Shared::kGroups,
-                                             part};
-  for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
-  sums.load_head(item);
+                                             part,
+                                             item.head};
+  constexpr int kAhead = (Shared::kStages - 1) * kQueryGradTokens;
+  for (int ahead = 0; ahead < kAhead; ahead += kQueryGradTokens) start_copy(item.begin + ahead);
+  if (shared.head.template load<Operand>(f, item, kThreads)) sums.loudest = FLT_MAX;
   if constexpr (Operand::kNarrow) {
-    load_state<Operand, kWidth>(shared.state, sums.state, f.shape.head_width, kThreads, true, even_first,
-                                [](int column) { return column; });
+    load_state<Operand, kWidth>(shared.state, f.state + int64_t{item.head} * f.shape.state_size(), f.shape.head_width,
+                                kThreads, true, even_first, [](int column) { return column; });
   }
   int begin = item.begin;
-  for (int step = 0; begin < item.end; ++step, begin += kQueryGradTokens) {
+  for (; begin < item.end; begin += kQueryGradTokens) {
     wait_for_copies<Shared::kStages - 2>();
     __syncthreads();  // this stage has arrived, the last one is done with, its dq is there
-    start_copy(step + Shared::kStages - 1);
-    if (step > 0 && part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
-    sums.add_tile(shared.stages[step % Shared::kStages]);
+    start_copy(begin + kAhead);
+    if (begin > item.begin && part == 0) store_tile(shared, f, row(), begin - kQueryGradTokens, item.end);
+    sums.add_tile(stage_of(begin));
   }
   __syncthreads();
-  if (part == 0) store_tile(shared, f, row, begin - kQueryGradTokens, item.end);
+  if (part == 0) store_tile(shared, f, row(), begin - kQueryGradTokens, item.end);
   sums.store_sums(index / Shared::kParts);
   return !kShifted && __syncthreads_or(sums.loudest > kFreeExponent);
 }
@@ -343,9 +348,9 @@ __device__ __forceinline__ bool differentiate_item(QueryGradShared<Operand, kWid
 template <class Operand, int kWidth>
 __global__ void __launch_bounds__(4 * kWidth, kQueryGradResidents.at(Operand::kNarrow, kWidth))
     differentiate_queries(const Backward f) {
-  auto& shared = shared_memory<QueryGradShared<Operand, kWidth>>();
-  const bool spoiled = differentiate_item<Operand, kWidth, false>(shared, f, blockIdx.x);
-  constexpr int kParts = QueryGradShared<Operand, kWidth>::kParts;
+  using Shared = QueryGradShared<Operand, kWidth>;
+  const bool spoiled = differentiate_item<Operand, kWidth, false>(shared_memory<Shared>(), f, blockIdx.x);
+  constexpr int kParts = Shared::kParts;
   if (threadIdx.x == 0 && blockIdx.x % kParts == 0) f.item_spoiled[blockIdx.x / kParts] = spoiled ? 1.f : 0.f;
 }
 
@@ -436,23 +441,27 @@ struct KeyGradShared {
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
 
-// Fills everything. Returns whether the head's keys are shifted.
-template <class Operand, int kWidth>
+// Fills everything and returns true, or returns false: whether the head's keys are shifted is to be as said.
+template <bool kShifted, class Operand, int kWidth>
 __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kWidth>& shared, const Backward& f, const Item& item) {
   const int width = f.shape.head_width;
   bool shifted = false;
+#pragma unroll 1
   for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += kKeyGradThreads) {
     const float* shift = f.key_shift + int64_t{item.head} * width + i;
     shared.shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
     shifted |= shared.shifts[i].x > 0.f || shared.shifts[i].y > 0.f;
   }
+  if (kShifted && !__syncthreads_or(shifted)) return false;  // it seldom is: before anything is loaded in vain
   const float* mean = f.grad_mean + int64_t{item.head} * f.shape.features();
   for (int i = opaque(int(threadIdx.x)); i < kWidth; i += kKeyGradThreads) {
     shared.means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
   }
   load_state<Operand, kWidth>(shared.state, f.grad_state + int64_t{item.head} * f.shape.state_size(), width,
                               kKeyGradThreads, false, interleave_16, interleave_32);
-  return __syncthreads_or(shifted);
+  if constexpr (!kShifted) return !__syncthreads_or(shifted);
+  __syncthreads();
+  return true;
 }
 
 // A warp's 16 tokens: rows g and g + 8 of its left operands and sums.
@@ -532,16 +541,17 @@ struct KeyGradTile {
           const float2 both = shared.shifts[place / 2 + pair];
           shift = select({{both.x, both.x}, {both.y, both.y}}, x);
         }
-        const Pair<float> features = features_of<kShifted>(absolute(x), shift);
+        const Pair<float> exponents = scale(absolute(x), kExponentUnit<Operand>);
+        const Pair<float> features = features_of<Operand, kShifted>(exponents, shift);
         const Poles turned = by.forward(part_poles(features, x));
         left[0].set(row, pair, turned.first.first, turned.first.second);
         left[1].set(row, pair, turned.second.first, turned.second.second);
 
         const Poles grad = {{first[pair][2 * row], first[pair][2 * row + 1]},
                             {second[pair][2 * row], second[pair][2 * row + 1]}};
-        const Pair<float> back = select(by.back(grad), x), slope = slopes_of<kShifted>(features, absolute(x), shift);
-        grad_keys[row][2 * pair] = (back.first + mean.first) * slope.first * sign_of(x.first);
-        grad_keys[row][2 * pair + 1] = (back.second + mean.second) * slope.second * sign_of(x.second);
+        const Pair<float> back = select(by.back(grad), x), slope = slopes_of<kShifted>(features, exponents, shift);
+        grad_keys[row][2 * pair] = (back.first + mean.first) * with_sign(slope.first, x.first);
+        grad_keys[row][2 * pair + 1] = (back.second + mean.second) * with_sign(slope.second, x.second);
       }
     }
 #pragma unroll
@@ -563,11 +573,13 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
                                                         unsigned index) {
   using Four = typename Operand::template Neighbours<4>;
   const Item item = locate_item(index, f.plan.key_grads, f.shape);
-  if (load_head(shared, f, item) != kShifted) return;
+  if (!load_head<kShifted>(shared, f, item)) return;
   const Rows<Operand::kFloatInputs> keys = rows_of<Operand::kFloatInputs>(f.k, f.shape, item);
   const Rows<Operand::kFloatInputs> values = rows_of<Operand::kFloatInputs>(f.v, f.shape, item);
-  const int64_t row = first_row(item, f.shape);
   const int width = f.shape.head_width;
+  const auto row_of = [&](int token) {  // from its parts each time, as there are no registers to keep more in
+    return ((int64_t{item.batch} * f.shape.tokens() + token) * f.shape.heads + item.head_in_batch) * width;
+  };
 
   for (int begin = item.begin + threadIdx.x / 32 * 16; begin < item.end; begin += kKeyGradTokens) {
     KeyGradTile<Operand, kWidth, kShifted> tile{shared, f.turns, values};
@@ -596,8 +608,7 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
       for (int lower = 0; lower < 2; ++lower) {
         const int token = begin + lane_group() + 8 * lower;
         if (token >= item.end) continue;
-        store_elements<Operand>(f.grad_k, row + int64_t{token} * (f.shape.heads * width) + place, grad_keys[lower],
-                                width - place, f.shape.dtype);
+        store_elements<Operand>(f.grad_k, row_of(token) + place, grad_keys[lower], width - place, f.shape.dtype);
       }
     }
 #pragma unroll
@@ -609,8 +620,7 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
         float eight[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) eight[j] = tile.grad_values[4 * i + j / 2][2 * lower + j % 2];
-        store_elements<Operand>(f.grad_v, row + int64_t{token} * (f.shape.heads * width) + place, eight, width - place,
-                                f.shape.dtype);
+        store_elements<Operand>(f.grad_v, row_of(token) + place, eight, width - place, f.shape.dtype);
       }
     }
   }
@@ -619,7 +629,8 @@ __device__ __forceinline__ void differentiate_item_keys(KeyGradShared<Operand, k
 template <class Operand, int kWidth>
 __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradResidents.at(Operand::kNarrow, kWidth))
     differentiate_keys(const Backward f) {
-  differentiate_item_keys<Operand, kWidth, false>(shared_memory<KeyGradShared<Operand, kWidth>>(), f, blockIdx.x);
+  using Shared = KeyGradShared<Operand, kWidth>;
+  differentiate_item_keys<Operand, kWidth, false>(shared_memory<Shared>(), f, blockIdx.x);
 }
 
 template <class Operand, int kWidth>
@@ -633,6 +644,8 @@ __global__ void __launch_bounds__(kKeyGradThreads, 1) differentiate_keys_shifted
 // Runs everything for one padded width.
 template <class Operand, int kWidth>
 const char* run(const Backward& f, void* stream) {
+  static_assert(fit(kQueryGradResidents.at(Operand::kNarrow, kWidth), sizeof(QueryGradShared<Operand, kWidth>)));
+  static_assert(fit(kKeyGradResidents.at(Operand::kNarrow, kWidth), sizeof(KeyGradShared<Operand, kWidth>)));
   if (const char* error = make_turns(f.turns, f.shape, f.angles, stream)) return error;
 
   using Narrow = QueryGradShared<Operand, kWidth>;
@@ -647,9 +660,13 @@ const char* run(const Backward& f, void* stream) {
       {f.plan.key_grads.items, kKeyGradThreads, sizeof(KeyGradShared<Operand, kWidth>)},
       {std::min(f.plan.key_grads.items, slow_blocks), kKeyGradThreads, sizeof(KeyGradShared<Shifted<Operand>, kWidth>)},
   };
-  void (*const kernels[])(Backward) = {differentiate_queries<Operand, kWidth>, differentiate_queries_shifted<Shifted<Operand>, kWidth>,
-                                       finish_queries, differentiate_keys<Operand, kWidth>,
-                                       differentiate_keys_shifted<Shifted<Operand>, kWidth>};
+  void (*const kernels[])(Backward) = {
+      differentiate_queries<Operand, kWidth>,
+      differentiate_queries_shifted<Shifted<Operand>, kWidth>,
+      finish_queries,
+      differentiate_keys<Operand, kWidth>,
+      differentiate_keys_shifted<Shifted<Operand>, kWidth>,
+  };
   for (int i = 0; i < 5; ++i) {
     if (const char* error = launch(kernels[i], grids[i], stream, f)) return error;
   }

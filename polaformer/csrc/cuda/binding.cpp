@@ -37,8 +37,8 @@ Shape check_inputs(const Tensor& q, at::ArrayRef<Tensor> like_q, at::ArrayRef<Te
                    int64_t width) {
   TORCH_CHECK_VALUE(q.dim() == 4, "q has ", q.dim(), " axes; pass (B, H, N, D)");
   const int64_t heads = q.size(1), tokens = q.size(2), head_width = q.size(3);
-  TORCH_CHECK_VALUE(tokens == height * width && tokens < (1 << 30), tokens, " tokens are not height ", height,
-                    " × width ", width, ", or are 2^30 and more; pass the image's own size");
+  TORCH_CHECK_VALUE(height >= 0 && tokens == height * width && tokens <= kMaxTokens, tokens, " tokens are not height ",
+                    height, " × width ", width, ", or more than ", kMaxTokens, "; pass the image's own size");
   TORCH_CHECK_VALUE(head_width % 2 == 0 && head_width <= kMaxHeadWidth, "head width ", head_width,
                     " is odd or above ", kMaxHeadWidth, "; call the reference");
   for (const Tensor& x : like_q) {
@@ -142,6 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
                                                             const Tensor& key_mean, const Tensor& key_shift,
                                                             int64_t height, int64_t width) {
   const Shape shape = check_inputs(q, {k, v, grad_out}, {same_logits, opposite_logits}, height, width);
+  for (const Tensor& x : {state, key_mean, key_shift}) {
+    TORCH_CHECK_VALUE(x.device() == q.device(), "state, key_mean or key_shift is on ", x.device(), ", q on ",
+                      q.device(), "; pass on what forward gave");
+  }
   TORCH_CHECK_VALUE(state.numel() == shape.all_heads() * shape.state_size() &&
                         key_mean.numel() == shape.all_heads() * shape.features() &&
                         2 * key_shift.numel() == shape.all_heads() * shape.features(),

@@ -73,9 +73,33 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return bits;
 }
 
+// The same, numbers beyond bf16's largest rounded to that.
+__device__ __forceinline__ uint32_t pack_bf16_finite(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
 // x, of which the compiler knows nothing: what follows from it is not computed ahead of a loop to occupy registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+
+// 2^x to 2^-22 of it, in one instruction.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The smaller or larger one; NaN if either is.
+__device__ __forceinline__ float min_or_nan(float x, float y) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+  return x;
+}
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
   return x;
 }
 
@@ -126,6 +150,7 @@ inline const char* message_of(cudaError_t error) { return error == cudaSuccess ?
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, void* stream, const Arguments& arguments) {
   if (grid.blocks == 0) return nullptr;
+  if (grid.blocks > INT32_MAX) return "so many heads need more blocks than a grid has; pass fewer images at a time";
   if (grid.shared_bytes > 48 * 1024) {
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     if (error != cudaSuccess) return message_of(cudaGetLastError());  // which also forgets it

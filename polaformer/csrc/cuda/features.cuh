@@ -19,7 +19,8 @@ __device__ __forceinline__ float shifted_feature(float exponent, float shift) {
   return feature;
 }
 
-__device__ __forceinline__ float sign_of(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : 0.f; }
+// y · sign(x)
+__device__ __forceinline__ float with_sign(float y, float x) { return x > 0.f ? y : x < 0.f ? -y : 0.f; }
 
 // Pairs of the two poles: only the one that a number's sign selects is not zero.
 struct Poles {
@@ -56,7 +57,6 @@ __device__ __forceinline__ void load_turns(Turns (&both)[2], const float* table,
   both[1] = {{row.z, row.w}, {column.z, column.w}};
 }
 
-// A number's features for given exponents and shift of its pair's poles, and their normalizer's part.
 __device__ __forceinline__ Pair<float> absolute(Pair<float> x) { return {fabsf(x.first), fabsf(x.second)}; }
 __device__ __forceinline__ Pair<float> negative(Pair<float> x) { return {-x.first, -x.second}; }
 __device__ __forceinline__ float largest(Pair<float> x) { return fmaxf(x.first, x.second); }
@@ -74,26 +74,41 @@ __device__ __forceinline__ Poles load_poles(const float2* pair) {
 __device__ __forceinline__ Pair<float> scale(Pair<float> x, Pair<float> by) {
   return {x.first * by.first, x.second * by.second};
 }
+__device__ __forceinline__ Pair<float> scale(Pair<float> x, float by) { return {x.first * by, x.second * by}; }
 __device__ __forceinline__ float dot(const Poles& a, const Poles& b) {
   return a.first.first * b.first.first + a.first.second * b.first.second + a.second.first * b.second.first +
          a.second.second * b.second.second;
 }
-__device__ __forceinline__ void accumulate(Poles& sum, const Poles& x) {
-  sum.first.first += x.first.first, sum.first.second += x.first.second;
-  sum.second.first += x.second.first, sum.second.second += x.second.second;
+// Adds a·b to the sums of the poles that x selects.
+__device__ __forceinline__ void accumulate(Poles& sum, Pair<float> a, Pair<float> b, Pair<float> x) {
+  (x.first > 0.f ? sum.first.first : sum.second.first) += a.first * b.first;
+  (x.second > 0.f ? sum.first.second : sum.second.second) += a.second * b.second;
+}
+
+// What exponents are multiplied by before features_of takes them: bf16 operands make features of powers of two, to
+// 2^-15 of them, in a third of the instructions.
+template <class Operand>
+constexpr float kExponentUnit = Operand::kNarrow ? 1.44269504f : 1.f;
+
+// e^x − 1 for an exponent in units of ln 2: the power, or, where its last bits would be all that is left, a series.
+__device__ __forceinline__ float quick_feature(float exponent) {
+  const float series = exponent * (exponent * 0.240226507f + 0.693147181f);
+  return exponent < 0.0144f ? series : exp2_approximate(exponent) - 1.f;
 }
 
 // Features of exponents; `shift` is each one's.
-template <bool kShifted>
+template <class Operand, bool kShifted>
 __device__ __forceinline__ Pair<float> features_of(Pair<float> exponents, Pair<float> shift) {
   if constexpr (kShifted) {
     return {shifted_feature(exponents.first, shift.first), shifted_feature(exponents.second, shift.second)};
+  } else if constexpr (Operand::kNarrow) {
+    return {quick_feature(exponents.first), quick_feature(exponents.second)};
   } else {
     return {expm1_of_exponent(exponents.first), expm1_of_exponent(exponents.second)};
   }
 }
 
-// Their derivatives by the exponents.
+// Their derivatives by the exponents, in units of 1.
 template <bool kShifted>
 __device__ __forceinline__ Pair<float> slopes_of(Pair<float> features, Pair<float> exponents, Pair<float> shift) {
   if constexpr (kShifted) {
@@ -121,6 +136,38 @@ __device__ __forceinline__ Pair<float> query_shift(float token_shift, float2 key
 __device__ __forceinline__ float shifted_epsilon(float token_shift) {
   return fmaxf(kEpsilon * expf(-token_shift), kLeastNormalizer);
 }
+
+// What the queries of one head are turned into features and normalizers with, in shared memory.
+template <int kWidth>
+struct alignas(16) HeadTables {
+  float2 temperatures[2][kWidth];  // of each flow, in exponents' units: first, second pole
+  float2 means[kWidth];
+  float2 shifts[kWidth / 2];  // of pairs
+
+  // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
+  template <class Operand, class Arguments>
+  __device__ __forceinline__ bool load(const Arguments& f, const Item& item, int threads) {
+    constexpr float kUnit = kExponentUnit<Operand>;
+    const int width = f.shape.head_width, features = 2 * width;
+    const float* mean = f.key_mean + int64_t{item.head} * features;
+    for (int i = opaque(int(threadIdx.x)); i < kWidth; i += threads) {
+      means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
+      for (int flow = 0; flow < 2; ++flow) {
+        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{item.head_in_batch} * features;
+        temperatures[flow][i] = make_float2(0.f, 0.f);
+        if (i >= width) continue;
+        temperatures[flow][i] = make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]));
+      }
+    }
+    bool shifted = false;
+    for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += threads) {
+      const float* shift = f.key_shift + int64_t{item.head} * width + i;
+      shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
+      shifted |= shifts[i].x > 0.f || shifts[i].y > 0.f;
+    }
+    return shifted;
+  }
+};
 
 // Over the lanes of one g, or of the warp; every lane receives the result.
 __device__ __forceinline__ float sum_over_members(float x) {

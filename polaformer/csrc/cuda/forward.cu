@@ -51,11 +51,11 @@ struct KeySums {
         const int token = 2 * lane_member() + 8 * upper + i;
         Pair<float> x;
         Operand::load_pair(keys + token * kStride + 2 * pair, x.first, x.second);
-        const Poles features =
-            part_poles({expm1_of_exponent(fabsf(x.first)), expm1_of_exponent(fabsf(x.second))}, x);
+        const Pair<float> exponents = scale(absolute(x), kExponentUnit<Operand>);
+        const Poles features = part_poles(features_of<Operand, false>(exponents, {}), x);
         mean.first.first += features.first.first, mean.first.second += features.first.second;
         mean.second.first += features.second.first, mean.second.second += features.second.second;
-        loudest = fmaxf(loudest, fmaxf(fabsf(x.first), fabsf(x.second)));
+        loudest = fmaxf(loudest, largest(absolute(x)));
         turned[i] = load_turns(turns, places[token], pair).forward(features);
       }
       first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
@@ -202,7 +202,8 @@ __device__ __forceinline__ void sum_shifted_keys(FinishShared& shared, const For
     const int token = begin + member;
     Pair<float> turned = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
-      const Pair<float> features = features_of<true>(key_exponents(keys, token, first + pair), {shift, shift});
+      const Pair<float> exponents = key_exponents(keys, token, first + pair);
+      const Pair<float> features = features_of<AnyFloat32, true>(exponents, {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
       const int64_t place = by_row ? row : shape.height + token - row * shape.width;
@@ -285,32 +286,15 @@ template <class Operand, int kWidth>
 struct QueryShared {
   static constexpr int kStride = kWidth + Operand::kPadding;
   alignas(16) typename Operand::Element state[2 * kWidth * kStride];
-  float2 temperatures[2][kWidth];  // of each flow: first, second pole
-  float2 means[kWidth];
-  float2 shifts[kWidth / 2];  // of pairs
+  HeadTables<kWidth> head;
 };
 
 // Fills everything. Returns whether the head's keys are shifted.
 template <class Operand, int kWidth>
 __device__ __forceinline__ bool load_head(QueryShared<Operand, kWidth>& shared, const Forward& f, const Item& item) {
-  const int width = f.shape.head_width;
-  load_state<Operand, kWidth>(shared.state, f.state + int64_t{item.head} * f.shape.state_size(), width, kQueryThreads,
-                              true, interleave_32, interleave_16);
-  const float* mean = f.key_mean + int64_t{item.head} * f.shape.features();
-  for (int i = opaque(int(threadIdx.x)); i < kWidth; i += kQueryThreads) {
-    shared.means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
-    for (int flow = 0; flow < 2; ++flow) {
-      const float* logits = (flow ? f.opposite_logits : f.same_logits) + item.head_in_batch * f.shape.features();
-      shared.temperatures[flow][i] =
-          i < width ? make_float2(logistic(logits[i]), logistic(logits[width + i])) : make_float2(0.f, 0.f);
-    }
-  }
-  bool shifted = false;
-  for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += kQueryThreads) {
-    const float* shift = f.key_shift + int64_t{item.head} * width + i;
-    shared.shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
-    shifted |= shared.shifts[i].x > 0.f || shared.shifts[i].y > 0.f;
-  }
+  load_state<Operand, kWidth>(shared.state, f.state + int64_t{item.head} * f.shape.state_size(), f.shape.head_width,
+                              kQueryThreads, true, interleave_32, interleave_16);
+  const bool shifted = shared.head.template load<Operand>(f, item, kQueryThreads);
   return __syncthreads_or(shifted);
 }
 
@@ -321,6 +305,7 @@ struct QueryTile {
   using Left = typename Operand::Left;
   using Right = typename Operand::Right;
   using Eight = typename Operand::template Neighbours<8>;
+  static constexpr bool kReadsAhead = Operand::kNarrow || kWidth < 128;  // there, registers are all in use
 
   const Shared& shared;
   const Rows<Operand::kFloatInputs>& queries;
@@ -336,7 +321,9 @@ struct QueryTile {
 
   __device__ __forceinline__ void load(Eight (&rows)[2], int column) const {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) rows[row] = load_neighbours<Operand, 8>(queries, tokens[row], column + 8 * lane_member());
+    for (int row = 0; row < 2; ++row) {
+      rows[row] = load_neighbours<Operand, 8>(queries, tokens[row], column + 8 * lane_member());
+    }
   }
 
   // Finds the shift of each token and flow.
@@ -350,12 +337,12 @@ struct QueryTile {
         const int place = column + 8 * lane_member() + i;
 #pragma unroll
         for (int flow = 0; flow < 2; ++flow) {
-          const Poles temperatures = load_poles(&shared.temperatures[flow][place]);
+          const Poles temperatures = load_poles(&shared.head.temperatures[flow][place]);
 #pragma unroll
           for (int row = 0; row < 2; ++row) {
             Pair<float> x = {rows[row][i], rows[row][i + 1]};
             if (flow) x = negative(x);
-            const float wanted = demand(scale(absolute(x), select(temperatures, x)), x, shared.shifts[place / 2]);
+            const float wanted = demand(scale(absolute(x), select(temperatures, x)), x, shared.head.shifts[place / 2]);
             token_shifts[flow][row] = fmaxf(token_shifts[flow][row], wanted);
           }
         }
@@ -379,17 +366,17 @@ struct QueryTile {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int place = first + 2 * pair;
-        const Poles temperatures = load_poles(&shared.temperatures[flow][place]);
-        const Poles means = load_poles(&shared.means[place]);
+        const Poles temperatures = load_poles(&shared.head.temperatures[flow][place]);
+        const Poles means = load_poles(&shared.head.means[place]);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           Pair<float> x = {rows[row][2 * pair], rows[row][2 * pair + 1]};
           if (flow) x = negative(x);
           else loudest = fmaxf(loudest, largest(absolute(x)));
           Pair<float> shift = {};
-          if constexpr (kShifted) shift = query_shift(token_shifts[flow][row], shared.shifts[place / 2], x);
+          if constexpr (kShifted) shift = query_shift(token_shifts[flow][row], shared.head.shifts[place / 2], x);
           const auto exponents = scale(absolute(x), select(temperatures, x));
-          const Poles features = part_poles(features_of<kShifted>(exponents, shift), x);
+          const Poles features = part_poles(features_of<Operand, kShifted>(exponents, shift), x);
           normalizers[flow][row] += dot(features, means);
           const Poles turned = by[row][pair].forward(features);
           left[0].set(row, pair, turned.first.first, turned.first.second);
@@ -411,16 +398,18 @@ struct QueryTile {
 
   __device__ __forceinline__ void add_all() {
     if constexpr (kShifted) find_shifts();
-    Eight ahead[2];
-    load(ahead, 0);
+    Eight ahead[2], rows[2];
+    if constexpr (kReadsAhead) load(ahead, 0);
 #pragma unroll 1
     for (int column = 0; column < kWidth; column += 32) {
-      Eight rows[2] = {ahead[0], ahead[1]};
-      if (column + 32 < kWidth) load(ahead, column + 32);
+      if constexpr (kReadsAhead) rows[0] = ahead[0], rows[1] = ahead[1];
+      if (kReadsAhead && column + 32 < kWidth) load(ahead, column + 32);
 #pragma unroll 1  // unrolled, it needs more registers than there are
       for (int half = 0; half < 2; ++half) {
+        if constexpr (!kReadsAhead) load(rows, column);
+        if (!kReadsAhead && half) rows[0].drop_four(), rows[1].drop_four();
         add(rows, column + 16 * half);
-        rows[0].drop_four(), rows[1].drop_four();
+        if constexpr (kReadsAhead) rows[0].drop_four(), rows[1].drop_four();
       }
     }
   }
@@ -428,7 +417,6 @@ struct QueryTile {
   // Writes the outputs of tokens before `end`; `row` is where the first token's of this head begins.
   __device__ __forceinline__ void store(void* out, int64_t row, int begin, int end, const Shape& shape) const {
     const int half = shape.head_width / 2;
-    const float most = dtype == Dtype::kHalf ? 65504.f : dtype == Dtype::kFloat ? FLT_MAX : 3.38953139e38f;
     float inverse[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -444,10 +432,7 @@ struct QueryTile {
       for (int j = 0; j < kWidth / 32; ++j) {
         float values[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          values[k] = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
-          if (fabsf(values[k]) > most) values[k] = copysignf(most, values[k]);
-        }
+        for (int k = 0; k < 4; ++k) values[k] = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
         const int column = 16 * j + 4 * lane_member();
         store_elements<Operand>(out, index + column, values, half - column, dtype);
       }
@@ -497,6 +482,8 @@ __global__ void __launch_bounds__(kQueryThreads, 1) attend_shifted(const Forward
 // Runs everything for one padded width.
 template <class Operand, int kWidth>
 const char* run(const Forward& f, void* stream) {
+  static_assert(fit(kKeyResidents.at(Operand::kNarrow, kWidth), sizeof(KeyShared<Operand, kWidth>)));
+  static_assert(fit(kQueryResidents.at(Operand::kNarrow, kWidth), sizeof(QueryShared<Operand, kWidth>)));
   if (const char* error = make_turns(f.turns, f.shape, f.angles, stream)) return error;
   const int64_t finish_blocks = f.shape.all_heads() * ((f.shape.head_width + kFinishPairs - 1) / kFinishPairs);
   const Grid grids[] = {

@@ -140,7 +140,9 @@ struct Tensor32 {
   static __device__ __forceinline__ void load(Right (&right)[2], const Element* corner, int stride) {
     __syncwarp();  // keeps loads of later operands from being moved up here, where they would occupy registers
     const Element* column = corner + 2 * lane_member() * stride + lane_group();
-    for (int i = 0; i < 8; ++i) right[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
+    for (int i = 0; i < 8; ++i) {
+      right[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
+    }
   }
   static __device__ __forceinline__ void load_transposed(Right (&right)[2], const Element* corner, int stride) {
     __syncwarp();

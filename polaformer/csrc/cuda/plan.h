@@ -16,6 +16,8 @@
 
 namespace polaformer {
 
+constexpr int64_t kMaxTokens = 1 << 24;  // of a head: places in the table of turns are ints
+
 enum class Dtype : int { kBfloat16, kHalf, kFloat };
 
 constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
@@ -105,8 +107,10 @@ struct Residents {
   int bf16[4], tf32[4];
   constexpr int at(bool narrow, int padded_width) const { return (narrow ? bf16 : tf32)[padded_width / 32 - 1]; }
 };
+// Whether so many blocks of such shared memory do, of which every block takes 1 KB more: of an A100, which has 164 KB.
+constexpr bool fit(int blocks, int64_t shared_bytes) { return blocks * (shared_bytes + 1024) <= 164 * 1024; }
 constexpr Residents kKeyResidents = {{8, 3, 2, 1}, {6, 2, 1, 1}};
-constexpr Residents kQueryResidents = {{5, 3, 3, 2}, {2, 2, 2, 1}};
+constexpr Residents kQueryResidents = {{4, 3, 3, 2}, {2, 2, 2, 1}};
 constexpr Residents kQueryGradResidents = {{4, 2, 1, 1}, {2, 1, 1, 1}};
 constexpr Residents kKeyGradResidents = {{4, 3, 3, 2}, {2, 2, 1, 1}};
 

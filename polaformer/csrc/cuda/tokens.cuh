@@ -46,8 +46,8 @@ __device__ __forceinline__ Rows<kFloat> rows_of(const Strided& tensor, const Sha
           shape.dtype == Dtype::kHalf};
 }
 
-// Where column `padded` of W lies among D, or −1. With `halves` each half of the columns is padded by itself, so that the
-// two flows part at W/2.
+// Where column `padded` of W lies among D, or −1. With `halves` each half of the columns is padded by itself, so that
+// the two flows part at W/2.
 template <int kWidth>
 __device__ __forceinline__ int column_of(int padded, int head_width, bool halves) {
   const int upper = halves && padded >= kWidth / 2, within = padded - upper * (kWidth / 2);
@@ -108,33 +108,29 @@ __device__ __forceinline__ typename Operand::template Neighbours<kCount> load_ne
 }
 
 // Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside: of bf16 operands all or none.
+// Numbers beyond the largest of the tensor's type become that.
 template <class Operand, int kCount>
 __device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
                                                Dtype given) {
-  const Dtype dtype = Operand::dtype(given);
   count = opaque(count);
-  if (dtype == Dtype::kFloat) {
-    auto* place = static_cast<float*>(tensor) + index;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (i < count) place[i] = values[i];
-    }
-    return;
-  }
-  uint32_t words[kCount / 2];
-#pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) {
-    words[i] = dtype == Dtype::kHalf
-                   ? float_to_half(values[2 * i]) | uint32_t{float_to_half(values[2 * i + 1])} << 16
-                   : pack_bf16(values[2 * i], values[2 * i + 1]);
-  }
-  auto* place = static_cast<uint16_t*>(tensor) + index;
   if constexpr (Operand::kNarrow) {
-    if (count >= kCount) store_words(place, words);
+    uint32_t words[kCount / 2];
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) words[i] = pack_bf16_finite(values[2 * i], values[2 * i + 1]);
+    if (count >= kCount) store_words(static_cast<uint16_t*>(tensor) + index, words);
   } else {
+    const Dtype dtype = Operand::dtype(given);
+    const float most = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (i < count) place[i] = static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16));
+      if (i >= count) continue;
+      const float x = max_or_nan(min_or_nan(values[i], most), -most);
+      if (dtype == Dtype::kFloat) {
+        static_cast<float*>(tensor)[index + i] = x;
+      } else {
+        const uint32_t bits = dtype == Dtype::kHalf ? float_to_half(x) : pack_bf16_finite(x, 0.f);
+        static_cast<uint16_t*>(tensor)[index + i] = static_cast<uint16_t>(bits);
+      }
     }
   }
 }
@@ -156,8 +152,8 @@ __device__ __forceinline__ int interleave_16(int i) { return i / 16 * 16 + i / 2
 // The even ones of 16 first: rows of left operands that a thread has in pairs.
 __device__ __forceinline__ int even_first(int i) { return i / 16 * 16 + i % 2 * 8 + i / 2 % 8; }
 
-// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half of
-// them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
+// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half
+// of them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
 template <class Operand, int kWidth, class RowOrder, class ColumnOrder>
 __device__ __forceinline__ void load_state(typename Operand::Element* tile, const float* state, int head_width,
                                            int threads, bool halves, RowOrder row_order, ColumnOrder column_order) {

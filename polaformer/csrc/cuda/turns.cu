@@ -16,16 +16,23 @@ struct TurnsTable {
 
 constexpr int kThreads = 128;
 
+// c[0] + c[1]·x + c[2]·x² + …
+template <int kCount>
+__device__ __forceinline__ double series(double x, const double (&coefficients)[kCount]) {
+  double sum = coefficients[kCount - 1];
+#pragma unroll
+  for (int i = kCount - 2; i >= 0; --i) sum = sum * x + coefficients[i];
+  return sum;
+}
+
 // Cosine and sine of 0 ≤ angle < 2^31, by Taylor series around the nearest multiple of π/2, which is taken off in
 // float64: CUDA's own functions keep a stack for large angles.
 __device__ __forceinline__ float2 turn_of(float angle) {
   const double quarters = rint(angle * 0.63661977236758134);
   const double x = (angle - quarters * 1.5707963267948966) - quarters * 6.123233995736766e-17;
   const double square = x * x;
-  const double sine =
-      x * (1. + square * (-1. / 6 + square * (1. / 120 + square * (-1. / 5040 + square * (1. / 362880 + square * (-1. / 39916800))))));
-  const double cosine =
-      1. + square * (-.5 + square * (1. / 24 + square * (-1. / 720 + square * (1. / 40320 + square * (-1. / 3628800 + square * (1. / 479001600))))));
+  const double sine = x * series(square, {1., -1. / 6, 1. / 120, -1. / 5040, 1. / 362880, -1. / 39916800});
+  const double cosine = series(square, {1., -1. / 2, 1. / 24, -1. / 720, 1. / 40320, -1. / 3628800, 1. / 479001600});
   const int64_t quadrant = static_cast<int64_t>(quarters);
   const double turned_cosine = quadrant & 1 ? -sine : cosine, turned_sine = quadrant & 1 ? cosine : sine;
   const float sign = quadrant & 2 ? -1.f : 1.f;

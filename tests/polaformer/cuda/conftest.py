@@ -1,6 +1,5 @@
 """The CUDA kernels on emulated threads, and as machine code: what can be known of them without a GPU."""
 
-import os
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,8 +54,16 @@ class Message:
 def build(folder: Path, *options: str) -> Path:
     """Compiles the kernels with the emulator in the place of device.cuh."""
     program = folder / "emulate"
-    command = ["g++", "-std=c++20", "-w", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"]
-    command += [*options, f"-I{KERNELS}", "-include", HERE / "emulator.h", "-x", "c++"]
+    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    command += [
+        "-Wno-missing-field-initializers",
+        *options,
+        f"-I{KERNELS}",
+        "-include",
+        HERE / "emulator.h",
+        "-x",
+        "c++",
+    ]
     sources = [*sorted(KERNELS.glob("*.cu")), HERE / "emulate.cpp"]
     jobs = [subprocess.Popen([*command, "-c", source, "-o", folder / f"{source.stem}.o"]) for source in sources]
     failures = [job.wait() for job in jobs]
@@ -80,9 +87,7 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multip
     if grad_out is not None:
         request.add_strided(grad_out)
     (folder / "request").write_bytes(b"".join(request.parts))
-    done = subprocess.run(
-        [program, folder / "request", folder / "answer"], capture_output=True, text=True, env={**os.environ}
-    )
+    done = subprocess.run([program, folder / "request", folder / "answer"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answer = memoryview(bytearray((folder / "answer").read_bytes()))
 
@@ -104,9 +109,20 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multip
     return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(items))
 
 
+def make_emulator(tmp_path_factory, *options: str):
+    folder = tmp_path_factory.mktemp("emulator")
+    program = build(folder, *options)
+    return lambda *arguments, **settings: run(program, folder, *arguments, **settings)
+
+
 @pytest.fixture(scope="session")
 def emulate(tmp_path_factory):
     """Returns a function: inputs, (height, width), grad_out → `Emulated`."""
-    folder = tmp_path_factory.mktemp("emulator")
-    program = build(folder, "-O1")
-    return lambda *arguments, **options: run(program, folder, *arguments, **options)
+    return make_emulator(tmp_path_factory, "-O1")
+
+
+@pytest.fixture(scope="session")
+def emulate_sanitized(tmp_path_factory):
+    """The same, where any access outside a tensor and any undefined operation is an error."""
+    checks = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    return make_emulator(tmp_path_factory, "-O0", *checks, "-Wno-maybe-uninitialized")  # wrongly seen in the checks

@@ -1,4 +1,4 @@
-// Runs the kernels once on emulated threads: emulate REQUEST ANSWER. The files are written and read by emulation.py.
+// Runs the kernels once on emulated threads: emulate REQUEST ANSWER. The files are written and read by conftest.py.
 //
 // Every tensor gets a buffer of its own and of its exact size, so that the address sanitizer sees an access outside;
 // outputs and workspaces are full of NaN before.

@@ -5,7 +5,7 @@
 //
 //   shared memory      exactly as large as the launch says, full of NaN before every block
 //   cp.async           its target is full of NaN until the wait that makes it visible to the thread
-//   barriers           every thread of the block has to arrive, and none may have left; nor lanes of a warp's instruction
+//   barriers           every thread of the block has to arrive, and none may have left; so lanes at an instruction
 //   mma, ldmatrix      every lane has to give the same instruction; tf32 operands that are not rounded are refused
 //   sums of products   rounded towards zero, as tensor cores round; products are exact
 //
@@ -58,9 +58,6 @@ struct alignas(16) uint4 {
 };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <class T>
 T __ldg(const T* place) {
   return *place;
@@ -405,10 +402,24 @@ inline uint16_t round_to_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | uint32_t{round_to_bf16(high)} << 16; }
 
+// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM", of
+// NaN NaN.
+inline uint32_t pack_bf16_finite(float low, float high) {
+  const auto limit = [](float x) { return std::isnan(x) ? x : std::clamp(x, -0x1.fep127f, 0x1.fep127f); };
+  return pack_bf16(limit(low), limit(high));
+}
+
 template <class T>
 T opaque(T x) {
   return x;
 }
+// "ex2.approx.ftz.f32 implements a fast approximation … max relative error 2^-22": so far off, either way.
+inline float exp2_approximate(float x) {
+  const double error = std::bit_cast<uint32_t>(x) & 1 ? 0x1p-22 : -0x1p-22;
+  return static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error));
+}
+inline float min_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmin(x, y); }
+inline float max_or_nan(float x, float y) { return std::isnan(x) || std::isnan(y) ? NAN : std::fmax(x, y); }
 inline float reciprocal(float x) { return 1.f / x; }
 
 inline float half_to_float(uint16_t bits) {

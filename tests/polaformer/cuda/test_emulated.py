@@ -19,10 +19,28 @@ def make_inputs(shape, dtype, scale=1.0):
     return [*views, *(torch.randn(heads, 2 * head_width, generator=generator) for _ in range(2))]
 
 
-def exact(inputs, size, grad_out):
+def make_grad_out(q):
+    return torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q.dtype)
+
+
+def compute_exact(inputs, size, grad_out):
     wide = [x.detach().double().requires_grad_() for x in inputs]
     out = reference.polarity_attention(*wide, *size)
     return [x.detach() for x in (out, *torch.autograd.grad(out, wide, grad_out.double()))]
+
+
+def assert_near(found, exact, limit, of_order=0.1):
+    """The difference's root mean square is below `limit` of that of the exact values and `of_order` together."""
+    for name, actual, wanted in zip(NAMES, (found.out, *found.grads), exact, strict=True):
+        assert actual.isfinite().all(), name
+        size = wanted.norm() + of_order * wanted.numel() ** 0.5
+        assert (actual.double() - wanted).norm() < limit * size, name
+
+
+def assert_same_bits(first, second):
+    for name in ("out", "state", "key_mean", "key_shift"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert all(torch.equal(a, b) for a, b in zip(first.grads, second.grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
@@ -31,18 +49,153 @@ def exact(inputs, size, grad_out):
     [
         (2, 2, (7, 9), 32),
         (1, 2, (9, 13), 64),
-        (1, 1, (14, 14), 96),
+        (1, 1, (7, 14), 96),
         (1, 1, (5, 13), 128),
         (2, 3, (3, 5), 6),
         (1, 1, (1, 1), 2),
-        (1, 1, (12, 40), 98),
+        (1, 1, (7, 11), 98),
     ],
 )
 def test_equals_reference(emulate, batch, heads, size, head_width, dtype):
     inputs = make_inputs((batch, heads, size[0] * size[1], head_width), dtype)
-    grad_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = emulate(inputs, size, grad_out)
-    for name, actual, wanted in zip(NAMES, (found.out, *found.grads), exact(inputs, size, grad_out), strict=True):
-        of_order_one = wanted.norm() + 0.1 * wanted.numel() ** 0.5
-        print(name, float((actual.double() - wanted).norm() / of_order_one))
-        assert (actual.double() - wanted).norm() < LIMITS[dtype] * of_order_one, name
+    grad_out = make_grad_out(inputs[0])
+    assert_near(emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out), LIMITS[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arrange", "path"),
+    [
+        (torch.bfloat16, "projection", "bfloat16"),
+        (torch.float32, "projection", "float32"),
+        (torch.bfloat16, "contiguous", "bfloat16"),
+        (torch.bfloat16, "one element further", "any 16"),
+        (torch.float32, "one element further", "any float32"),
+        (torch.float16, "projection", "any 16"),
+        (torch.bfloat16, "one token for all", "bfloat16"),
+    ],
+)
+def test_layouts(emulate, dtype, arrange, path):
+    """Rows are read where they lie; where they are not aligned to 16 bytes, by their elements."""
+
+    def one_further(x):
+        moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+        return moved.copy_(x)
+
+    arranged = {
+        "projection": lambda x: x,
+        "contiguous": lambda x: x.contiguous(),
+        "one element further": one_further,
+        "one token for all": lambda x: x[:, :, :1].expand(-1, -1, x.shape[2], -1),
+    }[arrange]
+    inputs = make_inputs((2, 2, 33, 32), dtype)
+    inputs = [arranged(x) for x in inputs[:3]] + inputs[3:]
+    grad_out = make_grad_out(inputs[0])
+    found = emulate(inputs, (3, 11), grad_out)
+    assert found.path == path
+    assert_near(found, compute_exact(inputs, (3, 11), grad_out), LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_tokens_of_a_head_among_several_blocks(emulate, dtype):
+    """An odd number of tokens, the last items incomplete; one block a head gives the same to rounding."""
+    inputs, size = make_inputs((1, 2, 281, 32), dtype), (281, 1)
+    grad_out = make_grad_out(inputs[0])
+    exact = compute_exact(inputs, size, grad_out)
+    split, whole = (emulate(inputs, size, grad_out, multiprocessors=count) for count in (132, 1))
+    assert min(split.items_per_head) > 1
+    assert split.items_per_head > whole.items_per_head
+    assert_near(split, exact, LIMITS[dtype])
+    assert_near(whole, exact, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_same_bits_in_any_order(emulate, dtype, scale):
+    """Threads and blocks run in random order; exponents above 20 take the way of the shift."""
+    inputs, size = make_inputs((1, 2, 85, 32), dtype, scale), (5, 17)
+    grad_out = make_grad_out(inputs[0])
+    first, second = (emulate(inputs, size, grad_out, seed=seed) for seed in (1, 2))
+    assert bool(first.key_shift.any()) == (scale == 30)
+    assert_same_bits(first, second)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("largest", [20, 100, 1e4])
+@pytest.mark.parametrize("which", ["q", "k", "both"])
+def test_exponents_of_any_size(emulate, dtype, largest, which):
+    """Queries and keys whose features overflow float32: exact outputs and gradients all the same."""
+    inputs, size = make_inputs((1, 1, 35, 32), torch.float64), (5, 7)
+    for index, name in ((0, "q"), (1, "k")):
+        if which in (name, "both"):  # the largest of every feature and sign is alike, so that none is alone
+            inputs[index] = inputs[index].sign() * (largest - inputs[index].abs())
+    inputs = [x.to(dtype) for x in inputs[:3]] + [x.float() for x in inputs[3:]]
+    grad_out = make_grad_out(inputs[0])
+    # e^x turns a relative error of x's product with its temperature, half a unit in the last place, into x times it
+    limit = 8 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps * largest
+    assert_near(emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out), limit, of_order=1)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("largest", [20, 100, 1e4])
+def test_finite_whatever_comes(emulate, dtype, largest):
+    """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
+    wherever those can be represented."""
+    inputs, size = make_inputs((2, 2, 35, 32), dtype, scale=largest / 4), (5, 7)
+    grad_out = make_grad_out(inputs[0])
+    found, exact = emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out)[0]
+    for name, x in zip(NAMES, (found.out, *found.grads), strict=True):
+        assert x.isfinite().all(), name
+    representable = exact.abs() < torch.finfo(dtype).max / 4
+    assert representable.double().mean() > 0.5
+    difference = (found.out.double() - exact).abs() / (exact.abs() + 1)
+    assert difference[representable].quantile(0.9) < 8 * torch.finfo(dtype).eps + 1e-6 * largest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_loud_head_does_not_touch_its_neighbours(emulate, dtype):
+    """The shift is one head's and one item's: the other head has the bits that it has without it."""
+    inputs, size = make_inputs((1, 2, 85, 32), dtype), (5, 17)
+    loud = [x.clone() for x in inputs]
+    loud[1][:, 1, 3] *= 40
+    found, quiet = emulate(loud, size), emulate(inputs, size)
+    assert found.key_shift[0, 1].any()
+    assert not found.key_shift[0, 0].any()
+    assert torch.equal(found.out[:, 0], quiet.out[:, 0])
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_rows_whose_normalizer_is_zero(emulate, dtype):
+    """q = (1, 0), k = (0, 1): no feature of the query meets one of the keys, but the rotated ones meet."""
+    q, k = torch.zeros(1, 1, 6, 16), torch.zeros(1, 1, 6, 16)
+    q[..., 0], k[..., 1] = 1, 1
+    v = 1e-6 * torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(0))
+    inputs = [*(x.to(dtype) for x in (q, k, v)), torch.zeros(1, 32), torch.zeros(1, 32)]
+    grad_out = 1e-9 * make_grad_out(q)  # gradients of z are divided by epsilon twice
+    exact = compute_exact(inputs, (2, 3), grad_out.to(dtype))
+    found = emulate(inputs, (2, 3), grad_out.to(dtype))
+    assert exact[0].abs().max() > 0.1  # divided by epsilon alone
+    assert_near(found, exact, LIMITS[dtype], of_order=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_empty_batch(emulate, dtype):
+    inputs = make_inputs((0, 2, 15, 32), dtype)
+    found = emulate(inputs, (3, 5), make_grad_out(inputs[0]))
+    assert found.out.shape == (0, 2, 15, 32)
+    assert not any(grad.any() for grad in found.grads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size", "scale"),
+    [
+        (torch.bfloat16, (1, 2, 21, 32), (3, 7), 1),
+        (torch.bfloat16, (1, 1, 21, 48), (3, 7), 30),
+        (torch.float32, (1, 1, 21, 32), (3, 7), 1),
+        (torch.float32, (2, 1, 5, 6), (1, 5), 30),
+        (torch.float16, (1, 2, 17, 10), (17, 1), 1),
+    ],
+)
+def test_nothing_outside_a_tensor_nothing_undefined(emulate_sanitized, dtype, shape, size, scale):
+    inputs = make_inputs(shape, dtype, scale)
+    found = emulate_sanitized(inputs, size, make_grad_out(inputs[0]))
+    assert all(x.isfinite().all() for x in (found.out, *found.grads))
