@@ -1,0 +1,162 @@
+"""Contestants with DALI graphs of their own: DALI's WebDataset reader, and ours where nothing but decoding is done.
+
+loaders.py has the others, and says what a contestant is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types as types
+import torch
+from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
+
+from dataio.cache import open_shards
+from dataio.index import Manifest, load_manifest
+from dataio.pipeline import ImageOptions
+from launch.benchmark.loaders import ENDINGS, SEED, SHUFFLED, Delivery, Task, grid_of, training_order
+
+_DEPTH = 2  # batches under way, as ours has
+
+
+class NativeReader:
+    """DALI alone: fn.readers.webdataset, decoding, cropping, normalising in one graph."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self._manifest = task, load_manifest(task.folder)
+        self._pipeline = _native_graph(task, self._manifest, **_pipeline_arguments(task))
+        self._started = False
+
+    def epoch(self, number: int) -> Iterator[Delivery]:
+        samples, batch = len(self._manifest), self.task.batch
+        batches = -(-samples // batch)
+        for _ in range(_DEPTH if self._started else 1):  # the first call starts `_DEPTH` batches
+            self._pipeline.schedule_run()
+        self._started = True
+        for place in range(batches):
+            images, texts = self._pipeline.share_outputs()
+            first = place * batch
+            count = min(batch, samples - first)  # the last batch is padded
+            delivery = Delivery(
+                _hand_over(images, self.task)[:count],
+                torch.tensor([int(texts.at(number).tobytes()) for number in range(count)]).to(self.task.device),
+                None if self.task.shuffled else np.arange(first, first + count),
+            )
+            self._pipeline.release_outputs()
+            if place + _DEPTH < batches:  # none of the next epoch while others have their turn
+                self._pipeline.schedule_run()
+            yield delivery
+
+
+class OursDecoding:
+    """Our shards' reader and DALI's decoder, in the order of a file: training never decodes whole images."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self._manifest = task, load_manifest(task.folder)
+
+    def epoch(self, number: int) -> Iterator[Delivery]:
+        samples, batch = len(self._manifest), self.task.batch
+        requests = (np.arange(first, min(first + batch, samples)) for first in range(0, samples, batch))
+        under_way: list[np.ndarray] = []
+
+        def feed() -> list[np.ndarray]:
+            under_way.append(next(requests))
+            return [np.frombuffer(shards.read(sample), dtype=np.uint8) for sample in under_way[-1]]
+
+        with closing(open_shards(self._manifest)) as shards:
+            pipeline = _decoding_graph(feed, self.task, **_pipeline_arguments(self.task))
+            pipeline.schedule_run()
+            while under_way:
+                (images,) = pipeline.share_outputs()
+                rows = under_way.pop(0)
+                delivery = Delivery(_hand_over(images, self.task), self._manifest.samples["label"][rows], rows)
+                pipeline.release_outputs()
+                pipeline.schedule_run()
+                yield delivery
+
+
+def _pipeline_arguments(task: Task) -> dict[str, Any]:
+    device_id = None if task.device == "cpu" else torch.cuda.current_device()
+    return {
+        "batch_size": task.batch,
+        "num_threads": task.cores,
+        "device_id": device_id,
+        "prefetch_queue_depth": _DEPTH,
+        "seed": SEED,
+    }
+
+
+@pipeline_def
+def _native_graph(task: Task, manifest: Manifest) -> tuple[DataNode, DataNode]:
+    encoded, text = fn.readers.webdataset(
+        paths=[str(manifest.folder / shard.name) for shard in manifest.shards],
+        index_paths=[str(manifest.folder / shard.idx_name) for shard in manifest.shards],
+        ext=[";".join(ENDINGS), "cls"],
+        missing_component_behavior="error",
+        random_shuffle=task.shuffled,
+        initial_fill=SHUFFLED,
+        pad_last_batch=True,
+        prefetch_queue_depth=1,
+    )
+    if task.work == "read":
+        return encoded, text
+    if task.work == "decode":
+        return _decode(encoded, task), text
+    return _normalised(encoded, task, task.options()), text
+
+
+@pipeline_def
+def _decoding_graph(feed: Callable[[], list[np.ndarray]], task: Task) -> DataNode:
+    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), task)
+
+
+def _decode(encoded: DataNode, task: Task) -> DataNode:
+    return fn.decoders.image(
+        encoded, device=_decoder(task), adjust_orientation=False, jpeg_fancy_upsampling=True
+    )
+
+
+def _normalised(encoded: DataNode, task: Task, options: ImageOptions) -> DataNode:
+    """The evaluation's or the training's images, with DALI's own random numbers."""
+    decoding = {"device": _decoder(task), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    if task.work == "evaluation":
+        images, side, mirror = fn.decoders.image(encoded, **decoding), int(task.size / options.crop_fraction), 0
+    else:
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=options.crop_scale, random_aspect_ratio=options.crop_ratio, **decoding
+        )
+        side, mirror = task.size, fn.random.coin_flip(probability=options.flip_probability)
+    images = fn.resize(
+        images, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False
+    )
+    return fn.crop_mirror_normalize(
+        images,
+        crop=(task.size, task.size),
+        mirror=mirror,
+        mean=[255 * mean for mean in options.mean],
+        std=[255 * std for std in options.std],
+        dtype=types.FLOAT,
+        output_layout="HWC",  # channels_last, as ours
+    )
+
+
+def _decoder(task: Task) -> str:
+    return "cpu" if task.device == "cpu" else "mixed"
+
+
+def _hand_over(output: Any, task: Task) -> Any:
+    """What the consumer gets of a batch: copies, as DALI's buffers are used again."""
+    if task.work == "read":
+        return [output.at(place).tobytes() for place in range(len(output))]
+    if task.work == "decode":
+        output = output.as_cpu()
+        return np.stack([grid_of(output.at(place)) for place in range(len(output))])
+    dense = output.as_tensor()
+    images = torch.empty(dense.shape(), dtype=torch.float32, device=task.device)
+    feed_ndarray(dense, images, cuda_stream=None if task.device == "cpu" else torch.cuda.current_stream())
+    return images.permute(0, 3, 1, 2)
