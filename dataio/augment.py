@@ -27,7 +27,7 @@ class MixOptions:
     erase_probability: float = 0.25  # per image: that a rectangle of it becomes noise
     mixup: float = 0.8  # alpha of the Beta distribution of the shares; 0 is off
     cutmix: float = 1.0  # likewise
-    probability: float = 1.0  # per batch: that it is mixed
+    mix_probability: float = 1.0  # per batch: that it is mixed
     switch_probability: float = 0.5  # per mixed batch: of cutmix, where both are on
     label_smoothing: float = 0.1
 
@@ -59,7 +59,7 @@ class Augment:
         self._mix = Mixup(
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
-            prob=options.probability,
+            prob=options.mix_probability,
             switch_prob=options.switch_probability,
             label_smoothing=options.label_smoothing,
             num_classes=num_classes,

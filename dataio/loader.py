@@ -19,16 +19,7 @@ import torch
 
 from dataio.cache import bytes_at_once, require_room
 from dataio.index import Manifest, Order, draws_at
-from dataio.pipeline import (
-    DRAWS_PER_IMAGE,
-    ImageOptions,
-    Replace,
-    Replaced,
-    Request,
-    decode_batches,
-    eval_views,
-    train_views,
-)
+from dataio.pipeline import ImageOptions, Replace, Replaced, Request, decode_batches, eval_views, train_views
 
 _BROKEN_SHOWN = 5
 
@@ -184,7 +175,7 @@ class TrainLoader:
             yield self._request(first, samples, shards)
 
     def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> Request:
-        draws = draws_at(self.plan.seed, first, len(samples), DRAWS_PER_IMAGE)
+        draws = draws_at(self.plan.seed, first, len(samples), self.options.draws_per_image)
         return Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options), shards)
 
     def _replace(self, request: Request, replaced: list[Replaced]) -> Request:
@@ -232,7 +223,7 @@ class EvalLoader:
             raise ValueError(f"the evaluation batch is {batch}; use at least 1")
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
-        self.manifest, self.options, self.batch, self.device = manifest, options, batch, device
+        self.manifest, self.options, self.batch, self.device = manifest, options.plain, batch, device
         if manifest.remote:
             require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch, ranks)})
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)

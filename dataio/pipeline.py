@@ -1,10 +1,11 @@
 """From the encoded images in shards to normalised batches on the training device, through one DALI graph.
 
 loader.py says which samples. Here it is settled how each is looked at (its view), and DALI does the work: decode a
-window, resize it, cut out the crop, mirror, normalise. DALI draws nothing by itself: every number comes in with
-the batch, so that the pixels of a batch are a pure function of its request. Only this file imports DALI.
+window, resize it, change its pixels by the operations of recipes.py, cut out the crop, mirror, normalise. DALI draws
+nothing by itself: every number comes in with the batch, so that the pixels of a sample are a pure function of its
+view. Only this file and operations.py import DALI.
 
-Axes: B images of a batch, S the side of the square images that come out.
+Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
 
 import dataclasses
@@ -20,21 +21,26 @@ import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
-from nvidia.dali import Pipeline
+from nvidia.dali import Pipeline, pipeline_def
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image, UnidentifiedImageError
 
+from dataio import recipes
 from dataio.cache import ShardCache, open_shards
 from dataio.index import Manifest
+from dataio.operations import Stage, apply_stage
+from dataio.recipes import Kind, Operations, RandAugment
 from dataio.shards import BrokenSampleError, ShardFiles
 
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _EVAL_RESIZES = ("squash", "short")
+_RECIPES = ("simple", "three-augment", "rand-augment")
 _FAULTS_SHOWN = 5
 _NEIGHBOURS_TRIED = 100
 
-#: Uniform draws of a training image: an area and an aspect ratio for each try, left, top, flip, and one spare.
-DRAWS_PER_IMAGE = 24
+#: Uniform draws of a training window: an area and an aspect ratio for each try, left, top, flip, and one spare.
+WINDOW_DRAWS = 24
 _TRIES = 10  # as in torchvision's RandomResizedCrop
 _LEFT, _TOP, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2
 
@@ -46,41 +52,79 @@ class ImageOptions:
     Raises ValueError if a value has no meaning.
     """
 
-    size: int = 224  # pixels, both sides
+    image_size: int = 224  # pixels, both sides
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]: ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"  # or "bilinear"; both with antialiasing, as PIL has them
     crop_scale: tuple[float, float] = (0.08, 1.0)  # training: the crop's share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # training: the crop's width / height
     flip_probability: float = 0.5  # training
+    recipe: str = "rand-augment"  # training, between crop and normalising; or "three-augment", "simple": nothing
+    rand_augment: RandAugment = RandAugment()
+    color_jitter: float | None = None  # training: largest share by which colours change; None: the recipe's own
     eval_resize: str = "squash"  # both sides alike; "short": the short side, keeping the aspect ratio
-    crop_fraction: float = 224 / 256  # evaluation: the crop's side / the side resized to; 1 is no crop
+    eval_crop_fraction: float = 224 / 256  # evaluation: the crop's side / the side resized to; 1 is no crop
     threads: int = 4  # of the CPU, per rank
     prefetch_batches: int = 2  # under way while the caller computes
 
     def __post_init__(self) -> None:
-        choices = {"interpolation": tuple(_INTERPOLATIONS), "eval_resize": _EVAL_RESIZES}
+        choices = {"interpolation": tuple(_INTERPOLATIONS), "eval_resize": _EVAL_RESIZES, "recipe": _RECIPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(allowed)}")
-        for name in ("size", "threads", "prefetch_batches"):
+        for name in ("image_size", "threads", "prefetch_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}; use a number above 0, at most 1")
+        if not 0 < self.eval_crop_fraction <= 1:
+            raise ValueError(f"eval_crop_fraction is {self.eval_crop_fraction}; use a number above 0, at most 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale is {self.crop_scale}; use (smallest, largest) above 0, at most 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise ValueError(f"crop_ratio is {self.crop_ratio}; use (smallest, largest) above 0")
+        if self.color_jitter is not None and not 0 <= self.color_jitter < np.inf:
+            raise ValueError(f"color_jitter is {self.color_jitter}; use a finite number of at least 0")
+        if self.recipe == "rand-augment" and self.color_jitter:
+            raise ValueError(
+                f"color_jitter is {self.color_jitter}, and RandAugment replaces it; set it to 0, or recipe to simple"
+            )
+
+    @property
+    def jitter(self) -> float:
+        """Strength of the colour jitter, 0 without one; DeiT III's 0.3 after 3-Augment if nothing else is said."""
+        if self.color_jitter is None:
+            return 0.3 if self.recipe == "three-augment" else 0.0
+        return self.color_jitter
+
+    @property
+    def stages(self) -> tuple[tuple[Kind, ...], ...]:
+        """The operations that a training image passes: of each stage, the kinds that it may have."""
+        of_recipe = {
+            "simple": (),
+            "three-augment": (recipes.THREE_AUGMENT,),
+            "rand-augment": (recipes.RAND_AUGMENT,) * self.rand_augment.layers,
+        }
+        return of_recipe[self.recipe] + (recipes.COLOR_JITTER,) * len(recipes.COLOR_JITTER) * (self.jitter > 0)
+
+    @property
+    def plain(self) -> "ImageOptions":
+        """The same without operations: a graph that is built in a tenth of the time."""
+        return dataclasses.replace(self, recipe="simple", color_jitter=0.0)
+
+    @property
+    def draws_per_image(self) -> int:
+        """Uniform draws that `train_views` takes."""
+        return WINDOW_DRAWS + recipes.DRAWS * len(self.stages)
 
 
 class Views(NamedTuple):
-    """How each image of a batch is looked at: a window of it is scaled, and S×S pixels are cut from that."""
+    """How each image of a batch is looked at: a window of it is scaled, S×S pixels are cut from that, and changed."""
 
     windows: np.ndarray  # (B, 4) int32: left, top, width, height in pixels of the stored image
     resized: np.ndarray  # (B, 2) int32: height and width that the window is scaled to, each ≥ S
     crops: np.ndarray  # (B, 2) int32: top and left of the S×S crop in the scaled window
-    flips: np.ndarray  # (B,) bool: mirrored left to right at the end
+    flips: np.ndarray  # (B,) bool: mirrored left to right before the operations
+    kinds: np.ndarray  # (B, L) int32: the operations, see recipes.Operations
+    amounts: np.ndarray  # (B, L) float32
 
 
 class Replaced(NamedTuple):
@@ -118,7 +162,7 @@ def crop_windows(
 ) -> np.ndarray:
     """Windows distributed as those of torchvision's RandomResizedCrop: (B, 4) int32, left, top, width, height.
 
-    draws: (B, DRAWS_PER_IMAGE) uniform in [0, 1). widths, heights: (B,) pixels. scale: range of the window's share
+    draws: (B, WINDOW_DRAWS or more) uniform in [0, 1). widths, heights: (B,) pixels. scale: range of the window's share
     of the area. ratio: range of its width / height. The first of ten tries that fits into the image counts; if
     none does, the largest centred window whose shape lies within `ratio`.
     """
@@ -144,24 +188,43 @@ def _centre_windows(widths: np.ndarray, heights: np.ndarray, ratio: tuple[float,
 
 
 def train_views(rows: np.ndarray, draws: np.ndarray, options: ImageOptions) -> Views:
-    """A random window scaled to S×S, and a random flip, from (B,) manifest rows and (B, DRAWS_PER_IMAGE)."""
+    """A random window scaled to S×S, a random flip, and the recipe's operations.
+
+    rows: (B,) of the manifest. draws: (B, draws_per_image) uniform in [0, 1).
+    """
     windows = crop_windows(draws, rows["width"], rows["height"], options.crop_scale, options.crop_ratio)
-    resized = np.full((len(rows), 2), options.size, dtype=np.int32)
-    return Views(windows, resized, np.zeros_like(resized), draws[:, _FLIP] < options.flip_probability)
+    resized = np.full((len(rows), 2), options.image_size, dtype=np.int32)
+    flips = draws[:, _FLIP] < options.flip_probability
+    return Views(windows, resized, np.zeros_like(resized), flips, *_operations(draws[:, WINDOW_DRAWS:], options))
+
+
+def _operations(draws: np.ndarray, options: ImageOptions) -> Operations:
+    """Those of the recipe, and of a colour jitter after it: (B, L × recipes.DRAWS) → (B, L)."""
+    parts = [recipes.no_operations(len(draws), 0)]
+    if options.jitter:
+        draws, of_jitter = np.split(draws, [-recipes.DRAWS * len(recipes.COLOR_JITTER)], axis=1)
+    if options.recipe == "rand-augment":
+        parts.append(recipes.rand_augment(draws, options.rand_augment))
+    elif options.recipe == "three-augment":
+        parts.append(recipes.three_augment(draws))
+    if options.jitter:
+        parts.append(recipes.color_jitter(of_jitter, options.jitter))
+    return Operations(*(np.concatenate(fields, axis=1) for fields in zip(*parts, strict=True)))
 
 
 def eval_views(rows: np.ndarray, options: ImageOptions) -> Views:
     """The whole image resized as `eval_resize` says, and its centre; rounded as timm and torchvision do."""
     sides = np.stack([rows["height"], rows["width"]], axis=1).astype(np.int64)
-    side = int(options.size / options.crop_fraction)
+    side = int(options.image_size / options.eval_crop_fraction)
     if options.eval_resize == "squash":
         resized = np.full_like(sides, side)
     else:
         resized = (side * sides / sides.min(axis=1, keepdims=True)).astype(np.int64)
-    crops = np.rint((resized - options.size) / 2)  # half to even
+    crops = np.rint((resized - options.image_size) / 2)  # half to even
     windows = np.concatenate([np.zeros_like(sides), sides[:, ::-1]], axis=1)
     flips = np.zeros(len(rows), dtype=bool)
-    return Views(windows.astype(np.int32), resized.astype(np.int32), crops.astype(np.int32), flips)
+    none = recipes.no_operations(len(rows), len(options.stages))
+    return Views(windows.astype(np.int32), resized.astype(np.int32), crops.astype(np.int32), flips, *none)
 
 
 def decode_batches(
@@ -211,7 +274,7 @@ def _decode(
     def feed() -> tuple:
         under_way.append(next(batches))  # DALI takes its StopIteration for the end
         request, encoded = under_way[-1]
-        return encoded, *_graph_inputs(request.views, bench.options.size)
+        return encoded, *_graph_inputs(request.views, bench.options)
 
     pipeline = _graph(bench.options, feed, max_batch, bench.device)
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
@@ -323,13 +386,14 @@ def _as_array(encoded: bytes) -> np.ndarray:
 
 def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, device: torch.device) -> dict[int, str]:
     """What DALI says against each of these images if it gets it alone, by place; nothing against most."""
-    options = dataclasses.replace(options, prefetch_batches=1)
+    options = dataclasses.replace(options.plain, prefetch_batches=1)
+    views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
     left = deque(range(len(encoded)))
     refused = {}
 
     def feed() -> tuple:
         place = left[0]
-        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options.size)
+        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
 
     while left:
         pipeline = _graph(options, feed, 1, device)  # 15 ms on the CPU
@@ -342,10 +406,10 @@ def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, dev
     return refused
 
 
-def _graph_inputs(views: Views, size: int) -> tuple[np.ndarray, ...]:
+def _graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
-    margins = np.maximum(views.resized - size, 1)
+    margins = np.maximum(views.resized - options.image_size, 1)
     places = (views.crops / margins).astype(np.float32)
     return (
         np.ascontiguousarray(views.windows[:, :2]),
@@ -354,7 +418,29 @@ def _graph_inputs(views: Views, size: int) -> tuple[np.ndarray, ...]:
         np.ascontiguousarray(places[:, 0]),
         np.ascontiguousarray(places[:, 1]),
         views.flips.astype(np.int32),
+        *_stage_inputs(views, options),
     )
+
+
+def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
+    """Kind, amount and, where there is use for it, matrix of one stage after the other."""
+    of_stages = recipes.matrices(Operations(views.kinds, views.amounts), options.image_size, views.flips)
+    for number, kinds in enumerate(options.stages):
+        yield np.ascontiguousarray(views.kinds[:, number])
+        yield np.ascontiguousarray(views.amounts[:, number])
+        if recipes.have_matrices(kinds):
+            yield np.ascontiguousarray(of_stages[:, number])
+
+
+def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
+    """Type and number of dimensions of all that the graph takes."""
+    result = [
+        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)),
+        *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
+    ]
+    for kinds in options.stages:
+        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * recipes.have_matrices(kinds)
+    return result
 
 
 def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device) -> Pipeline:
@@ -362,54 +448,75 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
-    pipeline = Pipeline(max_batch, options.threads, device_id, prefetch_queue_depth=options.prefetch_batches)
-    with pipeline:
-        encoded, starts, shapes, resized, tops, lefts, flips = fn.external_source(
-            feed,
-            num_outputs=7,
-            ndim=[1, 1, 1, 1, 0, 0, 0],
-            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.FLOAT, types.INT32],
-        )
-        images = fn.decoders.image_slice(
-            encoded,
-            device="cpu" if device_id is None else "mixed",
-            start=starts,
-            shape=shapes,
-            axis_names="WH",
-            adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
-            jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
-        )
-        images = fn.resize(
-            images,
-            size=resized,
-            interp_type=_INTERPOLATIONS[options.interpolation],
-            antialias=True,
-            subpixel_scale=False,
-        )
-        images = fn.crop_mirror_normalize(
-            images,
-            crop=(options.size, options.size),
-            crop_pos_y=tops,
-            crop_pos_x=lefts,
-            mirror=flips,
-            mean=[255 * mean for mean in options.mean],
-            std=[255 * std for std in options.std],
-            dtype=types.FLOAT,
-            output_layout="HWC",
-        )
-        pipeline.set_outputs(images)
-    return pipeline
+    return _definition(
+        options,
+        feed,
+        _input_types(options),
+        "cpu" if device_id is None else "mixed",
+        batch_size=max_batch,
+        num_threads=options.threads,
+        device_id=device_id,
+        prefetch_queue_depth=options.prefetch_batches,
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def _definition(
+    options: ImageOptions, feed: Callable[[], tuple], inputs: list[tuple[types.DALIDataType, int]], decoder: str
+) -> DataNode:
+    encoded, starts, shapes, resized, tops, lefts, flips, *operations = fn.external_source(
+        feed,
+        num_outputs=len(inputs),
+        dtype=[dtype for dtype, _ in inputs],
+        ndim=[dimensions for _, dimensions in inputs],
+    )
+    images = fn.decoders.image_slice(
+        encoded,
+        device=decoder,
+        start=starts,
+        shape=shapes,
+        axis_names="WH",
+        adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
+        jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
+    )
+    images = fn.resize(
+        images,
+        size=resized,
+        interp_type=_INTERPOLATIONS[options.interpolation],
+        antialias=True,
+        subpixel_scale=False,
+    )
+    mean = [255 * value for value in options.mean]
+    fill = [round(value) for value in mean]
+    for kinds in options.stages:
+        count = 2 + recipes.have_matrices(kinds)
+        stage, operations = Stage(*operations[:count]), operations[count:]
+        images = apply_stage(images, stage, kinds, fill, _INTERPOLATIONS[options.interpolation])
+    return fn.crop_mirror_normalize(
+        images,
+        crop=(options.image_size, options.image_size),
+        crop_pos_y=tops,
+        crop_pos_x=lefts,
+        mirror=flips,  # free here; `matrices` has turned the operations accordingly
+        mean=mean,
+        std=[255 * value for value in options.std],
+        dtype=types.FLOAT,
+        output_layout="HWC",
+    )
 
 
 def _to_torch(output: object, device: torch.device) -> torch.Tensor:
-    """DALI's (B, S, S, 3) output, copied once, as (B, 3, S, S): its memory is channels_last as it stands.
+    """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
 
-    On a GPU the batch is complete when share_outputs has returned it. The copy is queued on PyTorch's current
-    stream, and copy_to_external makes DALI's stream wait for it before it writes to the buffer again. So
-    release_outputs may follow at once, and whatever PyTorch queues after it on that stream sees the whole batch.
+    On the CPU the tensor is DALI's memory, handed over: DALI never writes to it again. On a GPU DALI's memory would
+    go back to it with the tensor, while PyTorch's stream may still read from it, so the batch is copied. It is
+    complete when share_outputs has returned it. The copy is queued on PyTorch's current stream, and copy_to_external
+    makes DALI's stream wait for it before it writes to the buffer again. So release_outputs may follow at once, and
+    whatever PyTorch queues after it on that stream sees the whole batch.
     """
     dense = output.as_tensor()
+    if device.type == "cpu":
+        return torch.from_dlpack(dense).permute(0, 3, 1, 2)
     images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, images, cuda_stream=stream)
+    feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(device))
     return images.permute(0, 3, 1, 2)

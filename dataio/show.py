@@ -54,7 +54,7 @@ def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> 
     from dataio.pipeline import ImageOptions
 
     device = torch.device("cpu")
-    options, mix = ImageOptions(size=size), MixOptions()
+    options, mix = ImageOptions(image_size=size), MixOptions()
     augment = Augment(mix, len(manifest.classes), seed, count, device)
     images, targets = augment(next(TrainLoader(manifest, options, TrainPlan(seed, count), device)))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))

@@ -21,12 +21,12 @@ class Card:
 
     model: str
     classes: tuple[str, ...]
-    size: int
+    image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
     eval_resize: str
-    crop_fraction: float
+    eval_crop_fraction: float
 
     def metadata(self) -> dict[str, str]:
         """For the header of a safetensors file."""
@@ -45,9 +45,9 @@ class Card:
             "label_names": list(self.classes),
             "pretrained_cfg": {
                 "num_classes": len(self.classes),
-                "input_size": [3, self.size, self.size],
+                "input_size": [3, self.image_size, self.image_size],
                 "interpolation": self.interpolation,
-                "crop_pct": self.crop_fraction,
+                "crop_pct": self.eval_crop_fraction,
                 "crop_mode": "squash" if self.eval_resize == "squash" else "center",
                 "mean": list(self.mean),
                 "std": list(self.std),
@@ -60,12 +60,12 @@ def make_card(model: str, classes: tuple[str, ...], images: ImageOptions) -> Car
     return Card(
         model,
         classes,
-        images.size,
+        images.image_size,
         images.mean,
         images.std,
         images.interpolation,
         images.eval_resize,
-        images.crop_fraction,
+        images.eval_crop_fraction,
     )
 
 

@@ -54,6 +54,15 @@ class ModelSection(Section):
         return self
 
 
+class RandAugmentSection(Section):
+    """The defaults are timm's rand-m9-mstd0.5-inc1."""
+
+    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0  # mean strength of the operations
+    spread: Annotated[float, Field(ge=0)] = 0.5  # standard deviation of the strength
+    layers: Count = 2  # operations drawn for an image
+    probability: Fraction = 0.5  # of doing one that was drawn
+
+
 class DataSection(Section):
     train: Place  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
     val: Place  # the same, for evaluation
@@ -65,7 +74,10 @@ class DataSection(Section):
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
-    flip: Fraction = 0.5  # probability of a horizontal flip
+    flip_probability: Fraction = 0.5  # of mirroring an image left to right
+    recipe: Literal["rand-augment", "three-augment", "simple"] = "rand-augment"  # what is done after crop and flip
+    rand_augment: RandAugmentSection = RandAugmentSection()
+    color_jitter: Annotated[float, Field(ge=0)] | None = None  # largest change; null: three-augment 0.3, others none
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     eval_resize: Literal["squash", "short"] = "squash"  # both sides, as the recipe does, or the short side
     eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
@@ -74,10 +86,11 @@ class DataSection(Section):
     mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
     cutmix: Annotated[float, Field(ge=0)] = 1.0
     mix_probability: Fraction = 1.0  # of mixing a batch at all
+    switch_probability: Fraction = 0.5  # of cutmix for a mixed batch, where mixup is on as well
     label_smoothing: Fraction = 0.1
-    erase: Fraction = 0.25  # probability of random erasing, per image
+    erase_probability: Fraction = 0.25  # of random erasing, per image
     threads: Count = 4  # decoding threads of each rank
-    prefetch: Count = 2  # batches decoded ahead
+    prefetch_batches: Count = 2  # decoded ahead
 
 
 class OptimizerSection(Section):

@@ -143,7 +143,7 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         return card
     if arguments.image_size % TOTAL_STRIDE:
         raise ValueError(f"--image-size {arguments.image_size} is not a multiple of {TOTAL_STRIDE}; use one")
-    return replace(card, size=arguments.image_size)
+    return replace(card, image_size=arguments.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         end_at_once()
     stop()
     if place.rank == 0:
-        report = {"weights": str(path), "model": card.model, "image_size": card.size}
+        report = {"weights": str(path), "model": card.model, "image_size": card.image_size}
         report |= {"data": str(arguments.data), "samples": len(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)

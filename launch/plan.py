@@ -7,8 +7,9 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from dataio.cache import open_data, require_room
 from dataio.index import Manifest
 from dataio.loader import EvalLoader, TrainPlan, check_labels, check_same_classes
 from dataio.pipeline import ImageOptions
+from dataio.recipes import RandAugment
 from dataio.remote import CacheOptions, is_url
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
@@ -101,30 +103,17 @@ def cache_options(folder: Path | None, gib: float) -> CacheOptions:
 
 def image_options(data: DataSection) -> ImageOptions:
     """The same: how an image is prepared."""
-    return ImageOptions(
-        size=data.image_size,
-        mean=data.mean,
-        std=data.std,
-        interpolation=data.interpolation,
-        crop_scale=data.crop_scale,
-        crop_ratio=data.crop_ratio,
-        flip_probability=data.flip,
-        eval_resize=data.eval_resize,
-        crop_fraction=data.eval_crop_fraction,
-        threads=data.threads,
-        prefetch_batches=data.prefetch,
-    )
+    return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
 
 
 def mix_options(data: DataSection) -> MixOptions:
     """The same for what happens to whole batches."""
-    return MixOptions(
-        erase_probability=data.erase,
-        mixup=data.mixup,
-        cutmix=data.cutmix,
-        probability=data.mix_probability,
-        label_smoothing=data.label_smoothing,
-    )
+    return MixOptions(**_same_fields(data, MixOptions))
+
+
+def _same_fields(data: DataSection, options: type) -> dict[str, Any]:
+    """The configuration's values for all fields of a dataclass of dataio; both have the same names."""
+    return {field.name: getattr(data, field.name) for field in fields(options)}
 
 
 def main(argv: list[str] | None = None) -> int:

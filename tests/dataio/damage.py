@@ -24,7 +24,7 @@ from dataio.loader import TrainLoader, TrainPlan
 from dataio.pipeline import ImageOptions
 from dataio.remote import CacheOptions, Patience
 
-OPTIONS = ImageOptions(size=32, threads=1, prefetch_batches=1)
+OPTIONS = ImageOptions(image_size=32, threads=1, prefetch_batches=1)
 BATCH, STEPS = 8, 3
 Damage = Callable[[random.Random, Path], str]
 

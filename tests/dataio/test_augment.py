@@ -28,7 +28,7 @@ POSITIONS = range(0, 40 * 16, 16)
 @pytest.fixture(scope="module")
 def photographs(shards) -> Batch:
     plan = TrainPlan(seed=0, global_batch=16)
-    return next(TrainLoader(load_manifest(shards), ImageOptions(size=32, threads=2), plan, torch.device("cpu")))
+    return next(TrainLoader(load_manifest(shards), ImageOptions(image_size=32, threads=2), plan, torch.device("cpu")))
 
 
 def at(batch: Batch, position: int, device: str = "cpu") -> Batch:
@@ -134,7 +134,7 @@ def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
 
 
 def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
-    options = MixOptions(erase_probability=0, probability=0.3, label_smoothing=0.4)
+    options = MixOptions(erase_probability=0, mix_probability=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
     for position in POSITIONS:

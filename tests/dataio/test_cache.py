@@ -26,7 +26,7 @@ from dataio.pipeline import ImageOptions
 from dataio.remote import CacheOptions, Patience
 
 CPU = torch.device("cpu")
-SMALL = ImageOptions(size=32, threads=1)
+SMALL = ImageOptions(image_size=32, threads=1)
 WINDOW = 3
 PLAN = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW)
 HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.5, room_seconds=0.5)
@@ -166,7 +166,7 @@ from dataio.remote import CacheOptions
 url, folder, limit, rank, ranks, steps = sys.argv[1:]
 manifest = open_data(url, CacheOptions(Path(folder), int(limit)))
 plan = TrainPlan(seed=7, global_batch=24, rank=int(rank), ranks=int(ranks), window_shards=3)
-loader = TrainLoader(manifest, ImageOptions(size=32, threads=1), plan, torch.device("cpu"))
+loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), plan, torch.device("cpu"))
 for _ in range(int(steps)):
     batch = next(loader)
     print(batch.position, hashlib.sha256(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes()).hexdigest())

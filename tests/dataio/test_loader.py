@@ -14,7 +14,7 @@ from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan, check_label
 from dataio.pipeline import ImageOptions
 
 CPU = torch.device("cpu")
-SMALL = ImageOptions(size=32, threads=2)
+SMALL = ImageOptions(image_size=32, threads=2)
 
 
 @pytest.fixture(scope="module")

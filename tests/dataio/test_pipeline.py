@@ -15,7 +15,7 @@ from torchvision.transforms import functional as vision
 
 from dataio.index import Manifest, draws_at, load_manifest
 from dataio.pipeline import (
-    DRAWS_PER_IMAGE,
+    WINDOW_DRAWS,
     ImageOptions,
     Request,
     Views,
@@ -24,6 +24,7 @@ from dataio.pipeline import (
     eval_views,
     train_views,
 )
+from dataio.recipes import Kind, RandAugment
 from dataio.shards import ShardFiles
 
 CPU = torch.device("cpu")
@@ -77,6 +78,20 @@ def pil_images(manifest: Manifest) -> list[Image.Image]:
     return [Image.open(io.BytesIO(shards.read(sample))).convert("RGB") for sample in range(len(manifest))]
 
 
+def draw_views(manifest: Manifest, options: ImageOptions, seed: int = 5) -> Views:
+    return train_views(manifest.samples, draws_at(seed, 0, len(manifest), options.draws_per_image), options)
+
+
+def cut(
+    manifest: Manifest, views: Views, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> list[Image.Image]:
+    """The windows of all images in PIL, scaled to size × size and flipped."""
+    windows = zip(pil_images(manifest), views.windows.tolist(), strict=True)
+    scaled = [image.crop((left, top, left + width, top + height)) for image, (left, top, width, height) in windows]
+    scaled = [image.resize((size, size), resample) for image in scaled]
+    return [vision.hflip(image) if flip else image for image, flip in zip(scaled, views.flips, strict=True)]
+
+
 def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) -> None:
     """0.2 levels apart on average over all images, and no image much worse. nvJPEG's own rounding comes on top."""
     slack = 1 if device == "cpu" else 2
@@ -89,13 +104,17 @@ def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) ->
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("eval_resize", ["squash", "short"])
-@pytest.mark.parametrize(("size", "crop_fraction"), [(224, 224 / 256), (97, 0.9), (64, 1.0)])
-def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_resize, size, crop_fraction):
+@pytest.mark.parametrize(("size", "eval_crop_fraction"), [(224, 224 / 256), (97, 0.9), (64, 1.0)])
+def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_resize, size, eval_crop_fraction):
     options = ImageOptions(
-        size=size, interpolation=interpolation, eval_resize=eval_resize, crop_fraction=crop_fraction, threads=2
+        image_size=size,
+        interpolation=interpolation,
+        eval_resize=eval_resize,
+        eval_crop_fraction=eval_crop_fraction,
+        threads=2,
     )
     got = levels(decode(manifest, options, eval_views(manifest.samples, options), torch.device(device)), options)
-    side = int(size / crop_fraction)
+    side = int(size / eval_crop_fraction)
     recipe = Compose(
         [
             Resize((side, side) if eval_resize == "squash" else side, InterpolationMode(interpolation)),
@@ -107,21 +126,44 @@ def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_r
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
-    options = ImageOptions(size=96, threads=2)
-    views = train_views(manifest.samples, draws_at(5, 0, len(manifest), DRAWS_PER_IMAGE), options)
+    options = ImageOptions(image_size=96, recipe="simple", threads=2)
+    views = draw_views(manifest, options)
     assert 0 < views.flips.sum() < len(manifest)
+    assert_close(
+        levels(decode(manifest, options, views, torch.device(device)), options), cut(manifest, views, 96), device
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(ImageOptions(image_size=96, threads=2), id="rand-augment"),
+        pytest.param(ImageOptions(image_size=96, threads=2, rand_augment=RandAugment(layers=1)), id="one layer"),
+        pytest.param(ImageOptions(image_size=96, threads=2, interpolation="bilinear"), id="bilinear"),
+        pytest.param(ImageOptions(image_size=96, threads=2, recipe="three-augment"), id="three-augment"),
+        pytest.param(ImageOptions(image_size=96, threads=2, recipe="simple", color_jitter=0.4), id="colour jitter"),
+    ],
+)
+def test_training_recipes_are_the_same_in_pil(manifest, options, device, in_pil):
+    """From the encoded image to its last operation. One pixel may decide on all of an image: hence no maximum."""
+    views = draw_views(manifest, options)
+    assert (views.kinds != Kind.NONE).any(axis=0).all()
+    resample = Image.Resampling.BICUBIC if options.interpolation == "bicubic" else Image.Resampling.BILINEAR
     expected = []
-    for image, (left, top, width, height), flip in zip(
-        pil_images(manifest), views.windows.tolist(), views.flips, strict=True
-    ):
-        cut = vision.resized_crop(image, top, left, height, width, [96, 96], InterpolationMode.BICUBIC)
-        expected.append(vision.hflip(cut) if flip else cut)
-    assert_close(levels(decode(manifest, options, views, torch.device(device)), options), expected, device)
+    for image, kinds, amounts in zip(cut(manifest, views, 96, resample), views.kinds, views.amounts, strict=True):
+        for kind, amount in zip(kinds, amounts, strict=True):
+            image = in_pil(image, Kind(kind), amount, (124, 116, 104), resample)
+        expected.append(vision.pil_to_tensor(image))
+    got = levels(decode(manifest, options, views, torch.device(device)), options)
+    differences = (got - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
+    assert differences.median() < 0.5
+    assert differences.mean() < 0.8
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_images_are_channels_last_float32_on_the_device(manifest, device):
-    options = ImageOptions(size=48, threads=2)
+    options = ImageOptions(image_size=48, threads=2)
     images = decode(manifest, options, eval_views(manifest.samples, options), torch.device(device))
     assert images.shape == (len(manifest), 3, 48, 48)
     assert images.dtype == torch.float32
@@ -131,7 +173,7 @@ def test_images_are_channels_last_float32_on_the_device(manifest, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, device):
-    options = ImageOptions(size=64, threads=2)
+    options = ImageOptions(image_size=64, threads=2)
     views = eval_views(manifest.samples, options)
     batches = [
         (images, images.clone())
@@ -142,20 +184,37 @@ def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, devi
 
 
 def test_flipping_mirrors_the_same_pixels(manifest):
-    plain, flipped = ImageOptions(size=64, flip_probability=0), ImageOptions(size=64, flip_probability=1)
-    draws = draws_at(1, 0, len(manifest), DRAWS_PER_IMAGE)
-    images = decode(manifest, plain, train_views(manifest.samples, draws, plain))
-    mirrored = decode(manifest, flipped, train_views(manifest.samples, draws, flipped))
+    plain, flipped = (ImageOptions(image_size=64, recipe="simple", flip_probability=share) for share in (0, 1))
+    images, mirrored = (decode(manifest, options, draw_views(manifest, options)) for options in (plain, flipped))
     assert torch.equal(images.flip(3), mirrored)
 
 
-def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest):
-    few = ImageOptions(size=64, threads=1, prefetch_batches=1)
-    many = ImageOptions(size=64, threads=3, prefetch_batches=4)
-    views = train_views(manifest.samples, draws_at(2, 0, len(manifest), DRAWS_PER_IMAGE), few)
-    in_one = [Request(0, np.arange(len(manifest)), views)]
+@pytest.mark.parametrize("recipe", ["simple", "three-augment", "rand-augment"])
+def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest, recipe):
+    few = ImageOptions(image_size=64, recipe=recipe, threads=1, prefetch_batches=1)
+    many = ImageOptions(image_size=64, recipe=recipe, threads=3, prefetch_batches=4)
+    views = draw_views(manifest, few)
+    backwards = np.arange(len(manifest))[::-1]
+    in_one = [Request(0, backwards, Views(*(field[backwards] for field in views)))]
     ((_, images),) = decode_batches(manifest, many, iter(in_one), len(manifest), CPU)
-    assert torch.equal(images, decode(manifest, few, views))
+    assert torch.equal(images.flip(0), decode(manifest, few, views))
+
+
+@pytest.mark.parametrize("recipe", ["three-augment", "rand-augment"])
+def test_a_recipe_leaves_evaluation_alone(manifest, recipe):
+    simple, other = (ImageOptions(image_size=64, recipe=name, threads=2) for name in ("simple", recipe))
+    images = [decode(manifest, options, eval_views(manifest.samples, options)) for options in (simple, other)]
+    assert torch.equal(*images)
+
+
+def test_a_recipe_leaves_windows_and_flips_alone(manifest):
+    """A sample is cut in the same way under each, but for the position of its draws in the stream."""
+    draws = draws_at(0, 0, len(manifest), ImageOptions().draws_per_image)
+    cuts = [
+        train_views(manifest.samples, draws[:, : options.draws_per_image], options)[:4]
+        for options in (ImageOptions(), ImageOptions(recipe="simple"), ImageOptions(recipe="simple", color_jitter=0.0))
+    ]
+    assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))
 
 
 def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -168,7 +227,7 @@ def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (400, 120), (90, 333)])
 def test_crops_are_distributed_as_torchvision_s(width, height):
     count = 4000
-    draws = draws_at(0, 0, count, DRAWS_PER_IMAGE)
+    draws = draws_at(0, 0, count, WINDOW_DRAWS)
     ours = crop_windows(draws, np.full(count, width), np.full(count, height), SCALE, RATIO)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
@@ -185,14 +244,14 @@ def test_crops_are_distributed_as_torchvision_s(width, height):
 @pytest.mark.parametrize(("width", "height"), [(1000, 40), (41, 1000), (1001, 333)])
 def test_an_image_into_which_no_try_fits_is_cut_at_its_centre_as_torchvision_does(width, height):
     whole = (1.0, 1.0)  # no window of the full area fits, whatever the draws
-    ours = crop_windows(draws_at(0, 0, 3, DRAWS_PER_IMAGE), np.full(3, width), np.full(3, height), whole, RATIO)
+    ours = crop_windows(draws_at(0, 0, 3, WINDOW_DRAWS), np.full(3, width), np.full(3, height), whole, RATIO)
     top, left, cut_height, cut_width = RandomResizedCrop.get_params(torch.empty(3, height, width), whole, RATIO)
     assert ours.tolist() == [[left, top, cut_width, cut_height]] * 3
 
 
 @pytest.mark.parametrize(("draw", "at_the_end"), [(0.0, False), (1 - 2**-53, True)])
 def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
-    draws = draws_at(0, 0, 100, DRAWS_PER_IMAGE)
+    draws = draws_at(0, 0, 100, WINDOW_DRAWS)
     draws[:, 20:] = draw
     left, top, width, height = crop_windows(draws, np.full(100, 500), np.full(100, 375), SCALE, RATIO).T
     assert np.array_equal(left, (500 - width) * at_the_end)
@@ -203,7 +262,7 @@ def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
 @given(
     st.integers(1, 5000),
     st.integers(1, 5000),
-    st.lists(st.floats(0, 1 - 2**-53), min_size=DRAWS_PER_IMAGE, max_size=DRAWS_PER_IMAGE),
+    st.lists(st.floats(0, 1 - 2**-53), min_size=WINDOW_DRAWS, max_size=WINDOW_DRAWS),
 )
 def test_windows_lie_inside_the_image(width, height, draws):
     window = crop_windows(np.array([draws]), np.array([width]), np.array([height]), SCALE, RATIO)[0]
@@ -215,7 +274,7 @@ def test_windows_lie_inside_the_image(width, height, draws):
 
 def test_half_of_the_images_are_flipped(manifest):
     rows = np.repeat(manifest.samples, 200)
-    views = train_views(rows, draws_at(3, 0, len(rows), DRAWS_PER_IMAGE), ImageOptions())
+    views = train_views(rows, draws_at(3, 0, len(rows), WINDOW_DRAWS), ImageOptions(recipe="simple"))
     assert views.flips.mean() == pytest.approx(0.5, abs=0.02)
 
 
@@ -224,10 +283,13 @@ def test_half_of_the_images_are_flipped(manifest):
     [
         ({"interpolation": "cubic"}, "interpolation is 'cubic'; use bicubic or bilinear"),
         ({"eval_resize": "long"}, "eval_resize is 'long'; use squash or short"),
-        ({"crop_fraction": 1.5}, "crop_fraction is 1.5; use a number above 0, at most 1"),
+        ({"recipe": "full"}, "recipe is 'full'; use simple or three-augment or rand-augment"),
+        ({"recipe": "simple", "color_jitter": -1}, "color_jitter is -1; use a finite number of at least 0"),
+        ({"color_jitter": 0.4}, "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or recipe to simple"),
+        ({"eval_crop_fraction": 1.5}, "eval_crop_fraction is 1.5; use a number above 0, at most 1"),
         ({"crop_scale": (0.5, 0.1)}, r"crop_scale is \(0.5, 0.1\); use \(smallest, largest\)"),
         ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio is \(0.0, 1.0\); use \(smallest, largest\)"),
-        ({"size": 0}, "size is 0; use at least 1"),
+        ({"image_size": 0}, "image_size is 0; use at least 1"),
         ({"threads": 0}, "threads is 0; use at least 1"),
         ({"prefetch_batches": 0}, "prefetch_batches is 0; use at least 1"),
     ],
@@ -238,7 +300,7 @@ def test_options_without_meaning_are_refused(options, message):
 
 
 def evaluate(manifest: Manifest, prefetch_batches: int = 2) -> None:
-    options = ImageOptions(size=32, threads=2, prefetch_batches=prefetch_batches)
+    options = ImageOptions(image_size=32, threads=2, prefetch_batches=prefetch_batches)
     for _ in decode_batches(manifest, options, requests(eval_views(manifest.samples, options), 4), 4, CPU):
         pass
 

@@ -45,7 +45,7 @@ def test_augmented_samples_below_the_stored_ones(shards):
     assert len(drawn) == 20
     rows = [drawn[:8], drawn[8:16], drawn[16:18], drawn[18:]]  # 8 columns
     before, after = rows[0] + rows[2], rows[1] + rows[3]
-    batch = next(TrainLoader(manifest, ImageOptions(size=64), TrainPlan(3, 10), torch.device("cpu")))
+    batch = next(TrainLoader(manifest, ImageOptions(image_size=64), TrainPlan(3, 10), torch.device("cpu")))
     assert [title for title, _ in before] == [stored(manifest, sample)[0] for sample in batch.samples]
     images, targets = Augment(MixOptions(), 4, 3, 10, torch.device("cpu"))(batch)
     mean, std = (np.array(values) for values in (ImageOptions().mean, ImageOptions().std))

@@ -20,6 +20,7 @@ model: {name: polaformerpp_b0, drop_path_rate: 0.0}
 data:
   image_size: 32
   crop_scale: [0.6, 1.0]
+  recipe: simple
   eval_crop_fraction: 1.0
   mean: [0.286, 0.286, 0.286]
   std: [0.353, 0.353, 0.353]

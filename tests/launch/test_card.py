@@ -9,7 +9,9 @@ from dataio.pipeline import ImageOptions
 from launch.card import make_card, read_card
 from polaformer.weights import save_weights
 
-IMAGES = ImageOptions(size=96, interpolation="bilinear", eval_resize="short", crop_fraction=0.9, mean=(0.1, 0.2, 0.3))
+IMAGES = ImageOptions(
+    image_size=96, interpolation="bilinear", eval_resize="short", eval_crop_fraction=0.9, mean=(0.1, 0.2, 0.3)
+)
 CARD = make_card("polaformerpp_b1", ("T-shirt_top", "größer", 'a "quoted" one'), IMAGES)
 
 
@@ -23,10 +25,10 @@ def test_it_comes_back_from_a_file_of_weights(tmp_path):
 def test_it_says_how_images_are_evaluated():
     restored = CARD.image_options(threads=7)
     assert restored == ImageOptions(
-        size=96,
+        image_size=96,
         interpolation="bilinear",
         eval_resize="short",
-        crop_fraction=0.9,
+        eval_crop_fraction=0.9,
         mean=(0.1, 0.2, 0.3),
         threads=7,
     )
@@ -34,7 +36,9 @@ def test_it_says_how_images_are_evaluated():
 
 @pytest.mark.parametrize(("eval_resize", "crop_mode"), [("squash", "squash"), ("short", "center")])
 def test_timm_reads_it(eval_resize, crop_mode):
-    card = make_card("polaformerpp_b0", ("a", "b"), ImageOptions(size=64, eval_resize=eval_resize, crop_fraction=0.75))
+    card = make_card(
+        "polaformerpp_b0", ("a", "b"), ImageOptions(image_size=64, eval_resize=eval_resize, eval_crop_fraction=0.75)
+    )
     written = card.timm_config()
     assert (written["architecture"], written["num_classes"], written["label_names"]) == (
         "polaformerpp_b0",

@@ -58,8 +58,17 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.std=[0.2, 0.2]", "data.std.2 is [0.2, 0.2]: field required"),
         ("data.image_size=100", "data.image_size is 100: input should be a multiple of 32"),
         ("data.image_size=0", "data.image_size is 0: input should be greater than or equal to 32"),
-        ("data.flip=2", "data.flip is 2: input should be less than or equal to 1"),
+        ("data.flip_probability=2", "data.flip_probability is 2: input should be less than or equal to 1"),
         ("data.eval_crop_fraction=0", "data.eval_crop_fraction is 0: input should be greater than 0"),
+        ("data.recipe=full", "data.recipe is 'full': input should be 'rand-augment', 'three-augment' or 'simple'"),
+        ("data.rand_augment.magnitude=11", "data.rand_augment.magnitude is 11: input should be less than or equal to"),
+        ("data.rand_augment.layers=0", "data.rand_augment.layers is 0: input should be greater than or equal to 1"),
+        (
+            "data.rand_augment.std=1",
+            "unknown key data.rand_augment.std; known are magnitude, spread, layers, probability",
+        ),
+        ("data.rand_augment=9", "data.rand_augment is 9: input should be a valid dictionary or instance of"),
+        ("data.color_jitter=-1", "data.color_jitter is -1: input should be greater than or equal to 0"),
         ("data.interpolation=nearest", "data.interpolation is 'nearest': input should be 'bicubic' or 'bilinear'"),
         ("data.train=7", "data.train is 7: input should be a valid string"),
         ("data.order=random", "data.order is 'random': input should be 'auto', 'full' or 'windowed'"),
@@ -124,10 +133,12 @@ def test_what_must_be_set(tmp_path):
 
 
 def test_each_of_several_faults_has_its_line(file):
-    lines = explanation(file, "optimizer.lr=-1", "modle.name=x", "data.flip=no way", "seed=0.5").splitlines()
+    lines = explanation(
+        file, "optimizer.lr=-1", "modle.name=x", "data.flip_probability=no way", "seed=0.5"
+    ).splitlines()
     assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
         "seed",
-        "data.flip",
+        "data.flip_probability",
         "optimizer.lr",
         "unknown key modle",
     ]
@@ -161,9 +172,11 @@ def test_no_such_file_lists_the_others(tmp_path):
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
     file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "clip": 2.0}, "seed": 3}))
-    config = load_config(file, ["optimizer.clip=", "seed=4", "seed=5", "engine.compile=true", "data.flip=0"])
+    config = load_config(
+        file, ["optimizer.clip=", "seed=4", "seed=5", "engine.compile=true", "data.flip_probability=0"]
+    )
     assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.epochs) == (0.25, None, 300)
-    assert (config.seed, config.engine.compile, config.data.flip) == (5, True, 0.0)
+    assert (config.seed, config.engine.compile, config.data.flip_probability) == (5, True, 0.0)
 
 
 def test_values_of_overrides_are_yaml(file):
@@ -247,8 +260,16 @@ def test_the_official_recipe(name):
         optimizer.clip,
     ) == RECIPE[name]
     assert (optimizer.epochs, optimizer.betas, optimizer.eps, optimizer.ema_decay) == (300, (0.9, 0.999), 1e-8, 0.99982)
-    assert (data.image_size, data.crop_scale, data.crop_ratio, data.flip) == (224, (0.08, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (data.image_size, data.crop_scale, data.crop_ratio, data.flip_probability) == (
+        224,
+        (0.08, 1.0),
+        (3 / 4, 4 / 3),
+        0.5,
+    )
     assert (data.eval_resize, data.eval_crop_fraction, data.interpolation) == ("squash", 224 / 256, "bicubic")
-    assert (data.mixup, data.cutmix, data.mix_probability, data.label_smoothing) == (0.8, 1.0, 1.0, 0.1)
-    assert (data.erase, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (data.recipe, data.color_jitter) == ("rand-augment", None)
+    assert data.rand_augment.model_dump() == {"magnitude": 9, "spread": 0.5, "layers": 2, "probability": 0.5}
+    assert (data.mixup, data.cutmix, data.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (data.mix_probability, data.switch_probability) == (1.0, 0.5)
+    assert (data.erase_probability, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (config.model.drop_path_rate, config.model.num_classes) == (None, None)

@@ -230,7 +230,7 @@ def test_which_file_is_meant(trained_run, ema, tmp_path):
     ("arguments", "message"),
     [
         (("--image-size", 33), "--image-size 33 is not a multiple of 32; use one"),
-        (("--image-size", 0), "size is 0; use at least 1"),
+        (("--image-size", 0), "image_size is 0; use at least 1"),
         (("--batch", 0), "the evaluation batch is 0; use at least 1"),
         (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
         (("--data", "{packed}"), "class 0 is Ankle_boot in {ema} and Bag in {packed}; give data with the classes of"),

@@ -126,11 +126,11 @@ def test_only_64_images_are_shown(alone, tmp_path):
 
 def test_text(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 1, 1, RATES)
-    monitor.text("configuration", "output: größer\ndata:\n  flip: 0.5")
+    monitor.text("configuration", "output: größer\ndata:\n  flip_probability: 0.5")
     monitor.close()
     (event,) = read_board(tmp_path).Tensors("configuration/text_summary")
     text = event.tensor_proto.string_val[0].decode()
-    assert text == "```\noutput: größer\ndata:\n  flip: 0.5\n```"
+    assert text == "```\noutput: größer\ndata:\n  flip_probability: 0.5\n```"
 
 
 def test_a_pause_counts_for_no_rate(alone, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from dataio.pack import PackOptions, pack
+from dataio.recipes import RandAugment
 from launch.plan import cache_options, describe, image_options, make_plan, mix_options
 
 
@@ -27,16 +28,21 @@ def test_more_outputs_than_classes_are_allowed(configure):
 def test_what_dataio_is_told(configure):
     config = configure(
         *("data.image_size=64", "data.eval_resize=short", "data.eval_crop_fraction=0.9", "data.interpolation=bilinear"),
-        *("data.crop_scale=[0.2, 0.9]", "data.crop_ratio=[0.5, 2]", "data.flip=0.25", "data.threads=3"),
-        *("data.prefetch=5", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.4, 0.5, 0.6]", "data.mixup=0.3"),
-        *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase=0.15"),
+        *("data.crop_scale=[0.2, 0.9]", "data.crop_ratio=[0.5, 2]", "data.flip_probability=0.25", "data.threads=3"),
+        *("data.prefetch_batches=5", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.4, 0.5, 0.6]"),
+        *("data.recipe=three-augment", "data.color_jitter=0.2", "data.mixup=0.3"),
+        *("data.rand_augment={magnitude: 7, spread: 1, layers: 3, probability: 0.4}", "data.switch_probability=0.9"),
+        *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase_probability=0.15"),
     )
     images, mixing = image_options(config.data), mix_options(config.data)
-    assert (images.size, images.eval_resize, images.crop_fraction) == (64, "short", 0.9)
+    assert (images.image_size, images.eval_resize, images.eval_crop_fraction) == (64, "short", 0.9)
     assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
     assert (images.flip_probability, images.threads, images.prefetch_batches) == (0.25, 3, 5)
     assert (images.mean, images.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (mixing.mixup, mixing.cutmix, mixing.probability) == (0.3, 0.7, 0.6)
+    assert (images.recipe, images.color_jitter) == ("three-augment", 0.2)
+    assert images.rand_augment == RandAugment(magnitude=7, spread=1, layers=3, probability=0.4)
+    assert mixing.switch_probability == 0.9
+    assert (mixing.mixup, mixing.cutmix, mixing.mix_probability) == (0.3, 0.7, 0.6)
     assert (mixing.label_smoothing, mixing.erase_probability) == (0.05, 0.15)
 
 
@@ -133,6 +139,12 @@ def test_no_shards(configure, tmp_path):
 def test_a_range_that_is_none(configure, override, message):
     with pytest.raises(ValueError, match=message):
         make_plan(configure(override), 0, 1)
+
+
+def test_a_colour_jitter_that_rand_augment_replaces(configure):
+    message = "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or recipe to simple"
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure("data.recipe=rand-augment", "data.color_jitter=0.4"), 0, 1)
 
 
 def test_the_description(configure):

@@ -38,7 +38,14 @@ def overrides(shards: Path, output: Path, *more: str) -> list[str]:
     return [
         *("--config", CONFIG, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={output}"),
         *("optimizer.epochs=2", "optimizer.global_batch=32", "optimizer.accumulation=2"),
-        *("model.drop_path_rate=0.1", "data.mixup=0.8", "data.cutmix=1.0", "data.erase=0.25", "data.threads=1"),
+        *(
+            "model.drop_path_rate=0.1",
+            "data.mixup=0.8",
+            "data.cutmix=1.0",
+            "data.erase_probability=0.25",
+            "data.recipe=rand-augment",
+            "data.threads=1",
+        ),
         *("checkpoint.every_epochs=0.4", "checkpoint.keep=3", "log.eval_every_epochs=1", "log.every_steps=1", *more),
     ]
 

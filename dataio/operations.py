@@ -1,0 +1,165 @@
+"""The operations of recipes.py as a part of the DALI graph, for images on the CPU and on a GPU alike.
+
+An image passes through the branch of its own operation and no other. Each computes what PIL does, as far as DALI has
+the means. Besides pipeline.py only this file imports DALI.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import nvidia.dali.fn as fn
+import nvidia.dali.math as dali_math
+import nvidia.dali.types as types
+from nvidia.dali.data_node import DataNode
+
+from dataio.recipes import AFFINE, Kind
+
+# PIL cuts fractions off where DALI rounds: added before rounding. Half a level would send whole numbers down.
+_CUT = -0.499
+
+
+class Stage(NamedTuple):
+    """The operations of a batch in one stage, on the CPU."""
+
+    kind: DataNode  # scalars, int32: of Kind
+    amount: DataNode  # scalars, float32: as Kind says
+    matrix: DataNode | None = None  # (3, 3) float32: as recipes.matrices says; None where have_matrices denies it
+
+
+Branch = Callable[[DataNode, Stage], DataNode]
+
+
+def apply_stage(
+    images: DataNode, stage: Stage, kinds: tuple[Kind, ...], fill: list[int], interpolation: types.DALIInterpType
+) -> DataNode:
+    """The images, (H, W, 3) uint8 as they came, after a stage that has operations of these kinds.
+
+    fill: R, G, B of what lies beyond the edges. For pipeline definitions with conditionals enabled.
+    """
+    warp = partial(_warp, fill=fill, interpolation=interpolation)
+    branches: list[tuple[Kind, Branch]] = []
+    for kind in sorted(kinds):
+        branch = warp if kind in AFFINE else _BRANCHES[kind]
+        if not branches or branches[-1][1] is not branch:  # neighbours may share one
+            branches.append((kind, branch))
+    if stage.kind != int(Kind.NONE):
+        images = _switch(images, stage, branches)
+    return images
+
+
+def _switch(images: DataNode, stage: Stage, branches: list[tuple[Kind, Branch]]) -> DataNode:
+    """Sends each image through the last branch whose kind is not above its own: a binary search, as `if` has 2 ways."""
+    if len(branches) == 1:
+        return branches[0][1](images, stage)
+    middle = len(branches) // 2
+    if stage.kind < int(branches[middle][0]):
+        images = _switch(images, stage, branches[:middle])
+    else:
+        images = _switch(images, stage, branches[middle:])
+    return images
+
+
+def _beside(images: DataNode, numbers: DataNode) -> DataNode:
+    """Numbers where the images are, for arithmetic and positional inputs; keyword arguments stay on the CPU."""
+    return numbers.gpu() if images.device == "gpu" else numbers
+
+
+def _warp(images: DataNode, stage: Stage, fill: list[int], interpolation: types.DALIInterpType) -> DataNode:
+    """Faster than warp_affine, which has neither cubic interpolation nor a colour to fill with."""
+    return fn.experimental.warp_perspective(
+        images, matrix=stage.matrix, fill_value=fill, interp_type=interpolation, pixel_origin="corner"
+    )
+
+
+def _color(images: DataNode, stage: Stage) -> DataNode:
+    """image + grey (1 / factor - 1), times the factor: turning floats into bytes costs most, and `brightness` least."""
+    factor = dali_math.max(stage.amount, 1e-6)
+    mixed = images + _grey_level(images) * _beside(images, 1 / factor - 1)
+    return fn.brightness(mixed, brightness=factor, brightness_shift=_CUT / 255, dtype=types.UINT8)
+
+
+def _grey(images: DataNode, stage: Stage) -> DataNode:
+    return fn.color_space_conversion(_grey_level(images), image_type=types.GRAY, output_type=types.RGB)
+
+
+def _grey_level(images: DataNode) -> DataNode:
+    """(H, W, 1) uint8, PIL's L."""
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+
+
+def _contrast(images: DataNode, stage: Stage) -> DataNode:
+    centre = dali_math.floor(fn.reductions.mean(_grey_level(images)) + 0.5)
+    if images.device == "cpu":  # a tenth of the arithmetic's time, but the centre may not lie on a GPU
+        return fn.brightness_contrast(
+            images, contrast=stage.amount, contrast_center=centre, brightness_shift=_CUT / 255
+        )
+    factor = _beside(images, stage.amount)
+    return _linear(images, factor, centre * (1 - factor))
+
+
+def _brightness(images: DataNode, stage: Stage) -> DataNode:
+    return fn.brightness(images, brightness=stage.amount, brightness_shift=_CUT / 255)
+
+
+def _sharpness(images: DataNode, stage: Stage) -> DataNode:
+    """PIL leaves the outermost pixels as they are; here they are filtered too."""
+    return fn.filter(images, _beside(images, stage.matrix))
+
+
+def _auto_contrast(images: DataNode, stage: Stage) -> DataNode:
+    lowest = fn.reductions.min(images, axis_names="HW", keep_dims=True)
+    highest = fn.reductions.max(images, axis_names="HW", keep_dims=True)
+    uniform = highest == lowest  # such a channel stays
+    scale = 255.0 / (highest - lowest + uniform * _level(255))
+    return _linear(images, scale, lowest * (highest > lowest) * -scale)
+
+
+def _linear(images: DataNode, factor: DataNode, summand: DataNode) -> DataNode:
+    return fn.cast(images * factor + (summand + _CUT), dtype=types.UINT8)
+
+
+def _equalize(images: DataNode, stage: Stage) -> DataNode:
+    """DALI counts the pixels up to and with a level, PIL those below it: the same on the inverted image."""
+    return _level(255) - fn.equalize(_level(255) - images)
+
+
+def _posterize(images: DataNode, stage: Stage) -> DataNode:
+    kept = 256 - dali_math.pow(2.0, 8 - stage.amount)
+    return images & _beside(images, fn.cast(kept, dtype=types.UINT8))
+
+
+def _invert_from_threshold(images: DataNode, stage: Stage) -> DataNode:
+    """INVERT's amount, 0, is the threshold that inverts everything."""
+    threshold = _beside(images, fn.cast(stage.amount, dtype=types.INT32))  # up to 256
+    return images ^ ((images >= threshold) * _level(255))
+
+
+def _solarize_add(images: DataNode, stage: Stage) -> DataNode:
+    added = _beside(images, fn.cast(stage.amount, dtype=types.UINT8))
+    return images + (images < _level(128)) * added  # at most 127 + 110
+
+
+def _blur(images: DataNode, stage: Stage) -> DataNode:
+    return fn.gaussian_blur(images, sigma=stage.amount)
+
+
+def _level(value: int) -> types.ScalarConstant:
+    """A constant that leaves arithmetic in uint8."""
+    return types.Constant(value, dtype=types.UINT8)
+
+
+_BRANCHES: dict[Kind, Branch] = {
+    Kind.COLOR: _color,
+    Kind.CONTRAST: _contrast,
+    Kind.BRIGHTNESS: _brightness,
+    Kind.SHARPNESS: _sharpness,
+    Kind.AUTO_CONTRAST: _auto_contrast,
+    Kind.EQUALIZE: _equalize,
+    Kind.POSTERIZE: _posterize,
+    Kind.INVERT: _invert_from_threshold,
+    Kind.SOLARIZE: _invert_from_threshold,
+    Kind.SOLARIZE_ADD: _solarize_add,
+    Kind.BLUR: _blur,
+    Kind.GREY: _grey,
+}

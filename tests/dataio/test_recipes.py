@@ -1,0 +1,189 @@
+"""What is chosen, how often and how strongly, against timm's and torchvision's own draws; matrices by hand."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import ColorJitter
+
+from dataio.index import draws_at
+from dataio.recipes import (
+    AFFINE,
+    COLOR_JITTER,
+    DRAWS,
+    RAND_AUGMENT,
+    THREE_AUGMENT,
+    Kind,
+    Operations,
+    RandAugment,
+    color_jitter,
+    matrices,
+    no_operations,
+    rand_augment,
+    three_augment,
+)
+
+COUNT = 10_000
+NEVER = 4.0  # standard deviations: exceeded by chance less than once in 10,000 times
+
+
+def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Two samples of whole numbers from one distribution: a chi-square test of homogeneity."""
+    values, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
+    counts = np.stack([np.bincount(part, minlength=len(values)) for part in np.split(places, [len(ours)])])
+    expected = counts.sum(axis=0) * counts.sum(axis=1, keepdims=True) / counts.sum()
+    freedom = len(values) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + NEVER * (2 * max(freedom, 1)) ** 0.5, counts
+
+
+def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Kolmogorov's and Smirnov's test of two samples."""
+    places = np.concatenate([ours, theirs])
+    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
+    assert np.abs(shares[0] - shares[1]).max() < 1.95 * (1 / len(ours) + 1 / len(theirs)) ** 0.5
+
+
+def timm_draws(recipe: str, timm_names: dict[str, Kind]) -> list[list[tuple[Kind, float]]]:
+    """What timm's RandAugment does to COUNT images: kinds and amounts, of those that it did not leave out.
+
+    Its operations note what they are called with, and hand the notes on as the image.
+    """
+    transform = rand_augment_transform(recipe, {"translate_const": 100, "img_mean": (124, 116, 104)})
+
+    def note(kind, notes, *amounts, **_):
+        return [*notes, (kind, float(amounts[0]) if amounts else 0.0)]
+
+    for operation in transform.ops:
+        operation.aug_fn = partial(note, timm_names[operation.name])
+    random.seed(1)
+    np.random.seed(1)
+    return [transform([]) for _ in range(COUNT)]
+
+
+def in_order(operations: Operations) -> list[list[tuple[Kind, float]]]:
+    """The same of ours."""
+    return [
+        [(Kind(kind), float(amount)) for kind, amount in zip(*of_image, strict=True) if kind != Kind.NONE]
+        for of_image in zip(*operations, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("rand-m9-mstd0.5-inc1", RandAugment()),
+        ("rand-m5-n3-p0.8-mstd2-inc1", RandAugment(magnitude=5, spread=2, layers=3, probability=0.8)),
+        ("rand-m10-n1-p1-inc1", RandAugment(magnitude=10, spread=0, layers=1, probability=1)),
+    ],
+)
+def test_operations_are_drawn_as_timm_draws_them(recipe, settings, timm_names):
+    draws = draws_at(3, 0, COUNT, DRAWS * settings.layers)
+    ours, theirs = in_order(rand_augment(draws, settings)), timm_draws(recipe, timm_names)
+    assert_alike(*(np.array([len(done) for done in part]) for part in (ours, theirs)))
+    for place in range(settings.layers):
+        assert_alike(*(np.array([done[place][0] for done in part if len(done) > place]) for part in (ours, theirs)))
+    pairs = [[16 * done[0][0] + done[1][0] for done in part if len(done) > 1] for part in (ours, theirs)]
+    if settings.layers > 1:
+        assert_alike(*map(np.array, pairs))
+    for kind in RAND_AUGMENT:
+        amounts = [
+            np.array([amount for done in part for other, amount in done if other == kind]) for part in (ours, theirs)
+        ]
+        assert len(amounts[0]) > COUNT / 20
+        assert_same_distribution(*(np.round(of_part, 5) for of_part in amounts))  # ours are float32
+
+
+def test_all_of_timm_s_operations_are_there(timm_names):
+    names = [operation.name for operation in rand_augment_transform("rand-m9-mstd0.5-inc1").ops]
+    assert sorted(timm_names[name] for name in names) == sorted(RAND_AUGMENT)
+
+
+def test_a_draw_at_either_end_has_a_finite_amount():
+    for draw in (0.0, 1 - 2**-53):
+        kinds, amounts = rand_augment(np.full((3, 2 * DRAWS), draw), RandAugment(probability=1))
+        assert np.isfinite(amounts).all()
+        assert set(kinds.ravel()) == {RAND_AUGMENT[0] if draw == 0 else RAND_AUGMENT[-1]}
+
+
+def test_probabilities_of_0_and_1():
+    draws = draws_at(0, 0, 1000, 2 * DRAWS)
+    assert (rand_augment(draws, RandAugment(probability=1)).kinds != Kind.NONE).all()
+    never = rand_augment(draws, RandAugment(probability=0))
+    assert all(np.array_equal(*pair) for pair in zip(never, no_operations(1000, 2), strict=True))
+
+
+def test_an_image_s_operations_do_not_depend_on_the_others():
+    draws = draws_at(7, 40, 30, 2 * DRAWS)
+    together = rand_augment(draws, RandAugment())
+    alone = [rand_augment(draws_at(7, position, 1, 2 * DRAWS), RandAugment()) for position in range(40, 70)]
+    for field, of_each in zip(together, zip(*alone, strict=True), strict=True):
+        assert np.array_equal(field, np.concatenate(of_each))
+
+
+def test_color_jitter_is_drawn_as_torchvision_draws_it():
+    kinds, amounts = color_jitter(draws_at(0, 0, COUNT, 3 * DRAWS), 0.3)
+    jitter = ColorJitter(0.3, 0.3, 0.3)
+    drawn = [jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None) for _ in range(COUNT)]
+    orders = np.array([[number for number in order.tolist() if number < 3] for order, *_ in drawn])
+    assert_alike(kinds @ [1, 20, 400], np.array(COLOR_JITTER)[orders] @ [1, 20, 400])
+    for kind, theirs in zip(COLOR_JITTER, np.array([factors[:3] for _, *factors in drawn]).T, strict=True):
+        assert_same_distribution(amounts[kinds == kind], theirs.astype(np.float32))
+
+
+def test_color_jitter_stronger_than_1_stays_above_0():
+    amounts = color_jitter(draws_at(0, 0, COUNT, 3 * DRAWS), 1.5).amounts
+    assert 0 <= amounts.min() < 0.01
+    assert 2.49 < amounts.max() <= 2.5
+
+
+def test_three_augment_is_deit_s():
+    kinds, amounts = three_augment(draws_at(0, 0, COUNT, DRAWS))
+    counts = [int((kinds == kind).sum()) for kind in THREE_AUGMENT]
+    assert sum(counts) == COUNT
+    assert max(abs(count - COUNT / 3) for count in counts) < NEVER * (COUNT * 2 / 9) ** 0.5
+    assert set(amounts[kinds == Kind.COLOR]) == {0}
+    assert set(amounts[kinds == Kind.SOLARIZE]) == {128}
+    blurs = amounts[kinds == Kind.BLUR]
+    assert_same_distribution(blurs, np.linspace(0.1, 2, 1_000_000))
+    assert 0.1 <= blurs.min() < blurs.max() <= 2
+
+
+def test_what_is_no_matrix_has_the_identity():
+    kinds = np.array([[kind for kind in Kind if kind not in (*AFFINE, Kind.COLOR, Kind.SHARPNESS)]], dtype=np.int32)
+    got = matrices(Operations(kinds, np.full(kinds.shape, 3, np.float32)), 64, np.array([True]))
+    assert np.array_equal(got, np.broadcast_to(np.eye(3), got.shape))
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+def test_operations_of_mirrored_images_are_mirrored(kind):
+    """Where a point goes in the mirrored image is where its mirror image goes."""
+    operations = Operations(np.full((1, 1), kind, np.int32), np.full((1, 1), 0.37, np.float32))
+    plain, mirrored = (matrices(operations, 64, np.array([flip]))[0, 0] for flip in (False, True))
+    there = plain @ [10, 20, 1]
+    assert mirrored @ [64 - 10, 20, 1] == pytest.approx([64 - there[0], there[1], 1], abs=1e-4)
+    assert not np.allclose(plain, mirrored) or kind == Kind.TRANSLATE_Y
+
+
+@pytest.mark.parametrize("kind", [Kind.COLOR, Kind.SHARPNESS])
+def test_enhancements_leave_grey_and_uniform_images(kind):
+    operations = Operations(np.full((1, 2), kind, np.int32), np.array([[0.1, 1.9]], np.float32))
+    got = matrices(operations, 64, np.array([False]))
+    assert got.sum(axis=3 if kind == Kind.COLOR else (2, 3)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"magnitude": 11}, "rand_augment.magnitude is 11; use a number from 0 to 10"),
+        ({"magnitude": -1}, "rand_augment.magnitude is -1; use a number from 0 to 10"),
+        ({"spread": -0.5}, "rand_augment.spread is -0.5; use a finite number of at least 0"),
+        ({"spread": float("inf")}, "rand_augment.spread is inf; use a finite number of at least 0"),
+        ({"layers": 0}, "rand_augment.layers is 0; use at least 1, or the recipe simple"),
+        ({"probability": 1.5}, "rand_augment.probability is 1.5; use a number from 0 to 1"),
+    ],
+)
+def test_settings_without_meaning_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RandAugment(**settings)
