@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
@@ -20,18 +20,13 @@ from torchvision.transforms import InterpolationMode, v2
 from dataio.cache import open_shards
 from dataio.index import Manifest, Order, draws_at, load_manifest
 from dataio.loader import EvalLoader
-from dataio.pipeline import DRAWS_PER_IMAGE, ImageOptions, Request, decode_batches, train_views
+from dataio.pipeline import ImageOptions, Request, decode_batches, train_views
 from launch.config import DataSection
 from launch.plan import image_options
 
-#: What is done to the images: by name, what the chart says.
-WORKS = {
-    "read": "encoded images, read only",
-    "decode": "decoded, whole images",
-    "evaluation": "resized, centre crop, normalised",
-    "simple": "random crop, flip, normalised",
-}
-RECIPES = tuple(WORKS)[3:]
+RECIPES = get_args(DataSection.model_fields["recipe"].annotation)
+#: What is done to the images.
+WORKS = ("read", "decode", "evaluation", *reversed(RECIPES))  # from least to most
 GRID = 8  # decoded images are handed over as so many pixels a side, taken from all over them
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
 SHUFFLED = 1000  # encoded images in a rival's buffer
@@ -56,7 +51,9 @@ class Task:
 
     def options(self) -> ImageOptions:
         """Ours; the rivals read the same numbers off it."""
-        return image_options(DataSection(train="-", val="-", image_size=self.size, threads=self.cores))
+        recipe = {"recipe": self.work} if self.work in RECIPES else {}
+        data = DataSection(train="-", val="-", image_size=self.size, threads=self.cores, **recipe)
+        return image_options(data)
 
 
 class Delivery(NamedTuple):
@@ -110,7 +107,7 @@ class Ours:
 
     def _requests(self, number: int) -> Iterator[Request]:
         for first, samples in training_order(self.manifest, number, self.task.batch):
-            draws = draws_at(SEED, first, len(samples), DRAWS_PER_IMAGE)
+            draws = draws_at(SEED, first, len(samples), self._options.draws_per_image)
             yield Request(first, samples, train_views(self.manifest.samples[samples], draws, self._options))
 
 
@@ -183,7 +180,7 @@ def torchvision_transform(task: Task) -> Callable[[Image.Image], Tensor]:
     """torchvision's evaluation or training transform, for PIL images."""
     options, bicubic = task.options(), InterpolationMode.BICUBIC
     if task.work == "evaluation":
-        side = int(task.size / options.crop_fraction)
+        side = int(task.size / options.eval_crop_fraction)
         cut = [v2.Resize((side, side), bicubic), v2.CenterCrop(task.size)]
     else:
         cut = [
@@ -195,19 +192,26 @@ def torchvision_transform(task: Task) -> Callable[[Image.Image], Tensor]:
 
 
 def timm_transform(task: Task) -> Callable[[Image.Image], Tensor]:
-    """The same of timm's."""
-    from timm.data import create_transform
+    """timm's, likewise; its names for the recipes are beside ours."""
+    from timm.data import auto_augment, create_transform
 
+    # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
     options = task.options()
     shared = {"interpolation": options.interpolation, "mean": options.mean, "std": options.std}
     if task.work == "evaluation":
-        return create_transform(task.size, crop_pct=options.crop_fraction, crop_mode="squash", **shared)
+        return create_transform(task.size, crop_pct=options.eval_crop_fraction, crop_mode="squash", **shared)
     return create_transform(
         task.size,
         is_training=True,
         scale=options.crop_scale,
         ratio=options.crop_ratio,
         hflip=options.flip_probability,
-        color_jitter=None,
+        auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[task.work],
+        color_jitter=options.jitter or None,
         **shared,
     )
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

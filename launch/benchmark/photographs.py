@@ -72,7 +72,7 @@ def _open(file: str) -> Image.Image:
 
 
 def _vary(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A window of it, at least 0.7 times as wide as it can be, as an image of nearly 500×375 pixels in other colours."""
+    """A window of it, 0.7 to 1 times as wide as it can be, as an image of about 500×375 pixels in other colours."""
     width, height = (round(side * rng.uniform(0.85, 1.15)) for side in (_WIDTH, _HEIGHT))
     largest = min(picture.width / width, picture.height / height)
     scale = largest * rng.uniform(0.7, 1)
