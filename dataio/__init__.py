@@ -5,6 +5,6 @@ folders, archives (archives.py) and WebDatasets, images.py looks at each, shard_
 knows which are finished. verify.py checks them, show.py draws them. index.py knows what they hold and in which order
 it is seen, shards.py reads them, remote.py and cache.py fetch them from far away. recipes.py draws what is done to an
 image, operations.py does it and pipeline.py decodes (these two alone import DALI), loader.py hands out batches,
-augment.py mixes them. files.py writes files and folders that are whole or absent, workers.py spreads a command's work
-over processes, terminal.py shows how far it is.
+augment.py mixes them; parity.py sets the recipes beside timm's. files.py writes files and folders that are whole or
+absent, workers.py spreads a command's work over processes, terminal.py shows how far it is.
 """

@@ -1,14 +1,15 @@
 """What is done to whole batches on the training device: random erasing, mixup, cutmix, label smoothing.
 
 timm's own classes do the work. They draw from the global generators of Python, NumPy and PyTorch, so these are
-seeded for the length of a call from (seed, position of the batch's first sample) and then put back: a batch is
-augmented in the same way whatever ran before it, and so after a resume as well. That takes about 0.1 ms of the
-host. Images are mixed within the batch of a rank: with another number of ranks they are the same, but mixed with
-others.
+seeded for the length of a call, and then put back: for erasing from (seed, position) of each image, for mixing from
+(seed, position) of the batch's first sample. What is done does not depend on what ran before, and so not on a resume
+either. An image loses the same rectangle to the same noise on any number of ranks; images are mixed within the batch
+of a rank, so that with another number of ranks they are mixed with others. All this takes the host less than a
+millisecond for a batch of 64.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
+from dataio.index import draws_at
 from dataio.loader import Batch
 
 
@@ -55,7 +57,8 @@ class Augment:
     def __init__(self, options: MixOptions, num_classes: int, seed: int, batch: int, device: torch.device) -> None:
         check_pairs(options, batch)
         self.options, self.num_classes, self.seed = options, num_classes, seed
-        self._erase = RandomErasing(options.erase_probability, mode="pixel", max_count=1, device=device)
+        self._erase = RandomErasing(1.0, mode="pixel", max_count=1, device=device)
+        self._erase_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])  # crops have draws of `seed`
         self._mix = Mixup(
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
@@ -66,28 +69,35 @@ class Augment:
         )
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        with _seeded((self.seed, batch.position), batch.images.device):
-            images = self._erase(batch.images)
+        chances = draws_at(self._erase_seed, batch.position, len(batch.images), 4)[:, 0]
+        with _generators_kept(batch.images.device) as seed_them:
+            for place in np.flatnonzero(chances < self.options.erase_probability):
+                seed_them((self._erase_seed, batch.position + int(place)))
+                self._erase(batch.images[place])
             if self.options.mixes:
-                return self._mix(images, batch.labels)
-        return images, mixup_target(batch.labels, self.num_classes, smoothing=self.options.label_smoothing)
+                seed_them((self.seed, batch.position))
+                return self._mix(batch.images, batch.labels)
+        return batch.images, mixup_target(batch.labels, self.num_classes, smoothing=self.options.label_smoothing)
 
 
 @contextmanager
-def _seeded(key: tuple[int, int], device: torch.device) -> Iterator[None]:
-    """Inside, the global generators start from `key`; afterwards they are as they were.
+def _generators_kept(device: torch.device) -> Iterator[Callable[[tuple[int, int]], None]]:
+    """Inside, the function that this gives seeds the global generators; afterwards they are as they were.
 
     Nothing here waits for the device: the state of a CUDA generator is kept on the host.
     """
     on_gpu = device.type == "cuda"
     of_torch = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
     states = random.getstate(), np.random.get_state(), of_torch.get_state()
-    words = np.random.SeedSequence(key).generate_state(4)
-    random.seed(int.from_bytes(words.tobytes(), "little"))
-    np.random.seed(words)
-    of_torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+    def seed_them(key: tuple[int, int]) -> None:
+        words = np.random.SeedSequence(key).generate_state(4)
+        random.seed(int.from_bytes(words.tobytes(), "little"))
+        np.random.seed(words)
+        of_torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
     try:
-        yield
+        yield seed_them
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

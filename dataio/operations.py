@@ -8,12 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.math as dali_math
 import nvidia.dali.types as types
+from nvidia.dali import pipeline_def
 from nvidia.dali.data_node import DataNode
 
-from dataio.recipes import AFFINE, Kind
+from dataio.recipes import AFFINE, Kind, Operations, matrices
+
+INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 # PIL cuts fractions off where DALI rounds: added before rounding. Half a level would send whole numbers down.
 _CUT = -0.499
@@ -163,3 +167,32 @@ _BRANCHES: dict[Kind, Branch] = {
     Kind.BLUR: _blur,
     Kind.GREY: _grey,
 }
+
+
+def change_images(
+    images: np.ndarray, operations: Operations, fill: tuple[int, int, int], interpolation: str, device: str
+) -> np.ndarray:
+    """(B, S, S, 3) uint8 images after their operations, of any kinds, in a graph of their own on "cpu" or "gpu"."""
+    upright = np.zeros(len(images), dtype=bool)
+    stages = (operations.kinds, operations.amounts, matrices(operations, images.shape[1], upright))
+    inputs = [np.ascontiguousarray(values[:, number]) for number in range(stages[0].shape[1]) for values in stages]
+    kinds = tuple(kind for kind in Kind if kind != Kind.NONE)
+
+    @pipeline_def(
+        enable_conditionals=True,
+        batch_size=len(images),
+        num_threads=2,
+        device_id=0 if device == "gpu" else None,
+        prefetch_queue_depth=1,
+    )
+    def definition() -> DataNode:
+        result = fn.external_source(lambda: list(images), layout="HWC")
+        result = result.gpu() if device == "gpu" else result
+        of_stages = fn.external_source(lambda: inputs, num_outputs=len(inputs))
+        for first in range(0, len(inputs), 3):
+            stage = Stage(*of_stages[first : first + 3])
+            result = apply_stage(result, stage, kinds, list(fill), INTERPOLATIONS[interpolation])
+        return result
+
+    (output,) = definition().run()
+    return np.array((output.as_cpu() if device == "gpu" else output).as_tensor())

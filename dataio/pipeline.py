@@ -29,11 +29,10 @@ from PIL import Image, UnidentifiedImageError
 from dataio import recipes
 from dataio.cache import ShardCache, open_shards
 from dataio.index import Manifest
-from dataio.operations import Stage, apply_stage
+from dataio.operations import INTERPOLATIONS, Stage, apply_stage
 from dataio.recipes import Kind, Operations, RandAugment
 from dataio.shards import BrokenSampleError, ShardFiles
 
-_INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _EVAL_RESIZES = ("squash", "short")
 _RECIPES = ("simple", "three-augment", "rand-augment")
 _FAULTS_SHOWN = 5
@@ -68,7 +67,7 @@ class ImageOptions:
     prefetch_batches: int = 2  # under way while the caller computes
 
     def __post_init__(self) -> None:
-        choices = {"interpolation": tuple(_INTERPOLATIONS), "eval_resize": _EVAL_RESIZES, "recipe": _RECIPES}
+        choices = {"interpolation": tuple(INTERPOLATIONS), "eval_resize": _EVAL_RESIZES, "recipe": _RECIPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(allowed)}")
@@ -457,6 +456,7 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
         num_threads=options.threads,
         device_id=device_id,
         prefetch_queue_depth=options.prefetch_batches,
+        exec_dynamic=True,  # the executor that gives each batch memory of its own, see _to_torch
     )
 
 
@@ -482,7 +482,7 @@ def _definition(
     images = fn.resize(
         images,
         size=resized,
-        interp_type=_INTERPOLATIONS[options.interpolation],
+        interp_type=INTERPOLATIONS[options.interpolation],
         antialias=True,
         subpixel_scale=False,
     )
@@ -491,7 +491,7 @@ def _definition(
     for kinds in options.stages:
         count = 2 + recipes.have_matrices(kinds)
         stage, operations = Stage(*operations[:count]), operations[count:]
-        images = apply_stage(images, stage, kinds, fill, _INTERPOLATIONS[options.interpolation])
+        images = apply_stage(images, stage, kinds, fill, INTERPOLATIONS[options.interpolation])
     return fn.crop_mirror_normalize(
         images,
         crop=(options.image_size, options.image_size),
@@ -508,7 +508,8 @@ def _definition(
 def _to_torch(output: object, device: torch.device) -> torch.Tensor:
     """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
 
-    On the CPU the tensor is DALI's memory, handed over: DALI never writes to it again. On a GPU DALI's memory would
+    On the CPU the tensor is DALI's memory, handed over: DALI writes to it again only when the tensor is gone, and it
+    outlives the pipeline. On a GPU DALI's memory would
     go back to it with the tensor, while PyTorch's stream may still read from it, so the batch is copied. It is
     complete when share_outputs has returned it. The copy is queued on PyTorch's current stream, and copy_to_external
     makes DALI's stream wait for it before it writes to the buffer again. So release_outputs may follow at once, and

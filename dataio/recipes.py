@@ -96,12 +96,12 @@ def rand_augment(draws: np.ndarray, settings: RandAugment) -> Operations:
     chosen, done, strength, sign = draws.reshape(len(draws), settings.layers, DRAWS).transpose(2, 0, 1)
     kinds = np.array(RAND_AUGMENT)[_choose(chosen, len(RAND_AUGMENT))]
     levels = settings.magnitude + settings.spread * _normal(np.maximum(strength, 2.0**-54))  # infinite at 0
-    amounts = _rand_amounts(kinds, np.clip(levels, 0, _TOP), np.where(sign < 0.5, -1.0, 1.0))
+    amounts = rand_amounts(kinds, np.clip(levels, 0, _TOP), np.where(sign < 0.5, -1.0, 1.0))
     done = done < settings.probability
     return Operations(np.where(done, kinds, Kind.NONE).astype(np.int32), np.where(done, amounts, 0).astype(np.float32))
 
 
-def _rand_amounts(kinds: np.ndarray, levels: np.ndarray, signs: np.ndarray) -> np.ndarray:
+def rand_amounts(kinds: np.ndarray, levels: np.ndarray, signs: np.ndarray) -> np.ndarray:
     """The amount of each operation at a level in [0, 10], with the signs of those that have one."""
     share = levels / _TOP
     enhanced = np.maximum(0.1, 1 + signs * 0.9 * share)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
-import tenacity
 from fsspec.asyn import AsyncFileSystem
 
 from dataio.files import sha256_of, sync
@@ -95,6 +94,8 @@ def _tried_again(
     """What `action` returns for a file system and the path of `name` on it, at the first attempt that succeeds."""
     address, patience = remote.address(name), remote.cache.patience
     try:
+        import tenacity  # needed here alone: who has shards on a local disk has no use for it
+
         system, path = _open_system(address, patience)
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
@@ -108,7 +109,8 @@ def _tried_again(
     except ImportError as error:
         protocol = address.partition("://")[0]
         raise RuntimeError(
-            f"cannot read {address}: {protocol}:// needs another package ({error}); pip install aiohttp gcsfs s3fs"
+            f"cannot read {address}: {protocol}:// needs another package ({error});"
+            " pip install aiohttp gcsfs s3fs tenacity"
         ) from error
     except Exception as error:  # each file system raises kinds of its own
         if isinstance(error, ValueError) and "Protocol not known" in str(error):

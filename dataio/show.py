@@ -1,7 +1,7 @@
 """A picture of what is packed: `python -m dataio.show TARGET [--augmented] --out grid.png`.
 
 The samples that a training run with this seed sees first, with their classes; with --augmented also what
-pipeline.py and augment.py make of them by default.
+pipeline.py and augment.py make of them by default: the authors' recipe.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--augmented",
         action="store_true",
-        help="below each row of samples draw what is trained on: cropped, flipped, erased and mixed by default",
+        help="below each row of samples draw what is trained on: cropped, flipped, RandAugment, erased and mixed",
     )
     parser.add_argument("--count", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--size", type=int, default=224, help="pixels of an augmented image's side (default: 224)")

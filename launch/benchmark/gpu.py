@@ -23,7 +23,7 @@ import torch
 from launch.benchmark.report import ROOT, default_path, describe_run, write_report
 
 _GPU_TESTS = ("-m", "pytest", "-m", "gpu")
-_OPERATOR_TESTS = "tests/polaformer/test_ops.py"
+_OPERATOR_TESTS = ("tests/polaformer/test_ops.py", "tests/polaformer/test_kernels.py")
 _SANITIZERS = ("memcheck", "racecheck")
 
 
@@ -46,7 +46,7 @@ def plan_steps(folder: Path, quick: bool) -> list[Step]:
         if sanitizer is None:
             steps.append(Step(tool, skipped="compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin"))
             continue
-        checked = (sanitizer, "--tool", tool, "--error-exitcode", "1", python, *_GPU_TESTS, _OPERATOR_TESTS)
+        checked = (sanitizer, "--tool", tool, "--error-exitcode", "1", python, *_GPU_TESTS, *_OPERATOR_TESTS)
         steps.append(Step(tool, checked))
     kernel = (python, "-m", "launch.benchmark", "kernel", "--device", "cuda", "--output", str(folder / "kernel.json"))
     data = (python, "-m", "launch.benchmark", "data", "--device", "cuda", "--output", str(folder / "data.json"))

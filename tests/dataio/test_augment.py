@@ -150,6 +150,24 @@ def test_an_odd_batch_cannot_be_mixed():
         augment(MixOptions(), batch=7)
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_an_image_is_erased_alike_on_any_number_of_ranks(photographs, device, ranks):
+    options = MixOptions(mixup=0, cutmix=0)
+    for position in POSITIONS[:4]:
+        whole = at(photographs, position, device)
+        parts = [
+            Batch(images.clone(), labels, whole.samples, position + rank * 16 // ranks)
+            for rank, (images, labels) in enumerate(
+                zip(whole.images.chunk(ranks), whole.labels.chunk(ranks), strict=True)
+            )
+        ]
+        expected = augment(options, device=device)(whole)
+        got = [augment(options, device=device, batch=16 // ranks)(part) for part in parts]
+        for of_whole, of_parts in zip(expected, zip(*got, strict=True), strict=True):
+            assert torch.equal(of_whole, torch.cat(of_parts))
+
+
 def test_a_quarter_of_the_images_loses_a_rectangle_to_noise(photographs):
     options = MixOptions(mixup=0, cutmix=0)
     areas = []

@@ -14,7 +14,7 @@ from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan, check_label
 from dataio.pipeline import ImageOptions
 
 CPU = torch.device("cpu")
-SMALL = ImageOptions(image_size=32, threads=2)
+SMALL = ImageOptions(image_size=32, threads=2)  # with the default recipe: RandAugment
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,13 @@ def test_each_epoch_has_each_sample_once(clothes, ranks):
     assert not np.array_equal(*epochs)
 
 
-@pytest.mark.parametrize(("ranks", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 3)])
-def test_pixels_do_not_depend_on_ranks_or_accumulation(manifest, ranks, accumulation):
-    alone = next_steps(loaders(manifest, 1), 5)
-    assert_same(next_steps(loaders(manifest, ranks, accumulation), 5), alone)
+@pytest.mark.parametrize("recipe", ["rand-augment", "three-augment", "simple"])
+def test_pixels_do_not_depend_on_ranks_or_accumulation(manifest, recipe):
+    """Through two epochs and a part; photographs, on which each operation shows."""
+    options = dataclasses.replace(SMALL, recipe=recipe)
+    alone = next_steps(loaders(manifest, 1, options=options), 5)
+    for ranks, accumulation in ((2, 1), (3, 1), (4, 1), (8, 1), (1, 4), (2, 3)):
+        assert_same(next_steps(loaders(manifest, ranks, accumulation, options=options), 5), alone)
 
 
 def test_labels_are_those_of_the_samples(manifest):
@@ -91,17 +94,18 @@ def test_a_sample_is_cut_anew_in_each_epoch(manifest):
 SWITCHES = [1, 2, 1, 3, 1, 4, 1, 8, 1, 2, 3, 2, 4, 2, 8, 2, 3, 4, 3, 8, 3, 4, 8, 4]
 
 
-@pytest.mark.parametrize("window_shards", [None, 3])
-def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards):
+@pytest.mark.parametrize(("window_shards", "recipe"), [(None, "rand-augment"), (3, "simple")])
+def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards, recipe):
     """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
+    more = {"window_shards": window_shards, "options": dataclasses.replace(SMALL, recipe=recipe)}
     counts = set(SWITCHES)
     assert set(itertools.pairwise(SWITCHES)) == {(before, after) for before in counts for after in counts - {before}}
     steps = 2 * len(SWITCHES)
     assert len(many) % 24, "an epoch must end inside a step for this test to mean anything"
-    alone = next_steps(loaders(many, 1, window_shards=window_shards), steps)
-    switched, state = [], loaders(many, 1, window_shards=window_shards)[0].state()
+    alone = next_steps(loaders(many, 1, **more), steps)
+    switched, state = [], loaders(many, 1, **more)[0].state()
     for ranks in SWITCHES:
-        of_ranks = loaders(many, ranks, window_shards=window_shards)
+        of_ranks = loaders(many, ranks, **more)
         for loader in of_ranks:
             loader.restore(json.loads(json.dumps(state)))
         switched += next_steps(of_ranks, 2)

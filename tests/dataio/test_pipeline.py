@@ -1,6 +1,8 @@
 """The DALI graph against PIL and torchvision, crops against torchvision's own, and faults named."""
 
+import gc
 import io
+import itertools
 import shutil
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Rando
 from torchvision.transforms import functional as vision
 
 from dataio.index import Manifest, draws_at, load_manifest
+from dataio.parity import in_pil, largest_gap
 from dataio.pipeline import (
     WINDOW_DRAWS,
     ImageOptions,
@@ -145,7 +148,7 @@ def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
         pytest.param(ImageOptions(image_size=96, threads=2, recipe="simple", color_jitter=0.4), id="colour jitter"),
     ],
 )
-def test_training_recipes_are_the_same_in_pil(manifest, options, device, in_pil):
+def test_training_recipes_are_the_same_in_pil(manifest, options, device):
     """From the encoded image to its last operation. One pixel may decide on all of an image: hence no maximum."""
     views = draw_views(manifest, options)
     assert (views.kinds != Kind.NONE).any(axis=0).all()
@@ -153,7 +156,7 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device, in_pil)
     expected = []
     for image, kinds, amounts in zip(cut(manifest, views, 96, resample), views.kinds, views.amounts, strict=True):
         for kind, amount in zip(kinds, amounts, strict=True):
-            image = in_pil(image, Kind(kind), amount, (124, 116, 104), resample)
+            image = in_pil(image, Kind(kind), amount, options.interpolation)
         expected.append(vision.pil_to_tensor(image))
     got = levels(decode(manifest, options, views, torch.device(device)), options)
     differences = (got - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
@@ -181,6 +184,27 @@ def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, devi
     ]
     assert len(batches) == len(manifest) // 4
     assert all(torch.equal(kept, at_first) for kept, at_first in batches)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_outlives_its_pipeline_and_is_the_caller_s_to_write_to(manifest, device):
+    """Neither does DALI overwrite what is still held, nor what the caller overwrites come back from it."""
+    options = ImageOptions(image_size=64, threads=2)
+    views = [draw_views(manifest, options, seed) for seed in range(3)]
+    expected = [decode(manifest, options, of_seed, torch.device(device)).clone() for of_seed in views]
+    begun = decode_batches(manifest, options, requests(views[0], 4), 4, torch.device(device))
+    held = [images for _, images in itertools.islice(begun, 8)]
+    begun.close()  # in the middle, with batches under way
+    del begun
+    gc.collect()
+    later = decode(manifest, options, views[1], torch.device(device))
+    assert torch.equal(torch.cat(held), expected[0][:32])
+    assert torch.equal(later, expected[1])
+    for images in held:
+        images.fill_(torch.nan)
+    assert torch.equal(decode(manifest, options, views[2], torch.device(device)), expected[2])
+    assert torch.cat(held).isnan().all()
+    assert torch.equal(later, expected[1])
 
 
 def test_flipping_mirrors_the_same_pixels(manifest):
@@ -215,13 +239,6 @@ def test_a_recipe_leaves_windows_and_flips_alone(manifest):
         for options in (ImageOptions(), ImageOptions(recipe="simple"), ImageOptions(recipe="simple", color_jitter=0.0))
     ]
     assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))
-
-
-def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Kolmogorov and Smirnov's statistic: the largest distance of the two empirical distribution functions."""
-    places = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
-    return np.abs(shares[0] - shares[1]).max()
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (400, 120), (90, 333)])

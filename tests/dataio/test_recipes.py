@@ -1,14 +1,12 @@
 """What is chosen, how often and how strongly, against timm's and torchvision's own draws; matrices by hand."""
 
-import random
-from functools import partial
-
 import numpy as np
 import pytest
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import ColorJitter
 
 from dataio.index import draws_at
+from dataio.parity import RECIPE, TIMM_NAMES, amounts_of, chi_square, largest_gap, our_draws, timm_draws
 from dataio.recipes import (
     AFFINE,
     COLOR_JITTER,
@@ -19,6 +17,7 @@ from dataio.recipes import (
     Operations,
     RandAugment,
     color_jitter,
+    have_matrices,
     matrices,
     no_operations,
     rand_augment,
@@ -30,44 +29,14 @@ NEVER = 4.0  # standard deviations: exceeded by chance less than once in 10,000 
 
 
 def assert_alike(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Two samples of whole numbers from one distribution: a chi-square test of homogeneity."""
-    values, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
-    counts = np.stack([np.bincount(part, minlength=len(values)) for part in np.split(places, [len(ours)])])
-    expected = counts.sum(axis=0) * counts.sum(axis=1, keepdims=True) / counts.sum()
-    freedom = len(values) - 1
-    assert ((counts - expected) ** 2 / expected).sum() < freedom + NEVER * (2 * max(freedom, 1)) ** 0.5, counts
+    """Two samples of whole numbers from one distribution."""
+    statistic, freedom = chi_square(ours, theirs)
+    assert statistic < freedom + NEVER * (2 * max(freedom, 1)) ** 0.5
 
 
 def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Kolmogorov's and Smirnov's test of two samples."""
-    places = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
-    assert np.abs(shares[0] - shares[1]).max() < 1.95 * (1 / len(ours) + 1 / len(theirs)) ** 0.5
-
-
-def timm_draws(recipe: str, timm_names: dict[str, Kind]) -> list[list[tuple[Kind, float]]]:
-    """What timm's RandAugment does to COUNT images: kinds and amounts, of those that it did not leave out.
-
-    Its operations note what they are called with, and hand the notes on as the image.
-    """
-    transform = rand_augment_transform(recipe, {"translate_const": 100, "img_mean": (124, 116, 104)})
-
-    def note(kind, notes, *amounts, **_):
-        return [*notes, (kind, float(amounts[0]) if amounts else 0.0)]
-
-    for operation in transform.ops:
-        operation.aug_fn = partial(note, timm_names[operation.name])
-    random.seed(1)
-    np.random.seed(1)
-    return [transform([]) for _ in range(COUNT)]
-
-
-def in_order(operations: Operations) -> list[list[tuple[Kind, float]]]:
-    """The same of ours."""
-    return [
-        [(Kind(kind), float(amount)) for kind, amount in zip(*of_image, strict=True) if kind != Kind.NONE]
-        for of_image in zip(*operations, strict=True)
-    ]
+    """Exceeded by chance once in 1000 times."""
+    assert largest_gap(ours, theirs) < 1.95 * (1 / len(ours) + 1 / len(theirs)) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -78,9 +47,8 @@ def in_order(operations: Operations) -> list[list[tuple[Kind, float]]]:
         ("rand-m10-n1-p1-inc1", RandAugment(magnitude=10, spread=0, layers=1, probability=1)),
     ],
 )
-def test_operations_are_drawn_as_timm_draws_them(recipe, settings, timm_names):
-    draws = draws_at(3, 0, COUNT, DRAWS * settings.layers)
-    ours, theirs = in_order(rand_augment(draws, settings)), timm_draws(recipe, timm_names)
+def test_operations_are_drawn_as_timm_draws_them(recipe, settings):
+    ours, theirs = our_draws(settings, COUNT), timm_draws(recipe, COUNT)
     assert_alike(*(np.array([len(done) for done in part]) for part in (ours, theirs)))
     for place in range(settings.layers):
         assert_alike(*(np.array([done[place][0] for done in part if len(done) > place]) for part in (ours, theirs)))
@@ -88,16 +56,14 @@ def test_operations_are_drawn_as_timm_draws_them(recipe, settings, timm_names):
     if settings.layers > 1:
         assert_alike(*map(np.array, pairs))
     for kind in RAND_AUGMENT:
-        amounts = [
-            np.array([amount for done in part for other, amount in done if other == kind]) for part in (ours, theirs)
-        ]
+        amounts = amounts_of(ours, kind), amounts_of(theirs, kind)
         assert len(amounts[0]) > COUNT / 20
-        assert_same_distribution(*(np.round(of_part, 5) for of_part in amounts))  # ours are float32
+        assert_same_distribution(*amounts)
 
 
-def test_all_of_timm_s_operations_are_there(timm_names):
-    names = [operation.name for operation in rand_augment_transform("rand-m9-mstd0.5-inc1").ops]
-    assert sorted(timm_names[name] for name in names) == sorted(RAND_AUGMENT)
+def test_all_of_timm_s_operations_are_there():
+    names = [operation.name for operation in rand_augment_transform(RECIPE).ops]
+    assert sorted(names) == sorted(TIMM_NAMES[kind] for kind in RAND_AUGMENT)
 
 
 def test_a_draw_at_either_end_has_a_finite_amount():
@@ -143,7 +109,7 @@ def test_three_augment_is_deit_s():
     counts = [int((kinds == kind).sum()) for kind in THREE_AUGMENT]
     assert sum(counts) == COUNT
     assert max(abs(count - COUNT / 3) for count in counts) < NEVER * (COUNT * 2 / 9) ** 0.5
-    assert set(amounts[kinds == Kind.COLOR]) == {0}
+    assert set(amounts[kinds == Kind.GREY]) == {0}
     assert set(amounts[kinds == Kind.SOLARIZE]) == {128}
     blurs = amounts[kinds == Kind.BLUR]
     assert_same_distribution(blurs, np.linspace(0.1, 2, 1_000_000))
@@ -151,7 +117,7 @@ def test_three_augment_is_deit_s():
 
 
 def test_what_is_no_matrix_has_the_identity():
-    kinds = np.array([[kind for kind in Kind if kind not in (*AFFINE, Kind.COLOR, Kind.SHARPNESS)]], dtype=np.int32)
+    kinds = np.array([[kind for kind in Kind if kind not in (*AFFINE, Kind.SHARPNESS)]], dtype=np.int32)
     got = matrices(Operations(kinds, np.full(kinds.shape, 3, np.float32)), 64, np.array([True]))
     assert np.array_equal(got, np.broadcast_to(np.eye(3), got.shape))
 
@@ -166,11 +132,17 @@ def test_operations_of_mirrored_images_are_mirrored(kind):
     assert not np.allclose(plain, mirrored) or kind == Kind.TRANSLATE_Y
 
 
-@pytest.mark.parametrize("kind", [Kind.COLOR, Kind.SHARPNESS])
-def test_enhancements_leave_grey_and_uniform_images(kind):
-    operations = Operations(np.full((1, 2), kind, np.int32), np.array([[0.1, 1.9]], np.float32))
-    got = matrices(operations, 64, np.array([False]))
-    assert got.sum(axis=3 if kind == Kind.COLOR else (2, 3)) == pytest.approx(1, abs=1e-6)
+def test_sharpening_leaves_uniform_images():
+    operations = Operations(np.full((1, 2), Kind.SHARPNESS, np.int32), np.array([[0.1, 1.9]], np.float32))
+    assert matrices(operations, 64, np.array([False])).sum(axis=(2, 3)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", [RAND_AUGMENT, THREE_AUGMENT, COLOR_JITTER])
+def test_what_has_no_matrix_needs_none(recipe):
+    kinds = np.array([recipe], dtype=np.int32)
+    operations = Operations(kinds, np.full(kinds.shape, 0.3, np.float32))
+    found = matrices(operations, 64, np.array([True]))
+    assert (found != np.eye(3)).any() == have_matrices(recipe)
 
 
 @pytest.mark.parametrize(

@@ -173,4 +173,4 @@ def test_protocols_whose_packages_are_missing():
     ):
         assert line.startswith(f"cannot read {protocol}://h/a/x: {protocol}:// needs another package (")
         assert package in line
-        assert line.endswith("); pip install aiohttp gcsfs s3fs")
+        assert line.endswith("); pip install aiohttp gcsfs s3fs tenacity")

@@ -101,11 +101,11 @@ struct BackwardPass {
         any_query_features<R, true>(tile, s, b.q, flow, b.features, normalizer);
         load_half(call.grad_out, tile, s, half, b.u, s.M);
         divide(tile, b.u, normalizer);
-        products.multiply(products.rows(b.u, tile.rows, s.M, b.u_rows), halves[half], b.grad_turned, s.F, tile.rows, s.F, s.M,
-                          false);
-        products.multiply(products.columns(b.u, s.M, tile.rows, b.u_columns),
-                          products.right(b.features.turned, s.F, tile.rows, s.F, b.turned), grad_state + half * s.M * s.F,
-                          s.F, s.M, s.F, tile.rows, at > first);
+        products.multiply(products.rows(b.u, tile.rows, s.M, b.u_rows), halves[half], b.grad_turned, s.F, tile.rows,
+                          s.F, s.M, false);
+        const auto features = products.right(b.features.turned, s.F, tile.rows, s.F, b.turned);
+        products.multiply(products.columns(b.u, s.M, tile.rows, b.u_columns), features,
+                          grad_state + half * s.M * s.F, s.F, s.M, s.F, tile.rows, at > first);
         differentiate_normalizers(tile, b, normalizer, grad_normalizer);
         differentiate_features(tile, flow, b, grad_normalizer, grad_mean, grad_heat + half * s.F);
       }
@@ -201,10 +201,10 @@ struct BackwardPass {
         shifted_key_features<R>(tile, s, b.k, b.saved.key_shift, b.features, nullptr);
       else
         key_features<R, true>(tile, s, b.k, b.features, nullptr);
-      products.multiply(products.rows(b.v, tile.rows, s.V, b.v_rows), of_features, b.grad_turned, s.F, tile.rows, s.F, s.V,
-                        false);
-      products.multiply(products.rows(b.features.turned, tile.rows, s.F, b.turned_rows), of_values, b.grad_v, s.V, kTile,
-                        s.V, s.F, false);
+      products.multiply(products.rows(b.v, tile.rows, s.V, b.v_rows), of_features, b.grad_turned, s.F, tile.rows, s.F,
+                        s.V, false);
+      products.multiply(products.rows(b.features.turned, tile.rows, s.F, b.turned_rows), of_values, b.grad_v, s.V,
+                        tile.rows, s.V, s.F, false);
       for (int t = 0; t < tile.rows; ++t)
         for (int i = 0; i < s.W; i += Simd<R>::lanes) {
           const Vec<R> x = load(b.k + t * s.W + i), slope = load(b.features.slope + t * s.W + i), zero{};
