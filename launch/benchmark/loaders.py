@@ -1,11 +1,10 @@
-"""Who takes part in the data benchmark: ours, and webdataset with the transforms of torchvision and of timm.
+"""What the data benchmark's contenders have to do, and those that read with webdataset and decode with PIL.
 
-Each is an object made for one task, whose `epoch` hands out all images once. dali_loaders.py has what needs DALI's own
-graphs; loading.py runs each in a process of its own.
+Each is an object made for one task, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
+ours among them; loading.py runs each in a process of its own.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, get_args
@@ -17,12 +16,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
-from dataio.cache import open_shards
-from dataio.index import Manifest, Order, draws_at, load_manifest
-from dataio.loader import EvalLoader
-from dataio.pipeline import ImageOptions, Request, decode_batches, train_views
+from dataio.index import Manifest, load_manifest
 from launch.config import DataSection
-from launch.plan import image_options
 
 RECIPES = get_args(DataSection.model_fields["recipe"].annotation)
 #: What is done to the images.
@@ -49,11 +44,10 @@ class Task:
         """In another order each epoch; otherwise in stored order, so that pixels can be compared."""
         return self.work not in ("decode", "evaluation")
 
-    def options(self) -> ImageOptions:
-        """Ours; the rivals read the same numbers off it."""
+    def data(self) -> DataSection:
+        """The configuration by which images are prepared."""
         recipe = {"recipe": self.work} if self.work in RECIPES else {}
-        data = DataSection(train="-", val="-", image_size=self.size, threads=self.cores, **recipe)
-        return image_options(data)
+        return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **recipe)
 
 
 class Delivery(NamedTuple):
@@ -72,51 +66,6 @@ class Loader(Protocol):
 
     def epoch(self, number: int) -> Iterator[Delivery]:
         """Every image once."""
-
-
-class Ours:
-    """dataio, as launch/train.py and launch/evaluate.py use it."""
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.manifest = task, load_manifest(task.folder)
-        self._options, self._device = task.options(), torch.device(task.device)
-
-    def epoch(self, number: int) -> Iterator[Delivery]:
-        if self.task.work == "read":
-            return self._read(number)
-        if self.task.work == "evaluation":
-            return self._evaluate()
-        return self._train(number)
-
-    def _read(self, number: int) -> Iterator[Delivery]:
-        with closing(open_shards(self.manifest)) as shards:
-            for _, samples in training_order(self.manifest, number, self.task.batch):
-                encoded = [shards.read(sample) for sample in samples]
-                yield Delivery(encoded, self.manifest.samples["label"][samples], samples)
-
-    def _evaluate(self) -> Iterator[Delivery]:
-        for batch in EvalLoader(self.manifest, self._options, self.task.batch, 0, 1, self._device):
-            yield Delivery(batch.images, batch.labels, batch.samples)
-
-    def _train(self, number: int) -> Iterator[Delivery]:
-        """TrainLoader has no end, and would be decoding the next epoch when a rival's turn begins."""
-        requests = self._requests(number)
-        for request, images in decode_batches(self.manifest, self._options, requests, self.task.batch, self._device):
-            labels = torch.from_numpy(self.manifest.samples["label"][request.samples].astype(np.int64))
-            yield Delivery(images, labels.to(self._device), request.samples)
-
-    def _requests(self, number: int) -> Iterator[Request]:
-        for first, samples in training_order(self.manifest, number, self.task.batch):
-            draws = draws_at(SEED, first, len(samples), self._options.draws_per_image)
-            yield Request(first, samples, train_views(self.manifest.samples[samples], draws, self._options))
-
-
-def training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """An epoch's batches: (position of the first sample, samples)."""
-    order = Order(SEED, manifest.shard_samples)
-    first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
-    for position in range(first, end, batch):
-        yield position, order.samples_at(np.arange(position, min(position + batch, end)))
 
 
 def row_of_names(manifest: Manifest) -> dict[str, int]:
@@ -178,16 +127,16 @@ def pil_grid(image: Image.Image) -> np.ndarray:
 
 def torchvision_transform(task: Task) -> Callable[[Image.Image], Tensor]:
     """torchvision's evaluation or training transform, for PIL images."""
-    options, bicubic = task.options(), InterpolationMode.BICUBIC
+    data, bicubic = task.data(), InterpolationMode.BICUBIC
     if task.work == "evaluation":
-        side = int(task.size / options.eval_crop_fraction)
+        side = int(task.size / data.eval_crop_fraction)
         cut = [v2.Resize((side, side), bicubic), v2.CenterCrop(task.size)]
     else:
         cut = [
-            v2.RandomResizedCrop(task.size, options.crop_scale, options.crop_ratio, bicubic),
-            v2.RandomHorizontalFlip(options.flip_probability),
+            v2.RandomResizedCrop(task.size, data.crop_scale, data.crop_ratio, bicubic),
+            v2.RandomHorizontalFlip(data.flip_probability),
         ]
-    to_numbers = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(options.mean, options.std)]
+    to_numbers = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     return v2.Compose([*cut, *to_numbers])
 
 
@@ -197,18 +146,18 @@ def timm_transform(task: Task) -> Callable[[Image.Image], Tensor]:
 
     # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
-    options = task.options()
-    shared = {"interpolation": options.interpolation, "mean": options.mean, "std": options.std}
+    data = task.data()
+    shared = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
     if task.work == "evaluation":
-        return create_transform(task.size, crop_pct=options.eval_crop_fraction, crop_mode="squash", **shared)
+        return create_transform(task.size, crop_pct=data.eval_crop_fraction, crop_mode="squash", **shared)
     return create_transform(
         task.size,
         is_training=True,
-        scale=options.crop_scale,
-        ratio=options.crop_ratio,
-        hflip=options.flip_probability,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        hflip=data.flip_probability,
         auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[task.work],
-        color_jitter=options.jitter or None,
+        color_jitter=0.3 if task.work == "three-augment" else None,  # DeiT III's, as ours
         **shared,
     )
 
