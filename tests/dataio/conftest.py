@@ -11,9 +11,7 @@ from contextlib import suppress
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from dataio.index import Manifest
@@ -179,6 +177,8 @@ def http_server() -> Iterator[Callable[..., Server]]:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """A server that speaks S3."""
+    from moto.server import ThreadedMotoServer  # here, so that all other tests run where moto is not installed
+
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -196,6 +196,8 @@ def s3_url(s3_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         monkeypatch.setenv(name, value)
+    import boto3
+
     client = boto3.client("s3")
 
     def upload(folder: Path) -> str:

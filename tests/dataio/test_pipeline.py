@@ -23,6 +23,7 @@ from dataio.pipeline import (
     ImageOptions,
     Request,
     Views,
+    _graph,
     crop_windows,
     decode_batches,
     eval_views,
@@ -177,6 +178,13 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device):
     differences = (got - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
     assert differences.median() < 0.5
     assert differences.mean() < 0.8
+
+
+@pytest.mark.parametrize("recipe", ["simple", "three-augment", "rand-augment"])
+def test_a_graph_for_a_gpu_can_be_composed_without_one(recipe):
+    """DALI refuses operators that are not there for a GPU, and arguments that would lie on it."""
+    options = ImageOptions(recipe=recipe)
+    _graph(options, lambda: (), 4, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("device", DEVICES)
