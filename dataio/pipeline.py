@@ -273,7 +273,7 @@ def _decode(
     def feed() -> tuple:
         under_way.append(next(batches))  # DALI takes its StopIteration for the end
         request, encoded = under_way[-1]
-        return encoded, *_graph_inputs(request.views, bench.options)
+        return encoded, *_graph_inputs(request.views, bench.options, bench.device)
 
     pipeline = _graph(bench.options, feed, max_batch, bench.device)
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
@@ -392,7 +392,7 @@ def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, dev
 
     def feed() -> tuple:
         place = left[0]
-        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
+        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options, device)
 
     while left:
         pipeline = _graph(options, feed, 1, device)  # 15 ms on the CPU
@@ -405,20 +405,32 @@ def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, dev
     return refused
 
 
-def _graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
+def _graph_inputs(views: Views, options: ImageOptions, device: torch.device) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
+    turned = _turned(views) & (device.type == "cpu")
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
     margins = np.maximum(views.resized - options.image_size, 1)
     places = (views.crops / margins).astype(np.float32)
     return (
         np.ascontiguousarray(views.windows[:, :2]),
         np.ascontiguousarray(views.windows[:, 2:]),
-        views.resized.astype(np.float32),
+        turned.astype(np.int32),
+        np.where(turned[:, None], views.resized[:, ::-1], views.resized).astype(np.float32),
         np.ascontiguousarray(places[:, 0]),
         np.ascontiguousarray(places[:, 1]),
         views.flips.astype(np.int32),
         *_stage_inputs(views, options),
     )
+
+
+def _turned(views: Views) -> np.ndarray:
+    """(B,) bool: windows that are resized lying on their side, which takes the CPU less time.
+
+    DALI starts with the axis that shrinks more. Along columns it uses vector instructions, along rows of uint8 it does
+    not, and then takes longer than for turning the window over and back. The sums are the same.
+    """
+    width, height = views.windows[:, 2].astype(np.int64), views.windows[:, 3].astype(np.int64)
+    return width * views.resized[:, 0] > height * views.resized[:, 1]
 
 
 def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
@@ -434,7 +446,7 @@ def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
 def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
     """Type and number of dimensions of all that the graph takes."""
     result = [
-        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)),
+        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0), (types.FLOAT, 1)),
         *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
     ]
     for kinds in options.stages:
@@ -464,7 +476,7 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
 def _definition(
     options: ImageOptions, feed: Callable[[], tuple], inputs: list[tuple[types.DALIDataType, int]], decoder: str
 ) -> DataNode:
-    encoded, starts, shapes, resized, tops, lefts, flips, *operations = fn.external_source(
+    encoded, starts, shapes, turned, resized, tops, lefts, flips, *operations = fn.external_source(
         feed,
         num_outputs=len(inputs),
         dtype=[dtype for dtype, _ in inputs],
@@ -479,6 +491,8 @@ def _definition(
         adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
         jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
     )
+    if turned == 1:
+        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     images = fn.resize(
         images,
         size=resized,
@@ -486,6 +500,8 @@ def _definition(
         antialias=True,
         subpixel_scale=False,
     )
+    if turned == 1:
+        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
     mean = [255 * value for value in options.mean]
     fill = [round(value) for value in mean]
     for kinds in options.stages:

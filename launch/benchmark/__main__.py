@@ -6,6 +6,7 @@ from importlib import import_module
 
 COMMANDS = {
     "kernel": "polarity attention against eager, compiled eager and softmax attention",
+    "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
     "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks, into one folder",
 }
 

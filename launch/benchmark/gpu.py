@@ -49,7 +49,12 @@ def plan_steps(folder: Path, quick: bool) -> list[Step]:
         checked = (sanitizer, "--tool", tool, "--error-exitcode", "1", python, *_GPU_TESTS, *_OPERATOR_TESTS)
         steps.append(Step(tool, checked))
     kernel = (python, "-m", "launch.benchmark", "kernel", "--device", "cuda", "--output", str(folder / "kernel.json"))
-    return [*steps, Step("kernel", kernel if quick else (*kernel, "--full"))]
+    data = (python, "-m", "launch.benchmark", "data", "--device", "cuda", "--output", str(folder / "data.json"))
+    return [
+        *steps,
+        Step("kernel", kernel if quick else (*kernel, "--full")),
+        Step("data", data if quick else (*data, "--images", "8192", "--batch", "128")),
+    ]
 
 
 def run_step(step: Step, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ A contender that has no room in memory or time, or does not run, has an entry th
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from launch.benchmark.check import WrongResult
 from launch.benchmark.contenders import CONTENDERS, Shape, model_shapes, parse_shape
 from launch.benchmark.contest import Contest, Rules
 from launch.benchmark.kernel_report import describe, dtype_name, growth_ratios, show
-from launch.benchmark.report import default_path, describe_run, write_report
+from launch.benchmark.report import default_path, describe_run, read_report, write_report
 from launch.distributed import default_device_type
 from polaformer import ops
 from polaformer.model import TOTAL_STRIDE
@@ -138,23 +137,11 @@ def settle_rules(arguments: argparse.Namespace) -> Rules:
     return Rules(device, dtypes, arguments.seconds, arguments.limit)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote. Raises OSError or ValueError if there is no such thing at `path`."""
-    fault = f"{path} is no report of python -m launch.benchmark kernel; name one"
-    try:
-        report = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(fault) from error
-    if not isinstance(report, dict) or report.get("benchmark") != "kernel":
-        raise ValueError(fault)
-    return report
-
-
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
         if arguments.show:
-            show(read_report(arguments.show), arguments.markdown)
+            show(read_report(arguments.show, "kernel"), arguments.markdown)
             return 0
         rules = settle_rules(arguments)
         shapes = settle_shapes(arguments, rules.device.type)

@@ -54,3 +54,15 @@ def default_path(benchmark: str) -> Path:
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Writes the JSON into an existing folder."""
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_report(path: Path, benchmark: str) -> dict[str, Any]:
+    """What an earlier run wrote. Raises OSError or ValueError if there is no such thing at `path`."""
+    fault = f"{path} is no report of python -m launch.benchmark {benchmark}; name one"
+    try:
+        report = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(fault) from error
+    if not isinstance(report, dict) or report.get("benchmark") != benchmark:
+        raise ValueError(fault)
+    return report

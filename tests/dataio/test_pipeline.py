@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 from torchvision.transforms import functional as vision
 
+from dataio import pipeline
 from dataio.index import Manifest, draws_at, load_manifest
 from dataio.parity import in_pil, largest_gap
 from dataio.pipeline import (
@@ -126,6 +127,20 @@ def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_r
         ]
     )
     assert_close(got, [recipe(image) for image in pil_images(manifest)], device)
+
+
+@pytest.mark.parametrize("eval_resize", ["squash", "short"])
+def test_windows_that_are_turned_to_be_resized_are_the_same(manifest, monkeypatch, eval_resize):
+    options = ImageOptions(image_size=64, recipe="simple", eval_resize=eval_resize, threads=2)
+    for views in (draw_views(manifest, options), eval_views(manifest.samples, options)):
+        assert len(set(pipeline._turned(views))) == 2 or eval_resize == "short"
+        turned = levels(decode(manifest, options, views), options)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "_turned", lambda views: np.zeros(len(views.flips), dtype=bool))
+            upright = levels(decode(manifest, options, views), options)
+        differences = (turned - upright).abs()
+        assert differences.max() < 1.01  # sums in another order, then rounded
+        assert differences.mean() < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from launch.benchmark import __main__, contenders, gpu, kernel, measure
+from launch.benchmark import __main__, contenders, data, gpu, kernel, measure
 from launch.benchmark.check import WrongResult, check
 from launch.benchmark.contenders import Entrant, Shape, make_inputs, model_shapes, parse_shape
 from polaformer import ops, reference
@@ -297,7 +297,7 @@ def test_no_gpu(run, capsys):
     assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n"
 
 
-@pytest.mark.parametrize("module", [kernel, gpu])
+@pytest.mark.parametrize("module", [kernel, data, gpu])
 def test_the_examples_of_the_help_are_valid(module, capsys):
     name = module.__name__.rpartition(".")[2]
     with pytest.raises(SystemExit, match="^0$"):
@@ -322,12 +322,12 @@ def test_steps_of_the_gpu_command(tmp_path, monkeypatch):
     (tmp_path / "compute-sanitizer").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with_sanitizer = gpu.plan_steps(tmp_path, quick=False)
-    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel"]
+    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel", "data"]
     assert with_sanitizer[1].command[0] == str(tmp_path / "compute-sanitizer")
     assert (gpu.ROOT / with_sanitizer[1].command[-1]).exists()
-    assert "--full" in with_sanitizer[-1].command
-    assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[-1].command
-    assert __main__.COMMANDS.keys() - {"gpu"} == {with_sanitizer[-1].name}  # every benchmark
+    assert "--full" in with_sanitizer[3].command
+    assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[3].command
+    assert __main__.COMMANDS.keys() - {"gpu"} == {step.name for step in with_sanitizer[3:]}  # every benchmark
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")

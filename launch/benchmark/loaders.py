@@ -1,0 +1,166 @@
+"""What the data benchmark's contenders have to do, and those that read with webdataset and decode with PIL.
+
+Each is an object made for one task, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
+ours among them; loading.py runs each in a process of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import default_collate
+from torchvision.transforms import InterpolationMode, v2
+
+from dataio.index import Manifest, load_manifest
+from launch.config import DataSection
+
+RECIPES = get_args(DataSection.model_fields["recipe"].annotation)
+#: What is done to the images.
+WORKS = ("read", "decode", "evaluation", *reversed(RECIPES))  # from least to most
+GRID = 8  # decoded images are handed over as so many pixels a side, taken from all over them
+ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
+SHUFFLED = 1000  # encoded images in a rival's buffer
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be loaded, and with how much. `cores`: threads or worker processes."""
+
+    work: str  # of WORKS
+    folder: Path  # packed
+    batch: int
+    size: int  # pixels, of the normalised images
+    cores: int
+    device: str  # where batches are handed over
+
+    @property
+    def shuffled(self) -> bool:
+        """In another order each epoch; otherwise in stored order, so that pixels can be compared."""
+        return self.work not in ("decode", "evaluation")
+
+    def data(self) -> DataSection:
+        """The configuration by which images are prepared."""
+        recipe = {"recipe": self.work} if self.work in RECIPES else {}
+        return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **recipe)
+
+
+class Delivery(NamedTuple):
+    """A batch. `rows`: of the manifest, None where the loader does not know and nobody asks.
+
+    images: B encoded images; (B, GRID, GRID, 3) uint8; or (B, 3, S, S) float32, normalised, on the device.
+    """
+
+    images: Any
+    labels: Any  # B numbers
+    rows: Any = None
+
+
+class Loader(Protocol):
+    """A contestant."""
+
+    def epoch(self, number: int) -> Iterator[Delivery]:
+        """Every image once."""
+
+
+def row_of_names(manifest: Manifest) -> dict[str, int]:
+    """Keys of samples in their shards, as webdataset calls them → rows of the manifest."""
+    rows: dict[str, int] = {}
+    for shard in manifest.shards:
+        for line in (manifest.folder / shard.idx_name).read_text().splitlines()[1:]:
+            rows[line.split()[3].partition(".")[0]] = len(rows)
+    return rows
+
+
+class WebDataset:
+    """webdataset's reader in torch's worker processes, which decode with PIL; `transform` does the rest there."""
+
+    def __init__(self, task: Task, transform: Callable[[Image.Image], Any] | None = None) -> None:
+        import webdataset
+
+        self.task, self._transform = task, transform
+        manifest = load_manifest(task.folder)
+        self._rows = row_of_names(manifest)
+        urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
+        # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do.
+        workers = min(task.cores, len(urls)) * (task.work != "read")  # bytes are read faster than workers hand them on
+        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if task.shuffled else False, seed=SEED)
+        if task.shuffled:
+            dataset = dataset.shuffle(SHUFFLED)
+        if task.work != "read":
+            dataset = dataset.decode("pil")
+        dataset = dataset.to_tuple("__key__", ";".join(ENDINGS), "cls").map_tuple(str, self._transform_image, int)
+        dataset = dataset.batched(task.batch, collation_fn=default_collate)  # writes into shared memory at once
+        self._loader = webdataset.WebLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=task.device != "cpu" and workers > 0,
+        )
+
+    def _transform_image(self, image: Any) -> Any:
+        return image if self._transform is None else self._transform(image)
+
+    def epoch(self, number: int) -> Iterator[Delivery]:
+        for names, images, labels in self._loader:
+            if isinstance(images, Tensor):
+                images = images.to(self.task.device, non_blocking=True)
+            yield Delivery(images, labels, np.array([self._rows[name] for name in names]))
+
+
+def grid_of(pixels: np.ndarray) -> np.ndarray:
+    """GRID × GRID pixels from all over an image: (H, W, 3) → (GRID, GRID, 3)."""
+    rows, columns = (np.arange(GRID) * side // GRID for side in pixels.shape[:2])
+    return pixels[rows[:, None], columns]
+
+
+def pil_grid(image: Image.Image) -> np.ndarray:
+    """The whole image decoded, and its grid."""
+    return grid_of(np.asarray(image))
+
+
+def torchvision_transform(task: Task) -> Callable[[Image.Image], Tensor]:
+    """torchvision's evaluation or training transform, for PIL images."""
+    data, bicubic = task.data(), InterpolationMode.BICUBIC
+    if task.work == "evaluation":
+        side = int(task.size / data.eval_crop_fraction)
+        cut = [v2.Resize((side, side), bicubic), v2.CenterCrop(task.size)]
+    else:
+        cut = [
+            v2.RandomResizedCrop(task.size, data.crop_scale, data.crop_ratio, bicubic),
+            v2.RandomHorizontalFlip(data.flip_probability),
+        ]
+    to_numbers = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
+    return v2.Compose([*cut, *to_numbers])
+
+
+def timm_transform(task: Task) -> Callable[[Image.Image], Tensor]:
+    """timm's, likewise; its names for the recipes are beside ours."""
+    from timm.data import auto_augment, create_transform
+
+    # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
+    auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
+    data = task.data()
+    shared = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    if task.work == "evaluation":
+        return create_transform(task.size, crop_pct=data.eval_crop_fraction, crop_mode="squash", **shared)
+    return create_transform(
+        task.size,
+        is_training=True,
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        hflip=data.flip_probability,
+        auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[task.work],
+        color_jitter=0.3 if task.work == "three-augment" else None,  # DeiT III's, as ours
+        **shared,
+    )
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)

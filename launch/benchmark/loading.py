@@ -1,0 +1,346 @@
+"""The data benchmark's contest: each loader in a process of its own, which waits until it is its turn.
+
+loaders.py and dali_loaders.py say who takes part; data.py asks and reports. A turn is one epoch, from the first
+request to the last batch handed over, so that nobody decodes ahead while others are timed. The first epoch of each is
+looked at: nothing is timed unless all hand over the same. In the second the memory is watched; then they take turns.
+"""
+
+import importlib.util
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from launch.benchmark import loaders
+from launch.benchmark.loaders import RECIPES, Delivery, Loader, Task
+
+#: Who can do what.
+CONTENDERS = {
+    "ours": ("read", "decode", "evaluation", *RECIPES),
+    "webdataset": ("read", "decode"),
+    "torchvision": ("evaluation", "simple"),
+    "timm": ("evaluation", *RECIPES),
+    "dali": ("read", "decode", "evaluation", "simple", "rand-augment"),
+}
+_COMPARED = 32  # images
+#: Largest differences to the first contender's, in levels of 255: the mean and one value's. Filters round differently.
+_TOLERANCES = (0.5, 16.0)
+_SAMPLED_SECONDS = 0.02
+
+
+class UnequalWork(Exception):
+    """A contender does not hand over what the others do; its time would mean nothing."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One epoch of a contender. labels: images of each class."""
+
+    seconds: float
+    cpu_seconds: float  # of the process with its threads and workers
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a contender hands over, as far as it can be compared."""
+
+    labels: tuple[int, ...]
+    shape: tuple[int, ...] = ()  # of an image, where all have one
+    digest: str = ""  # of all labels with their images (read) or rows (decode, evaluation), in whatever order
+    levels: np.ndarray | None = None  # decode, evaluation: of the first rows, as float32 in [0, 255]
+    statistics: np.ndarray | None = None  # recipes: each channel's mean, then their deviations
+
+
+@dataclass
+class Peak:
+    """Memory in bytes. resident: of the process, and what its workers do not share; own: without mapped files."""
+
+    resident: int = 0
+    own: int = 0
+
+
+def make_loader(contender: str, task: Task) -> Loader:
+    """Imports DALI only for those that use it, so that it is in nobody else's memory."""
+    if contender in ("ours", "dali"):
+        from launch.benchmark import dali_loaders
+
+        own = dali_loaders.OursDecoding if task.work == "decode" else dali_loaders.Ours
+        return (own if contender == "ours" else dali_loaders.NativeReader)(task)
+    if contender == "webdataset":
+        return loaders.WebDataset(task, loaders.pil_grid if task.work == "decode" else None)
+    make = {"torchvision": loaders.torchvision_transform, "timm": loaders.timm_transform}[contender]
+    return loaders.WebDataset(task, make(task))
+
+
+def take_turn(loader: Loader, task: Task, number: int, classes: int) -> Turn:
+    """One epoch, timed. The consumer counts labels and does nothing else with what it gets."""
+    labels = np.zeros(classes, dtype=np.int64)
+    cpu, began = _cpu_seconds(), time.perf_counter()
+    for delivery in loader.epoch(number):
+        labels += _count_labels(delivery, classes)
+    if task.device != "cpu":
+        torch.cuda.synchronize()
+    return Turn(time.perf_counter() - began, _cpu_seconds() - cpu, tuple(labels.tolist()))
+
+
+def look(loader: Loader, task: Task, number: int, classes: int) -> Look:
+    """One epoch, for `compare`."""
+    labels, digests, shapes = np.zeros(classes, dtype=np.int64), [], set()
+    levels: dict[int, np.ndarray] = {}
+    moments = []
+    data = task.data()
+    for delivery in loader.epoch(number):
+        labels += _count_labels(delivery, classes)
+        if task.work == "read":
+            pairs = zip(np.asarray(delivery.labels).tolist(), delivery.images, strict=True)
+            digests += [sha256(b"%d %s" % (label, bytes(image))).hexdigest() for label, image in pairs]
+            continue
+        if not task.shuffled:
+            pairs = zip(delivery.rows, np.asarray(delivery.labels), strict=True)
+            digests += [f"row {row} label {label} " for row, label in pairs]
+        images = torch.as_tensor(delivery.images).cpu()
+        shapes.add((str(images.dtype), *images.shape[1:]))
+        if task.work in RECIPES:
+            moments.append((len(images), images.mean((0, 2, 3)), images.square().mean((0, 2, 3))))
+            continue
+        if task.work == "evaluation":
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+            images = 255 * (images * std + mean)
+        levels |= {row: images[place].numpy() for place, row in enumerate(delivery.rows) if row < _COMPARED}
+    if len(shapes) > 1:
+        raise UnequalWork(f"its batches differ: {sorted(shapes)}")
+    return Look(
+        tuple(labels.tolist()),
+        next(iter(shapes), ()),
+        sha256("".join(sorted(digests)).encode()).hexdigest() if digests else "",
+        np.stack([levels[row] for row in sorted(levels)]).astype(np.float32) if levels else None,
+        _statistics(moments) if moments else None,
+    )
+
+
+def _count_labels(delivery: Delivery, classes: int) -> np.ndarray:
+    labels = np.asarray(torch.as_tensor(delivery.labels).cpu()).astype(np.int64)
+    if len(labels) != len(delivery.images):
+        raise UnequalWork(f"{len(delivery.images)} images came with {len(labels)} labels")
+    return np.bincount(labels, minlength=classes)
+
+
+def _statistics(moments: list[tuple[int, torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    counts = np.array([count for count, _, _ in moments])[:, None]
+    mean, square = (
+        (counts * np.stack([moment[place].numpy() for moment in moments])).sum(0) / counts.sum() for place in (1, 2)
+    )
+    return np.concatenate([mean, np.sqrt(square - mean**2)])
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its workers so far, in ticks of 10 ms."""
+    times = os.times()
+    spent = times.user + times.system + times.children_user + times.children_system
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            own = child.cpu_times()
+            spent += own.user + own.system
+    return spent
+
+
+def compare(task: Task, looks: dict[str, Look], expected_labels: tuple[int, ...]) -> dict[str, dict[str, float]]:
+    """How far each contender's images are from the first one's: by contender, by quantity.
+
+    Raises UnequalWork if one hands over other labels, bytes, shapes or pixels.
+    """
+    first = next(iter(looks))
+    found = {}
+    for name, seen in looks.items():
+        _require_labels(task, name, seen.labels, expected_labels)
+        if seen.shape != looks[first].shape or seen.digest != looks[first].digest:
+            fault = f"images of {seen.shape}, not {looks[first].shape},"
+            if seen.shape == looks[first].shape:
+                fault = "bytes" if task.work == "read" else "labels of the same images"
+            raise UnequalWork(f"{task.work}: {name} hands over other {fault} than {first}; nothing was timed")
+        found[name] = {}
+        if seen.levels is not None:
+            difference = np.abs(seen.levels - looks[first].levels)
+            found[name] = {"mean_levels": float(difference.mean()), "largest_levels": float(difference.max())}
+            allowed = dict(zip(found[name], _TOLERANCES, strict=True))
+        elif seen.statistics is not None:
+            found[name] = {"statistics": float(np.abs(seen.statistics - looks[first].statistics).max())}
+            allowed = {"statistics": _statistics_tolerance(sum(expected_labels))}
+        for quantity, value in found[name].items():
+            if not value <= allowed[quantity]:
+                raise UnequalWork(
+                    f"{task.work}: {name} hands over other pixels than {first}: {quantity} {value:.3g}, allowed"
+                    f" {allowed[quantity]:g}; nothing was timed"
+                )
+    return found
+
+
+def _statistics_tolerance(images: int) -> float:
+    """For random images' channel means and deviations, in normalised units: chance, and other operations' effect."""
+    return 0.1 + 4 / math.sqrt(images)
+
+
+def _require_labels(task: Task, name: str, labels: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if labels != expected:
+        raise UnequalWork(
+            f"{task.work}: {name} hands over {sum(labels)} images, {labels} of each class, where {sum(expected)},"
+            f" {expected}, are packed; its time would mean nothing"
+        )
+
+
+def serve(connection: Connection, contender: str, task: Task, classes: int) -> None:
+    """A contender's process: epochs as they are asked for, until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with suppress(EOFError, ConnectionError):  # the parent has closed it, or is gone
+        try:
+            loader = make_loader(contender, task)
+            connection.send(None)
+            while True:
+                act, number = connection.recv()
+                connection.send(act(loader, task, number, classes))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # whatever libraries raise; one line of it tells the parent enough
+            connection.send(error if isinstance(error, UnequalWork) else RuntimeError(_in_one_line(error)))
+    _leave()
+
+
+def _leave() -> None:
+    """Ends this process and its workers at once: torch waits 5 s for each worker whose images have run out."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(0)
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class Contestant:
+    """A contender's process, started by `contestants`."""
+
+    def __init__(self, name: str, task: Task, classes: int) -> None:
+        self.name, self._task = name, task
+        context = multiprocessing.get_context("spawn")  # with nothing of this process, DALI's threads least of all
+        self._connection, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, name, task, classes))
+        self.process.start()
+        other.close()
+        self._epochs = 0
+
+    def ready(self) -> None:
+        """Waits until its loader is made."""
+        self._answer()
+
+    def run(self, act: Any) -> Any:
+        """What `look` or `take_turn` returns for its next epoch. Raises RuntimeError or UnequalWork if it fails."""
+        self._connection.send((act, self._epochs))
+        self._epochs += 1
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            self.process.join()
+            raise RuntimeError(
+                f"{self._task.work}: {self.name}'s process ended with status {self.process.exitcode};"
+                " free some memory, or leave it out with --contenders"
+            ) from error
+        if isinstance(answer, Exception):
+            raise type(answer)(f"{self._task.work}: {self.name} failed: {answer}")
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+@contextmanager
+def contestants(names: list[str], task: Task, classes: int) -> Iterator[list[Contestant]]:
+    """Their processes, each with its loader made; they end with the block."""
+    started: list[Contestant] = []
+    try:
+        for name in names:
+            started.append(Contestant(name, task, classes))
+        for contestant in started:
+            contestant.ready()
+        yield started
+    finally:
+        for contestant in started:
+            contestant.close()
+
+
+def watch_memory(contestant: Contestant) -> Peak:
+    """The peak of one epoch."""
+    process, peak, done = psutil.Process(contestant.process.pid), Peak(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLED_SECONDS):
+            _sample(process, peak)
+
+    watcher = threading.Thread(target=watch)
+    _sample(process, peak)  # an epoch may be shorter than the watcher's first step
+    watcher.start()
+    try:
+        contestant.run(take_turn)
+    finally:
+        done.set()
+        watcher.join()
+    return peak
+
+
+def _sample(process: psutil.Process, peak: Peak) -> None:
+    with suppress(psutil.NoSuchProcess):
+        resident, files = process.memory_info().rss, _mapped_files(process)
+        of_workers = sum(child.memory_full_info().uss for child in process.children(recursive=True))
+        peak.resident = max(peak.resident, resident + of_workers)
+        peak.own = max(peak.own, resident - files + of_workers)
+
+
+def _mapped_files(process: psutil.Process) -> int:
+    with open(f"/proc/{process.pid}/status") as file:
+        [line] = [line for line in file if line.startswith("RssFile:")]
+    return 1024 * int(line.split()[1])
+
+
+def require_tools(names: list[str]) -> None:
+    """Raises RuntimeError if a library that contenders need is not installed."""
+    if set(names) - {"ours", "dali"} and importlib.util.find_spec("webdataset") is None:
+        raise RuntimeError("webdataset is not installed; install it, or choose --contenders ours dali")
+
+
+def hold_contest(names: list[str], task: Task, expected_labels: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """What was measured: by contender, its differences to the first one, peak memory and turns.
+
+    Raises UnequalWork if one does not hand over what the others do, RuntimeError if one fails.
+    """
+    with contestants(names, task, len(expected_labels)) as racing:
+        looks = {contestant.name: contestant.run(look) for contestant in racing}
+        differences = compare(task, looks, expected_labels)
+        peaks = {contestant.name: watch_memory(contestant) for contestant in racing}
+        turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in racing}
+        for number in range(rounds):
+            shift = number % len(racing)
+            for contestant in racing[shift:] + racing[:shift]:  # everybody is first once
+                turns[contestant.name].append(contestant.run(take_turn))
+    for name, own in turns.items():
+        for turn in own:
+            _require_labels(task, name, turn.labels, expected_labels)
+    return {name: {"differences": differences[name], "peak": peaks[name], "turns": turns[name]} for name in turns}

@@ -1,0 +1,86 @@
+"""Photographs to load, as many as are wanted: crops of a few real ones that installed packages bring along.
+
+data.py measures with them where no packed folder is given. scikit-image and Matplotlib ship the pictures; each is cut,
+scaled to about 500×375 pixels (ImageNet's most frequent size), mirrored and recoloured at random, and packed by
+dataio.pack into shards of equal work.
+"""
+
+import random
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+from PIL import Image
+
+from dataio.index import Manifest
+from dataio.pack import PackOptions, pack
+from dataio.workers import available_cores, worker_pool
+
+#: Class → file, in the folder of scikit-image's data or of Matplotlib's.
+PICTURES = {
+    "admiral": "grace_hopper.jpg",
+    "astronaut": "astronaut.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "motorcycle": "motorcycle_left.png",
+    "rocket": "rocket.jpg",
+}
+DESCRIPTION = (
+    "crops of 6 photographs from scikit-image and Matplotlib, scaled to about 500×375 pixels, mirrored and recoloured,"
+    " JPEG of quality 95"
+)
+_WIDTH, _HEIGHT = 500, 375
+_QUALITY = 95
+_LARGEST_SHARD = 15 * 2**20  # bytes; dataio.pack makes them no larger than 16 MiB of so few images
+
+
+def pack_photographs(folder: Path, images: int, cores: int) -> Manifest:
+    """Packs so many photographs into `folder`/packed; the same bytes every time.
+
+    Raises RuntimeError if scikit-image is not installed.
+    """
+    source = folder / "photographs"
+    numbers = [range(start, images, cores) for start in range(cores)]
+    for name in PICTURES:
+        (source / name).mkdir(parents=True)
+    with worker_pool(cores) as pool:
+        list(pool.map(_write, [source] * cores, numbers))
+    sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
+    shards = cores * -(-sum(sizes) // (cores * _LARGEST_SHARD))  # each core gets as many
+    equal_shards = max(1, (sum(sizes) / shards + max(sizes)) / 2**20)
+    return pack(source, folder / "packed", PackOptions(equal_shards, min(cores, available_cores()), check="none"))
+
+
+def _write(folder: Path, numbers: Iterable[int]) -> None:
+    pictures = {name: _open(file) for name, file in PICTURES.items()}
+    names = list(PICTURES)
+    for number in numbers:
+        name = names[number % len(names)]
+        _vary(pictures[name], random.Random(number)).save(folder / name / f"{number:06d}.jpg", quality=_QUALITY)
+
+
+def _open(file: str) -> Image.Image:
+    try:
+        import skimage  # a tool of the tests
+    except ImportError as error:
+        raise RuntimeError("scikit-image, which brings photographs, is missing; install it, or use --data") from error
+    folders = Path(skimage.data_dir), Path(matplotlib.get_data_path(), "sample_data")
+    [path] = [folder / file for folder in folders if (folder / file).is_file()]
+    with Image.open(path) as opened:
+        return opened.convert("RGB")
+
+
+def _vary(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """A window of it, 0.7 to 1 times as wide as it can be, as an image of about 500×375 pixels in other colours."""
+    width, height = (round(side * rng.uniform(0.85, 1.15)) for side in (_WIDTH, _HEIGHT))
+    largest = min(picture.width / width, picture.height / height)
+    scale = largest * rng.uniform(0.7, 1)
+    left, top = rng.uniform(0, picture.width - scale * width), rng.uniform(0, picture.height - scale * height)
+    box = (left, top, left + scale * width, top + scale * height)
+    varied = picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if rng.random() < 0.5:
+        varied = varied.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gains = [rng.uniform(0.7, 1.3) for _ in range(3)]
+    table = [min(255, round(gain * level)) for gain in gains for level in range(256)]
+    return varied.point(table)

@@ -1,0 +1,252 @@
+"""The data benchmark on few images: what all contenders hand over, what its report says, what it refuses."""
+
+import importlib.util
+import io
+import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataio.index import load_manifest
+from dataio.shards import ShardFiles
+from launch.benchmark import data, feed, loading
+from launch.benchmark.loaders import RECIPES, WORKS, Task, row_of_names
+from launch.benchmark.loading import (
+    CONTENDERS,
+    Look,
+    UnequalWork,
+    compare,
+    contestants,
+    hold_contest,
+    look,
+    make_loader,
+    take_turn,
+)
+from launch.benchmark.photographs import pack_photographs
+
+SMALL = ("--images", "24", "--batch", "10", "--size", "64", "--cores", "2", "--rounds", "2", "--device", "cpu")
+CLASSES = 6
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    """24 photographs in two shards."""
+    folder = tmp_path_factory.mktemp("photographs")
+    pack_photographs(folder, 24, 2)
+    return folder / "packed"
+
+
+@pytest.fixture(scope="module")
+def task(packed) -> Task:
+    """To be had for each work with `replace`."""
+    return Task(work="simple", folder=packed, batch=10, size=64, cores=2, device="cpu")
+
+
+def run_into(folder, *arguments):
+    """(exit status, the JSON or None, standard output, standard error)"""
+    path, out, err = folder / "report" / "data.json", io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = data.main([*arguments, "--output", str(path)])
+    return status, json.loads(path.read_text()) if path.exists() else None, out.getvalue(), err.getvalue()
+
+
+def test_photographs(packed):
+    manifest = load_manifest(packed)
+    rows = manifest.samples
+    assert len(manifest) == 24
+    assert len(manifest.shards) % 2 == 0  # webdataset deals whole shards to two workers
+    assert np.bincount(rows["label"]).tolist() == [4] * CLASSES
+    assert 425 <= rows["width"].min() < 500 < rows["width"].max() <= 575
+    assert 318 <= rows["height"].min() < 375 < rows["height"].max() <= 432
+    shards = ShardFiles(manifest)
+    images = [np.asarray(Image.open(io.BytesIO(shards.read(sample)))) for sample in range(24)]
+    assert len({image.tobytes() for image in images}) == 24
+    assert min(image.std() for image in images) > 20  # there is something to see
+    names = row_of_names(manifest)
+    assert list(names.values()) == list(range(24))
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_all_contenders_do_the_same(task, work):
+    looks = {}
+    for name, works in CONTENDERS.items():
+        if work in works:
+            uses_workers = name not in ("ours", "dali")  # whose end would take 5 s each; test_a_report has them
+            task = replace(task, work=work, cores=0 if uses_workers else 2)
+            loader = make_loader(name, task)
+            looks[name] = look(loader, task, 0, CLASSES)
+            assert take_turn(loader, task, 1, CLASSES).labels == (4,) * CLASSES  # in the next epoch, too
+    found = compare(task, looks, (4,) * CLASSES)
+    first = looks["ours"]
+    if work == "read":
+        assert len(first.digest) == 64
+    elif work in RECIPES:
+        assert first.shape == ("torch.float32", 3, 64, 64)
+        assert max(found[name]["statistics"] for name in found) > 0
+    else:
+        assert first.levels.shape[0] == 24
+        assert first.levels.std() > 20
+        assert found["ours"] == {"mean_levels": 0, "largest_levels": 0}
+
+
+@pytest.mark.parametrize(
+    ("work", "wrong", "message"),
+    [
+        ("read", {"labels": (4, 4, 3)}, r"read: dali hands over 11 images, \(4, 4, 3\) of each class, where 12"),
+        ("read", {"labels": (4, 3, 5)}, r"read: dali hands over 12 images, \(4, 3, 5\) of each class, where 12"),
+        ("read", {"digest": "b"}, "read: dali hands over other bytes than ours; nothing was timed"),
+        (
+            "simple",
+            {"shape": ("torch.float64", 3, 8, 8)},
+            "simple: dali hands over other images of .*float64.*, not .*32",
+        ),
+        ("evaluation", {"levels": np.full((2, 3), 101.0)}, "pixels than ours: mean_levels 1, allowed 0.5; nothing"),
+        (
+            "decode",
+            {"levels": np.full((2, 3), np.nan)},
+            "decode: dali hands over other pixels than ours: mean_levels n",
+        ),
+        ("simple", {"statistics": np.full(6, 2)}, "simple: dali hands over other .*: statistics 2, allowed 1.25"),
+    ],
+)
+def test_unequal_work_is_refused(task, work, wrong, message):
+    right = Look(labels=(4, 4, 4), shape=("torch.float32", 3, 8, 8), digest="a")
+    right = replace(
+        right,
+        levels=np.full((2, 3), 100.0) if work in ("evaluation", "decode") else None,
+        statistics=np.zeros(6) if work == "simple" else None,
+    )
+    task = replace(task, work=work)
+    compare(task, {"ours": right, "dali": right}, (4, 4, 4))
+    with pytest.raises(UnequalWork, match=message):
+        compare(task, {"ours": right, "dali": replace(right, **wrong)}, (4, 4, 4))
+
+
+def test_processes_that_fail(task, monkeypatch):
+    task = replace(task, work="read")
+    with pytest.raises(UnequalWork, match=r"read: webdataset hands over 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):
+        hold_contest(["webdataset"], task, (5, 4, 4, 4, 4, 4), 1)
+    with contestants(["webdataset"], task, CLASSES) as [contestant]:
+        with pytest.raises(RuntimeError, match="^read: webdataset failed: TypeError: .*NoneType"):
+            contestant.run(None)
+        contestant.process.kill()
+        with pytest.raises(RuntimeError, match="read: webdataset's process ended with status -?[0-9]+; free some mem"):
+            contestant.run(look)
+    assert not contestant.process.is_alive()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(report, table, folder) of ours and torchvision at one work."""
+    folder = tmp_path_factory.mktemp("measured")
+    arguments = "--works", "simple", "--contenders", "ours", "torchvision", "--models", "polaformerpp_b0"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_FED_STEPS", 1)
+        patch.setattr(feed, "_WARM_UP_STEPS", 0)
+        patch.setattr(feed, "LEAST_ROUNDS", 2)
+        status, report, table, errors = run_into(folder, *SMALL, *arguments)
+    assert status == 0, errors
+    return report, table, folder / "report"
+
+
+def test_a_report(measured):
+    report, table, folder = measured
+    assert report["benchmark"] == "data"
+    assert report["device"]["type"] == "cpu"
+    assert report["versions"].keys() >= {"torch", "webdataset", "nvidia-dali-cuda130", "pillow"}
+    assert (report["cores"], report["batch"], report["size"], report["rounds"]) == (2, 10, 64, 2)
+    assert report["data"]["images"] == 24
+    assert "photographs" in report["data"]["description"]
+    assert 425 < report["data"]["mean_width"] < 575
+    entries = [(entry["work"], entry["contender"]) for entry in report["results"]]
+    assert entries == [("simple", "ours"), ("simple", "torchvision")]
+    for entry in report["results"]:
+        assert entry["images"] == 24
+        for quantity in ("images_per_second", "cpu_seconds_per_1000_images"):
+            numbers = entry[quantity]
+            assert 0 <= numbers["low"] <= numbers["median"] <= numbers["high"]
+            assert numbers["repetitions"] == 2
+        assert entry["images_per_second"]["low"] > 0
+        assert 50 << 20 < entry["peak_own_bytes"] < entry["peak_resident_bytes"]
+    ours, rival = report["results"]
+    there, back = ours["times_faster_than"]["torchvision"], rival["times_faster_than"]["ours"]
+    assert 1 - 1e-9 < there["median"] * back["median"] < 10  # means of two ratios and of their inverses
+    assert rival["difference_to_first"]["statistics"] < 1
+    assert re.search(rf"simple +torchvision .* {there['median']:.2f} ×", table)
+    assert report["decoding_share"] == {}  # "decode" was left out
+    with Image.open(folder / "data.png") as chart:
+        assert chart.width > chart.height > 100
+    assert (folder / "data.png").stat().st_size < 100_000
+
+
+def test_feeding(measured):
+    report, table, _ = measured
+    [entry] = report["feeding"]
+    assert (entry["model"], entry["recipe"], entry["batch"]) == ("polaformerpp_b0", "rand-augment", 10)
+    assert entry["share_fed"] > 0
+    assert f"{100 * entry['share_fed']:.1f} %" in table
+    assert "polaformerpp_b0" in table
+
+
+def test_a_saved_report_shows_the_same_table(measured, capsys):
+    _, table, folder = measured
+    assert data.main(["--show", str(folder / "data.json")]) == 0
+    assert capsys.readouterr().out == table
+
+
+def test_works_are_added_to_an_earlier_report(measured):
+    report, _, _ = measured
+    later = report | {"results": [report["results"][0] | {"work": "read", "images": 1}], "feeding": []}
+    added = data.add_to(report, later)
+    assert [entry["work"] for entry in added["results"]] == ["read", "simple", "simple"]
+    assert [entry["images"] for entry in added["results"]] == [1, 24, 24]
+    assert added["feeding"] == report["feeding"]
+    with pytest.raises(ValueError, match="--add: cores was 2 and is 3; measure all works again"):
+        data.add_to(report, report | {"cores": 3})
+
+
+def test_shares_of_decoding():
+    results = [
+        {"work": work, "contender": name, "images_per_second": {"median": rate}}
+        for work, name, rate in (
+            ("decode", "ours", 200),
+            ("simple", "ours", 50),
+            ("simple", "dali", 1),
+            ("read", "ours", 9),
+        )
+    ]
+    assert data.decoding_shares(results) == {"simple": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--images 0", "--images is 0; give a number above 0"),
+        ("--rounds -1", "--rounds is -1; give a number above 0"),
+        ("--size 100", "--size is 100; give a multiple of 32, as the models need"),
+        ("--images 9 --batch 5", "9 images are fewer than 2 batches; give 10 or more, or a smaller --batch"),
+        ("--data setup.py --images 9", "--data says which images; leave --images out"),
+        ("--data tests", "no manifest.json in tests; write shards there with: python -m dataio.pack SOURCE tests"),
+        ("--works three-augment --contenders dali", "none of --contenders does three-augment; add one of ours, timm"),
+        ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
+        ("--show setup.py", "setup.py is no report of python -m launch.benchmark data; name one"),
+        ("--add --output nowhere.json", "[Errno 2] No such file or directory: 'nowhere.json'"),
+    ],
+)
+def test_refusals(capsys, arguments, message):
+    assert data.main([*arguments.split(), "--device", "cpu"]) == 2
+    assert capsys.readouterr() == ("", f"error: {message}\n")
+
+
+def test_missing_tools(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert data.main([*SMALL, "--works", "simple"]) == 2
+    assert capsys.readouterr().err == (
+        "error: webdataset is not installed; install it, or choose --contenders ours dali\n"
+    )
+    loading.require_tools(["ours", "dali"])
