@@ -1,5 +1,6 @@
-"""Real photographs for all tests, small and made once a session."""
+"""Real photographs for all tests, small and made once a session; and Ctrl-C for those that send it."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ PHOTOGRAPHS = {
     "rocket": "rocket.jpg",
 }
 CROPS_PER_CLASS = 12
+
+# A shell starts what it puts in the background deaf to Ctrl-C, and so would be the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
