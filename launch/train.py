@@ -100,7 +100,8 @@ def train(run: "Run", augment: Augment) -> None:
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
         saving = is_due(step, config.checkpoint.every_epochs, plan)
-        if saving or monitor.due(step):  # refuses to go on, and so to save, if the loss or too much data is lost
+        # Refuses to go on, and so to save, if the loss or too much data is lost; which is counted anew in each epoch.
+        if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
             monitor.write(step, lr, norm, run.loader.broken)  # our only wait for the device
         with monitor.paused():
@@ -155,8 +156,12 @@ class Run:
 def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
     """Everything that a run is made of, on its device, as the newest whole checkpoint left it if there is one.
 
-    Raises Refusal on every rank if checkpoint, weights or kernels are not what the configuration asks for.
+    Raises Refusal on every rank if checkpoint, weights or kernels are not what the configuration asks for, or ranks
+    have different data.
     """
+    hashes = from_rank_zero((plan.train.hash, plan.val.hash))
+    with together():
+        require_same_data(plan, hashes)
     loader = TrainLoader(plan.train, plan.images, plan.batches, device)
     beginning = RunState(
         step=0,
@@ -185,6 +190,16 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
         monitor = Monitor(config.output, state.step, plan.steps, every, rates, allowed)
         introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
     return Run(config, plan, engine, average, loader, monitor, state)
+
+
+def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
+    """Raises ValueError if this rank's shards are others than rank 0's, whose manifests have these hashes."""
+    for manifest, expected in zip((plan.train, plan.val), hashes, strict=True):
+        if manifest.hash != expected:
+            raise ValueError(
+                f"{manifest.place} holds other data here (manifest {manifest.hash[:12]}) than on rank 0"
+                f" ({expected[:12]}); copy that to every machine"
+            )
 
 
 def introduce(config: Config, plan: Plan, monitor: Monitor, news: list[str]) -> None:

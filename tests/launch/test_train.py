@@ -28,6 +28,7 @@ from launch.plan import make_plan
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/quickstart.yaml"
 RECORDED_RUN = str(Path(__file__).with_name("recorded_run.py"))
+RUN_IN_OWN_FOLDER = str(Path(__file__).with_name("run_in_own_folder.py"))
 TRAIN = "launch/train.py"
 STEPS = 20  # of the runs below
 FINAL = f"step-{STEPS:08d}"
@@ -263,14 +264,16 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(torchrun, fashion, tm
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
 
 
-def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, fashion_shards, tmp_path):
-    """Two ranks meet three, of which both together may replace two: the run ends with the first epoch."""
+@pytest.mark.parametrize("every_steps", [1, 1000])
+def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, fashion_shards, tmp_path, every_steps):
+    """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""
     manifest = pack(fashion, tmp_path / "train", PackOptions())
     broken = (7, 20, 31)
     for sample in broken:
         break_image(manifest, sample)
     places = f"data.val={fashion_shards / 'val'}", "data.max_broken=2"
-    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
+    often = f"log.every_steps={every_steps}", "checkpoint.every_epochs=2"
+    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places, *often))
     assert finished.returncode != 0
     message = "error: 3 broken images in this epoch at step 13, data.max_broken allows 2; check the shards with python"
     assert finished.stderr.count(message) == 1
@@ -279,7 +282,7 @@ def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, 
         words = f"sample {sample + 1} stands for {manifest.describe(sample)}: not an image"
         assert sum(line in (f"rank 0: {words}", f"rank 1: {words}") for line in said) == 1
     counts = [line["data/broken_images"] for line in written(tmp_path / "run") if "data/broken_images" in line]
-    assert len(counts) == -(-len(manifest) // 32)
+    assert len(counts) == max(1, -(-len(manifest) // 32) // every_steps)
     assert counts == sorted(counts)
     assert counts[-1] == 3
 
@@ -319,6 +322,20 @@ def test_one_message_for_all_ranks(torchrun, fashion_shards, tmp_path):
     assert finished.returncode != 0
     assert finished.stderr.count("error: unknown key optimizer.lrr; did you mean lr?") == 1
     assert not any(tmp_path.iterdir())
+
+
+def test_other_data_on_another_machine(torchrun, fashion, fashion_shards, tmp_path):
+    """Each rank has the same paths, and behind them what its machine has."""
+    for rank, seed in enumerate((0, 1)):
+        folder = tmp_path / "machines" / str(rank)
+        pack(fashion, folder / "train", PackOptions(seed=seed))
+        (folder / "val").symlink_to(fashion_shards / "val")
+    arguments = overrides(Path(), tmp_path / "run")
+    arguments[1] = str(ROOT / CONFIG)
+    finished = torchrun(2, RUN_IN_OWN_FOLDER, tmp_path / "machines", *arguments)
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: rank 1: train holds other data here (manifest ") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_data_set_on_resume(torchrun, fashion, fashion_shards, runs, tmp_path):
