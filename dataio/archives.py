@@ -99,7 +99,7 @@ class ZipReader:
             name, extra = _ZIP_LENGTHS.unpack(os.pread(file, _ZIP_HEADER_BYTES, offset)[-_ZIP_LENGTHS.size :])
             data = os.pread(file, stored, offset + _ZIP_HEADER_BYTES + name + extra)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompress(data, -zlib.MAX_WBITS, size)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # however much it claims to be
         except (struct.error, zlib.error) as error:
             raise OSError(f"it cannot be unpacked: {error}") from error
         if zlib.crc32(data) != checksum:

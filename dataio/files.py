@@ -18,6 +18,11 @@ class BusyError(RuntimeError):
     """Another process is writing the same folder."""
 
 
+def printable(path: str) -> str:
+    """The path with bytes that are no UTF-8, which Python keeps as lone surrogates, written as \\xNN."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 @contextmanager
 def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends, and vanishes if it fails.

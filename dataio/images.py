@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 from PIL import Image, TiffImagePlugin
 
-#: PIL's formats that DALI decodes to the same pixels, and the ending each one gets inside a shard.
+#: PIL's formats that DALI decodes to the same pixels (see also _MODES), and the ending each one gets inside a shard.
 FORMATS = {
     "JPEG": "jpg",
     "MPO": "jpg",  # a JPEG with further pictures behind the first, as some cameras write it
@@ -22,6 +22,12 @@ FORMATS = {
     "TIFF": "tiff",
     "PPM": "ppm",
     "JPEG2000": "jp2",
+}
+#: Of formats that hold more than DALI decodes rightly, PIL's modes that it does.
+_MODES = {
+    "TIFF": ("L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I;16B"),
+    "PPM": ("1", "L", "RGB"),
+    "JPEG2000": ("L", "RGB", "RGBA", "I;16"),
 }
 #: What the names of image files end with, in lower case.
 ENDINGS = (
@@ -72,7 +78,7 @@ class Shrink:
 def check_image(data: bytes, check: str) -> Header:
     """The header of an image that passes `check`, one of CHECKS.
 
-    Raises ValueError with the reason if it does not, or is of a format that DALI does not decode.
+    Raises ValueError with the reason if it does not, or is of a kind that DALI does not decode to the same pixels.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -82,7 +88,8 @@ def check_image(data: bytes, check: str) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata and large images are no fault
             image = Image.open(io.BytesIO(data))
-            if image.format in FORMATS:
+            foreign = _foreign_kind(image)
+            if foreign is None:
                 header = _header(image)
                 if check != "none":
                     _check_end(image.format, data)
@@ -92,9 +99,20 @@ def check_image(data: bytes, check: str) -> Header:
         raise ValueError("it is no image, or of an unknown format") from error
     except Exception as error:  # PIL's decoders raise a dozen kinds on garbage
         raise ValueError(f"it cannot be decoded: {error}") from error
-    if image.format not in FORMATS:
-        raise ValueError(f"it is a {image.format}, which DALI does not decode; convert it to JPEG or PNG")
+    if foreign is not None:
+        raise ValueError(f"it is a {foreign}, which DALI does not decode; convert it to JPEG or PNG")
     return header
+
+
+def _foreign_kind(image: Image.Image) -> str | None:
+    """What an image is that DALI refuses, or decodes to other pixels without a word; None if it does neither."""
+    if image.format not in FORMATS:
+        return image.format
+    if image.mode not in _MODES.get(image.format, (image.mode,)):
+        return f"{image.format} of PIL's mode {image.mode}"
+    if image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name != "raw":
+        return "PPM in plain text, or of other than 256 levels"
+    return None
 
 
 def shrink_image(data: bytes, header: Header, shrink: Shrink) -> tuple[bytes, Header]:

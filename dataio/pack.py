@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import BusyError, empty, new_folder, partial_folder, sync
+from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync
 from dataio.images import CHECKS, SHRINK_VERSION, Shrink
 from dataio.index import (
     FORMAT_VERSION,
@@ -40,6 +40,7 @@ from dataio.index import (
     Manifest,
     ManifestFile,
     load_manifest,
+    parse_manifest,
     philox,
 )
 from dataio.journal import UNFINISHED, FinishedShard, Journal
@@ -276,11 +277,13 @@ def _write_tables(folder: Path, found: Source, finished: list[FinishedShard], op
         samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
         classes=found.classes,
         shards=tuple(shard.shard for shard in finished if shard.shard),
-        broken=tuple(sorted(broken, key=lambda file: file.file)),
+        broken=tuple(replace(file, file=printable(file.file)) for file in sorted(broken, key=lambda file: file.file)),
     )
     (folder / SAMPLES_NAME).write_bytes(table.getvalue())
     (folder / REPORT_NAME).write_bytes(_json(asdict(_report(written, options))))
-    (folder / MANIFEST_NAME).write_bytes(_json(asdict(manifest)))
+    text = _json(asdict(manifest))
+    parse_manifest(text, str(folder / MANIFEST_NAME))  # nothing is published that cannot be read
+    (folder / MANIFEST_NAME).write_bytes(text)
     with ThreadPoolExecutor(_SYNCED_AT_ONCE) as threads:  # the disk has all of them written by about one wait
         list(threads.map(sync, folder.iterdir()))
 

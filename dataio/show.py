@@ -7,6 +7,7 @@ pipeline.py and augment.py make of them by default: the authors' recipe.
 import argparse
 import io
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dataio.cache import open_shards
 from dataio.index import Manifest, load_manifest, samples_at
 
 _COLUMNS = 8
@@ -30,15 +32,17 @@ class Picture(NamedTuple):
 
 
 def stored_pictures(manifest: Manifest, samples: np.ndarray) -> list[Picture]:
-    """The samples as they are packed, each with its class and size."""
+    """The samples as they are packed, each with its class and size. Raises RuntimeError, naming one that is broken."""
     pictures = []
-    for sample in samples:
-        row = manifest.samples[sample]
-        with open(manifest.folder / manifest.shards[row["shard"]].name, "rb") as shard:
-            shard.seek(row["offset"])
-            image = Image.open(io.BytesIO(shard.read(row["bytes"])))
-        title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
-        pictures.append(Picture(np.asarray(image.convert("RGB")), title))
+    with closing(open_shards(manifest)) as shards:
+        for sample in samples:
+            row = manifest.samples[sample]
+            try:
+                pixels = np.asarray(Image.open(io.BytesIO(shards.read(sample))).convert("RGB"))
+            except Exception as error:  # PIL raises whatever its plugins raise
+                raise RuntimeError(f"cannot draw {manifest.describe(sample)}: {error}; {manifest.remedy}") from error
+            title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
+            pictures.append(Picture(pixels, title))
     return pictures
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dataio.archives import Member, TarReader, ZipReader
+from dataio.files import printable
 from dataio.images import ENDINGS
 from dataio.index import MANIFEST_NAME, Broken, read_manifest_file
 
@@ -184,6 +185,9 @@ def _of_class_folder(path: Path, classes: list[str], files: Iterable[Member], st
             f"{path} holds no class folders; put the images of each class into a folder of their own, like"
             f" {path / 'CLASS' / 'IMAGE'}"
         )
+    for name in classes:
+        if name != printable(name):
+            raise ValueError(f'the name of class "{printable(name)}" in {path} is not UTF-8; rename the folder')
     labels = {name: label for label, name in enumerate(classes)}
     images, broken, others = [], [], [0] * len(classes)
     for file in files:

@@ -150,6 +150,8 @@ def _members(path: Path) -> Iterator[Member]:
             label = next(files, None)
             if label is None or label.name != f"{key}.cls":
                 raise ValueError(f"{image.name} is not followed by {key}.cls")
+            if not (image.isreg() and label.isreg()):
+                raise ValueError(f"{image.name} or {label.name} is no regular file")
             yield Member(
                 name=image.name,
                 idx_line=f"{ending} {image.offset_data} {image.size} {image.name}"

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -94,6 +95,18 @@ def test_damage_in_a_zip_file(method, photos, tmp_path):
     (member,) = reader.members()
     with pytest.raises(OSError, match="its bytes do not fit its checksum in the archive|it cannot be unpacked: "):
         reader.read(member.bytes, member.place)
+
+
+def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/00.jpg", bytes(50_000_000))
+    reader = ZipReader(tmp_path / "a.zip")
+    (member,) = reader.members()
+    tracemalloc.start()
+    with pytest.raises(OSError, match="its bytes do not fit its checksum in the archive"):
+        reader.read(1000, member.place)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

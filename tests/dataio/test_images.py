@@ -10,7 +10,7 @@ import skimage
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from dataio.images import CHECKS, Header, Shrink, check_image, shrink_image
+from dataio.images import CHECKS, Header, Shrink, _stored_pixels, check_image, shrink_image
 
 ORIENTATION = 0x0112
 
@@ -115,6 +115,47 @@ def test_dali_decodes_what_is_let_in(ending, tmp_path, photograph):
         expected = np.asarray(image.convert("RGB"))
     assert (header.width, header.height) == (300, 200)
     assert np.abs(by_dali(path.read_bytes()) - expected).mean() < 0.1
+
+
+#: Of what PIL writes: modes that are let in, and modes that DALI refuses or takes for other pixels.
+MODES = {
+    "TIFF": ("L P RGB RGBA CMYK YCbCr I;16", "1 LA LAB I F"),
+    "PNG": ("1 L LA P RGB RGBA I;16", ""),
+    "JPEG2000": ("L RGB RGBA I;16", "LA CMYK"),
+    "PPM": ("1 L RGB RGBA", "I F I;16"),
+    "BMP": ("1 L P RGB RGBA", ""),
+}
+
+
+def in_mode(photograph: Image.Image, mode: str) -> Image.Image:
+    grey = np.asarray(photograph.convert("L"))
+    wide = {"I": grey.astype(np.int32) * 256, "F": grey.astype(np.float32), "I;16": grey.astype(np.uint16) * 257}
+    if mode == "LAB":
+        return Image.merge("LAB", photograph.split())  # any pixels will do
+    return Image.fromarray(wide[mode]) if mode in wide else photograph.convert(mode)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in MODES for mode in MODES[kind][0].split()])
+def test_dali_decodes_what_is_let_in_of_any_mode(kind, mode, photograph):
+    data = encoded(in_mode(photograph, mode), kind)
+    check_image(data, "decode")
+    expected = np.asarray(_stored_pixels(Image.open(io.BytesIO(data))).convert("RGB"), dtype=int)
+    assert np.abs(by_dali(data) - expected).max() <= 1  # palettes and YCbCr of TIFF are rounded otherwise
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in MODES for mode in MODES[kind][1].split()])
+def test_modes_that_dali_takes_for_others(kind, mode, check, photograph):
+    with pytest.raises(ValueError, match=f"it is a {kind} .*, which DALI does not decode; convert it to JPEG or PNG"):
+        check_image(encoded(in_mode(photograph, mode), kind), check)
+
+
+@pytest.mark.parametrize(
+    "header", [b"P5\n4 4\n100\n" + bytes(16), b"P2\n4 4\n255\n" + b"0 " * 16, b"P3\n4 4\n255\n" + b"0 " * 48]
+)
+def test_pixel_maps_that_dali_takes_for_others(header):
+    with pytest.raises(ValueError, match="it is a PPM in plain text, or of other than 256 levels, which DALI does not"):
+        check_image(header, "none")
 
 
 # Checks

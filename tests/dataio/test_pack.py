@@ -202,6 +202,17 @@ def test_skip_broken_lists_and_leaves_out(source, shards, tmp_path, capsys):
     assert verify(target) == []
 
 
+def test_names_that_are_not_utf_8(source, tmp_path):
+    """A broken file's is written down so that everybody can read it; a class's would be a label's name."""
+    (source / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
+    manifest = pack(source, tmp_path / "target", PackOptions(skip_broken=True))
+    assert [file.file for file in manifest.broken] == ["cat/caf\\xe9.jpg"]
+    os.rename(source / "cat", source / os.fsdecode(b"ch\xe2t"))
+    with pytest.raises(ValueError, match=r'the name of class "ch\\xe2t" in .* is not UTF-8; rename the folder'):
+        pack(source, tmp_path / "other", PackOptions(skip_broken=True))
+    assert not (tmp_path / "other").exists()
+
+
 def test_skip_broken_closes_the_gap_of_a_shard_without_images(source, shards, tmp_path):
     """A broken file larger than a shard would have had one for itself."""
     (source / "cat" / "large.jpg").write_bytes(b"no image" * 2**18)

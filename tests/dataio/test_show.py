@@ -1,6 +1,7 @@
 """The grid against the packed photographs, and against what the loader and the augmentation give."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -97,6 +98,18 @@ def test_options_that_cannot_be(options, message, shards, tmp_path, capsys, monk
     assert main([str(shards), *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_image_is_named(shards, tmp_path, capsys):
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    manifest = load_manifest(folder)
+    row = manifest.samples[0]
+    with open(folder / manifest.shards[0].name, "r+b") as shard:
+        shard.seek(int(row["offset"]))
+        shard.write(bytes(int(row["bytes"])))
+    assert main([str(folder), "--count", "48", "--out", str(tmp_path / "grid.png")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot draw {manifest.describe(0)}: ")
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_no_manifest(tmp_path, capsys):

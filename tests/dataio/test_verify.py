@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ def test_label_missing_from_a_shard(copy):
         f"shard-000000.tar: not a tar file of images and labels (00000000.{ending_of(copy)} is not followed by"
         f" 00000000.cls); {REMEDY}"
     )
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE])
+def test_a_label_that_is_no_file(copy, kind):
+    path = copy / "shard-000000.tar"
+    row = np.load(copy / SAMPLES_NAME)[0]
+    label = tarfile.TarInfo("00000000.cls")
+    label.type, label.linkname, label.size = kind, "nowhere", 0
+    write_at(path, int(row["offset"]) + -(-int(row["bytes"]) // 512) * 512, label.tobuf(tarfile.USTAR_FORMAT))
+    accept(copy, path.name)
+    (fault,) = verify(copy)
+    assert "not a tar file of images and labels (00000000." in fault
+    assert "or 00000000.cls is no regular file" in fault
 
 
 def ending_of(folder):
