@@ -19,7 +19,8 @@ import torch
 
 from dataio.cache import bytes_at_once, require_room
 from dataio.index import Manifest, Order, draws_at
-from dataio.pipeline import ImageOptions, Replace, Replaced, Request, decode_batches, eval_views, train_views
+from dataio.pipeline import Replace, Replaced, Request, decode_batches
+from dataio.views import ImageOptions, eval_views, train_views
 
 _BROKEN_SHOWN = 5
 

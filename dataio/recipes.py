@@ -2,7 +2,7 @@
 
 RandAugment as timm's `rand-m9-mstd0.5-inc1` means it, 3-Augment as DeiT III has it, and torchvision's colour jitter.
 Each is a few stages, and in a stage an image has at most one operation: a kind and an amount. operations.py does
-them in the DALI graph, pipeline.py hands them over.
+them in the DALI graph; views.py has them drawn.
 
 Axes: B images of a batch, L stages.
 """

@@ -55,7 +55,7 @@ def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> 
 
     from dataio.augment import Augment, MixOptions
     from dataio.loader import TrainLoader, TrainPlan
-    from dataio.pipeline import ImageOptions
+    from dataio.views import ImageOptions
 
     device = torch.device("cpu")
     options, mix = ImageOptions(image_size=size), MixOptions()

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dataio.pipeline import ImageOptions
+from dataio.views import ImageOptions
 
 _KEY = "polaformer"
 

@@ -24,7 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dataio.cache import open_data
 from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader
-from dataio.pipeline import ImageOptions
+from dataio.views import ImageOptions
 from launch import checkpoint
 from launch.card import Card, make_card, read_card
 from launch.distributed import (

@@ -18,9 +18,9 @@ from dataio.augment import MixOptions, check_pairs
 from dataio.cache import open_data, require_room
 from dataio.index import Manifest
 from dataio.loader import EvalLoader, TrainPlan, check_labels, check_same_classes
-from dataio.pipeline import ImageOptions
 from dataio.recipes import RandAugment
 from dataio.remote import CacheOptions, is_url
+from dataio.views import ImageOptions
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 

@@ -21,8 +21,8 @@ import torch
 from dataio.cache import open_data
 from dataio.index import MANIFEST_NAME, SAMPLE_DTYPE, SAMPLES_NAME, load_manifest
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.pipeline import ImageOptions
 from dataio.remote import CacheOptions, Patience
+from dataio.views import ImageOptions
 
 OPTIONS = ImageOptions(image_size=32, threads=1, prefetch_batches=1)
 BATCH, STEPS = 8, 3

@@ -9,7 +9,7 @@ import torch
 from dataio.augment import Augment, MixOptions
 from dataio.index import load_manifest
 from dataio.loader import Batch, TrainLoader, TrainPlan
-from dataio.pipeline import ImageOptions
+from dataio.views import ImageOptions
 
 CLASSES = 10
 GPU = pytest.param(

@@ -22,8 +22,8 @@ import torch
 from dataio.cache import ShardCache, bytes_at_once, open_data, require_room
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
 from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan
-from dataio.pipeline import ImageOptions
 from dataio.remote import CacheOptions, Patience
+from dataio.views import ImageOptions
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=1)
@@ -160,7 +160,7 @@ from pathlib import Path
 import torch
 from dataio.cache import open_data
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.pipeline import ImageOptions
+from dataio.views import ImageOptions
 from dataio.remote import CacheOptions
 
 url, folder, limit, rank, ranks, steps = sys.argv[1:]

@@ -11,7 +11,7 @@ import torch
 
 from dataio.index import Manifest, load_manifest, samples_at
 from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan, check_labels, check_same_classes
-from dataio.pipeline import ImageOptions
+from dataio.views import ImageOptions
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=2)  # with the default recipe: RandAugment

@@ -12,8 +12,8 @@ from dataio.augment import Augment, MixOptions
 from dataio.index import load_manifest, samples_at
 from dataio.loader import TrainLoader, TrainPlan
 from dataio.pack import pack
-from dataio.pipeline import ImageOptions
 from dataio.show import main, show
+from dataio.views import ImageOptions
 
 
 def tiles(figure) -> list[tuple[str, np.ndarray]]:
