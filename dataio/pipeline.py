@@ -1,9 +1,9 @@
 """From the encoded images in shards to normalised batches on the training device, through one DALI graph.
 
-loader.py says which samples, views.py how each is looked at, and DALI does the work: decode a window, resize it,
-change its pixels by the operations of recipes.py, cut out the crop, mirror, normalise. DALI draws nothing by itself:
-every number comes in with the batch, so that the pixels of a sample are a pure function of its view. Only this file
-and operations.py import DALI.
+loader.py says which samples, views.py how each is looked at, and DALI does the work: decode a window, resize it (on
+the CPU with the help of resize.py), change its pixels by the operations of recipes.py, cut out the crop, mirror,
+normalise. DALI draws nothing by itself: every number comes in with the batch, so that the pixels of a sample are a
+pure function of its view. Only this file and operations.py import DALI.
 
 Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
@@ -31,6 +31,7 @@ from dataio.cache import ShardCache, open_shards
 from dataio.index import Manifest
 from dataio.operations import INTERPOLATIONS, Stage, apply_stage
 from dataio.recipes import Operations
+from dataio.resize import Resizer
 from dataio.shards import BrokenSampleError, ShardFiles
 from dataio.views import ImageOptions, Views, eval_views
 
@@ -111,7 +112,7 @@ def _decode(
     def feed() -> tuple:
         under_way.append(next(batches))  # DALI takes its StopIteration for the end
         request, encoded = under_way[-1]
-        return encoded, *_graph_inputs(request.views, bench.options, bench.device)
+        return encoded, *_graph_inputs(request.views, bench.options)
 
     pipeline = _graph(bench.options, feed, max_batch, bench.device)
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
@@ -230,7 +231,7 @@ def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, dev
 
     def feed() -> tuple:
         place = left[0]
-        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options, device)
+        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
 
     while left:
         pipeline = _graph(options, feed, 1, device)  # 15 ms on the CPU
@@ -243,32 +244,20 @@ def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, dev
     return refused
 
 
-def _graph_inputs(views: Views, options: ImageOptions, device: torch.device) -> tuple[np.ndarray, ...]:
+def _graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
-    turned = _turned(views) & (device.type == "cpu")
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
     margins = np.maximum(views.resized - options.image_size, 1)
     places = (views.crops / margins).astype(np.float32)
     return (
         np.ascontiguousarray(views.windows[:, :2]),
         np.ascontiguousarray(views.windows[:, 2:]),
-        turned.astype(np.int32),
-        np.where(turned[:, None], views.resized[:, ::-1], views.resized).astype(np.float32),
+        views.resized.astype(np.float32),
         np.ascontiguousarray(places[:, 0]),
         np.ascontiguousarray(places[:, 1]),
         views.flips.astype(np.int32),
         *_stage_inputs(views, options),
     )
-
-
-def _turned(views: Views) -> np.ndarray:
-    """(B,) bool: windows that are resized lying on their side, which takes the CPU less time.
-
-    DALI starts with the axis that shrinks more. Along columns it uses vector instructions, along rows of uint8 it does
-    not, and then takes longer than for turning the window over and back. The sums are the same.
-    """
-    width, height = views.windows[:, 2].astype(np.int64), views.windows[:, 3].astype(np.int64)
-    return width * views.resized[:, 0] > height * views.resized[:, 1]
 
 
 def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
@@ -284,7 +273,7 @@ def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
 def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
     """Type and number of dimensions of all that the graph takes."""
     result = [
-        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.INT32, 0), (types.FLOAT, 1)),
+        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)),
         *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
     ]
     for kinds in options.stages:
@@ -301,7 +290,7 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
         options,
         feed,
         _input_types(options),
-        "cpu" if device_id is None else "mixed",
+        Resizer(options.interpolation, options.threads) if device_id is None else None,
         batch_size=max_batch,
         num_threads=options.threads,
         device_id=device_id,
@@ -312,9 +301,13 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
 
 @pipeline_def(enable_conditionals=True)
 def _definition(
-    options: ImageOptions, feed: Callable[[], tuple], inputs: list[tuple[types.DALIDataType, int]], decoder: str
+    options: ImageOptions,
+    feed: Callable[[], tuple],
+    inputs: list[tuple[types.DALIDataType, int]],
+    resizer: Resizer | None,
 ) -> DataNode:
-    encoded, starts, shapes, turned, resized, tops, lefts, flips, *operations = fn.external_source(
+    """resizer: on the CPU; DALI's own on a GPU."""
+    encoded, starts, shapes, resized, tops, lefts, flips, *operations = fn.external_source(
         feed,
         num_outputs=len(inputs),
         dtype=[dtype for dtype, _ in inputs],
@@ -322,24 +315,23 @@ def _definition(
     )
     images = fn.decoders.image_slice(
         encoded,
-        device=decoder,
+        device="cpu" if resizer else "mixed",
         start=starts,
         shape=shapes,
         axis_names="WH",
         adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
         jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
     )
-    if turned == 1:
-        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
-    images = fn.resize(
-        images,
-        size=resized,
-        interp_type=INTERPOLATIONS[options.interpolation],
-        antialias=True,
-        subpixel_scale=False,
-    )
-    if turned == 1:
-        images = fn.transpose(images, perm=[1, 0, 2], transpose_layout=False)
+    if resizer:
+        images = fn.python_function(images, resized, function=resizer, batch_processing=True, output_layouts="HWC")
+    else:
+        images = fn.resize(
+            images,
+            size=resized,
+            interp_type=INTERPOLATIONS[options.interpolation],
+            antialias=True,
+            subpixel_scale=False,
+        )
     mean = [255 * value for value in options.mean]
     fill = [round(value) for value in mean]
     for kinds in options.stages:
@@ -363,11 +355,11 @@ def _to_torch(output: object, device: torch.device) -> torch.Tensor:
     """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
 
     On the CPU the tensor is DALI's memory, handed over: DALI writes to it again only when the tensor is gone, and it
-    outlives the pipeline. On a GPU DALI's memory would
-    go back to it with the tensor, while PyTorch's stream may still read from it, so the batch is copied. It is
-    complete when share_outputs has returned it. The copy is queued on PyTorch's current stream, and copy_to_external
-    makes DALI's stream wait for it before it writes to the buffer again. So release_outputs may follow at once, and
-    whatever PyTorch queues after it on that stream sees the whole batch.
+    outlives the pipeline. On a GPU DALI's memory would go back to it with the tensor, while PyTorch's stream may still
+    read from it, so the batch is copied. It is complete when share_outputs has returned it. The copy is queued on
+    PyTorch's current stream, and copy_to_external makes DALI's stream wait for it before it writes to the buffer
+    again. So release_outputs may follow at once, and whatever PyTorch queues after it on that stream sees the whole
+    batch.
     """
     dense = output.as_tensor()
     if device.type == "cpu":

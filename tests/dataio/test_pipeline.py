@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
-from dataio import pipeline
 from dataio.index import Manifest, draws_at, load_manifest
 from dataio.parity import in_pil
 from dataio.pipeline import Request, _graph, decode_batches
@@ -22,6 +21,7 @@ from dataio.shards import ShardFiles
 from dataio.views import ImageOptions, Views, eval_views, train_views
 
 CPU = torch.device("cpu")
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 DEVICES = [
     pytest.param("cpu", id="cpu"),
     pytest.param(
@@ -75,23 +75,33 @@ def draw_views(manifest: Manifest, options: ImageOptions, seed: int = 5) -> View
     return train_views(manifest.samples, draws_at(seed, 0, len(manifest), options.draws_per_image), options)
 
 
+def scale(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """To (width, height) with Pillow's sums before version 13; that takes tall images the other way round."""
+    return image.resize((size[0], image.height), resample).resize(size, resample)
+
+
 def cut(
     manifest: Manifest, views: Views, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> list[Image.Image]:
     """The windows of all images in PIL, scaled to size × size and flipped."""
     windows = zip(pil_images(manifest), views.windows.tolist(), strict=True)
     scaled = [image.crop((left, top, left + width, top + height)) for image, (left, top, width, height) in windows]
-    scaled = [image.resize((size, size), resample) for image in scaled]
+    scaled = [scale(image, (size, size), resample) for image in scaled]
     return [vision.hflip(image) if flip else image for image, flip in zip(scaled, views.flips, strict=True)]
 
 
 def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) -> None:
-    """0.2 levels apart on average over all images, and no image much worse. nvJPEG's own rounding comes on top."""
-    slack = 1 if device == "cpu" else 2
+    """On the CPU the sums are PIL's but for the last bits of weights; on a GPU nvJPEG and DALI round otherwise."""
     reference = torch.stack([vision.pil_to_tensor(image) for image in expected]).float()
-    differences = (got - reference).abs().mean(dim=(1, 2, 3))
-    assert differences.mean() <= 0.2 * slack
-    assert differences.max() <= 0.3 * slack
+    differences = (got - reference).abs()
+    of_images = differences.mean(dim=(1, 2, 3))
+    if device == "cpu":
+        assert differences.max() < 2.01  # levels
+        assert of_images.mean() <= 0.02
+        assert of_images.max() <= 0.05
+    else:
+        assert of_images.mean() <= 0.4
+        assert of_images.max() <= 0.6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,27 +118,10 @@ def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_r
     )
     got = levels(decode(manifest, options, eval_views(manifest.samples, options), torch.device(device)), options)
     side = int(size / eval_crop_fraction)
-    recipe = Compose(
-        [
-            Resize((side, side) if eval_resize == "squash" else side, InterpolationMode(interpolation)),
-            CenterCrop(size),
-        ]
-    )
-    assert_close(got, [recipe(image) for image in pil_images(manifest)], device)
-
-
-@pytest.mark.parametrize("eval_resize", ["squash", "short"])
-def test_windows_that_are_turned_to_be_resized_are_the_same(manifest, monkeypatch, eval_resize):
-    options = ImageOptions(image_size=64, recipe="simple", eval_resize=eval_resize, threads=2)
-    for views in (draw_views(manifest, options), eval_views(manifest.samples, options)):
-        assert len(set(pipeline._turned(views))) == 2 or eval_resize == "short"
-        turned = levels(decode(manifest, options, views), options)
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "_turned", lambda views: np.zeros(len(views.flips), dtype=bool))
-            upright = levels(decode(manifest, options, views), options)
-        differences = (turned - upright).abs()
-        assert differences.max() < 1.01  # sums in another order, then rounded
-        assert differences.mean() < 1e-4
+    resize = Resize((side, side) if eval_resize == "squash" else side, InterpolationMode(interpolation))
+    images = pil_images(manifest)
+    scaled = [scale(image, resize(image).size, RESAMPLING[interpolation]) for image in images]
+    assert_close(got, [CenterCrop(size)(image) for image in scaled], device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -156,7 +149,7 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device):
     """From the encoded image to its last operation. One pixel may decide on all of an image: hence no maximum."""
     views = draw_views(manifest, options)
     assert (views.kinds != Kind.NONE).any(axis=0).all()
-    resample = Image.Resampling.BICUBIC if options.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    resample = RESAMPLING[options.interpolation]
     expected = []
     for image, kinds, amounts in zip(cut(manifest, views, 96, resample), views.kinds, views.amounts, strict=True):
         for kind, amount in zip(kinds, amounts, strict=True):
