@@ -11,7 +11,7 @@ Axes: B images of a batch, S the side of the square images that come out, L stag
 import dataclasses
 import io
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +24,7 @@ import torch
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.tensors import TensorListCPU
 from PIL import Image, UnidentifiedImageError
 
 from dataio import recipes
@@ -118,9 +119,11 @@ def _decode(
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
     while under_way:
         try:
-            (output,) = pipeline.share_outputs()
+            output, sizes = pipeline.share_outputs()
         except RuntimeError as error:
             raise _DecodingError(*error.args) from error
+        if not bench.are_sizes(under_way[0].request.samples, sizes).all():
+            raise _DecodingError("an image has another size than it was packed with")
         images = _to_torch(output, bench.device)
         pipeline.release_outputs()
         request = under_way.popleft().request
@@ -152,22 +155,25 @@ class _Bench:
         return self._without(faults, loaded) if faults else loaded
 
     def mend(self, under_way: Iterable[_Loaded], error: Exception) -> list[_Loaded]:
-        """The batches to be decoded again. Raises RuntimeError if none has a broken image, or it is not replaced."""
-        mended, found = [], False
-        for request, encoded in under_way:
-            refused = _refused(encoded, request.views, self.options, self.device)
-            faults = {place: self._reason(request.samples[place], encoded[place], refused[place]) for place in refused}
-            mended.append(self._without(faults, _Loaded(request, encoded)))
-            found = found or bool(faults)
-        if not found:
-            raise RuntimeError(f"DALI failed on a batch, and on none of its images alone: {error}") from error
-        return mended
+        """The batches to be decoded again, of which the first that DALI cannot decode has no broken image any more.
+
+        Raises RuntimeError if none has one, or it is not to be replaced.
+        """
+        batches = list(under_way)
+        for number, loaded in enumerate(batches):  # DALI answers in their order: as a rule it is the first
+            request, encoded = loaded
+            refused = self._refused(request.samples, encoded, request.views)
+            if refused:
+                faults = {
+                    place: self._reason(request.samples[place], encoded[place], said) for place, said in refused.items()
+                }
+                batches[number] = self._without(faults, loaded)
+                return batches
+        raise RuntimeError(f"DALI failed on a batch, and on none of its images alone: {error}") from error
 
     def _without(self, faults: dict[int, str], loaded: _Loaded) -> _Loaded:
         """The batch with stand-ins for the images at these places."""
         request, encoded = loaded
-        if not faults:
-            return loaded
         if self.replace is None:
             raise self._error({int(request.samples[place]): reason for place, reason in faults.items()})
         replaced = []
@@ -190,9 +196,37 @@ class _Bench:
                 encoded = _as_array(self.shards.read(other))
             except BrokenSampleError:
                 continue
-            if not _refused([encoded], eval_views(rows[[other]], self.options), self.options, self.device):
+            if not self._refused([other], [encoded], eval_views(rows[[other]], self.options)):
                 return other, encoded
         raise self._error({sample: f"{reason}, and no sample after it can stand for it"})
+
+    def are_sizes(self, samples: Sequence[int], sizes: TensorListCPU) -> np.ndarray:
+        """(B,) bool: whether these heights and widths, (B, 2), are the packed ones."""
+        rows = self.manifest.samples[samples]
+        return (np.array(sizes.as_tensor()) == np.stack([rows["height"], rows["width"]], axis=1)).all(axis=1)
+
+    def _refused(self, samples: Sequence[int], encoded: list[np.ndarray], views: Views) -> dict[int, str]:
+        """What DALI says against each of these images if it gets it alone, by place; nothing against most."""
+        options = dataclasses.replace(self.options.plain, prefetch_batches=1)
+        views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
+        left = deque(range(len(encoded)))
+        refused = {}
+
+        def feed() -> tuple:
+            place = left[0]
+            return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
+
+        while left:
+            pipeline = _graph(options, feed, 1, self.device)  # 15 ms on the CPU
+            try:
+                while left:
+                    _, sizes = pipeline.run()
+                    place = left.popleft()
+                    if not self.are_sizes([samples[place]], sizes).all():
+                        refused[place] = "another size"
+            except RuntimeError as error:  # the end of this pipeline
+                refused[left.popleft()] = str(error)
+        return refused
 
     def _reason(self, sample: int, encoded: np.ndarray, refusal: str) -> str:
         """Why an image cannot be decoded, in PIL's words: DALI has only numbers."""
@@ -222,36 +256,14 @@ def _as_array(encoded: bytes) -> np.ndarray:
     return np.frombuffer(encoded, dtype=np.uint8)
 
 
-def _refused(encoded: list[np.ndarray], views: Views, options: ImageOptions, device: torch.device) -> dict[int, str]:
-    """What DALI says against each of these images if it gets it alone, by place; nothing against most."""
-    options = dataclasses.replace(options.plain, prefetch_batches=1)
-    views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
-    left = deque(range(len(encoded)))
-    refused = {}
-
-    def feed() -> tuple:
-        place = left[0]
-        return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
-
-    while left:
-        pipeline = _graph(options, feed, 1, device)  # 15 ms on the CPU
-        try:
-            while left:
-                pipeline.run()
-                left.popleft()
-        except RuntimeError as error:  # the end of this pipeline
-            refused[left.popleft()] = str(error)
-    return refused
-
-
 def _graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
     margins = np.maximum(views.resized - options.image_size, 1)
     places = (views.crops / margins).astype(np.float32)
     return (
-        np.ascontiguousarray(views.windows[:, :2]),
-        np.ascontiguousarray(views.windows[:, 2:]),
+        np.ascontiguousarray(views.windows[:, 1::-1]),
+        np.ascontiguousarray(views.windows[:, :1:-1]),
         views.resized.astype(np.float32),
         np.ascontiguousarray(places[:, 0]),
         np.ascontiguousarray(places[:, 1]),
@@ -305,20 +317,24 @@ def _definition(
     feed: Callable[[], tuple],
     inputs: list[tuple[types.DALIDataType, int]],
     resizer: Resizer | None,
-) -> DataNode:
-    """resizer: on the CPU; DALI's own on a GPU."""
+) -> tuple[DataNode, DataNode]:
+    """(images, their whole height and width). resizer: on the CPU; None for DALI's own on a GPU."""
     encoded, starts, shapes, resized, tops, lefts, flips, *operations = fn.external_source(
         feed,
         num_outputs=len(inputs),
         dtype=[dtype for dtype, _ in inputs],
         ndim=[dimensions for _, dimensions in inputs],
     )
+    # What has no proper header fails here. The decoder (2.4.0) does not wait for its threads when it finds that, or
+    # a window beyond the image, and the process dies.
+    sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+    fits = starts + shapes <= sizes
     images = fn.decoders.image_slice(
         encoded,
         device="cpu" if resizer else "mixed",
-        start=starts,
-        shape=shapes,
-        axis_names="WH",
+        start=starts * fits,
+        shape=shapes * fits + (fits == 0),
+        axis_names="HW",
         adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
         jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
     )
@@ -338,7 +354,7 @@ def _definition(
         count = 2 + recipes.have_matrices(kinds)
         stage, operations = Stage(*operations[:count]), operations[count:]
         images = apply_stage(images, stage, kinds, fill, INTERPOLATIONS[options.interpolation])
-    return fn.crop_mirror_normalize(
+    images = fn.crop_mirror_normalize(
         images,
         crop=(options.image_size, options.image_size),
         crop_pos_y=tops,
@@ -349,6 +365,7 @@ def _definition(
         dtype=types.FLOAT,
         output_layout="HWC",
     )
+    return images, sizes
 
 
 def _to_torch(output: object, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,8 @@ import gc
 import io
 import itertools
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -261,6 +263,50 @@ def test_a_truncated_image_is_named_with_the_remedy(damaged, truncate, prefetch_
     remedy = rf"python -m dataio.verify {damaged.folder} and pack it again without broken images"
     with pytest.raises(RuntimeError, match=rf"cannot decode {place}.*truncated.*{remedy}"):
         evaluate(damaged, prefetch_batches)
+
+
+HEADERS = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from dataio.index import load_manifest
+from dataio.pipeline import Request, decode_batches
+from dataio.views import ImageOptions, eval_views
+manifest, samples = load_manifest(Path(sys.argv[1])), np.arange(48)
+options = ImageOptions(image_size=32, threads=2)
+for _ in range(5):
+    views = eval_views(manifest.samples[samples], options)
+    try:
+        list(decode_batches(manifest, options, iter([Request(0, samples, views)]), 48, torch.device("cpu")))
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def tiny_jpeg() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 7)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"no image" * 8, "not an image"),
+        (b"\xff\xd8\xff\xe0\0\1" * 8, "broken data stream"),
+        (tiny_jpeg(), "it has 9×7 pixels where 180×160 were packed"),
+    ],
+    ids=["no image", "no header", "another size"],
+)
+def test_a_header_that_is_broken_does_not_end_the_process(damaged, overwrite, content, said):
+    """DALI's decoder alone crashes on each of these, in most batches that are as large as this."""
+    overwrite(damaged, 0, content)
+    run = subprocess.run(
+        [sys.executable, "-c", HEADERS, damaged.folder], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("cannot decode sample 0 ") == run.stdout.count(said) == 5, run.stdout
 
 
 def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged, overwrite):
