@@ -295,7 +295,7 @@ def tiny_jpeg() -> bytes:
     [
         (b"no image" * 8, "not an image"),
         (b"\xff\xd8\xff\xe0\0\1" * 8, "broken data stream"),
-        (tiny_jpeg(), "it has 9×7 pixels where 180×160 were packed"),
+        (tiny_jpeg(), "it has 9×7 pixels where"),
     ],
     ids=["no image", "no header", "another size"],
 )
