@@ -8,7 +8,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -44,29 +44,47 @@ from polaformer.weights import load_weights
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], classes: int, precision: str) -> dict[str, float]:
-    """Accuracies in percent and the mean cross-entropy over all ranks' batches; every rank calls it.
+def evaluate(
+    models: Sequence[nn.Module], batches: Iterable[Batch], classes: int, precision: str
+) -> list[dict[str, float]]:
+    """Of each model, accuracies in percent and the mean cross-entropy over all ranks' batches; every rank calls it.
 
-    A rank may have fewer batches than others, or none. Leaves the model in the mode it was in.
+    A rank may have fewer batches than others, or none. Leaves the models in the mode they were in.
     """
-    device = next(model.parameters()).device
-    accuracy = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
-        }
-    ).to(device)
-    loss = MeanMetric().to(device)
-    training = model.training
-    model.eval()
+    device = next(models[0].parameters()).device
+    scores = [_Scores(classes, device) for _ in models]
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
     for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(batch.images)
-        accuracy.update(logits.float(), batch.labels)
-        loss.update(F.cross_entropy(logits.float(), batch.labels, reduction="none"))
-    model.train(training)
-    percent = {name: 100 * value.item() for name, value in accuracy.compute().items()}
-    return {**percent, "loss": loss.compute().item()}
+        for model, score in zip(models, scores, strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(batch.images)
+            score.add(logits.float(), batch.labels)
+    for model, was_training in zip(models, training, strict=True):
+        model.train(was_training)
+    return [score.totals() for score in scores]
+
+
+class _Scores:
+    """Of one model, over all ranks."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._accuracy = MetricCollection(
+            {
+                "top1": MulticlassAccuracy(classes, average="micro"),
+                "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+            }
+        ).to(device)
+        self._loss = MeanMetric().to(device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self._accuracy.update(logits, labels)
+        self._loss.update(F.cross_entropy(logits, labels, reduction="none"))
+
+    def totals(self) -> dict[str, float]:
+        percent = {name: 100 * value.item() for name, value in self._accuracy.compute().items()}
+        return {**percent, "loss": self._loss.compute().item()}
 
 
 def find_weights(path: Path, kind: str) -> Path:
@@ -160,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         path = from_rank_zero(path)  # a run that goes on may have a newer one by now
         with together():
             model, loader, card = prepare(arguments, path, device)
-        scores = evaluate(model, loader, len(card.classes), arguments.precision)
+        [scores] = evaluate([model], loader, len(card.classes), arguments.precision)
     except Refusal as refusal:
         stop()
         if place.rank == 0:

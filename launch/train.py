@@ -128,10 +128,10 @@ class Run:
         plan, batches, average = self.plan, self.plan.batches, self.average.module
         device = next(average.parameters()).device
         loader = EvalLoader(plan.val, plan.images, batches.batch, batches.rank, batches.ranks, device)
-        scores = {}
-        for kind, model in (("eval", plain_model(self.engine, average)), ("eval_ema", average)):
-            measured = evaluate(model, loader, plan.classes, self.config.engine.precision)
-            scores |= {f"{kind}/{name}": value for name, value in measured.items()}
+        models = plain_model(self.engine, average), average
+        of_weights, of_ema = evaluate(models, loader, plan.classes, self.config.engine.precision)
+        scores = {f"eval/{name}": value for name, value in of_weights.items()}
+        scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)
         epochs = (step + 1) * batches.global_batch / plan.samples_per_epoch
         self.monitor.say(

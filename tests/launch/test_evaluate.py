@@ -110,17 +110,22 @@ def expected(ema, trained, val) -> dict[str, float]:
 
 
 def test_known_logits(alone):
-    """Three batches of 3, 1 and 2 images whose logits are their pixels; the label has rank 1, 2, 6, 1, 5, 1."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 6, bias=False))
-    nn.init.eye_(model[1].weight)
+    """Three batches of 3, 1 and 2 images whose logits are their pixels; the label has rank 1, 2, 6, 1, 5, 1.
+
+    A second model turns the order of the logits round.
+    """
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(6, 6, bias=False)) for _ in range(2)]
+    nn.init.eye_(models[0][1].weight)
+    models[1][1].weight.data = torch.eye(6).flip(0)
     ordered = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0])
     labels = torch.tensor([0, 1, 5, 0, 4, 0])
     images = ordered.repeat(6, 1).view(6, 6, 1, 1)
     batches = [Batch(images[part], labels[part], labels[part].numpy(), 0) for part in (range(3), [3], range(4, 6))]
-    scores = evaluate(model, batches, 6, "fp32")
-    assert scores["top1"] == pytest.approx(100 * 3 / 6)
-    assert scores["top5"] == pytest.approx(100 * 5 / 6)
+    scores, turned = evaluate(models, iter(batches), 6, "fp32")
+    assert (scores["top1"], turned["top1"]) == pytest.approx((100 * 3 / 6, 100 * 1 / 6))
+    assert (scores["top5"], turned["top5"]) == pytest.approx((100 * 5 / 6, 100 * 3 / 6))
     assert scores["loss"] == pytest.approx(F.cross_entropy(images.flatten(1), labels).item())
+    assert turned["loss"] == pytest.approx(F.cross_entropy(images.flatten(1).flip(1), labels).item())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -131,7 +136,7 @@ def test_the_model_stays_as_it_was(alone, training, precision):
     seen = []
     model[2].register_forward_hook(lambda module, inputs, output: seen.append((module.training, output)))
     labels = torch.tensor([0, 1])
-    evaluate(model, [Batch(torch.randn(2, 3, 1, 1), labels, labels.numpy(), 0)], 2, precision)
+    evaluate([model], [Batch(torch.randn(2, 3, 1, 1), labels, labels.numpy(), 0)], 2, precision)
     ((mode, output),) = seen
     assert not mode
     assert output.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
