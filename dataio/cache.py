@@ -153,6 +153,9 @@ class ShardCache:
             self._queue = deque(shard for shard in shards if self._held[shard].waits)
             self._changed.notify_all()
 
+    def read_ahead(self, samples: Sequence[int]) -> None:
+        """What was fetched a moment ago is still in memory."""
+
     def read(self, sample: int) -> bytes:
         """The encoded image, as soon as its shard is there. Raises as `read_sample` and `remote.fetch` do."""
         shard = int(self._manifest.samples["shard"][sample])

@@ -144,6 +144,7 @@ class _Bench:
     def load(self, request: Request) -> _Loaded:
         """A request with its images as they lie in the shards."""
         self.shards.hold(request.shards)
+        self.shards.read_ahead(request.samples)
         encoded, faults = [], {}
         for place, sample in enumerate(request.samples):
             try:

@@ -44,6 +44,12 @@ class ShardFiles:
     def hold(self, shards: Sequence[int]) -> None:
         """They are all there; cache.py's would be fetched."""
 
+    def read_ahead(self, samples: Sequence[int]) -> None:
+        """Lets the operating system fetch these from disk side by side, while they are read one by one."""
+        for shard, offset, size in self._manifest.samples[["shard", "offset", "bytes"]][samples].tolist():
+            start, end = _extent(offset, size)
+            os.posix_fadvise(self._files[shard], start, end - start, os.POSIX_FADV_WILLNEED)
+
     def read(self, sample: int) -> bytes:
         """The encoded image. Raises as `read_sample` does."""
         return read_sample(self._manifest, sample, self._files[self._manifest.samples["shard"][sample]])
@@ -61,16 +67,21 @@ def read_sample(manifest: Manifest, sample: int, file: int) -> bytes:
     else there, or another label.
     """
     _, label, offset, size, _, _ = manifest.samples[sample].item()  # three times as fast as field by field
-    wanted = 3 * _BLOCK + -(-size // _BLOCK) * _BLOCK  # header, image, and its label in the same way
+    start, end = _extent(offset, size)
     fault = "its shard ends too early"
     try:
-        members = os.pread(file, wanted, offset - _BLOCK)
+        members = os.pread(file, end - start, start)
     except OSError as error:
         members, fault = b"", error.strerror
-    if len(members) != wanted:
+    if len(members) != end - start:
         raise RuntimeError(f"cannot read {manifest.describe(sample)}: {fault}; {manifest.remedy}")
     _check_members(members, size, label)
     return members[_BLOCK : _BLOCK + size]
+
+
+def _extent(offset: int, size: int) -> tuple[int, int]:
+    """Where in its shard a sample lies: from the header before its image to the end of its label, a block each."""
+    return offset - _BLOCK, offset + -(-size // _BLOCK) * _BLOCK + 2 * _BLOCK
 
 
 def _check_members(members: bytes, size: int, label: int) -> None:

@@ -152,3 +152,17 @@ def test_shards_are_closed_with_their_last_use(manifest, by):
 def test_the_samples_of_a_shard_lie_together(damaged):
     assert damaged.shard_samples == tuple(np.bincount(damaged.samples["shard"]))
     assert len(damaged.shards) >= 16
+
+
+def test_reading_ahead_is_a_hint_and_no_more(damaged, overwrite):
+    """The same bytes follow, and what lies beyond a shard's end raises where it is read, not before."""
+    files = ShardFiles(damaged)
+    samples = np.random.default_rng(0).permutation(len(damaged))
+    expected = [files.read(sample) for sample in samples]
+    files.read_ahead(samples)
+    assert [files.read(sample) for sample in samples] == expected
+    last = len(damaged) - 1
+    os.truncate(damaged.folder / damaged.shards[-1].name, int(damaged.samples["offset"][last]))
+    files.read_ahead([0, last])
+    with pytest.raises(RuntimeError, match="its shard ends too early"):
+        files.read(last)
