@@ -338,6 +338,7 @@ def _definition(
         axis_names="HW",
         adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
         jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
+        hw_decoder_load=0.0,  # else a share of each batch is decoded by other means: pixels would depend on the batch
     )
     if resizer:
         images = fn.python_function(images, resized, function=resizer, batch_processing=True, output_layouts="HWC")

@@ -219,15 +219,16 @@ def test_flipping_mirrors_the_same_pixels(manifest):
     assert torch.equal(images.flip(3), mirrored)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("recipe", ["simple", "three-augment", "rand-augment"])
-def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest, recipe):
+def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest, recipe, device):
     few = ImageOptions(image_size=64, recipe=recipe, threads=1, prefetch_batches=1)
     many = ImageOptions(image_size=64, recipe=recipe, threads=3, prefetch_batches=4)
     views = draw_views(manifest, few)
     backwards = np.arange(len(manifest))[::-1]
     in_one = [Request(0, backwards, Views(*(field[backwards] for field in views)))]
-    ((_, images),) = decode_batches(manifest, many, iter(in_one), len(manifest), CPU)
-    assert torch.equal(images.flip(0), decode(manifest, few, views))
+    ((_, images),) = decode_batches(manifest, many, iter(in_one), len(manifest), torch.device(device))
+    assert torch.equal(images.flip(0), decode(manifest, few, views, torch.device(device)))
 
 
 @pytest.mark.parametrize("recipe", ["three-augment", "rand-augment"])
