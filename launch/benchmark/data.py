@@ -36,7 +36,7 @@ from launch.benchmark.report import default_path, describe_run, read_report, wri
 from launch.distributed import default_device_type
 from polaformer import PRESETS
 
-_IMAGES = 1024
+_IMAGES = 2048
 _LIBRARIES = ("nvidia-dali-cuda130", "webdataset", "torchvision", "timm", "pillow")
 _FED = {"cuda": ("polaformerpp_b4", "polaformerpp_b5"), "cpu": ()}
 _FED_RECIPE = "rand-augment"
