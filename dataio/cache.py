@@ -2,7 +2,8 @@
 
     CACHE/lock                               held for a moment by whoever claims room or is done
     CACHE/3f2a…/samples.npy                  of the data set with this manifest's sha256; never evicted
-    CACHE/3f2a…/shard-000007.tar             whole: it got this name when its sha256 was right
+    CACHE/3f2a…/shard-000007.tar             whole: it got this name when its sha256 was right, and a modification
+                                             time that says so; its access time says when it was last asked for
     CACHE/3f2a…/.shard-000008.tar.N.partial  will have N bytes; whoever fetches it holds a lock on it
 
 Any number of processes share the folder without knowing of each other. A shard in use is open and bears a shared lock,
@@ -11,7 +12,6 @@ shards.py reads.
 """
 
 import fcntl
-import functools
 import math
 import os
 import re
@@ -41,7 +41,8 @@ from dataio.shards import ShardFiles, read_sample
 _THREADS = 4
 _POLL_SECONDS = 0.05
 _OURS = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
-_STARTED = time.time()  # what is newer in a cache was verified a moment ago, by this process or one beside it
+#: Modification time of a file whose sha256 was right, which writing to it ends. No other file has it by accident.
+_VERIFIED_NS = 981_173_106 * 10**9
 
 
 def open_data(place: str | Path, cache: CacheOptions) -> Manifest:
@@ -266,7 +267,7 @@ def _explained(entry: _Entry) -> Iterator[None]:
 
 
 def _open_whole(entry: _Entry) -> int | None:
-    """The open and locked file if the cache has it, whole. One that an earlier process left is read once to tell."""
+    """The open and locked file if the cache has it, whole. One that was written to since it was verified is read."""
     try:
         file = os.open(entry.path, os.O_RDONLY)
     except FileNotFoundError:
@@ -275,18 +276,18 @@ def _open_whole(entry: _Entry) -> int | None:
         fcntl.flock(file, fcntl.LOCK_SH)
         status = os.fstat(file)
         if status.st_nlink > 0:  # else evicted between open and lock
-            if status.st_mtime >= _STARTED or _hash_once(entry.path, status.st_ino, status.st_mtime_ns) == entry.sha256:
-                with suppress(PermissionError):  # of another user: it stays as recently used as it was
-                    os.utime(file, ns=(time.time_ns(), status.st_mtime_ns))
+            if status.st_mtime_ns == _VERIFIED_NS or sha256_of(os.dup(file)) == entry.sha256:
+                _mark_verified(file)
                 return file
             entry.path.unlink(missing_ok=True)
     os.close(file)
     return None
 
 
-@functools.cache
-def _hash_once(path: Path, inode: int, changed_ns: int) -> str:
-    return sha256_of(path)
+def _mark_verified(file: int) -> None:
+    """As used now, too."""
+    with suppress(PermissionError):  # of another user: it stays as it was
+        os.utime(file, ns=(time.time_ns(), _VERIFIED_NS))
 
 
 @contextmanager
@@ -331,6 +332,7 @@ def _fill(remote: Remote, entry: _Entry, reserved: _Reserved, given_up: threadin
     with _explained(entry), _closed_on_error(reserved.file):
         try:
             fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, given_up)
+            _mark_verified(reserved.file)  # after its bytes are on disk: a crash may lose the mark, never what it says
             with _locked(remote.cache):  # or whoever counts at this moment may miss it
                 entry.partial.rename(entry.path)
             sync(entry.path.parent)

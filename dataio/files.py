@@ -123,8 +123,8 @@ def sync(path: Path, keep_cached: bool = True) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: str | Path) -> str:
-    """The hexadecimal sha256 of a file, read in pieces."""
+def sha256_of(path: str | Path | int) -> str:
+    """The hexadecimal sha256 of a file, read in pieces. One that is given open, by its number, is closed."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

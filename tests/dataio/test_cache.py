@@ -463,6 +463,59 @@ def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, c
     assert content == (far / "shard-000001.tar").read_bytes()
 
 
+def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, tmp_path):
+    """By whatever process, after this one has read it; the size stays."""
+    server = http_server(far)
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0, 1])
+    with open(manifest.folder / "shard-000000.tar", "r+b") as file:
+        file.seek(600)
+        file.write(b"no photograph")
+    hold_and_read(shards, manifest, [1])
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+    assert (server.requests.count("shard-000000.tar"), server.requests.count("shard-000001.tar")) == (2, 1)
+    assert (manifest.folder / "shard-000000.tar").read_bytes() == (far / "shard-000000.tar").read_bytes()
+
+
+READING = """
+import sys
+from pathlib import Path
+from dataio.cache import ShardCache, open_data
+from dataio.remote import CacheOptions
+
+manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30))
+shards = ShardCache(manifest)
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+before = bytes_read()
+shards.hold(range(len(manifest.shards)))
+for number in range(len(manifest.shards)):
+    shards.read(sum(manifest.shard_samples[:number]))
+print(bytes_read() - before)
+shards.close()
+"""
+
+
+def test_a_later_process_reads_what_it_needs_of_an_earlier_ones_shards(far, local, tmp_path):
+    """And not the rest, unless somebody has touched them: what that one verified is not hashed again."""
+
+    def bytes_read() -> int:
+        command = [sys.executable, "-c", READING, far.as_uri(), str(tmp_path / "cache")]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+
+    whole = sum(shard.bytes for shard in local.shards)
+    assert bytes_read() > whole
+    assert bytes_read() < whole / 4
+    for path in tmp_path.glob("cache/*/*.tar"):
+        path.touch()
+    assert bytes_read() > whole
+    assert bytes_read() < whole / 4
+
+
 def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path):
     """For a server that is silent, between two attempts, and for room."""
     patient = CacheOptions(tmp_path / "cache", 250_000, Patience(first_wait_seconds=99, room_seconds=99))
