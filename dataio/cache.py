@@ -4,7 +4,7 @@
     CACHE/3f2a…/samples.npy                  of the data set with this manifest's sha256; never evicted
     CACHE/3f2a…/shard-000007.tar             whole: it got this name when its sha256 was right, and a modification
                                              time that says so; its access time says when it was last asked for
-    CACHE/3f2a…/.shard-000008.tar.N.partial  will have N bytes; whoever fetches it holds a lock on it
+    CACHE/3f2a…/.shard-000008.tar.N.partial  will have N bytes at most; whoever fetches it holds a lock on it
 
 Any number of processes share the folder without knowing of each other. A shard in use is open and bears a shared lock,
 which goes with its process; whoever needs room removes those without one, longest unused first. remote.py fetches,
@@ -40,6 +40,7 @@ from dataio.shards import ShardFiles, read_sample
 
 _THREADS = 4
 _POLL_SECONDS = 0.05
+_HEADER_BYTES = 4096  # of a .npy file, at most: NumPy writes 256 for SAMPLE_DTYPE
 _OURS = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
 #: Modification time of a file whose sha256 was right, which writing to it ends. No other file has it by accident.
 _VERIFIED_NS = 981_173_106 * 10**9
@@ -55,7 +56,8 @@ def open_data(place: str | Path, cache: CacheOptions) -> Manifest:
     remote = Remote(str(place).rstrip("/"), cache)
     file, digest = parse_manifest(read_remote(remote, MANIFEST_NAME), remote.address(MANIFEST_NAME))
     folder = cache.folder.absolute() / digest[:16]
-    table = _Entry(folder / SAMPLES_NAME, file.samples * SAMPLE_DTYPE.itemsize, file.samples_sha256)
+    table_bytes = _HEADER_BYTES + file.samples * SAMPLE_DTYPE.itemsize
+    table = _Entry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
     require_room(cache, {remote.url: table.bytes})
     never = threading.Event()
     os.close(_fill(remote, table, _reserve(remote, table, never), never))
@@ -93,7 +95,7 @@ class _Entry:
     """A file of the cache, as it will be."""
 
     path: Path
-    bytes: int
+    bytes: int  # at most
     sha256: str
 
     @property

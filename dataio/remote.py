@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
+from fsspec.callbacks import Callback
 
 from dataio.files import sha256_of, sync
 
@@ -60,6 +61,19 @@ class DamagedError(OSError):
     """What was fetched is not what the manifest names."""
 
 
+class _AtMost(Callback):
+    """Ends a transfer that announces or has brought more bytes than it may."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def call(self, *arguments: object, **more: object) -> None:
+        bytes_known = max(self.size or 0, self.value)
+        if bytes_known > self._limit:
+            raise DamagedError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
+
+
 def is_url(place: str | Path) -> bool:
     return "://" in str(place)
 
@@ -70,17 +84,21 @@ def read_remote(remote: Remote, name: str) -> bytes:
 
 
 def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given_up: threading.Event) -> None:
-    """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns. size: about, in bytes.
+    """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
 
-    Raises RuntimeError if that cannot be had, with URL, fault and remedy, or soon after `given_up` is set; ValueError
-    if the URL's protocol is unknown.
+    size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
+    cannot be had, with URL, fault and remedy, or soon after `given_up` is set; ValueError if the URL's protocol is
+    unknown.
     """
     patience = remote.cache.patience
 
     def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
         seconds = patience.silent_seconds + size / patience.least_bytes_per_second
-        limits = {"timeout": seconds} if isinstance(system, AsyncFileSystem) else {}  # others block as files do
-        system.get_file(path, str(target), **limits)
+        at_most, limits = _AtMost(size), {"timeout": seconds}
+        if not isinstance(system, AsyncFileSystem):  # blocks as files do, and may tell nothing on its way
+            at_most.set_size(system.size(path))
+            limits = {}
+        system.get_file(path, str(target), callback=at_most, **limits)
         if sha256_of(target) != sha256:
             raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
         sync(target)

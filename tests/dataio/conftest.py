@@ -116,6 +116,8 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         if fault.startswith("half"):
             self.wfile.write(content[: len(content) // 2])
+        elif fault == "whole unsaid":
+            self.wfile.write(content)
         elif fault == "wrong":
             self.wfile.write(content[::-1])
         elif fault == "drip":  # never silent for long, and never done

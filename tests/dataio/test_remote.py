@@ -103,6 +103,22 @@ def test_what_asking_again_does_not_change_is_asked_once(http_server, folder, tm
     assert server.requests == ["shard.tar"]
 
 
+CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest
+
+
+@pytest.mark.parametrize("kind", ["http", "http unsaid", "s3", "file"])
+def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, s3_url, folder, tmp_path, kind):
+    (folder / "shard.tar").write_bytes(bytes(20 * CHUNK))
+    server = http_server(folder)
+    server.faults["shard.tar"] = ["whole unsaid"] * 9 if kind == "http unsaid" else []
+    url = {"s3": lambda: s3_url(folder), "file": folder.as_uri}.get(kind, lambda: server.url)()
+    target = tmp_path / "shard.tar"
+    with pytest.raises(RuntimeError, match=r"it has \d+ bytes or more, by the manifest at most 1024000, attempts: 3; "):
+        fetch(remote(url, tmp_path), "shard.tar", target, len(CONTENT), SHA256, threading.Event())
+    left = target.stat().st_size if target.exists() else 0
+    assert left <= (len(CONTENT) + CHUNK if kind == "http unsaid" else 0)
+
+
 def test_nothing_there(http_server, s3_url, folder, tmp_path):
     for url in (http_server(folder).url, s3_url(folder), folder.as_uri()):
         with pytest.raises(RuntimeError, match=f"cannot fetch {url}/other: it is not there; check the address"):
