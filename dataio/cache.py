@@ -35,7 +35,7 @@ from dataio.index import (
     make_manifest,
     parse_manifest,
 )
-from dataio.remote import CacheOptions, Remote, fetch, is_url, read_remote
+from dataio.remote import CacheOptions, Remote, fetch, is_url, read_remote, shown
 from dataio.shards import ShardFiles, read_sample
 
 _THREADS = 4
@@ -54,11 +54,11 @@ def open_data(place: str | Path, cache: CacheOptions) -> Manifest:
     if not is_url(place):
         return load_manifest(place)
     remote = Remote(str(place).rstrip("/"), cache)
-    file, digest = parse_manifest(read_remote(remote, MANIFEST_NAME), remote.address(MANIFEST_NAME))
+    file, digest = parse_manifest(read_remote(remote, MANIFEST_NAME), shown(remote.address(MANIFEST_NAME)))
     folder = cache.folder.absolute() / digest[:16]
     table_bytes = _HEADER_BYTES + file.samples * SAMPLE_DTYPE.itemsize
     table = _Entry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
-    require_room(cache, {remote.url: table.bytes})
+    require_room(cache, {shown(remote.url): table.bytes})
     never = threading.Event()
     os.close(_fill(remote, table, _reserve(remote, table, never), never))
     return make_manifest(folder, file, digest, remote)

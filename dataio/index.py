@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dataio.files import sha256_of
-from dataio.remote import Remote
+from dataio.remote import Remote, shown
 
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.npy"
@@ -122,7 +122,7 @@ class Manifest:
     @property
     def place(self) -> str:
         """Where the data set lies, for people: its folder, or its URL."""
-        return self.remote.url if self.remote else str(self.folder)
+        return shown(self.remote.url) if self.remote else str(self.folder)
 
     @property
     def remedy(self) -> str:

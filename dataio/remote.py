@@ -7,6 +7,7 @@ given its time, tried again with growing pauses, and checked. cache.py decides w
 import asyncio
 import errno
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,14 +48,15 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where a data set is fetched from, and to."""
+    """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it."""
 
     url: str
     cache: CacheOptions
 
     def address(self, name: str) -> str:
-        """Of one of its files."""
-        return f"{self.url}/{name}"
+        """Of one of its files: what follows a question mark (https://host/set?token=…) is asked for each of them."""
+        folder, mark, query = self.url.partition("?") if self.url.startswith("http") else (self.url, "", "")
+        return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
 class DamagedError(OSError):
@@ -76,6 +78,12 @@ class _AtMost(Callback):
 
 def is_url(place: str | Path) -> bool:
     return "://" in str(place)
+
+
+def shown(text: str) -> str:
+    """A URL, or a text with some, for people: without name and password, and without what follows a question mark."""
+    text = re.sub(r"://[^/?\s]*@", "://…@", text)
+    return re.sub(r"(://[^?\s'\"]*\?)[^\s'\"]+", r"\1…", text)
 
 
 def read_remote(remote: Remote, name: str) -> bytes:
@@ -111,6 +119,7 @@ def _tried_again(
 ) -> _Result:
     """What `action` returns for a file system and the path of `name` on it, at the first attempt that succeeds."""
     address, patience = remote.address(name), remote.cache.patience
+    place = shown(address)
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
 
@@ -127,13 +136,14 @@ def _tried_again(
     except ImportError as error:
         protocol = address.partition("://")[0]
         raise RuntimeError(
-            f"cannot read {address}: {protocol}:// needs another package ({error});"
+            f"cannot read {place}: {protocol}:// needs another package ({error});"
             " pip install aiohttp gcsfs s3fs tenacity"
         ) from error
     except Exception as error:  # each file system raises kinds of its own
+        cause = error if place == address else None  # a traceback would show the whole URL
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
-            raise ValueError(f"cannot read {address}: {error}; use s3://, gs://, https:// or a folder") from error
-        raise RuntimeError(f"cannot fetch {address}: {_describe(error, patience)}") from error
+            raise ValueError(f"cannot read {place}: {error}; use s3://, gs://, https:// or a folder") from cause
+        raise RuntimeError(f"cannot fetch {place}: {_describe(error, patience)}") from cause
     raise AssertionError("tenacity neither returned nor raised")
 
 
@@ -170,7 +180,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def _describe(error: Exception, patience: Patience) -> str:
     """Fault and remedy."""
-    fault = " ".join(str(error).split()) or type(error).__name__
+    fault = shown(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"
     if isinstance(error, PermissionError) or getattr(error, "status", None) in (400, 401, 403):

@@ -24,6 +24,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dataio.cache import open_data
 from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader
+from dataio.remote import shown
 from dataio.views import ImageOptions
 from launch import checkpoint
 from launch.card import Card, make_card, read_card
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     stop()
     if place.rank == 0:
         report = {"weights": str(path), "model": card.model, "image_size": card.image_size}
-        report |= {"data": str(arguments.data), "samples": len(loader.manifest), **scores}
+        report |= {"data": shown(arguments.data), "samples": len(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)
         if arguments.out is not None:

@@ -22,6 +22,7 @@ from timm.loss import SoftTargetCrossEntropy
 
 from dataio.augment import Augment
 from dataio.loader import EvalLoader, TrainLoader
+from dataio.remote import shown
 from launch import checkpoint
 from launch.averages import MovingAverage, average_buffers
 from launch.card import make_card
@@ -204,7 +205,7 @@ def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
 
 def introduce(config: Config, plan: Plan, monitor: Monitor, news: list[str]) -> None:
     """Prints the effective configuration and what it comes to, and keeps it with the run; names what changed."""
-    text = dump_config(config)
+    text = shown(dump_config(config))
     path = config.output / "config.yaml"
     if plan.batches.rank == 0:
         if path.is_file():

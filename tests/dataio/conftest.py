@@ -92,6 +92,7 @@ class Handler(SimpleHTTPRequestHandler):
         name = self.path.rpartition("/")[2]
         self.server.requests.append(name)
         self.server.times.append(time.monotonic())
+        self.server.credentials.add(self.headers["Authorization"])
         fault = self.server.faults[name].pop(0) if self.server.faults.get(name) else None
         if fault is None:
             super().do_GET()
@@ -131,7 +132,10 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server on a port of its own. `requests` are the names of the files asked for, `times` when."""
+    """An HTTP server on a port of its own. `requests` are the names of the files asked for, `times` when.
+
+    credentials: what requests had for an Authorization.
+    """
 
     daemon_threads = True
 
@@ -141,6 +145,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.times: list[float] = []
+        self.credentials: set[str | None] = set()
         self.stopping = threading.Event()
         self.connections: list[socket.socket] = []
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

@@ -111,6 +111,18 @@ def test_training_from_afar_is_training_from_disk(http_server, s3_url, far, cach
     assert cache.limit_bytes < sum(shard.bytes for shard in local.shards) / 2
 
 
+def test_a_url_with_a_token(http_server, far, cache, expected):
+    """It goes with every request, and into no text."""
+    server = http_server(far)
+    manifest = open_data(f"{server.url}/?token=hush", cache)
+    assert manifest.place == f"{server.url}/?…"
+    assert_same([next(TrainLoader(manifest, SMALL, PLAN, CPU))], expected[:1])
+    assert all(name.endswith("?token=hush") for name in server.requests)
+    (far / MANIFEST_NAME).write_text("{")
+    with pytest.raises(ValueError, match=r"/manifest.json\?… is not a manifest"):
+        open_data(f"{server.url}/?token=hush", cache)
+
+
 def test_each_shard_is_fetched_once_an_epoch_for_all_ranks(http_server, far, cache, expected, local):
     """Four ranks share the folder."""
     server = http_server(far)

@@ -1,15 +1,17 @@
 """Files fetched from real servers over HTTP and S3 that are slow, fail, break off, lie, or are gone."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 
-from dataio.remote import CacheOptions, Patience, Remote, fetch, is_url, read_remote
+from dataio.remote import CacheOptions, Patience, Remote, fetch, is_url, read_remote, shown
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -101,6 +103,35 @@ def test_what_asking_again_does_not_change_is_asked_once(http_server, folder, tm
     with pytest.raises(RuntimeError, match=message):
         fetch_shard(remote(server.url, tmp_path), tmp_path)
     assert server.requests == ["shard.tar"]
+
+
+SECRETS = [("http://ann:hush@{}/set", "http://…@{}/set"), ("http://{}/set/?sig=hush&to=hush", "http://{}/set/?…")]
+
+
+@pytest.mark.parametrize(("url", "hidden"), SECRETS)
+def test_secrets_of_a_url_are_used_and_not_shown(http_server, folder, tmp_path, url, hidden):
+    server = http_server(shutil.copytree(folder, tmp_path / "root" / "set").parent)
+    host = server.url.partition("://")[2]
+    source, name = remote(url.format(host), tmp_path), "shard.tar" + "".join(url.partition("?")[1:])
+    assert shown(source.url) == hidden.format(host)
+    assert fetch_shard(source, tmp_path) == CONTENT
+    assert server.requests == [name]
+    assert server.credentials == {"Basic YW5uOmh1c2g=" if "@" in url else None}
+    for fault in ("403", "404", "503", "silent", "reset", "empty"):
+        server.faults[name] = [fault] * 9
+        with pytest.raises(RuntimeError, match="cannot fetch") as raised:
+            fetch_shard(source, tmp_path)
+        text = "".join(traceback.format_exception(raised.value))
+        assert shown(source.address("shard.tar")) in text
+        assert "hush" not in text
+
+
+def test_what_is_shown_of_texts_with_urls():
+    for text in ("s3://bucket/a@b", "file:///a/b c", "is it there? at https://host/a/b", "C:/a?b"):
+        assert shown(text) == text
+    assert (
+        shown("a: 'https://host/a?b=c', b: ftp://me:pass@word@host/a@b") == "a: 'https://host/a?…', b: ftp://…@host/a@b"
+    )
 
 
 CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest

@@ -288,17 +288,23 @@ def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, 
 
 
 def test_training_from_afar_is_training_from_a_folder(torchrun, runs, fashion_shards, tmp_path):
-    """Two ranks over one cache: to the last bit the losses and scores of the run on local disk."""
+    """Two ranks over one cache: to the last bit the losses and scores of the run on local disk.
+
+    The token that the server might ask for is neither printed nor kept.
+    """
     handler = partial(SimpleHTTPRequestHandler, directory=str(fashion_shards))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        places = [f"data.{part}={url}/{part}" for part in ("train", "val")]
+        places = [f"data.{part}={url}/{part}?token=hush" for part in ("train", "val")]
         more = "data.order=full", f"data.cache={tmp_path / 'cache'}"
         finished = torchrun(2, TRAIN, *overrides(fashion_shards, tmp_path / "run", *places, *more))
         server.shutdown()
     assert finished.returncode == 0, finished.stderr
     assert metrics(tmp_path / "run") == metrics(runs["whole"])
+    assert f"{url}/train?…" in finished.stdout + finished.stderr
+    assert "hush" not in finished.stdout + finished.stderr
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
 
 
 @pytest.mark.gpu
