@@ -208,7 +208,8 @@ class EvalLoader:
     """Every sample once over all ranks, in stored order; can be iterated again and again.
 
     Each rank has one contiguous share, equal to the others within one sample. Its last batch may be shorter, and
-    it has no batch at all if there are fewer samples than ranks. Raises RuntimeError as TrainLoader does.
+    it has no batch at all if there are fewer samples than ranks. Raises RuntimeError as TrainLoader does, ValueError if
+    the cache is too small for a remote data set even where no other rank shares it.
     """
 
     def __init__(
@@ -226,14 +227,14 @@ class EvalLoader:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
         self.manifest, self.options, self.batch, self.device = manifest, options.plain, batch, device
         if manifest.remote:
-            require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch, ranks)})
+            require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch)})
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)
 
     @staticmethod
-    def bytes_at_once(manifest: Manifest, batch: int, ranks: int) -> int:
-        """Room that a cache of remote shards needs: for a batch of each rank, and the shard after it."""
+    def bytes_at_once(manifest: Manifest, batch: int, ranks_here: int = 1) -> int:
+        """Room that a cache of remote shards needs: for a batch of each rank that shares it, and the shard after it."""
         touched = 1 + -(-(batch - 1) // min(manifest.shard_samples))
-        return bytes_at_once(manifest, ranks * (touched + 1))
+        return bytes_at_once(manifest, ranks_here * (touched + 1))
 
     def __len__(self) -> int:
         """Batches of this rank."""

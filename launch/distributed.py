@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -199,6 +200,14 @@ def from_rank_zero(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def count_ranks_here() -> int:
+    """How many of the ranks run on this rank's machine, in whatever containers. Every rank calls it."""
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    machines: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(machines, machine)
+    return machines.count(machine)
 
 
 def default_device_type() -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dataio.cache import open_data
+from dataio.cache import open_data, require_room
 from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader
 from dataio.remote import shown
@@ -30,6 +30,7 @@ from launch import checkpoint
 from launch.card import Card, make_card, read_card
 from launch.distributed import (
     Refusal,
+    count_ranks_here,
     default_device_type,
     end_at_once,
     from_rank_zero,
@@ -128,12 +129,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(arguments: argparse.Namespace, path: Path, device: torch.device) -> tuple[nn.Module, EvalLoader, Card]:
+def prepare(
+    arguments: argparse.Namespace, path: Path, device: torch.device, ranks_here: int
+) -> tuple[nn.Module, EvalLoader, Card]:
     """The model with the weights at `path`, the batches of this rank, and what is known of the weights.
 
+    ranks_here: those on this rank's machine, which share a cache.
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
-    manifest = open_data(arguments.data, cache_options(arguments.cache, arguments.cache_gib))
+    cache = cache_options(arguments.cache, arguments.cache_gib)
+    manifest = open_data(arguments.data, cache)
+    if manifest.remote:
+        require_room(cache, {manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})
     card = _settle_card(arguments, path, manifest)
     model = timm.create_model(card.model, num_classes=len(card.classes))
     load_weights(model, path)
@@ -174,11 +181,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
+        ranks_here = count_ranks_here()
         with together():
             path = find_weights(arguments.weights, arguments.kind) if place.rank == 0 else None
         path = from_rank_zero(path)  # a run that goes on may have a newer one by now
         with together():
-            model, loader, card = prepare(arguments, path, device)
+            model, loader, card = prepare(arguments, path, device, ranks_here)
         [scores] = evaluate([model], loader, len(card.classes), arguments.precision)
     except Refusal as refusal:
         stop()

@@ -1,6 +1,6 @@
 """What a configuration comes to on given data and ranks: batch sizes, steps, rates; nothing is allocated for it.
 
-python -m launch.plan --config configs/X.yaml [--ranks N] [key=value …]
+python -m launch.plan --config configs/X.yaml [--ranks N] [--machines N] [key=value …]
 """
 
 import argparse
@@ -50,15 +50,16 @@ class Plan:
         return len(self.train)
 
 
-def make_plan(config: Config, rank: int, ranks: int) -> Plan:
+def make_plan(config: Config, rank: int, ranks: int, ranks_here: int | None = None) -> Plan:
     """Reads both manifests, fetches their tables if they are remote, and checks the configuration against them.
 
+    ranks_here: those on this rank's machine, which share a cache; None: all of them.
     Raises FileNotFoundError without shards; ValueError if the batch does not divide or cannot be mixed in pairs, the
     two folders name different classes, a label is beyond model.num_classes, or the cache is too small; RuntimeError if
     a remote folder cannot be read.
     """
     batches = deal_batches(config, rank, ranks)
-    train, val = open_both(config.data, batches)
+    train, val = open_both(config.data, batches, ranks_here or ranks)
     check_same_classes(train, val)
     classes = config.model.num_classes or len(train.classes)
     for manifest in (train, val):
@@ -84,13 +85,13 @@ def deal_batches(config: Config, rank: int, ranks: int) -> TrainPlan:
     )
 
 
-def open_both(data: DataSection, batches: TrainPlan) -> tuple[Manifest, Manifest]:
+def open_both(data: DataSection, batches: TrainPlan, ranks_here: int) -> tuple[Manifest, Manifest]:
     """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
     cache = cache_options(data.cache, data.cache_gib)
     train, val = open_data(data.train, cache), open_data(data.val, cache)
     needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
     if val.remote:
-        needed["data.val"] = EvalLoader.bytes_at_once(val, batches.batch, batches.ranks)
+        needed["data.val"] = EvalLoader.bytes_at_once(val, batches.batch, ranks_here)
     require_room(cache, needed)
     return train, val
 
@@ -120,11 +121,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.plan", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--config", required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml")
     parser.add_argument("--ranks", type=int, default=1, help="processes that would train, one per GPU (default 1)")
+    parser.add_argument("--machines", type=int, default=1, help="over which these are spread evenly (default 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
     arguments = parser.parse_args(argv)
+    ranks, machines = arguments.ranks, arguments.machines
+    if machines < 1 or ranks % machines:
+        parser.error(f"{ranks} ranks are not spread evenly over {machines} machines; use a divisor of {ranks}")
     try:
         config = load_config(arguments.config, arguments.overrides)
-        plan = make_plan(config, 0, arguments.ranks)
+        plan = make_plan(config, 0, ranks, ranks // machines)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ from launch.checkpoint import RunState
 from launch.config import Config, dump_config, load_config
 from launch.distributed import (
     Refusal,
+    count_ranks_here,
     default_device_type,
     end_at_once,
     from_rank_zero,
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # of this rank alone: there is no group yet
         return refuse(error, rank=0)
     try:
+        ranks_here = count_ranks_here()
         with together():
-            plan = make_plan(config, rank, place.ranks)
+            plan = make_plan(config, rank, place.ranks, ranks_here)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
         run = prepare(config, plan, device)
         with contextlib.closing(run.monitor):

@@ -23,6 +23,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class SmallShards(PackOptions):
+    """Shards of 60 kB; the command's are of 1 MiB and more."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shard_mib", 70 / 1024)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Class folder of 48 crops of 4 photographs, 160 to 508 pixels a side: JPEG, and one each of PNG (with alpha),
@@ -85,3 +92,11 @@ def fashion_shards(fashion, tmp_path_factory) -> Path:
     pack(fashion, root / "train", PackOptions(hold_out=25, part="kept"))
     pack(fashion, root / "val", PackOptions(hold_out=25, part="held-out"))
     return root
+
+
+@pytest.fixture(scope="session")
+def many_shards(fashion, tmp_path_factory) -> Path:
+    """`fashion`, packed into shards of about 24 images."""
+    target = tmp_path_factory.mktemp("many_shards") / "fashion"
+    pack(fashion, target, SmallShards())
+    return target

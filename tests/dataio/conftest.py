@@ -1,4 +1,4 @@
-"""A class folder to spoil, many small shards of real photographs, and servers to fetch them from."""
+"""A class folder to spoil, tiny shards of real photographs, and servers to fetch them from."""
 
 import os
 import shutil
@@ -18,25 +18,11 @@ from dataio.index import Manifest
 from dataio.pack import PackOptions, pack
 
 
-class SmallShards(PackOptions):
-    """Shards of 60 kB; the command's are of 1 MiB and more."""
-
-    kib = 70
+class TinyShards(PackOptions):
+    """Shards of 30 kB; the command's are of 1 MiB and more."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shard_mib", self.kib / 1024)
-
-
-class TinyShards(SmallShards):
-    kib = 40
-
-
-@pytest.fixture(scope="session")
-def many_shards(fashion, tmp_path_factory) -> Path:
-    """`fashion`, packed into shards of about 24 images."""
-    target = tmp_path_factory.mktemp("many_shards") / "fashion"
-    pack(fashion, target, SmallShards())
-    return target
+        object.__setattr__(self, "shard_mib", 40 / 1024)
 
 
 @pytest.fixture(scope="session")

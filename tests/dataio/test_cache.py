@@ -309,8 +309,9 @@ def test_a_cache_that_is_too_small_is_refused_at_once(http_server, far, cache, l
     )
     with pytest.raises(ValueError, match=message):
         TrainLoader(manifest, SMALL, PLAN, CPU)
+    few = open_data(server.url, CacheOptions(cache.folder, EvalLoader.bytes_at_once(local, 16) - 1, HASTY))
     with pytest.raises(ValueError, match="is too small"):
-        EvalLoader(manifest, SMALL, 16, 0, 8, CPU)
+        EvalLoader(few, SMALL, 16, 0, 8, CPU)
     assert not [name for name in server.requests if name.endswith(".tar")]
     with pytest.raises(
         ValueError, match="a cache of 1 GiB is too small, a needs 1 GiB, b needs 0.5 GiB at a time; allow it 1.5 "

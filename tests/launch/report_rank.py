@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from launch.distributed import placement, start, stop
+from launch.distributed import count_ranks_here, placement, start, stop
 
 device_type, folder = sys.argv[-2:]
 place = placement(os.environ)
@@ -23,6 +23,7 @@ found = {
     **asdict(place),
     "sum": total.item(),
     "group": [torch.distributed.get_rank(), torch.distributed.get_world_size()],
+    "ranks_here": count_ranks_here(),
     "device": str(device),
     "backend": torch.distributed.get_backend(),
     "node": os.environ.get("SLURMD_NODENAME"),

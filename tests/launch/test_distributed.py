@@ -137,7 +137,24 @@ def test_two_ranks_meet(launcher, tmp_path):
     for rank, found in enumerate(ranks):
         assert (found["rank"], found["local_rank"], found["ranks"]) == (rank, rank, 2)
         assert (found["launcher"], found["group"], found["sum"]) == ("environment", [rank, 2], 3.0)
-        assert (found["device"], found["backend"]) == ("cpu", "gloo")
+        assert (found["device"], found["backend"], found["ranks_here"]) == ("cpu", "gloo", 2)
+
+
+def test_ranks_of_two_machines(tmp_path):
+    """One of them has a kernel that was started another time, as far as it can see."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    (tmp_path / "boot_id").write_text(boot_id.read_text()[::-1])
+    elsewhere = ["unshare", "--mount", "sh", "-c", f'mount --bind {tmp_path / "boot_id"} {boot_id} && exec "$@"', "sh"]
+    if subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file for a process of its own")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
+    ranks = []
+    for rank, local_rank, machine in ((0, 0, []), (1, 1, []), (2, 0, elsewhere)):
+        environ = clean_environment(tmp_path, **address, RANK=str(rank), LOCAL_RANK=str(local_rank))
+        ranks.append(subprocess.Popen([*machine, sys.executable, REPORT_RANK, "cpu", tmp_path], env=environ))
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text())["ranks_here"] for rank in range(3)] == [2, 2, 1]
 
 
 MEET_FAULTS = """

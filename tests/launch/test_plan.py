@@ -107,6 +107,22 @@ def test_a_cache_that_is_too_small_for_both_sets(configure, fashion_shards, tmp_
     make_plan(configure(places[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
 
 
+def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, command, small_config, tmp_path):
+    """Evaluation needs room for each of them, and none for the ranks of other machines."""
+    train, val = (f"data.{part}={scheme}{many_shards}" for part, scheme in (("train", ""), ("val", "file://")))
+    gib = 8.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30
+    options = train, val, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}", "optimizer.global_batch=16"
+    make_plan(configure(*options), rank=0, ranks=8, ranks_here=2)
+    with pytest.raises(ValueError, match=r"a cache of .* GiB is too small, data.val needs .* GiB at a time"):
+        make_plan(configure(*options), rank=0, ranks=8)
+    plan = "-m", "launch.plan", "--config", small_config, "--ranks", "8", f"output={tmp_path / 'run'}", *options
+    assert "data.val needs" in command(*plan).stderr
+    assert command(*plan, "--machines", "4").returncode == 0
+    assert (
+        "8 ranks are not spread evenly over 3 machines; use a divisor of 8" in command(*plan, "--machines", "3").stderr
+    )
+
+
 def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     options = cache_options(None, 1.5)
