@@ -68,7 +68,7 @@ class DataSection(Section):
     val: Place  # the same, for evaluation
     order: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
     window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
-    cache: Path | None = None  # this machine's folder for remote shards; null: one beside other temporary files
+    cache: Path | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
     max_broken: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width

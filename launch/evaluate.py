@@ -115,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
     add("--data", required=True, help="a folder written by python -m dataio.pack, or the URL of a copy")
-    add("--cache", type=Path, help="this machine's folder for remote shards (default: beside other temporary files)")
+    add("--cache", type=Path, help="this machine's folder for remote shards (default: one of your own)")
     add("--cache-gib", type=float, default=64, help="size that it may reach (default 64)")
     add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
     add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
@@ -137,7 +137,7 @@ def prepare(
     ranks_here: those on this rank's machine, which share a cache.
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
-    cache = cache_options(arguments.cache, arguments.cache_gib)
+    cache = cache_options(arguments.cache, arguments.cache_gib, arguments.data)
     manifest = open_data(arguments.data, cache)
     if manifest.remote:
         require_room(cache, {manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})

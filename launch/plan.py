@@ -5,6 +5,7 @@ python -m launch.plan --config configs/X.yaml [--ranks N] [--machines N] [key=va
 
 import argparse
 import os
+import stat
 import sys
 import tempfile
 from dataclasses import dataclass, fields
@@ -87,7 +88,7 @@ def deal_batches(config: Config, rank: int, ranks: int) -> TrainPlan:
 
 def open_both(data: DataSection, batches: TrainPlan, ranks_here: int) -> tuple[Manifest, Manifest]:
     """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
-    cache = cache_options(data.cache, data.cache_gib)
+    cache = cache_options(data.cache, data.cache_gib, data.train, data.val)
     train, val = open_data(data.train, cache), open_data(data.val, cache)
     needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
     if val.remote:
@@ -96,10 +97,38 @@ def open_both(data: DataSection, batches: TrainPlan, ranks_here: int) -> tuple[M
     return train, val
 
 
-def cache_options(folder: Path | None, gib: float) -> CacheOptions:
-    """Where remote shards go: into `folder`, or one of this user's own beside other temporary files."""
-    default = Path(tempfile.gettempdir()) / f"polaformer-shards-{os.getuid()}"
-    return CacheOptions(folder or default, int(gib * 2**30))
+def cache_options(folder: Path | None, gib: float, *places: str) -> CacheOptions:
+    """Where those of these data sets go that are remote: into `folder`, or one of this user's own.
+
+    Raises ValueError or RuntimeError if that one is needed and is not theirs alone to write to.
+    """
+    if folder is None:
+        folder = _own_folder()
+        if any(is_url(place) for place in places):
+            _require_own(folder)
+    return CacheOptions(folder, int(gib * 2**30))
+
+
+def _own_folder() -> Path:
+    """In the user's folder for caches if one is set, else among temporary files: home may be small, and far away."""
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen) / "polaformer-shards"
+    return Path(tempfile.gettempdir()) / f"polaformer-shards-{os.getuid()}"
+
+
+def _require_own(folder: Path) -> None:
+    """Makes the folder. What lies in it is trusted: nobody else may have made it, or may write to it."""
+    remedy = "name a folder of your own with data.cache, --cache"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"cannot keep remote shards in {folder}: {error.strerror}; {remedy}") from error
+    for owner in (folder.lstat().st_uid, folder.stat().st_uid):  # of a link, and of what it leads to
+        if owner != os.getuid():
+            raise ValueError(f"{folder}, the default for remote shards, belongs to user {owner}; {remedy}")
+    if folder.stat().st_mode & stat.S_IWOTH:
+        raise ValueError(f"{folder}, the default for remote shards, may be written to by every user; {remedy}")
 
 
 def image_options(data: DataSection) -> ImageOptions:

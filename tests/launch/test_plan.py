@@ -125,9 +125,46 @@ def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, com
 
 def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    options = cache_options(None, 1.5)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    options = cache_options(None, 1.5, "/data", "https://host/data")
     assert options.folder == tmp_path / f"polaformer-shards-{os.getuid()}"
+    assert options.folder.stat().st_mode & 0o777 == 0o700
     assert options.limit_bytes == 1.5 * 2**30
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    assert cache_options(None, 1.5, "/data").folder == tmp_path / "caches" / "polaformer-shards"
+    assert not (tmp_path / "caches").exists()
+
+
+@pytest.mark.parametrize("fault", ["writable", "file", "foreign", "foreign link"])
+def test_a_default_folder_that_others_made(command, small_config, tmp_path, fault):
+    """Nothing is fetched into it, and nobody asks whose it is where all data are on a local disk."""
+    folder = tmp_path / f"polaformer-shards-{os.getuid()}"
+    message = f"{folder}, the default for remote shards, belongs to user 12345; name"
+    if fault == "writable":
+        folder.mkdir()
+        folder.chmod(0o777)
+        message = f"{folder}, the default for remote shards, may be written to by every user; name"
+    elif fault == "file":
+        folder.write_text("")
+        message = f"cannot keep remote shards in {folder}: File exists; name"
+    elif os.getuid() != 0:
+        pytest.skip("needs the right to give a folder away")
+    elif fault == "foreign":
+        folder.mkdir()
+        os.chown(folder, 12345, 12345)
+    else:
+        folder.symlink_to(tmp_path)
+        os.lchown(folder, 12345, 12345)
+    before = list(tmp_path.rglob("*"))
+    plan = "-m", "launch.plan", "--config", small_config, f"output={tmp_path / 'run'}"
+    where = {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
+    refused = command(*plan, f"data.train=file://{tmp_path}/none", **where)
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        f"error: {message} a folder of your own with data.cache, --cache\n",
+    )
+    assert list(tmp_path.rglob("*")) == before
+    assert command(*plan, **where).returncode == 0
 
 
 def test_a_remote_folder_that_is_not_there(command, small_config, tmp_path):
