@@ -1,7 +1,8 @@
 """A picture of what is packed: `python -m dataio.show TARGET [--augmented] --out grid.png`.
 
-The samples that a training run with this seed sees first, with their classes; with --augmented also what
-pipeline.py and augment.py make of them by default: the authors' recipe.
+The samples that a training run with this seed sees first, if its order is that of the whole data set, with their
+classes; with --augmented also what pipeline.py and augment.py make of them by default: the authors' recipe. TARGET
+may be a URL: its shards are fetched into --cache.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dataio.cache import open_shards
+from dataio.cache import open_data, open_shards
 from dataio.index import Manifest, load_manifest, samples_at
+from dataio.remote import CacheOptions, is_url, shown
 
 _COLUMNS = 8
 _TILE_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.3, 100
@@ -37,6 +39,7 @@ def stored_pictures(manifest: Manifest, samples: np.ndarray) -> list[Picture]:
     with closing(open_shards(manifest)) as shards:
         for sample in samples:
             row = manifest.samples[sample]
+            shards.hold([int(row["shard"])])
             try:
                 pixels = np.asarray(Image.open(io.BytesIO(shards.read(sample))).convert("RGB"))
             except Exception as error:  # PIL raises whatever its plugins raise
@@ -99,14 +102,26 @@ def draw_grid(rows: list[list[Picture]]) -> Figure:
     return figure
 
 
-def show(target: Path, count: int, augmented: bool = False, size: int = 224, seed: int = 0) -> Figure:
+def show(
+    target: str | Path,
+    count: int,
+    augmented: bool = False,
+    size: int = 224,
+    seed: int = 0,
+    cache: CacheOptions | None = None,
+) -> Figure:
     """A grid of the first samples of a run; with `augmented`, each row of them above what is trained on.
 
-    Raises as load_manifest does, ValueError if an option has no meaning.
+    cache: for what is fetched of a target that is a URL. Raises as open_data does, ValueError if an option has no
+    meaning or is missing.
     """
     if count < 1:
         raise ValueError(f"--count is {count}; use 1 or more")
-    manifest = load_manifest(target)
+    if is_url(target) and cache is None:
+        raise ValueError(
+            f"{shown(str(target))} is far away; name a folder for the shards that are fetched with --cache"
+        )
+    manifest = open_data(target, cache) if cache else load_manifest(target)
     count = min(count, len(manifest))
     if augmented:
         count += count % 2  # images are mixed in pairs
@@ -123,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dataio.show",
         description="Draws a grid of packed samples with their classes: the first that a run with this seed sees.",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder with a manifest.json")
+    parser.add_argument("target", metavar="TARGET", help="folder with a manifest.json, or the URL of a copy")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture to write, like grid.png")
     parser.add_argument(
         "--augmented",
@@ -133,9 +148,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--size", type=int, default=224, help="pixels of an augmented image's side (default: 224)")
     parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
+    parser.add_argument("--cache", metavar="FOLDER", type=Path, help="for what is fetched, where TARGET is a URL")
+    parser.add_argument("--cache-gib", metavar="N", type=float, default=64, help="size it may reach (default: 64)")
     arguments = parser.parse_args(argv)
+    cache = CacheOptions(arguments.cache, int(arguments.cache_gib * 2**30)) if arguments.cache else None
     try:
-        figure = show(arguments.target, arguments.count, arguments.augmented, arguments.size, arguments.seed)
+        figure = show(arguments.target, arguments.count, arguments.augmented, arguments.size, arguments.seed, cache)
         figure.savefig(arguments.out)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Checks packed folders: `python -m dataio.verify TARGET` lists every fault, or says that there is none.
 
 Everything is read again: sizes and sha256 of all files, and each shard's members against its .idx and its rows
-in samples.npy; with --decode every image too. What only costs a look, load_manifest checks at the start of each run.
+in samples.npy; with --decode every image too. All this is of a folder: what comes from a URL is checked as it comes,
+against the same sha256. What only costs a look, load_manifest checks at the start of each run.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 from dataio.files import sha256_of
 from dataio.images import check_image
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
+from dataio.remote import is_url, shown
 from dataio.terminal import progress_bar
 from dataio.workers import available_cores, worker_pool
 
@@ -221,13 +223,18 @@ def main(argv: list[str] | None = None) -> int:
         description="Checks a folder that dataio.pack wrote: every file's size and sha256, and that shards, indices"
         " and sample table fit together. Exit status 1 if anything is wrong.",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder with a manifest.json")
+    parser.add_argument("target", metavar="TARGET", help="folder with a manifest.json")
     parser.add_argument("--decode", action="store_true", help="decode every image too, to the last pixel")
     parser.add_argument("--workers", type=int, default=0, help="number of processes (default: one per core)")
     arguments = parser.parse_args(argv)
     if arguments.workers < 0:
         parser.error(f"--workers is {arguments.workers}; use 1 or more, or 0 for one per core")
-    target, start = arguments.target, time.monotonic()
+    if is_url(arguments.target):
+        parser.error(
+            f"{shown(arguments.target)} is far away and a folder is checked; name the one it was copied from, or a copy"
+            " of it here (of what training fetches, each file's sha256 is checked)"
+        )
+    target, start = Path(arguments.target), time.monotonic()
     try:
         faults = verify(target, arguments.decode, arguments.workers)
     except KeyboardInterrupt:

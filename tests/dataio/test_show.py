@@ -112,6 +112,21 @@ def test_a_broken_image_is_named(shards, tmp_path, capsys):
     assert not (tmp_path / "grid.png").exists()
 
 
+def test_shards_far_away(http_server, many_shards, tmp_path, capsys):
+    """They are drawn as those on a local disk are, out of a cache that never holds more than one of them in use."""
+    near, far, cache = tmp_path / "near.png", tmp_path / "far.png", tmp_path / "cache"
+    url, options = f"{http_server(many_shards).url}/?token=hush", ["--count", "12", "--seed", "3"]
+    gib = str(2.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30)
+    assert main([url, "--out", str(far), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("/?… is far away; name a folder for the shards that are fetched with --cache\n")
+    assert main([url, "--out", str(far), *options, "--cache", str(cache), "--cache-gib", gib]) == 0
+    assert main([str(many_shards), "--out", str(near), *options]) == 0
+    with Image.open(near) as one, Image.open(far) as other:
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    assert main([url, "--out", str(far), *options, "--augmented", "--size", "32", "--cache", str(cache)]) == 0
+
+
 def test_no_manifest(tmp_path, capsys):
     assert main([str(tmp_path), "--out", str(tmp_path / "grid.png")]) == 2
     assert capsys.readouterr().err.startswith(f"error: no manifest.json in {tmp_path}")

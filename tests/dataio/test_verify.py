@@ -317,3 +317,12 @@ def test_all_faults_are_listed(copy):
         f"shard-000001.tar: its bytes changed (the manifest has another sha256); {REMEDY}",
         f"shard-000002.idx: missing; {REMEDY}",
     ]
+
+
+def test_a_url_is_no_folder(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["https://ann:hush@host/set"])
+    message = (
+        "error: https://…@host/set is far away and a folder is checked; name the one it was copied from, or a copy"
+    )
+    assert message in capsys.readouterr().err
