@@ -92,6 +92,39 @@ class TrainPlan:
         return step * self.global_batch + (part * self.ranks + self.rank) * self.batch
 
 
+@dataclass(frozen=True)
+class _TrainRequests:
+    """What a rank asks pipeline.py for. It does not know the loader, which would else live as long as the pipeline."""
+
+    manifest: Manifest
+    options: ImageOptions
+    plan: TrainPlan
+    order: Order
+
+    def from_micro_step(self, micro_step: int) -> Iterator[Request]:
+        plan = self.plan
+        for number in itertools.count(micro_step):
+            first = plan.first_position(number)
+            samples = self.order.samples_at(np.arange(first, first + plan.batch))
+            shards: tuple[int, ...] = ()
+            if self.manifest.remote:
+                step = number // plan.accumulation * plan.global_batch  # alike on all ranks, which share a cache
+                shards = self.order.shards_ahead(step, step + plan.global_batch - 1)
+            yield self._request(first, samples, shards)
+
+    def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> Request:
+        draws = draws_at(self.plan.seed, first, len(samples), self.options.draws_per_image)
+        return Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options), shards)
+
+    def replace(self, request: Request, replaced: list[Replaced]) -> Request:
+        """The request with stand-ins, each looked at with its position's draws."""
+        samples = request.samples.copy()
+        for broken in replaced:
+            samples[broken.place] = broken.by
+        mended = self._request(request.position, samples, request.shards)
+        return mended._replace(replaced=(*request.replaced, *replaced))
+
+
 class TrainLoader:
     """An endless iterator of this rank's batches, which can be set to any step of the run in no time.
 
@@ -113,9 +146,10 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            requests = self._requests(self._micro_step)
-            replace = self._replace if self.plan.max_broken else None
-            self._batches = _batches(self.manifest, self.options, requests, self.plan.batch, self.device, replace)
+            requests = _TrainRequests(self.manifest, self.options, self.plan, self._order)
+            replace = requests.replace if self.plan.max_broken else None
+            coming = requests.from_micro_step(self._micro_step)
+            self._batches = _batches(self.manifest, self.options, coming, self.plan.batch, self.device, replace)
         try:
             batch = next(self._batches)
             self._count(batch)
@@ -142,6 +176,10 @@ class TrainLoader:
         step = max(0, self._micro_step - 1) // self.plan.accumulation
         return len(self._broken.get(step * self.plan.global_batch // len(self.manifest), []))
 
+    def close(self) -> None:
+        """Lets go of shards, and of what fetches and decodes ahead; a further next() goes on from the same batch."""
+        self._batches = None
+
     def restore(self, state: dict[str, int | str]) -> None:
         """Goes to where `state` was taken, at no cost; ranks and accumulation may be others than then.
 
@@ -162,30 +200,8 @@ class TrainLoader:
                     f" set it back to {state[name]}, or start a new run"
                 )
         self._micro_step = state["samples_seen"] // self.plan.global_batch * self.plan.accumulation
-        self._batches, self._broken = None, {}
-
-    def _requests(self, micro_step: int) -> Iterator[Request]:
-        plan = self.plan
-        for number in itertools.count(micro_step):
-            first = plan.first_position(number)
-            samples = self._order.samples_at(np.arange(first, first + plan.batch))
-            shards: tuple[int, ...] = ()
-            if self.manifest.remote:
-                step = number // plan.accumulation * plan.global_batch  # alike on all ranks, which share a cache
-                shards = self._order.shards_ahead(step, step + plan.global_batch - 1)
-            yield self._request(first, samples, shards)
-
-    def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> Request:
-        draws = draws_at(self.plan.seed, first, len(samples), self.options.draws_per_image)
-        return Request(first, samples, train_views(self.manifest.samples[samples], draws, self.options), shards)
-
-    def _replace(self, request: Request, replaced: list[Replaced]) -> Request:
-        """The request with stand-ins, each looked at with its position's draws."""
-        samples = request.samples.copy()
-        for broken in replaced:
-            samples[broken.place] = broken.by
-        mended = self._request(request.position, samples, request.shards)
-        return mended._replace(replaced=(*request.replaced, *replaced))
+        self.close()
+        self._broken = {}
 
     def _count(self, batch: Batch) -> None:
         """Raises RuntimeError, naming them, if an epoch has more broken images than are allowed."""

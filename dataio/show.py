@@ -63,7 +63,8 @@ def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> 
     device = torch.device("cpu")
     options, mix = ImageOptions(image_size=size), MixOptions()
     augment = Augment(mix, len(manifest.classes), seed, count, device)
-    images, targets = augment(next(TrainLoader(manifest, options, TrainPlan(seed, count), device)))
+    with closing(TrainLoader(manifest, options, TrainPlan(seed, count), device)) as loader:
+        images, targets = augment(next(loader))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))
     levels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     smoothed = mix.label_smoothing / len(manifest.classes)

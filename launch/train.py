@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             plan = make_plan(config, rank, place.ranks, ranks_here)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
         run = prepare(config, plan, device)
-        with contextlib.closing(run.monitor):
+        with contextlib.closing(run.monitor), contextlib.closing(run.loader):
             train(run, augment)
     except Refusal as refusal:
         stop()
