@@ -78,7 +78,8 @@ def decode_batches(
 
     nvJPEG decodes on a CUDA device, libjpeg on the CPU. While the caller has a batch, `prefetch_batches` more are
     under way. A request holds 1 to `max_batch` samples. With `replace`, a broken image gives way to the next sample
-    of its shard that can be decoded, and the request that comes back says so. Raises RuntimeError, naming the
+    of its shard that can be decoded, and the request that comes back says so. `requests` must not refer to what holds
+    this iterator: DALI keeps them, where Python cannot see that both are garbage. Raises RuntimeError, naming the
     sample, if an image cannot be read, or cannot be decoded and is not to be replaced; no batch follows then.
     """
     with closing(open_shards(manifest)) as shards:
