@@ -170,6 +170,9 @@ class ShardCache:
                 self._queue.appendleft(shard)
                 self._changed.notify()
             held = self._held[shard]
+        error = held.file.exception()  # waits
+        if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
+            raise RuntimeError(str(error)) from error
         return read_sample(self._manifest, sample, held.file.result())
 
     def close(self) -> None:
