@@ -1,6 +1,7 @@
 """Augmentation repeats to the bit whatever ran before, and its targets say what is in the images."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ GPU = pytest.param(
     ],
 )
 OFF = MixOptions(erase_probability=0, mixup=0, cutmix=0)
-ONLY_MIX = MixOptions(erase_probability=0)
+ONLY_MIX = MixOptions(erase_probability=0, mix_group=16)
 POSITIONS = range(0, 40 * 16, 16)
 
 
@@ -82,16 +83,21 @@ def test_other_positions_and_seeds_give_others(photographs):
     assert not torch.equal(images[0], images[2])
 
 
+def partners(rows: torch.Tensor) -> torch.Tensor:
+    """Of each its neighbour: the second of the first pair, the first of it, the second of the second pair …"""
+    return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+
 def share_of(targets: torch.Tensor, labels: torch.Tensor, smoothing: float) -> float:
     """How much of each image is its own, read off the targets of a pair with different labels."""
-    pair = int((labels != labels.flip(0)).nonzero()[0])
+    pair = int((labels != partners(labels)).nonzero()[0])
     return float((targets[pair, labels[pair]] - smoothing / CLASSES) / (1 - smoothing))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_mixup_and_cutmix_both_occur_and_the_targets_say_in_which_shares(photographs, device):
     plain, labels = photographs.images.to(device), photographs.labels.to(device)
-    partner = plain.flip(0)
+    partner = partners(plain)
     cut = 0
     for position in POSITIONS:
         images, targets = augment(ONLY_MIX, device=device)(at(photographs, position, device))
@@ -120,21 +126,21 @@ def test_without_mixing_the_targets_are_smoothed_and_the_images_untouched(photog
 @pytest.mark.parametrize(
     ("options", "cuts"),
     [
-        (MixOptions(0, mixup=0), True),
-        (MixOptions(0, cutmix=0), False),
-        (MixOptions(0, switch_probability=1), True),
-        (MixOptions(0, switch_probability=0), False),
+        ({"mixup": 0}, True),
+        ({"cutmix": 0}, False),
+        ({"switch_probability": 1}, True),
+        ({"switch_probability": 0}, False),
     ],
 )
 def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
-    partner = photographs.images.flip(0)
+    partner = partners(photographs.images)
     for position in POSITIONS[:10]:
-        images, _ = augment(options)(at(photographs, position))
+        images, _ = augment(replace(ONLY_MIX, **options))(at(photographs, position))
         assert ((images == photographs.images) | (images == partner)).all().item() == cuts
 
 
 def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
-    options = MixOptions(erase_probability=0, mix_probability=0.3, label_smoothing=0.4)
+    options = replace(ONLY_MIX, mix_probability=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
     for position in POSITIONS:
@@ -150,22 +156,47 @@ def test_an_odd_batch_cannot_be_mixed():
         augment(MixOptions(), batch=7)
 
 
+@pytest.mark.parametrize("group", [1, 15])
+def test_images_of_a_group_can_be_paired(group):
+    with pytest.raises(ValueError, match=f"mix_group is {group}; images are mixed in pairs, use an even number"):
+        MixOptions(mix_group=group)
+
+
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-def test_an_image_is_erased_alike_on_any_number_of_ranks(photographs, device, ranks):
-    options = MixOptions(mixup=0, cutmix=0)
-    for position in POSITIONS[:4]:
-        whole = at(photographs, position, device)
-        parts = [
-            Batch(images.clone(), labels, whole.samples, position + rank * 16 // ranks)
-            for rank, (images, labels) in enumerate(
-                zip(whole.images.chunk(ranks), whole.labels.chunk(ranks), strict=True)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_images_and_targets_are_the_same_bits_on_any_number_of_ranks(photographs, device, ranks):
+    """In steps of 48 images. No rank's batch is a group of 10; some begin or end within one, some hold several."""
+    images, labels = (torch.cat([field] * 3).to(device) for field in (photographs.images, photographs.labels))
+    options, share = MixOptions(mix_group=10), 48 // ranks
+    for first in range(0, 20 * 48, 48):
+        got = [
+            augment(options, device=device, batch=share)(
+                Batch(images[place : place + share].clone(), labels[place : place + share], None, first + place)
             )
+            for place in range(0, 48, share)
         ]
-        expected = augment(options, device=device)(whole)
-        got = [augment(options, device=device, batch=16 // ranks)(part) for part in parts]
-        for of_whole, of_parts in zip(expected, zip(*got, strict=True), strict=True):
-            assert torch.equal(of_whole, torch.cat(of_parts))
+        of_pairs = [
+            augment(options, device=device, batch=2)(
+                Batch(images[place : place + 2].clone(), labels[place : place + 2], None, first + place)
+            )
+            for place in range(0, 48, 2)
+        ]
+        for of_ranks, expected in zip(zip(*got, strict=True), zip(*of_pairs, strict=True), strict=True):
+            assert torch.equal(torch.cat(of_ranks), torch.cat(expected))
+
+
+def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
+    """Of 8 images, so that a batch has two groups. Mixup's shares are of any size, boxes of cutmix may be equal."""
+    mixup, shares = augment(replace(ONLY_MIX, cutmix=0, mix_group=8)), []
+    for position in POSITIONS:
+        _, targets = mixup(at(photographs, position))
+        for group in (slice(0, 8), slice(8, 16)):
+            pairs = photographs.labels[group] != partners(photographs.labels[group])
+            own = targets[group].gather(1, photographs.labels[group, None])[pairs]
+            assert len(own) > 0
+            assert (own == own[0]).all()
+            shares.append(own[0].item())
+    assert len(set(shares)) == len(shares)
 
 
 def test_a_quarter_of_the_images_loses_a_rectangle_to_noise(photographs):

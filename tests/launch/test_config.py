@@ -271,5 +271,6 @@ def test_the_official_recipe(name):
     assert data.rand_augment.model_dump() == {"magnitude": 9, "spread": 0.5, "layers": 2, "probability": 0.5}
     assert (data.mixup, data.cutmix, data.label_smoothing) == (0.8, 1.0, 0.1)
     assert (data.mix_probability, data.switch_probability) == (1.0, 0.5)
+    assert data.mix_group == optimizer.global_batch / 8, "a GPU's batch"
     assert (data.erase_probability, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (config.model.drop_path_rate, config.model.num_classes) == (None, None)

@@ -33,6 +33,7 @@ def test_what_dataio_is_told(configure):
         *("data.recipe=three-augment", "data.color_jitter=0.2", "data.mixup=0.3"),
         *("data.rand_augment={magnitude: 7, spread: 1, layers: 3, probability: 0.4}", "data.switch_probability=0.9"),
         *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase_probability=0.15"),
+        "data.mix_group=6",
     )
     images, mixing = image_options(config.data), mix_options(config.data)
     assert (images.image_size, images.eval_resize, images.eval_crop_fraction) == (64, "short", 0.9)
@@ -41,7 +42,7 @@ def test_what_dataio_is_told(configure):
     assert (images.mean, images.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert (images.recipe, images.color_jitter) == ("three-augment", 0.2)
     assert images.rand_augment == RandAugment(magnitude=7, spread=1, layers=3, probability=0.4)
-    assert mixing.switch_probability == 0.9
+    assert (mixing.switch_probability, mixing.mix_group) == (0.9, 6)
     assert (mixing.mixup, mixing.cutmix, mixing.mix_probability) == (0.3, 0.7, 0.6)
     assert (mixing.label_smoothing, mixing.erase_probability) == (0.05, 0.15)
 
