@@ -153,37 +153,45 @@ def _open_system(address: str, patience: Patience) -> tuple[fsspec.AbstractFileS
     Its retries are left to us, as far as they can be; the user's own settings in fsspec's configuration win.
     """
     protocol = address.partition("://")[0]
+    seconds = patience.silent_seconds
     ours: dict[str, Any] = {}
     if protocol in ("http", "https"):
-        import aiohttp
-
-        seconds = patience.silent_seconds
-        ours["client_kwargs"] = {
-            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds),
-        }
+        ours["client_kwargs"] = {"timeout": _aiohttp_timeout(seconds)}
+    elif protocol in ("gs", "gcs"):
+        ours["requests_timeout"] = _aiohttp_timeout(seconds)
     elif protocol in ("s3", "s3a"):
-        ours["config_kwargs"] = {
-            "connect_timeout": patience.silent_seconds,
-            "read_timeout": patience.silent_seconds,
-            "retries": {"max_attempts": 1},
-        }
+        ours["config_kwargs"] = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 1}}
     configured = fsspec.config.conf.get(protocol, {})
     return fsspec.url_to_fs(address, **{name: value for name, value in ours.items() if name not in configured})
+
+
+def _aiohttp_timeout(seconds: float) -> Any:
+    """For a server that sends nothing; one that goes on sending may take its time."""
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt may go better."""
     if isinstance(error, ImportError | FileNotFoundError | PermissionError) or not isinstance(error, Exception):
         return False
-    return getattr(error, "status", None) not in _REFUSED_STATUS
+    return _http_status(error) not in _REFUSED_STATUS
+
+
+def _http_status(error: Exception) -> int | None:
+    """As far as the error says."""
+    if str(error).startswith("Forbidden"):  # gcsfs keeps nothing else of it
+        return 403
+    return getattr(error, "status", None) or getattr(error, "code", None)
 
 
 def _describe(error: Exception, patience: Patience) -> str:
     """Fault and remedy."""
     fault = shown(" ".join(str(error).split())) or type(error).__name__
-    if isinstance(error, FileNotFoundError) or getattr(error, "status", None) in (404, 410):
+    if isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"
-    if isinstance(error, PermissionError) or getattr(error, "status", None) in (400, 401, 403):
+    if isinstance(error, PermissionError) or _http_status(error) in (400, 401, 403):
         return f"access was refused ({fault}); check the credentials"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return (

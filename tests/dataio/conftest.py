@@ -201,3 +201,34 @@ def s3_url(s3_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
         return f"s3://{bucket}/set"
 
     return upload
+
+
+@pytest.fixture(scope="session")
+def gs_endpoint() -> Iterator[str]:
+    """A server that speaks Google's storage API."""
+    from gcp_storage_emulator.server import create_server
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True)
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def gs_url(gs_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
+    """Returns a function: copies a folder's files to a bucket; the URL under which they are then."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gs_endpoint)
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud.storage import Client
+
+    client = Client(project="test", credentials=AnonymousCredentials())
+
+    def upload(folder: Path) -> str:
+        bucket = client.create_bucket(f"bucket-{abs(hash(str(tmp_path)))}")
+        for path in folder.iterdir():
+            bucket.blob(f"set/{path.name}").upload_from_filename(path)
+        return f"gs://{bucket.name}/set"
+
+    return upload

@@ -100,9 +100,10 @@ def no_thread_is_left() -> Iterator[None]:
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", ["http", "s3", "file"])
-def test_training_from_afar_is_training_from_disk(http_server, s3_url, far, cache, local, expected, kind):
-    url = {"http": lambda: http_server(far).url, "s3": lambda: s3_url(far), "file": far.as_uri}[kind]()
+@pytest.mark.parametrize("kind", ["http", "s3", "gs", "file"])
+def test_training_from_afar_is_training_from_disk(http_server, s3_url, gs_url, far, cache, local, expected, kind):
+    servers = {"http": lambda far: http_server(far).url, "s3": s3_url, "gs": gs_url, "file": Path.as_uri}
+    url = servers[kind](far)
     manifest = open_data(f"{url}/", cache)
     assert (manifest.hash, manifest.place) == (local.hash, url)
     assert list(cached(cache)) == [SAMPLES_NAME]

@@ -1,4 +1,4 @@
-"""Files fetched from real servers over HTTP and S3 that are slow, fail, break off, lie, or are gone."""
+"""Files fetched from real servers, over HTTP, S3 and GCS, that are slow, fail, break off, lie, or are gone."""
 
 import hashlib
 import shutil
@@ -49,9 +49,11 @@ def test_over_http_and_from_files(http_server, folder, tmp_path):
         assert read_remote(remote(url, tmp_path), "shard.tar") == CONTENT
 
 
-def test_over_s3(s3_url, folder, tmp_path):
-    assert fetch_shard(remote(s3_url(folder), tmp_path), tmp_path) == CONTENT
-    assert read_remote(remote(s3_url(folder), tmp_path), "shard.tar") == CONTENT
+@pytest.mark.parametrize("bucket", ["s3_url", "gs_url"])
+def test_from_buckets(request, bucket, folder, tmp_path):
+    url = request.getfixturevalue(bucket)(folder)
+    assert fetch_shard(remote(url, tmp_path), tmp_path) == CONTENT
+    assert read_remote(remote(url, tmp_path), "shard.tar") == CONTENT
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "half", "half unsaid", "wrong", "empty", "silent"])
@@ -105,6 +107,15 @@ def test_what_asking_again_does_not_change_is_asked_once(http_server, folder, tm
     assert server.requests == ["shard.tar"]
 
 
+def test_a_bucket_that_refuses_is_asked_once(http_server, folder, tmp_path, monkeypatch):
+    server = http_server(folder)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    server.faults["shard.tar?alt=media"] = server.faults["shard.tar"] = ["403"] * 9
+    with pytest.raises(RuntimeError, match=r"gs://bucket/shard.tar: access was refused \(Forbidden.*; check the cred"):
+        fetch_shard(remote("gs://bucket", tmp_path), tmp_path)
+    assert len(server.requests) == 1
+
+
 SECRETS = [("http://ann:hush@{}/set", "http://…@{}/set"), ("http://{}/set/?sig=hush&to=hush", "http://{}/set/?…")]
 
 
@@ -137,12 +148,15 @@ def test_what_is_shown_of_texts_with_urls():
 CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest
 
 
-@pytest.mark.parametrize("kind", ["http", "http unsaid", "s3", "file"])
-def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, s3_url, folder, tmp_path, kind):
+@pytest.mark.parametrize("kind", ["http", "http unsaid", "s3", "gs", "file"])
+def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(
+    http_server, s3_url, gs_url, folder, tmp_path, kind
+):
     (folder / "shard.tar").write_bytes(bytes(20 * CHUNK))
     server = http_server(folder)
     server.faults["shard.tar"] = ["whole unsaid"] * 9 if kind == "http unsaid" else []
-    url = {"s3": lambda: s3_url(folder), "file": folder.as_uri}.get(kind, lambda: server.url)()
+    others = {"s3": lambda: s3_url(folder), "gs": lambda: gs_url(folder), "file": folder.as_uri}
+    url = others.get(kind, lambda: server.url)()
     target = tmp_path / "shard.tar"
     with pytest.raises(RuntimeError, match=r"it has \d+ bytes or more, by the manifest at most 1024000, attempts: 3; "):
         fetch(remote(url, tmp_path), "shard.tar", target, len(CONTENT), SHA256, threading.Event())
@@ -150,16 +164,18 @@ def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, 
     assert left <= (len(CONTENT) + CHUNK if kind == "http unsaid" else 0)
 
 
-def test_nothing_there(http_server, s3_url, folder, tmp_path):
-    for url in (http_server(folder).url, s3_url(folder), folder.as_uri()):
+def test_nothing_there(http_server, s3_url, gs_url, folder, tmp_path):
+    for url in (http_server(folder).url, s3_url(folder), gs_url(folder), folder.as_uri()):
         with pytest.raises(RuntimeError, match=f"cannot fetch {url}/other: it is not there; check the address"):
             read_remote(remote(url, tmp_path), "other")
 
 
-def test_a_bucket_that_is_not_there(s3_url, folder, tmp_path):
-    s3_url(folder)
-    with pytest.raises(RuntimeError, match="cannot fetch s3://nobodys/shard.tar: it is not there; check the address"):
-        fetch_shard(remote("s3://nobodys", tmp_path), tmp_path)
+@pytest.mark.parametrize("bucket", ["s3_url", "gs_url"])
+def test_a_bucket_that_is_not_there(request, bucket, folder, tmp_path):
+    protocol, _, _ = request.getfixturevalue(bucket)(folder).partition("://")
+    url = f"{protocol}://nobodys"
+    with pytest.raises(RuntimeError, match=f"cannot fetch {url}/shard.tar: it is not there; check the address"):
+        fetch_shard(remote(url, tmp_path), tmp_path)
 
 
 def test_no_server(http_server, folder, tmp_path):
@@ -200,24 +216,23 @@ def test_a_protocol_that_nobody_knows(tmp_path):
 WITHOUT = """
 import sys
 from pathlib import Path
-sys.modules.update(dict.fromkeys(("gcsfs", "s3fs", "aiohttp")))  # importing them fails as if they were not installed
+sys.modules[sys.argv[1]] = None  # importing it fails as if it were not installed
 from dataio.remote import CacheOptions, Remote, read_remote
 
-for protocol in ("gs", "s3", "https"):
-    try:
-        read_remote(Remote(f"{protocol}://h/a", CacheOptions(Path(), 0)), "x")
-    except RuntimeError as error:
-        print(error)
+try:
+    read_remote(Remote(f"{sys.argv[2]}://h/a", CacheOptions(Path(), 0)), "x")
+except RuntimeError as error:
+    print(error)
 """
 
 
-def test_protocols_whose_packages_are_missing():
-    said = subprocess.run(
-        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    for line, protocol, package in zip(
-        said.splitlines(), ("gs", "s3", "https"), ("gcsfs", "s3fs", "aiohttp"), strict=True
-    ):
-        assert line.startswith(f"cannot read {protocol}://h/a/x: {protocol}:// needs another package (")
-        assert package in line
-        assert line.endswith("); pip install aiohttp gcsfs s3fs tenacity")
+@pytest.mark.parametrize(
+    ("package", "protocol"),
+    [("gcsfs", "gs"), ("s3fs", "s3"), ("aiohttp", "https"), ("tenacity", "https"), ("tenacity", "file")],
+)
+def test_a_package_that_is_missing(package, protocol):
+    command = [sys.executable, "-c", WITHOUT, package, protocol]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.startswith(f"cannot read {protocol}://h/a/x: {protocol}:// needs another package (")
+    assert package in said.partition("(")[2].partition(")")[0]
+    assert said.endswith("); pip install aiohttp gcsfs s3fs tenacity\n")
