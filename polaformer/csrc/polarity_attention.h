@@ -16,11 +16,12 @@
 
 namespace polaformer {
 
-constexpr float kEpsilon = 1e-6f;
+// In double, for the CPU's float64: where all else in a normalizer vanishes, a rounded epsilon shows in every digit.
+constexpr double kEpsilon = 1e-6;
 constexpr float kFreeExponent = 20.f;  // the shift brings larger ones down to this
 constexpr float kLeastNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
-constexpr float kLeastGradientNormalizer = 1e-8f;
-constexpr float kLargestNormalizerGradient = 1e25f;
+constexpr double kLeastGradientNormalizer = 1e-8;
+constexpr double kLargestNormalizerGradient = 1e25;
 constexpr int kMaxHeadWidth = 128;
 
 // The integer type as wide as F, which may wrap around; the CPU kernels add their vector types.

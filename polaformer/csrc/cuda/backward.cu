@@ -160,8 +160,9 @@ struct QueryGrads {
     }
     write_row(shared.sums, values, plus);
     __syncthreads();
-    const float normalizer = read_rows(shared.sums, plus) + (kShifted ? shifted_epsilon(token_shift) : kEpsilon);
-    const float inverse = reciprocal(fmaxf(normalizer, kLeastGradientNormalizer));
+    const float epsilon = kShifted ? shifted_epsilon(token_shift) : float(kEpsilon);
+    const float normalizer = read_rows(shared.sums, plus) + epsilon;
+    const float inverse = reciprocal(fmaxf(normalizer, float(kLeastGradientNormalizer)));
 
     // dS += R(φ) / z · dout; S · dout.
     Sum grad_first[2] = {}, grad_second[2] = {};  // of turned features of tokens 0 … 7, 8 … 15
@@ -208,7 +209,8 @@ struct QueryGrads {
     write_row(shared.dots, values, plus);
     __syncthreads();
     const float exact = -read_rows(shared.dots, plus) * inverse;
-    const float grad_normalizer = fminf(fmaxf(exact, -kLargestNormalizerGradient), kLargestNormalizerGradient);
+    constexpr float kLargest = float(kLargestNormalizerGradient);
+    const float grad_normalizer = fminf(fmaxf(exact, -kLargest), kLargest);
 
     // dφ, dx, and the sums that need dz.
 #pragma unroll

@@ -134,7 +134,7 @@ __device__ __forceinline__ Pair<float> query_shift(float token_shift, float2 key
 }
 
 __device__ __forceinline__ float shifted_epsilon(float token_shift) {
-  return fmaxf(kEpsilon * expf(-token_shift), kLeastNormalizer);
+  return fmaxf(float(kEpsilon) * expf(-token_shift), kLeastNormalizer);
 }
 
 // What the queries of one head are turned into features and normalizers with, in shared memory.

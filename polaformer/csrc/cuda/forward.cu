@@ -420,7 +420,7 @@ struct QueryTile {
     float inverse[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float epsilon = kShifted ? shifted_epsilon(token_shifts[i / 2][i % 2]) : kEpsilon;
+      const float epsilon = kShifted ? shifted_epsilon(token_shifts[i / 2][i % 2]) : float(kEpsilon);
       inverse[i] = reciprocal(sum_over_members(normalizers[i / 2][i % 2]) + epsilon);
     }
 #pragma unroll
