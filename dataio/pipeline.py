@@ -116,12 +116,15 @@ def _decode(
         request, encoded = under_way[-1]
         return encoded, *_graph_inputs(request.views, bench.options)
 
-    pipeline = _graph(bench.options, feed, max_batch, bench.device)
+    resizer = _resizer(bench.options, bench.device)
+    pipeline = _graph(bench.options, feed, max_batch, bench.device, resizer)
     pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
     while under_way:
         try:
             output, sizes = pipeline.share_outputs()
         except RuntimeError as error:
+            if resizer:
+                resizer.check()
             raise _DecodingError(*error.args) from error
         if not bench.are_sizes(under_way[0].request.samples, sizes).all():
             raise _DecodingError("an image has another size than it was packed with")
@@ -219,7 +222,8 @@ class _Bench:
             return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
 
         while left:
-            pipeline = _graph(options, feed, 1, self.device)  # 15 ms on the CPU
+            resizer = _resizer(options, self.device)
+            pipeline = _graph(options, feed, 1, self.device, resizer)  # 15 ms on the CPU
             try:
                 while left:
                     _, sizes = pipeline.run()
@@ -227,6 +231,8 @@ class _Bench:
                     if not self.are_sizes([samples[place]], sizes).all():
                         refused[place] = "another size"
             except RuntimeError as error:  # the end of this pipeline
+                if resizer:
+                    resizer.check()
                 refused[left.popleft()] = str(error)
         return refused
 
@@ -295,7 +301,14 @@ def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
     return result
 
 
-def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device) -> Pipeline:
+def _resizer(options: ImageOptions, device: torch.device) -> Resizer | None:
+    """What scales on the CPU; on a GPU DALI does."""
+    return Resizer(options.interpolation, options.threads) if device.type == "cpu" else None
+
+
+def _graph(
+    options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device, resizer: Resizer | None
+) -> Pipeline:
     """One graph for both kinds of device. `feed` gives a batch's inputs, or StopIteration after the last."""
     device_id = None
     if device.type == "cuda":
@@ -304,7 +317,7 @@ def _graph(options: ImageOptions, feed: Callable[[], tuple], max_batch: int, dev
         options,
         feed,
         _input_types(options),
-        Resizer(options.interpolation, options.threads) if device_id is None else None,
+        resizer,
         batch_size=max_batch,
         num_threads=options.threads,
         device_id=device_id,
@@ -327,20 +340,7 @@ def _definition(
         dtype=[dtype for dtype, _ in inputs],
         ndim=[dimensions for _, dimensions in inputs],
     )
-    # What has no proper header fails here. The decoder (2.4.0) does not wait for its threads when it finds that, or
-    # a window beyond the image, and the process dies.
-    sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
-    fits = starts + shapes <= sizes
-    images = fn.decoders.image_slice(
-        encoded,
-        device="cpu" if resizer else "mixed",
-        start=starts * fits,
-        shape=shapes * fits + (fits == 0),
-        axis_names="HW",
-        adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
-        jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
-        hw_decoder_load=0.0,  # else a share of each batch is decoded by other means: pixels would depend on the batch
-    )
+    images, sizes = _decode_windows(encoded, starts, shapes, "cpu" if resizer else "mixed")
     if resizer:
         images = fn.python_function(images, resized, function=resizer, batch_processing=True, output_layouts="HWC")
     else:
@@ -369,6 +369,25 @@ def _definition(
         output_layout="HWC",
     )
     return images, sizes
+
+
+def _decode_windows(encoded: DataNode, starts: DataNode, shapes: DataNode, device: str) -> tuple[DataNode, DataNode]:
+    """(the windows, whole height and width of their images). starts, shapes: height, width."""
+    # What has no proper header fails here. The decoder (2.4.0) does not wait for its threads when it finds that, or
+    # a window beyond the image, and the process dies.
+    sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+    fits = starts + shapes <= sizes
+    windows = fn.decoders.image_slice(
+        encoded,
+        device=device,
+        start=starts * fits,
+        shape=shapes * fits + (fits == 0),
+        axis_names="HW",
+        adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
+        jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
+        hw_decoder_load=0.0,  # else a share of each batch is decoded by other means: pixels would depend on the batch
+    )
+    return windows, sizes
 
 
 def _to_torch(output: object, device: torch.device) -> torch.Tensor:

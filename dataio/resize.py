@@ -20,11 +20,23 @@ class Resizer:
 
     def __init__(self, interpolation: str, threads: int) -> None:
         self._interpolation = interpolation
+        self._fault: str | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")  # PyTorch lets go of the interpreter
 
     def __call__(self, images: list[np.ndarray], sizes: list[np.ndarray]) -> list[np.ndarray]:
         """The images in (height, width) of `sizes`; each (H, W, 3) uint8, and within 2 levels of PIL's."""
-        return list(self._pool.map(self._resize, images, sizes))
+        try:
+            return list(self._pool.map(self._resize, images, sizes))
+        except BaseException as error:  # DALI makes an error of its own of it, as of a broken image
+            self._fault = f"{type(error).__name__}: {error}"
+            raise
+
+    def check(self) -> None:
+        """Raises RuntimeError if images could not be scaled, which is no fault of theirs."""
+        if self._fault:
+            raise RuntimeError(
+                f"cannot scale images on the CPU: {self._fault}; free some memory, or use fewer threads (data.threads)"
+            )
 
     def _resize(self, image: np.ndarray, size: np.ndarray) -> np.ndarray:
         height, width = (int(side) for side in size)

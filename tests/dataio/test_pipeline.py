@@ -16,9 +16,11 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
 from dataio.index import Manifest, draws_at, load_manifest
+from dataio.loader import TrainLoader, TrainPlan
 from dataio.parity import in_pil
 from dataio.pipeline import Request, _graph, decode_batches
 from dataio.recipes import Kind, RandAugment
+from dataio.resize import Resizer
 from dataio.shards import ShardFiles
 from dataio.views import ImageOptions, Views, eval_views, train_views
 
@@ -167,7 +169,7 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device):
 def test_a_graph_for_a_gpu_can_be_composed_without_one(recipe):
     """DALI refuses operators that are not there for a GPU, and arguments that would lie on it."""
     options = ImageOptions(recipe=recipe)
-    _graph(options, lambda: (), 4, torch.device("cuda", 0))
+    _graph(options, lambda: (), 4, torch.device("cuda", 0), None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -315,3 +317,21 @@ def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged, overwrite
         overwrite(damaged, sample, b"no image" * 8)
     with pytest.raises(RuntimeError, match=r"decode sample 5 \(.*\): not an image, sample 6 \(.*\): not an image;"):
         evaluate(damaged)
+
+
+@pytest.mark.parametrize("failures", [1, 30, 10**9], ids=["once", "some", "always"])
+def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, monkeypatch, failures):
+    """The host's fault, however long it lasts: memory that runs out, here in the second batch."""
+    calls, scale = itertools.count(), Resizer._resize
+
+    def fail(*arguments: object) -> np.ndarray:
+        if 8 <= next(calls) < 8 + failures:
+            raise MemoryError("no memory for a window")
+        return scale(*arguments)
+
+    monkeypatch.setattr(Resizer, "_resize", fail)
+    plan = TrainPlan(seed=0, global_batch=8, max_broken=99)
+    loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=2), plan, CPU)
+    with pytest.raises(RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"):
+        list(itertools.islice(loader, 5))
+    assert loader.broken == 0
