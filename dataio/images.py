@@ -29,6 +29,7 @@ _MODES = {
     "PPM": ("1", "L", "RGB"),
     "JPEG2000": ("L", "RGB", "RGBA", "I;16"),
 }
+_FOREIGN_PIXELS = {"BGR;15": "15 bits a pixel", "BGR;16": "16 bits a pixel", "RGBa": "premultiplied transparency"}
 #: What the names of image files end with, in lower case.
 ENDINGS = (
     *(".bmp", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
@@ -88,7 +89,7 @@ def check_image(data: bytes, check: str) -> Header:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata and large images are no fault
             image = Image.open(io.BytesIO(data))
-            foreign = _foreign_kind(image)
+            foreign = _foreign_kind(image, data)
             if foreign is None:
                 header = _header(image)
                 if check != "none":
@@ -104,7 +105,7 @@ def check_image(data: bytes, check: str) -> Header:
     return header
 
 
-def _foreign_kind(image: Image.Image) -> str | None:
+def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
     """What an image is that DALI refuses, or decodes to other pixels without a word; None if it does neither."""
     if image.format not in FORMATS:
         return image.format
@@ -112,7 +113,22 @@ def _foreign_kind(image: Image.Image) -> str | None:
         return f"{image.format} of PIL's mode {image.mode}"
     if image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name != "raw":
         return "PPM in plain text, or of other than 256 levels"
+    if image.format in ("BMP", "TIFF"):
+        stored = image.tile[0].args[0]  # PIL's name for how the file has its pixels
+        if stored in _FOREIGN_PIXELS:
+            return f"{image.format} with {_FOREIGN_PIXELS[stored]}"
+    if image.format == "JPEG2000" and _has_offset(data):
+        return "JPEG2000 with an offset of its image or tiles"
     return None
+
+
+def _has_offset(data: bytes) -> bool:
+    """Of a JPEG 2000: whether its image, or its first tile, begins elsewhere than at 0 of its reference grid."""
+    start = data.find(_CODESTREAM)
+    if start < 0 or len(data) < start + len(_CODESTREAM) + _GRID.size:
+        return False  # the decoder will say what is wrong
+    _, _, left, top, _, _, tile_left, tile_top = _GRID.unpack_from(data, start + len(_CODESTREAM))
+    return any((left, top, tile_left, tile_top))
 
 
 def shrink_image(data: bytes, header: Header, shrink: Shrink) -> tuple[bytes, Header]:
@@ -218,3 +234,5 @@ _APP1, _SCAN = 0xE1, 0xDA
 _EXIF = b"Exif\0\0"
 _FRAMES = (0xC0, 0xC2, 0xC1)  # baseline, progressive, extended
 _FRAME = struct.Struct(">HHB")  # of such a segment: height, width, number of components
+_CODESTREAM = b"\xff\x4f\xff\x51"  # how JPEG 2000's begins: two markers
+_GRID = struct.Struct(">4x8I")  # then, behind two lengths: the ends and offsets of image and tiles

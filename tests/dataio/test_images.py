@@ -158,6 +158,32 @@ def test_pixel_maps_that_dali_takes_for_others(header):
         check_image(header, "none")
 
 
+@pytest.mark.parametrize(
+    ("masks", "kind"), [((), "15 bits a pixel"), ((0xF800, 0x07E0, 0x001F), "16 bits a pixel")]
+)
+def test_bitmaps_of_16_bits(masks, kind):
+    """DALI refuses the former and takes the latter for other pixels; PIL does not write any."""
+    end = 54 + 4 * len(masks)
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", end + 32, 0, end, 40, 4, 4, 1, 16, len(masks), 32, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=f"it is a BMP with {kind}, which DALI does not decode; convert it to JPEG"):
+        check_image(header + struct.pack(f"<{len(masks)}I", *masks) + bytes(32), "none")
+
+
+def test_premultiplied_transparency(photograph):
+    plain = encoded(photograph.convert("RGBA"), "TIFF")
+    check_image(plain, "decode")
+    kind = struct.pack("<HHIHH", 338, 3, 1, 2, 0)  # the tag ExtraSamples, one short: 2 is "unassociated"
+    assert plain.count(kind) == 1
+    with pytest.raises(ValueError, match="it is a TIFF with premultiplied transparency, which DALI does not decode"):
+        check_image(plain.replace(kind, struct.pack("<HHIHH", 338, 3, 1, 1, 0)), "none")
+
+
+@pytest.mark.parametrize("offsets", [{"offset": (5, 7)}, {"offset": (5, 7), "tile_offset": (3, 3)}])
+def test_jpeg_2000_with_an_offset(offsets, photograph):
+    with pytest.raises(ValueError, match="it is a JPEG2000 with an offset of its image or tiles, which DALI does not"):
+        check_image(encoded(photograph, "JPEG2000", tile_size=(400, 400), **offsets), "none")
+
+
 # Checks
 
 NO_IMAGE = "it is no image, or of an unknown format"
@@ -248,10 +274,7 @@ def test_quality_and_determinism(photograph):
     assert shrink_image(data, header, Shrink(100, 90)) == shrink_image(data, header, Shrink(100, 90))
 
 
-MODES = ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"]
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"])
 def test_smaller_images_look_like_the_stored_ones(mode, photograph):
     """As DALI decodes them: 16 bits become 8, transparency is dropped, CMYK becomes RGB."""
     if mode == "I;16":
