@@ -56,7 +56,7 @@ class TarReader:
                         raise tarfile.ReadError(f"it ends inside {info.name}")
                     links[info.name] = member
                     yield member
-        except tarfile.TarError as error:
+        except (tarfile.TarError, RecursionError) as error:  # the latter of header upon header
             raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
 
     def read(self, size: int, place: tuple[int, ...]) -> bytes:
@@ -87,7 +87,10 @@ class ZipReader:
                 infos = archive.infolist()
         except zipfile.BadZipFile as error:
             raise ValueError(f"{self.path} is no whole zip file ({error}); copy it again") from error
+        size = self.path.stat().st_size
         for info in infos:
+            if info.header_offset + info.compress_size > size:
+                raise ValueError(f"{self.path} is no whole zip file (it ends inside {info.filename}); copy it again")
             place = info.header_offset, info.compress_size, info.compress_type, info.CRC
             yield Member(info.filename, info.file_size, place, _zip_fault(info))
 

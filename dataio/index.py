@@ -253,6 +253,10 @@ def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, .
     # Shard after shard: Order and verify.py find a shard's samples by counting.
     if sum(counts) != len(samples) or (samples["shard"] != np.repeat(np.arange(len(shards)), counts)).any():
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
+    sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]
+    offsets = samples["offset"]
+    if not ((offsets > 0) & (offsets < sizes) & (samples["bytes"] < sizes - offsets)).all():
+        raise ValueError(f"{folder / SAMPLES_NAME} has an image beyond the end of its shard; pack the folder again")
     if samples["label"].max() >= len(classes):
         raise ValueError(
             f"{folder / SAMPLES_NAME} has label {samples['label'].max()} but the manifest names"

@@ -11,6 +11,7 @@ import os
 import tarfile
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dataio.index import Manifest
 
@@ -48,7 +49,8 @@ class ShardFiles:
         """Lets the operating system fetch these from disk side by side, while they are read one by one."""
         for shard, offset, size in self._manifest.samples[["shard", "offset", "bytes"]][samples].tolist():
             start, end = _extent(offset, size)
-            os.posix_fadvise(self._files[shard], start, end - start, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):  # a file system may not care
+                os.posix_fadvise(self._files[shard], start, end - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, sample: int) -> bytes:
         """The encoded image. Raises as `read_sample` does."""

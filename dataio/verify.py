@@ -24,6 +24,7 @@ from dataio.terminal import progress_bar
 from dataio.workers import available_cores, worker_pool
 
 _FAULTS_SHOWN = 20  # of a shard's images
+_LABEL_DIGITS = 10  # of the largest number in samples.npy
 _REMEDY = "copy it again, or pack the folder again"
 
 
@@ -125,7 +126,7 @@ def _shard_faults(task: ShardCheck) -> Iterator[str]:
         yield f"{shard.name}: its bytes changed (the manifest has another sha256); {_REMEDY}"
     try:
         members = list(_members(path))
-    except (tarfile.TarError, ValueError) as error:
+    except (tarfile.TarError, ValueError, RecursionError) as error:
         yield f"{shard.name}: not a tar file of images and labels ({error}); {_REMEDY}"
         return
     highest = max((member.row[0] for member in members), default=0)
@@ -158,8 +159,16 @@ def _members(path: Path) -> Iterator[Member]:
                 name=image.name,
                 idx_line=f"{ending} {image.offset_data} {image.size} {image.name}"
                 f" cls {label.offset_data} {label.size} {label.name}",
-                row=(int(tar.extractfile(label).read()), image.offset_data, image.size),
+                row=(_read_label(tar, label), image.offset_data, image.size),
             )
+
+
+def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    """As training reads it. Raises ValueError if it is no number of a class."""
+    text = tar.extractfile(member).read(_LABEL_DIGITS + 1)
+    if not text.isdigit() or len(text) > _LABEL_DIGITS:
+        raise ValueError(f"{member.name} holds {text.decode(errors='replace')!r}, which is no number of a class")
+    return int(text)
 
 
 def _idx_faults(folder: Path, shard: Shard, members: list[Member]) -> Iterator[str]:
@@ -180,14 +189,14 @@ def _idx_faults(folder: Path, shard: Shard, members: list[Member]) -> Iterator[s
 
 def _row_faults(name: str, number: int, rows: np.ndarray, members: list[Member]) -> Iterator[str]:
     fields = ("shard", "label", "offset", "bytes")
-    stated = np.stack([rows[field].astype(np.int64) for field in fields], axis=1)
-    actual = np.array([(number, *member.row) for member in members], dtype=np.int64)
-    wrong = np.flatnonzero((stated != actual).any(axis=1))
-    if len(wrong):
+    stated = rows[list(fields)].tolist()  # Python's numbers, since a damaged shard may have any
+    actual = [(number, *member.row) for member in members]
+    wrong = [place for place, pair in enumerate(zip(stated, actual, strict=True)) if pair[0] != pair[1]]
+    if wrong:
         first = wrong[0]
         yield (
             f"{SAMPLES_NAME}: {len(wrong)} wrong of {len(rows)} rows for {name}; number {first} says"
-            f" {', '.join(fields)} {stated[first].tolist()}, the shard {actual[first].tolist()}; {_REMEDY}"
+            f" {', '.join(fields)} {list(stated[first])}, the shard {list(actual[first])}; {_REMEDY}"
         )
 
 

@@ -109,6 +109,15 @@ def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize("size", [2**33, 2**62])
+def test_a_zip_member_that_says_it_is_larger_than_the_archive(tmp_path, size):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("cat/00.jpg", bytes(1000))
+        archive.filelist[0].compress_size = size
+    with pytest.raises(ValueError, match=r"a.zip is no whole zip file \(it ends inside cat/00.jpg\); copy it again"):
+        list(ZipReader(tmp_path / "a.zip").members())
+
+
 @pytest.mark.parametrize(
     ("mode", "kind", "command"), [("gz", "gzip", "gunzip"), ("bz2", "bzip2", "bunzip2"), ("xz", "xz", "unxz")]
 )

@@ -381,6 +381,17 @@ def test_sample_table_of_other_shards(copy, change):
         load_manifest(copy)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", 0), ("offset", 2**40), ("offset", 2**64 - 1), ("bytes", 2**32 - 1)]
+)
+def test_images_beyond_their_shard(copy, field, value):
+    rows = np.load(copy / SAMPLES_NAME)
+    rows[field][7] = value
+    change_samples(copy, rows)
+    with pytest.raises(ValueError, match="samples.npy has an image beyond the end of its shard; pack the folder again"):
+        load_manifest(copy)
+
+
 def test_labels_beyond_the_classes(copy):
     change_manifest(copy, classes=["astronaut", "cat"])
     with pytest.raises(ValueError, match="has label 3 but the manifest names 2 classes"):

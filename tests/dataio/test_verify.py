@@ -144,6 +144,31 @@ def test_a_label_that_is_no_file(copy, kind):
     assert "or 00000000.cls is no regular file" in fault
 
 
+@pytest.mark.parametrize("label", [b"9" * 30, b"1e5", b"-1", b"0_0", b"9" * 500])
+def test_a_label_that_is_no_number_of_a_class(copy, label):
+    path = copy / "shard-000000.tar"
+    row = np.load(copy / SAMPLES_NAME)[0]
+    member = tarfile.TarInfo("00000000.cls")
+    member.size = len(label)
+    header = int(row["offset"]) + -(-int(row["bytes"]) // 512) * 512
+    write_at(path, header, member.tobuf(tarfile.USTAR_FORMAT) + label.ljust(512, b"\0"))
+    accept(copy, path.name)
+    (fault,) = verify(copy)
+    assert "not a tar file of images and labels (00000000.cls holds " in fault
+    assert f"which is no number of a class); {REMEDY}" in fault
+
+
+def test_header_upon_header(copy):
+    path = copy / "shard-000000.tar"
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 4
+    header = long_name.tobuf(tarfile.USTAR_FORMAT) + b"abc".ljust(512, b"\0")
+    write_at(path, 0, header * (path.stat().st_size // len(header)))
+    accept(copy, path.name)
+    (fault,) = verify(copy)
+    assert fault.startswith("shard-000000.tar: not a tar file of images and labels (")
+
+
 def ending_of(folder):
     """Of the first image, as the index has it."""
     return (folder / "shard-000000.idx").read_text().splitlines()[1].split()[0]
