@@ -127,8 +127,8 @@ def _require_own(folder: Path) -> None:
     for owner in (folder.lstat().st_uid, folder.stat().st_uid):  # of a link, and of what it leads to
         if owner != os.getuid():
             raise ValueError(f"{folder}, the default for remote shards, belongs to user {owner}; {remedy}")
-    if folder.stat().st_mode & stat.S_IWOTH:
-        raise ValueError(f"{folder}, the default for remote shards, may be written to by every user; {remedy}")
+    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"{folder}, the default for remote shards, may be written to by other users; {remedy}")
 
 
 def image_options(data: DataSection) -> ImageOptions:

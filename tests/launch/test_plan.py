@@ -136,15 +136,15 @@ def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
     assert not (tmp_path / "caches").exists()
 
 
-@pytest.mark.parametrize("fault", ["writable", "file", "foreign", "foreign link"])
+@pytest.mark.parametrize("fault", ["writable", "writable for a group", "file", "foreign", "foreign link"])
 def test_a_default_folder_that_others_made(command, small_config, tmp_path, fault):
     """Nothing is fetched into it, and nobody asks whose it is where all data are on a local disk."""
     folder = tmp_path / f"polaformer-shards-{os.getuid()}"
     message = f"{folder}, the default for remote shards, belongs to user 12345; name"
-    if fault == "writable":
+    if fault.startswith("writable"):
         folder.mkdir()
-        folder.chmod(0o777)
-        message = f"{folder}, the default for remote shards, may be written to by every user; name"
+        folder.chmod(0o777 if fault == "writable" else 0o770)
+        message = f"{folder}, the default for remote shards, may be written to by other users; name"
     elif fault == "file":
         folder.write_text("")
         message = f"cannot keep remote shards in {folder}: File exists; name"
