@@ -117,7 +117,7 @@ class _Held:
 
     entry: _Entry
     file: "Future[int]" = field(default_factory=Future)
-    released: threading.Event = field(default_factory=threading.Event)
+    given_up: threading.Event = field(default_factory=threading.Event)
     reserved: _Reserved | None = None
 
     @property
@@ -149,7 +149,7 @@ class ShardCache:
         """Fetches these shards, in this order, and keeps them from being evicted; gives up all others."""
         with self._changed:
             for shard in self._held.keys() - set(shards):
-                self._release(shard)
+                self._give_up(shard)
             for shard in shards:
                 if shard not in self._held or self._held[shard].failed:
                     self._held[shard] = _Held(self._entry(shard))
@@ -179,13 +179,13 @@ class ShardCache:
         with self._changed:
             self._closed = True
             for shard in list(self._held):
-                self._release(shard)
+                self._give_up(shard)
             self._queue.clear()
             self._changed.notify_all()
 
-    def _release(self, shard: int) -> None:
+    def _give_up(self, shard: int) -> None:
         held = self._held.pop(shard)
-        held.released.set()
+        held.given_up.set()
         if held.file.done() and not held.failed:
             os.close(held.file.result())
 
@@ -219,15 +219,15 @@ class ShardCache:
             held.file.set_exception(error)
 
     def _reserve(self, held: _Held) -> None:
-        held.reserved = _reserve(self._manifest.remote, held.entry, held.released)
+        held.reserved = _reserve(self._manifest.remote, held.entry, held.given_up)
 
     def _complete(self, held: _Held) -> None:
         if held.failed:
             return
-        file = _fill(self._manifest.remote, held.entry, held.reserved, held.released)
+        file = _fill(self._manifest.remote, held.entry, held.reserved, held.given_up)
         with self._changed:
             held.file.set_result(file)
-            if held.released.is_set():
+            if held.given_up.is_set():
                 os.close(file)
 
 
@@ -238,26 +238,40 @@ class _NoRoomError(Exception):
 def _reserve(remote: Remote, entry: _Entry, given_up: threading.Event) -> _Reserved:
     """The file, which nobody evicts before it is closed, or the right to fetch it, as soon as there is room.
 
-    Raises RuntimeError if there is no room for it, or soon after `given_up` is set.
+    Raises RuntimeError if there is no room for it, if another process is fetching it and stands still, or soon after
+    `given_up` is set.
     """
-    deadline = None
+    patience = remote.cache.patience
+    before, deadline = "not looked yet", 0.0
     with _explained(entry):
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = _open_whole(entry)
+            file = _open_whole(remote.cache, entry)
             if file is not None:
                 return _Reserved(file, is_whole=True)
             try:
                 claimed = _claim(remote.cache, entry)
-            except _NoRoomError as error:
-                deadline = deadline or time.monotonic() + remote.cache.patience.room_seconds
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"no room for {entry.path}: {error}") from error
-            else:
                 if claimed is not None:
                     return _Reserved(claimed, is_whole=False)
-            if given_up.wait(_POLL_SECONDS):  # for room, or for the process that is fetching it
+                now, seconds = _fetched_so_far(entry), patience.others_seconds
+                fault = f"another process is fetching {entry.path}, and gets nothing; end it if it was stopped"
+            except _NoRoomError as error:
+                now, seconds = "no room", patience.room_seconds
+                fault = f"no room for {entry.path}: {error}"
+            if now != before:
+                before, deadline = now, time.monotonic() + seconds
+            elif time.monotonic() > deadline:
+                raise RuntimeError(fault)
+            if given_up.wait(_POLL_SECONDS):
                 raise RuntimeError(f"{entry.path} is not needed any more")
+
+
+def _fetched_so_far(entry: _Entry) -> int | None:
+    """Bytes of a file that another process is fetching; None if it has just ended."""
+    try:
+        return entry.partial.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
@@ -267,11 +281,12 @@ def _explained(entry: _Entry) -> Iterator[None]:
         yield
     except OSError as error:
         raise RuntimeError(
-            f"cannot keep {entry.path}: {error.strerror}; make the folder writable, or name another one with data.cache"
+            f"cannot keep {entry.path}: {error.strerror}; make the folder writable, or name another one, on a local"
+            " disk, with data.cache"
         ) from error
 
 
-def _open_whole(entry: _Entry) -> int | None:
+def _open_whole(cache: CacheOptions, entry: _Entry) -> int | None:
     """The open and locked file if the cache has it, whole. One that was written to since it was verified is read."""
     try:
         file = os.open(entry.path, os.O_RDONLY)
@@ -281,12 +296,20 @@ def _open_whole(entry: _Entry) -> int | None:
         fcntl.flock(file, fcntl.LOCK_SH)
         status = os.fstat(file)
         if status.st_nlink > 0:  # else evicted between open and lock
-            if status.st_mtime_ns == _VERIFIED_NS or sha256_of(os.dup(file)) == entry.sha256:
+            if status.st_mtime_ns == _VERIFIED_NS or _has_sha256(file, entry.sha256):
                 _mark_verified(file)
                 return file
-            entry.path.unlink(missing_ok=True)
+            with _locked(cache), suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), entry.path.stat()):  # else another process has fetched it anew
+                    entry.path.unlink()
     os.close(file)
     return None
+
+
+def _has_sha256(file: int, sha256: str) -> bool:
+    """Of an open file that nobody writes to meanwhile."""
+    before = os.fstat(file).st_mtime_ns
+    return sha256_of(os.dup(file)) == sha256 and os.fstat(file).st_mtime_ns == before
 
 
 def _mark_verified(file: int) -> None:

@@ -33,8 +33,9 @@ class Patience:
     attempts: int = 6
     first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
     silent_seconds: float = 30  # that a server may send nothing, or take to answer
-    least_bytes_per_second: float = 1e5
+    file_seconds: float = 240  # that an attempt may take, and after which none begins: less than ranks wait for a rank
     room_seconds: float = 60  # that shards in use may take up the cache
+    others_seconds: float = 120  # that another process may go without progress in a shard which this one needs
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,20 @@ class DamagedError(OSError):
     """What was fetched is not what the manifest names."""
 
 
-class _AtMost(Callback):
-    """Ends a transfer that announces or has brought more bytes than it may."""
+class _GivenUpError(Exception):
+    """Nobody waits for the file any more."""
 
-    def __init__(self, limit: int) -> None:
+
+class _Watch(Callback):
+    """Ends a transfer that announces or has brought more bytes than it may, or is not needed any more."""
+
+    def __init__(self, limit: int, given_up: threading.Event) -> None:
         super().__init__()
-        self._limit = limit
+        self._limit, self._given_up = limit, given_up
 
     def call(self, *arguments: object, **more: object) -> None:
+        if self._given_up.is_set():
+            raise _GivenUpError("it is not needed any more")
         bytes_known = max(self.size or 0, self.value)
         if bytes_known > self._limit:
             raise DamagedError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
@@ -81,9 +88,12 @@ def is_url(place: str | Path) -> bool:
 
 
 def shown(text: str) -> str:
-    """A URL, or a text with some, for people: without name and password, and without what follows a question mark."""
-    text = re.sub(r"://[^/?\s]*@", "://…@", text)
-    return re.sub(r"(://[^?\s'\"]*\?)[^\s'\"]+", r"\1…", text)
+    """A URL, or a text with some, for people: without name and password, and without what follows a question mark.
+
+    A password may hold what should be written as %2F or %3F; so all up to the last @ goes, even that of a path.
+    """
+    text = re.sub(r"://\S*@", "://…@", text)
+    return re.sub(r"(://[^?\s]*\?)\S+", r"\1…", text)
 
 
 def read_remote(remote: Remote, name: str) -> bytes:
@@ -101,12 +111,12 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given
     patience = remote.cache.patience
 
     def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
-        seconds = patience.silent_seconds + size / patience.least_bytes_per_second
-        at_most, limits = _AtMost(size), {"timeout": seconds}
+        watch, limits = _Watch(size, given_up), {"timeout": patience.file_seconds}
         if not isinstance(system, AsyncFileSystem):  # blocks as files do, and may tell nothing on its way
-            at_most.set_size(system.size(path))
+            watch.set_size(system.size(path))
             limits = {}
-        system.get_file(path, str(target), callback=at_most, **limits)
+        watch.call()
+        system.get_file(path, str(target), callback=watch, **limits)
         if sha256_of(target) != sha256:
             raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
         sync(target)
@@ -118,7 +128,7 @@ def _tried_again(
     remote: Remote, name: str, action: Callable[[Any, str], _Result], given_up: threading.Event
 ) -> _Result:
     """What `action` returns for a file system and the path of `name` on it, at the first attempt that succeeds."""
-    address, patience = remote.address(name), remote.cache.patience
+    address, patience, attempts = remote.address(name), remote.cache.patience, 0
     place = shown(address)
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
@@ -126,11 +136,14 @@ def _tried_again(
         system, path = _open_system(address, patience)
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
-            stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_when_event_set(given_up),
+            stop=tenacity.stop_after_attempt(patience.attempts)
+            | tenacity.stop_after_delay(patience.file_seconds)
+            | tenacity.stop_when_event_set(given_up),
             wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
             sleep=tenacity.sleep_using_event(given_up),
             reraise=True,
         ):
+            attempts = attempt.retry_state.attempt_number
             with attempt:
                 return action(system, path)
     except ImportError as error:
@@ -143,7 +156,7 @@ def _tried_again(
         cause = error if place == address else None  # a traceback would show the whole URL
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ValueError(f"cannot read {place}: {error}; use s3://, gs://, https:// or a folder") from cause
-        raise RuntimeError(f"cannot fetch {place}: {_describe(error, patience)}") from cause
+        raise RuntimeError(f"cannot fetch {place}: {_describe(error, attempts)}") from cause
     raise AssertionError("tenacity neither returned nor raised")
 
 
@@ -186,9 +199,11 @@ def _http_status(error: Exception) -> int | None:
     return getattr(error, "status", None) or getattr(error, "code", None)
 
 
-def _describe(error: Exception, patience: Patience) -> str:
+def _describe(error: Exception, attempts: int) -> str:
     """Fault and remedy."""
     fault = shown(" ".join(str(error).split())) or type(error).__name__
+    if isinstance(error, _GivenUpError):
+        return fault
     if isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"
     if isinstance(error, PermissionError) or _http_status(error) in (400, 401, 403):
@@ -199,10 +214,10 @@ def _describe(error: Exception, patience: Patience) -> str:
             " cache fewer bytes"
         )
     if isinstance(error, DamagedError):
-        return f"{fault}, attempts: {patience.attempts}; copy it there again, or pack the folder again"
+        return f"{fault}, attempts: {attempts}; copy it there again, or pack the folder again"
     if isinstance(error, TimeoutError | asyncio.TimeoutError):
         fault = f"the server was too slow or silent ({fault})"
     return (
-        f"{fault}, attempts: {patience.attempts}; check server and network, then start again: the run goes on from"
+        f"{fault}, attempts: {attempts}; check server and network, then start again: the run goes on from"
         " its last checkpoint"
     )

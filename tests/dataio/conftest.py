@@ -94,7 +94,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.connection.close()
             return
         if fault == "silent":
-            self.server.stopping.wait(5)
+            self.server.stopping.wait(60)
             return
         self.send_response(200)
         if fault in ("half", "wrong", "drip"):  # else its end is where the connection closes
