@@ -2,8 +2,8 @@
 
 timm's own classes do the work. They draw from the global generators of Python, NumPy and PyTorch, so these are
 seeded for the length of a call, and then put back: for erasing from (seed, position) of each image, for mixing from
-(seed, group), the groups being as many positions of the run as the authors have in a batch. So images and targets are
-the same bits on any number of ranks, whatever ran before. All this takes 2 ms for 64 images of 32² on one CPU core.
+(seed, group), a group being `mix_group` positions of the run. So images and targets are the same bits on any number of
+ranks, whatever ran before. All this takes 2 ms for 64 images of 32² on one CPU core.
 """
 
 import random
