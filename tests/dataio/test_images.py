@@ -158,9 +158,7 @@ def test_pixel_maps_that_dali_takes_for_others(header):
         check_image(header, "none")
 
 
-@pytest.mark.parametrize(
-    ("masks", "kind"), [((), "15 bits a pixel"), ((0xF800, 0x07E0, 0x001F), "16 bits a pixel")]
-)
+@pytest.mark.parametrize(("masks", "kind"), [((), "15 bits a pixel"), ((0xF800, 0x07E0, 0x001F), "16 bits a pixel")])
 def test_bitmaps_of_16_bits(masks, kind):
     """DALI refuses the former and takes the latter for other pixels; PIL does not write any."""
     end = 54 + 4 * len(masks)

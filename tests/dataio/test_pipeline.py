@@ -332,6 +332,8 @@ def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, mo
     monkeypatch.setattr(Resizer, "_resize", fail)
     plan = TrainPlan(seed=0, global_batch=8, max_broken=99)
     loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=2), plan, CPU)
-    with pytest.raises(RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"):
+    with pytest.raises(
+        RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"
+    ):
         list(itertools.islice(loader, 5))
     assert loader.broken == 0

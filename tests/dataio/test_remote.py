@@ -142,16 +142,15 @@ def test_what_is_shown_of_texts_with_urls():
     assert shown("a: 'https://host/a?b=c', b: ftp://me:pass@word@host/a") == "a: 'https://host/a?… b: ftp://…@host/a"
     for hush in ("h/ush", "h?ush", "h#ush", "h@ush"):  # as they should not be written
         assert shown(f"at https://ann:{hush}@host/a (404)") == "at https://…@host/a (404)"
-        assert shown(f"at https://host/a?token='{hush}' (404)") in ("at https://host/a?… (404)", "at https://…@ush' (404)")
+    for hush in ("h'ush", "h/ush", "h?ush"):
+        assert shown(f"at https://host/a?token={hush} (404)") == "at https://host/a?… (404)"
 
 
 CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest
 
 
 @pytest.mark.parametrize("kind", ["http", "http unsaid", "s3", "gs", "file"])
-def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(
-    http_server, s3_url, gs_url, folder, tmp_path, kind
-):
+def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, s3_url, gs_url, folder, tmp_path, kind):
     (folder / "shard.tar").write_bytes(bytes(20 * CHUNK))
     server = http_server(folder)
     server.faults["shard.tar"] = ["whole unsaid"] * 9 if kind == "http unsaid" else []
@@ -211,7 +210,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path):
     server = http_server(folder)
     server.faults["shard.tar"] = ["drip"] * 9
     patience = Patience(first_wait_seconds=0.01, silent_seconds=0.3, file_seconds=0.5)
-    with pytest.raises(RuntimeError, match=r"the server was too slow or silent \(.*\), attempts: 1; check server and network"):
+    with pytest.raises(RuntimeError, match=r"too slow or silent \(.*\), attempts: 1; check server and network"):
         fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
     assert server.requests == ["shard.tar"]
 
