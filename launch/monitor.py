@@ -150,7 +150,8 @@ class Monitor:
         """A line for people from any rank, on standard error; once, however often its cause is met."""
         if line not in self._warned:
             self._warned.add(line)
-            print(f"rank {dist.get_rank()}: {line}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"rank {dist.get_rank()}: {line}\n")  # at once: print writes the line's end by itself
+            sys.stderr.flush()
 
     def say(self, line: str, completed: int | None = None) -> None:
         """A line for people, on rank 0; with `completed` steps it becomes the progress bar's where there is one."""
