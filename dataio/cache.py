@@ -309,7 +309,8 @@ def _open_whole(cache: CacheOptions, entry: _Entry) -> int | None:
 def _has_sha256(file: int, sha256: str) -> bool:
     """Of an open file that nobody writes to meanwhile."""
     before = os.fstat(file).st_mtime_ns
-    return sha256_of(os.dup(file)) == sha256 and os.fstat(file).st_mtime_ns == before
+    whole = sha256_of(os.dup(file)) == sha256
+    return whole and os.fstat(file).st_mtime_ns in (before, _VERIFIED_NS)  # others may have found the same meanwhile
 
 
 def _mark_verified(file: int) -> None:

@@ -576,6 +576,31 @@ def test_two_that_find_a_damaged_shard(http_server, far, local, tmp_path, monkey
     slower.close()
 
 
+def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch):
+    """The slower one sees the mark of the faster one where there was none when it began."""
+    server = http_server(far)
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    faster, slower = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(faster, manifest, [0])
+    faster.hold([])
+    path = manifest.folder / "shard-000000.tar"
+    path.touch()
+
+    def hash_and_be_overtaken(file: int) -> str:
+        digest = sha256_of(file)
+        monkeypatch.undo()
+        hold_and_read(faster, manifest, [0])
+        return digest
+
+    monkeypatch.setattr("dataio.cache.sha256_of", hash_and_be_overtaken)
+    before = path.stat().st_ino
+    hold_and_read(slower, manifest, [0])
+    assert path.stat().st_ino == before
+    assert server.requests.count(path.name) == 1
+    faster.close()
+    slower.close()
+
+
 def test_a_later_process_reads_what_it_needs_of_an_earlier_ones_shards(far, local, tmp_path):
     """And not the rest, unless somebody has touched them: what that one verified is not hashed again."""
 
