@@ -4,7 +4,8 @@
     CACHE/3f2a…/samples.npy                  of the data set with this manifest's sha256; never evicted
     CACHE/3f2a…/shard-000007.tar             whole: it got this name when its sha256 was right, and a modification
                                              time that says so; its access time says when it was last asked for
-    CACHE/3f2a…/.shard-000008.tar.N.partial  will have N bytes at most; whoever fetches it holds a lock on it
+    CACHE/3f2a…/.shard-000008.tar.N.claim    room for N bytes; whoever is fetching the shard holds a lock on it
+    CACHE/3f2a…/.shard-000008.tar.partial    what has come of it
 
 Any number of processes share the folder without knowing of each other. A shard in use is open and bears a shared lock,
 which goes with its process; whoever needs room removes those without one, longest unused first. remote.py fetches,
@@ -39,7 +40,7 @@ from dataio.remote import CacheOptions, Remote, fetch, is_url, read_remote, show
 from dataio.shards import ShardFiles, read_sample
 
 _THREADS = 4
-_POLL_SECONDS = 0.05
+_POLL_SECONDS, _LOCK_POLL_SECONDS = 0.05, 0.005
 _HEADER_BYTES = 4096  # of a .npy file, at most: NumPy writes 256 for SAMPLE_DTYPE
 _OURS = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
 #: Modification time of a file whose sha256 was right, which writing to it ends. No other file has it by accident.
@@ -99,13 +100,17 @@ class _Entry:
     sha256: str
 
     @property
+    def claim(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.{self.bytes}.claim")
+
+    @property
     def partial(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{self.bytes}.partial")
+        return _partial_of(self.claim)
 
 
 @dataclass(frozen=True)
 class _Reserved:
-    """An open, locked file of the cache: whole, or the empty partial one that this process is to fill."""
+    """An open, locked file of the cache: the whole one, or the claim of this process to fetch it."""
 
     file: int
     is_whole: bool
@@ -172,7 +177,7 @@ class ShardCache:
             held = self._held[shard]
         error = held.file.exception()  # waits
         if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
-            raise RuntimeError(str(error)) from error
+            raise RuntimeError(str(error) or type(error).__name__) from error
         return read_sample(self._manifest, sample, held.file.result())
 
     def close(self) -> None:
@@ -242,7 +247,7 @@ def _reserve(remote: Remote, entry: _Entry, given_up: threading.Event) -> _Reser
     `given_up` is set.
     """
     patience = remote.cache.patience
-    before, deadline = "not looked yet", 0.0
+    state, deadline = None, 0.0  # why it is not there yet, and until when it may stay so
     with _explained(entry):
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -253,25 +258,30 @@ def _reserve(remote: Remote, entry: _Entry, given_up: threading.Event) -> _Reser
                 claimed = _claim(remote.cache, entry)
                 if claimed is not None:
                     return _Reserved(claimed, is_whole=False)
-                now, seconds = _fetched_so_far(entry), patience.others_seconds
+                now, seconds = ("fetched by another", _progress(entry)), patience.others_seconds
                 fault = f"another process is fetching {entry.path}, and gets nothing; end it if it was stopped"
             except _NoRoomError as error:
-                now, seconds = "no room", patience.room_seconds
+                now, seconds = ("no room",), patience.room_seconds
                 fault = f"no room for {entry.path}: {error}"
-            if now != before:
-                before, deadline = now, time.monotonic() + seconds
+            if now != state:
+                state, deadline = now, time.monotonic() + seconds
             elif time.monotonic() > deadline:
                 raise RuntimeError(fault)
             if given_up.wait(_POLL_SECONDS):
                 raise RuntimeError(f"{entry.path} is not needed any more")
 
 
-def _fetched_so_far(entry: _Entry) -> int | None:
-    """Bytes of a file that another process is fetching; None if it has just ended."""
+def _partial_of(claim: Path) -> Path:
+    return claim.with_suffix("").with_suffix(".partial")
+
+
+def _progress(entry: _Entry) -> tuple[int, ...]:
+    """What changes as long as somebody writes what comes of a file."""
     try:
-        return entry.partial.stat().st_size
+        status = entry.partial.stat()
     except FileNotFoundError:
-        return None
+        return ()
+    return status.st_size, status.st_blocks, status.st_mtime_ns
 
 
 @contextmanager
@@ -293,7 +303,7 @@ def _open_whole(cache: CacheOptions, entry: _Entry) -> int | None:
     except FileNotFoundError:
         return None
     with _closed_on_error(file):
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _lock(file, fcntl.LOCK_SH, entry.path, cache)
         status = os.fstat(file)
         if status.st_nlink > 0:  # else evicted between open and lock
             if status.st_mtime_ns == _VERIFIED_NS or _has_sha256(file, entry.sha256):
@@ -307,7 +317,7 @@ def _open_whole(cache: CacheOptions, entry: _Entry) -> int | None:
 
 
 def _has_sha256(file: int, sha256: str) -> bool:
-    """Of an open file that nobody writes to meanwhile."""
+    """Whether an open file has it, and was not written to while it was read."""
     before = os.fstat(file).st_mtime_ns
     whole = sha256_of(os.dup(file)) == sha256
     return whole and os.fstat(file).st_mtime_ns in (before, _VERIFIED_NS)  # others may have found the same meanwhile
@@ -329,15 +339,15 @@ def _closed_on_error(file: int) -> Iterator[None]:
 
 
 def _claim(cache: CacheOptions, entry: _Entry) -> int | None:
-    """The new, locked, open partial file; None if the file is there by now, or being fetched.
+    """The new, open and locked claim; None if the file is there by now, or being fetched.
 
     Raises _NoRoomError.
     """
     with _locked(cache):
-        if entry.path.exists() or not _remove_unused(entry.partial):
+        if entry.path.exists() or not _remove_dead(entry.claim):
             return None
         _make_room(cache, entry.bytes)
-        file = os.open(entry.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file = os.open(entry.claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         with _closed_on_error(file):
             fcntl.flock(file, fcntl.LOCK_EX)
         return file
@@ -347,8 +357,21 @@ def _claim(cache: CacheOptions, entry: _Entry) -> int | None:
 def _locked(cache: CacheOptions) -> Iterator[None]:
     """Inside, no other process claims room, evicts, or lets a file appear."""
     with open(cache.folder / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock.fileno(), fcntl.LOCK_EX, cache.folder / "lock", cache)
         yield
+
+
+def _lock(file: int, kind: int, path: Path, cache: CacheOptions) -> None:
+    """Raises RuntimeError if other processes do not let go of it: each holds it for a moment, unless it was stopped."""
+    deadline = time.monotonic() + cache.patience.room_seconds
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"another process holds the lock of {path}; end it if it was stopped") from error
+        time.sleep(_LOCK_POLL_SECONDS)
 
 
 def _fill(remote: Remote, entry: _Entry, reserved: _Reserved, given_up: threading.Event) -> int:
@@ -358,37 +381,40 @@ def _fill(remote: Remote, entry: _Entry, reserved: _Reserved, given_up: threadin
     """
     if reserved.is_whole:
         return reserved.file
-    with _explained(entry), _closed_on_error(reserved.file):
-        try:
+    try:
+        with _explained(entry):
             fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, given_up)
-            _mark_verified(reserved.file)  # after its bytes are on disk: a crash may lose the mark, never what it says
-            with _locked(remote.cache):  # or whoever counts at this moment may miss it
-                entry.partial.rename(entry.path)
-            sync(entry.path.parent)
-        except BaseException:
-            entry.partial.unlink(missing_ok=True)
-            raise
-        fcntl.flock(reserved.file, fcntl.LOCK_SH)
-    return reserved.file
+            file = os.open(entry.partial, os.O_RDONLY)
+            with _closed_on_error(file):
+                fcntl.flock(file, fcntl.LOCK_SH)
+                _mark_verified(file)  # after its bytes are on disk: a crash may lose the mark, never what it says
+                with _locked(remote.cache):  # or whoever counts at this moment may miss it
+                    entry.partial.rename(entry.path)
+                sync(entry.path.parent)
+        return file
+    finally:
+        entry.partial.unlink(missing_ok=True)
+        entry.claim.unlink(missing_ok=True)
+        os.close(reserved.file)
 
 
 def _make_room(cache: CacheOptions, needed: int) -> None:
     """Evicts until `needed` more bytes fit within the cache's limit and on its disk. Raises _NoRoomError."""
-    total, unwritten, shards = 0, 0, []
+    total, unwritten, shards = 0, 0, []  # bytes, claimed ones among them; bytes that the disk will have to take yet
     for folder in cache.folder.iterdir():
         if not _OURS.fullmatch(folder.name):
             continue
         for path in folder.iterdir():
-            if path.suffix == ".partial" and _remove_unused(path):  # its process was killed
-                continue
-            with suppress(FileNotFoundError):  # given up at this moment
+            if path.suffix == ".claim":
+                if not _remove_dead(path):
+                    claimed = int(path.suffixes[-2][1:])
+                    total += claimed
+                    unwritten += max(0, claimed - _bytes_on_disk(_partial_of(path)))
+            elif path.suffix != ".partial":  # which is what a claim is for
                 status = path.stat()
                 total += status.st_size
                 if path.suffix == ".tar":
                     shards.append((status.st_atime_ns, path, status.st_size))
-                elif path.suffix == ".partial":
-                    unwritten += max(0, int(path.suffixes[-2][1:]) - status.st_size)
-    total += unwritten
     free = shutil.disk_usage(cache.folder).free - unwritten
     for _, path, size in sorted(shards):
         if total + needed <= cache.limit_bytes and needed <= free:
@@ -405,6 +431,22 @@ def _make_room(cache: CacheOptions, needed: int) -> None:
             f"its disk has {_gib(max(0, free))} left and {_gib(needed)} are needed; free some space, or let data.cache"
             " name a folder of another disk"
         )
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Of a file that may have holes, or not be there."""
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
+
+
+def _remove_dead(claim: Path) -> bool:
+    """Removes a claim, and what has come of it, unless its process is alive; whether it is gone."""
+    if not _remove_unused(claim):
+        return False
+    _partial_of(claim).unlink(missing_ok=True)
+    return True
 
 
 def _remove_unused(path: Path) -> bool:

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +34,13 @@ class Patience:
     attempts: int = 6
     first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
     silent_seconds: float = 30  # that a server may send nothing, or take to answer
-    file_seconds: float = 240  # that an attempt may take, and after which none begins: less than ranks wait for a rank
+    file_seconds: float = 240  # that a file may take, over all attempts: less than half of what ranks wait for a rank
     room_seconds: float = 60  # that shards in use may take up the cache
-    others_seconds: float = 120  # that another process may go without progress in a shard which this one needs
+
+    @property
+    def others_seconds(self) -> float:
+        """Without progress in a file that another process is fetching: more than that process gives itself."""
+        return 1.25 * self.file_seconds
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,11 @@ class _Watch(Callback):
         super().__init__()
         self._limit, self._given_up = limit, given_up
 
+    def set_size(self, size: int | None) -> None:
+        """Of a transfer that begins; gcsfs may begin several, as it tries again by itself."""
+        self.value = 0
+        super().set_size(size)
+
     def call(self, *arguments: object, **more: object) -> None:
         if self._given_up.is_set():
             raise _GivenUpError("it is not needed any more")
@@ -98,25 +108,27 @@ def shown(text: str) -> str:
 
 def read_remote(remote: Remote, name: str) -> bytes:
     """The content of a small file. Raises as `fetch` does."""
-    return _tried_again(remote, name, lambda system, path: system.cat_file(path), threading.Event())
+
+    def read(system: fsspec.AbstractFileSystem, path: str, seconds: float) -> bytes:
+        return system.cat_file(path, **_limited(system, seconds))
+
+    return _tried_again(remote, name, read, threading.Event())
 
 
 def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given_up: threading.Event) -> None:
     """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
 
     size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
-    cannot be had, with URL, fault and remedy, or soon after `given_up` is set; ValueError if the URL's protocol is
-    unknown.
+    cannot be had, with URL, fault and remedy, or, with the next bytes that come, when `given_up` is set; ValueError if
+    the URL's protocol is unknown. The file system may remove `target` and write it anew between attempts.
     """
-    patience = remote.cache.patience
 
-    def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
-        watch, limits = _Watch(size, given_up), {"timeout": patience.file_seconds}
-        if not isinstance(system, AsyncFileSystem):  # blocks as files do, and may tell nothing on its way
+    def transfer(system: fsspec.AbstractFileSystem, path: str, seconds: float) -> None:
+        watch = _Watch(size, given_up)
+        if not isinstance(system, AsyncFileSystem):  # it may tell nothing on its way
             watch.set_size(system.size(path))
-            limits = {}
         watch.call()
-        system.get_file(path, str(target), callback=watch, **limits)
+        system.get_file(path, str(target), callback=watch, **_limited(system, seconds))
         if sha256_of(target) != sha256:
             raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
         sync(target)
@@ -124,11 +136,17 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given
     _tried_again(remote, name, transfer, given_up)
 
 
+def _limited(system: fsspec.AbstractFileSystem, seconds: float) -> dict[str, float]:
+    """The argument that limits a call; a file system that blocks as files do has none."""
+    return {"timeout": max(seconds, 0.001)} if isinstance(system, AsyncFileSystem) else {}
+
+
 def _tried_again(
-    remote: Remote, name: str, action: Callable[[Any, str], _Result], given_up: threading.Event
+    remote: Remote, name: str, action: Callable[[Any, str, float], _Result], given_up: threading.Event
 ) -> _Result:
-    """What `action` returns for a file system and the path of `name` on it, at the first attempt that succeeds."""
+    """What `action` returns at the first attempt that succeeds; it gets a file system, the path of `name`, seconds."""
     address, patience, attempts = remote.address(name), remote.cache.patience, 0
+    deadline = time.monotonic() + patience.file_seconds
     place = shown(address)
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
@@ -137,7 +155,7 @@ def _tried_again(
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             stop=tenacity.stop_after_attempt(patience.attempts)
-            | tenacity.stop_after_delay(patience.file_seconds)
+            | tenacity.stop_before_delay(patience.file_seconds)
             | tenacity.stop_when_event_set(given_up),
             wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
             sleep=tenacity.sleep_using_event(given_up),
@@ -145,7 +163,7 @@ def _tried_again(
         ):
             attempts = attempt.retry_state.attempt_number
             with attempt:
-                return action(system, path)
+                return action(system, path, deadline - time.monotonic())
     except ImportError as error:
         protocol = address.partition("://")[0]
         raise RuntimeError(

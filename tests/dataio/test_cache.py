@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,7 +216,7 @@ def test_processes_share_a_cache(http_server, far, cache, local, expected):
             digest = sha256(batch.images[part].numpy().tobytes() + batch.labels[part].numpy().tobytes())
             assert got[str(batch.position + 8 * rank)] == digest
     assert sum(cached(cache).values()) <= wide
-    assert not [name for name in cached(cache) if name.endswith(".partial")]
+    assert not [name for name in cached(cache) if name.endswith((".claim", ".partial"))]
 
 
 def sha256(content: bytes) -> str:
@@ -379,34 +379,74 @@ def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path):
 
 def test_another_process_that_stands_still_while_it_fetches(http_server, far, local, tmp_path):
     """It was stopped, and has its lock: an error soon after; not while it gets on; and when it is ended, the shard."""
-    cache = CacheOptions(tmp_path / "cache", 2**30, replace(HASTY, others_seconds=1))
+    cache = CacheOptions(tmp_path / "cache", 2**30, replace(HASTY, file_seconds=2))
     manifest = open_data(http_server(far).url, cache)
-    partial = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.partial"
-    process = subprocess.Popen([sys.executable, "-c", STANDING_STILL, partial], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "locked\n"
+    claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
     shards = ShardCache(manifest)
     fault = "^another process is fetching .*shard-000000.tar, and gets nothing; end it if it was stopped$"
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=fault):
-        hold_and_read(shards, manifest, [0])
-    assert time.monotonic() - began > 2, "it got on for that long"
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with standing_still(claim, manifest.folder / ".shard-000000.tar.partial"):
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=fault):
+            hold_and_read(shards, manifest, [0])
+        assert time.monotonic() - began > 5, "it got on for 3 s, and may take 2.5 s for nothing"
     hold_and_read(shards, manifest, [0])
     shards.close()
 
 
+@pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
+def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, tmp_path, name):
+    """Of those that are held for a moment."""
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0])
+    shards.hold([])
+    path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
+    with standing_still(path), pytest.raises(RuntimeError, match=f"^another process holds the lock of {path}; end it"):
+        hold_and_read(shards, manifest, [1 if name == "lock" else 0])
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+
+
+@contextmanager
+def standing_still(locked: Path, written: Path | None = None) -> Iterator[None]:
+    """A process that holds a lock, writes for 3 s if there is something to be written, and then does nothing more."""
+    command = [sys.executable, "-c", STANDING_STILL, locked, *([written] if written else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            yield
+        finally:
+            process.kill()
+
+
 STANDING_STILL = """
 import fcntl, sys, time
-with open(sys.argv[1], "wb", buffering=0) as partial:
-    fcntl.flock(partial, fcntl.LOCK_EX)
+with open(sys.argv[1], "ab") as locked:
+    fcntl.flock(locked, fcntl.LOCK_EX)
     print("locked", flush=True)
-    for _ in range(24):
-        time.sleep(0.1)
-        partial.write(b"more")
+    for path in sys.argv[2:]:
+        with open(path, "wb", buffering=0) as written:
+            for _ in range(30):
+                time.sleep(0.1)
+                written.write(b"more")
     time.sleep(600)
 """
+
+
+@pytest.mark.parametrize("fault", ["half", "half unsaid", "503"])
+def test_a_bucket_that_breaks_off(http_server, far, local, expected, tmp_path, monkeypatch, fault):
+    """gcsfs tries again by itself, removes what it has written when it gives up, and counts on."""
+    served = tmp_path / "root" / "download" / "storage" / "v1" / "b" / "bucket" / "o"
+    served.parent.mkdir(parents=True)
+    served.symlink_to(far)
+    server = http_server(tmp_path / "root")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    for shard in local.shards[::3]:
+        server.faults[f"{shard.name}?alt=media"] = [fault]
+    manifest = open_data("gs://bucket", CacheOptions(tmp_path / "cache", tight(local), HASTY))
+    loader = TrainLoader(manifest, SMALL, PLAN, CPU)
+    assert_same([next(loader) for _ in expected], expected)
+    assert not any(server.faults[name] for name in server.faults), "all were met"
 
 
 @pytest.fixture
@@ -450,7 +490,7 @@ def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, sma
     assert (
         "shard-000000.tar: File too large in the cache; free some space, name a folder of a larger" in fetching.stdout
     )
-    assert not [name for name in cached(cache) if name.endswith((".tar", ".partial"))]
+    assert not [name for name in cached(cache) if name.endswith((".tar", ".claim", ".partial"))]
 
 
 LIMITED = """
@@ -482,11 +522,11 @@ def test_a_folder_that_cannot_be_written(http_server, far, cache):
 
 def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(http_server, far, cache, local):
     manifest = open_data(http_server(far).url, cache)
-    left = manifest.folder / ".shard-000000.tar.99.partial"
-    busy = manifest.folder / ".shard-000001.tar.99.partial"
+    left, busy = (manifest.folder / f".{shard.name}.99.claim" for shard in local.shards[-2:])
     foreign = cache.folder / "photos" / "shard-000000.tar"
     foreign.parent.mkdir()
-    for path in (left, busy, foreign):
+    partials = [claim.with_name(claim.name.replace(".99.claim", ".partial")) for claim in (left, busy)]
+    for path in (left, busy, foreign, *partials):
         path.write_bytes(b"x" * 99)
     with open(busy) as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
@@ -495,6 +535,7 @@ def test_what_a_killed_process_left_is_removed_and_what_is_not_ours_stays(http_s
             hold_and_read(shards, manifest, [shard])
         shards.close()
         assert (left.exists(), busy.exists(), foreign.exists()) == (False, True, True)
+        assert [partial.exists() for partial in partials] == [False, True]
 
 
 def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local):
