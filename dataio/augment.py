@@ -54,7 +54,7 @@ class Augment:
     """Call it with a batch for (images, targets). The images are the batch's, changed in place.
 
     Neighbours are mixed: the image at position 2p of the run with that at 2p + 1. timm takes the first and the last of
-    a batch and so on, which in random order is the same.
+    a batch, and so on; in random order any pairs are as good.
     images: (B, 3, S, S) float32. targets: (B, num_classes) float32, rows sum to 1. `batch`: images per call.
     Raises ValueError if images are to be mixed in pairs and `batch` is odd.
     """

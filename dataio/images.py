@@ -29,6 +29,7 @@ _MODES = {
     "PPM": ("1", "L", "RGB"),
     "JPEG2000": ("L", "RGB", "RGBA", "I;16"),
 }
+#: How files have pixels that DALI refuses, or takes for others: what PIL's names for it begin with.
 _FOREIGN_PIXELS = {"BGR;15": "15 bits a pixel", "BGR;16": "16 bits a pixel", "RGBa": "premultiplied transparency"}
 #: What the names of image files end with, in lower case.
 ENDINGS = (
@@ -114,9 +115,9 @@ def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
     if image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name != "raw":
         return "PPM in plain text, or of other than 256 levels"
     if image.format in ("BMP", "TIFF"):
-        stored = image.tile[0].args[0]  # PIL's name for how the file has its pixels
-        if stored in _FOREIGN_PIXELS:
-            return f"{image.format} with {_FOREIGN_PIXELS[stored]}"
+        for stored, kind in _FOREIGN_PIXELS.items():
+            if image.tile[0].args[0].startswith(stored):
+                return f"{image.format} with {kind}"
     if image.format == "JPEG2000" and _has_offset(data):
         return "JPEG2000 with an offset of its image or tiles"
     return None

@@ -210,6 +210,8 @@ def _find_fault(file: ManifestFile) -> str | None:
             return f"{digest!r} is no sha256"
     if min((min(shard.samples, shard.bytes) for shard in file.shards), default=1) < 1:
         return "a shard is empty"
+    if max((shard.bytes for shard in file.shards), default=0) >= 2**63:
+        return "a shard is larger than any disk"
     if file.sha256 != file.content_sha256():
         return "its content changed, its own sha256 is of another"
     return None

@@ -27,7 +27,7 @@ class Resizer:
         """The images in (height, width) of `sizes`; each (H, W, 3) uint8, and within 2 levels of PIL's."""
         try:
             return list(self._pool.map(self._resize, images, sizes))
-        except BaseException as error:  # DALI makes an error of its own of it, as of a broken image
+        except Exception as error:  # DALI makes an error of its own of it, as of a broken image
             self._fault = f"{type(error).__name__}: {error}"
             raise
 

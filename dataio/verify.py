@@ -164,7 +164,7 @@ def _members(path: Path) -> Iterator[Member]:
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    """As training reads it. Raises ValueError if it is no number of a class."""
+    """Of digits alone, as `shards.read_sample` compares it. Raises ValueError if it is no number of a class."""
     text = tar.extractfile(member).read(_LABEL_DIGITS + 1)
     if not text.isdigit() or len(text) > _LABEL_DIGITS:
         raise ValueError(f"{member.name} holds {text.decode(errors='replace')!r}, which is no number of a class")

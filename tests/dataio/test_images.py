@@ -167,13 +167,16 @@ def test_bitmaps_of_16_bits(masks, kind):
         check_image(header + struct.pack(f"<{len(masks)}I", *masks) + bytes(32), "none")
 
 
-def test_premultiplied_transparency(photograph):
+@pytest.mark.parametrize("bits", [8, 16])
+def test_premultiplied_transparency(bits, photograph):
     plain = encoded(photograph.convert("RGBA"), "TIFF")
     check_image(plain, "decode")
     kind = struct.pack("<HHIHH", 338, 3, 1, 2, 0)  # the tag ExtraSamples, one short: 2 is "unassociated"
-    assert plain.count(kind) == 1
+    depths = struct.pack("<4H", 8, 8, 8, 8)
+    assert (plain.count(kind), plain.count(depths)) == (1, 1)
+    other = plain.replace(kind, struct.pack("<HHIHH", 338, 3, 1, 1, 0)).replace(depths, struct.pack("<4H", *4 * [bits]))
     with pytest.raises(ValueError, match="it is a TIFF with premultiplied transparency, which DALI does not decode"):
-        check_image(plain.replace(kind, struct.pack("<HHIHH", 338, 3, 1, 1, 0)), "none")
+        check_image(other, "none")
 
 
 @pytest.mark.parametrize("offsets", [{"offset": (5, 7)}, {"offset": (5, 7), "tile_offset": (3, 3)}])

@@ -392,6 +392,15 @@ def test_images_beyond_their_shard(copy, field, value):
         load_manifest(copy)
 
 
+@pytest.mark.parametrize("size", [0, 2**63, 2**70])
+def test_shards_of_an_absurd_size(copy, size):
+    shards = json.loads((copy / MANIFEST_NAME).read_text())["shards"]
+    shards[0]["bytes"] = size
+    change_manifest(copy, shards=shards)
+    with pytest.raises(ValueError, match="a shard is (empty|larger than any disk)"):
+        load_manifest(copy)
+
+
 def test_labels_beyond_the_classes(copy):
     change_manifest(copy, classes=["astronaut", "cat"])
     with pytest.raises(ValueError, match="has label 3 but the manifest names 2 classes"):
