@@ -383,19 +383,30 @@ def _fill(remote: Remote, entry: _Entry, reserved: _Reserved, given_up: threadin
         return reserved.file
     try:
         with _explained(entry):
-            fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, given_up)
-            file = os.open(entry.partial, os.O_RDONLY)
+            try:
+                fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, given_up)
+                file = _publish(remote.cache, entry)
+            except BaseException:
+                entry.partial.unlink(missing_ok=True)
+                entry.claim.unlink(missing_ok=True)
+                raise
             with _closed_on_error(file):
-                fcntl.flock(file, fcntl.LOCK_SH)
-                _mark_verified(file)  # after its bytes are on disk: a crash may lose the mark, never what it says
-                with _locked(remote.cache):  # or whoever counts at this moment may miss it
-                    entry.partial.rename(entry.path)
                 sync(entry.path.parent)
         return file
     finally:
-        entry.partial.unlink(missing_ok=True)
-        entry.claim.unlink(missing_ok=True)
         os.close(reserved.file)
+
+
+def _publish(cache: CacheOptions, entry: _Entry) -> int:
+    """Gives what was fetched its name, in the place of its claim; the open and locked file."""
+    file = os.open(entry.partial, os.O_RDONLY)
+    with _closed_on_error(file):
+        fcntl.flock(file, fcntl.LOCK_SH)
+        _mark_verified(file)  # after its bytes are on disk: a crash may lose the mark, never what it says
+        with _locked(cache):  # or whoever counts at this moment may count it twice, or not at all
+            entry.partial.rename(entry.path)
+            entry.claim.unlink()
+    return file
 
 
 def _make_room(cache: CacheOptions, needed: int) -> None:
@@ -411,10 +422,11 @@ def _make_room(cache: CacheOptions, needed: int) -> None:
                     total += claimed
                     unwritten += max(0, claimed - _bytes_on_disk(_partial_of(path)))
             elif path.suffix != ".partial":  # which is what a claim is for
-                status = path.stat()
-                total += status.st_size
-                if path.suffix == ".tar":
-                    shards.append((status.st_atime_ns, path, status.st_size))
+                with suppress(FileNotFoundError):  # somebody tidies up
+                    status = path.stat()
+                    total += status.st_size
+                    if path.suffix == ".tar":
+                        shards.append((status.st_atime_ns, path, status.st_size))
     free = shutil.disk_usage(cache.folder).free - unwritten
     for _, path, size in sorted(shards):
         if total + needed <= cache.limit_bytes and needed <= free:
