@@ -105,7 +105,7 @@ class ManifestFile:
 class Manifest:
     """A packed folder. `samples` is a read-only (N,) array of SAMPLE_DTYPE, which processes share by mmap.
 
-    A remote one has its tables in `folder` and as many of its shards as cache.py keeps there.
+    A remote one has its tables in `folder` and as many of its shards as cache_folder.py keeps there.
     """
 
     folder: Path

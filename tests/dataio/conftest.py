@@ -1,9 +1,12 @@
 """A class folder to spoil, tiny shards of real photographs, and servers to fetch them from."""
 
+import fcntl
+import gc
 import os
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +17,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataio.index import Manifest
+from dataio.cache import ShardCache
+from dataio.index import Manifest, load_manifest
 from dataio.pack import PackOptions, pack
+from dataio.remote import CacheOptions
 
 
 class TinyShards(PackOptions):
@@ -232,3 +237,87 @@ def gs_url(gs_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
         return f"gs://{bucket.name}/set"
 
     return upload
+
+
+# Remote shards and the cache between
+
+
+@pytest.fixture(scope="session")
+def local(many_shards) -> Manifest:
+    return load_manifest(many_shards)
+
+
+@pytest.fixture
+def far(many_shards, tmp_path) -> Path:
+    """A copy of `many_shards` for a server."""
+    return shutil.copytree(many_shards, tmp_path / "far")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder on a disk of its own, of 600 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small disk: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # threads may be closing what is open there
+
+
+def shard_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("shards-")]
+
+
+@pytest.fixture
+def await_their_end() -> Callable[[], None]:
+    """Returns a function: waits until no thread fetches shards any more."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 10
+        while shard_threads() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not shard_threads()
+
+    return wait
+
+
+@pytest.fixture
+def no_thread_is_left(await_their_end) -> Iterator[None]:
+    """Not even without the collector, which comes when it likes."""
+    gc.disable()
+    yield
+    try:
+        await_their_end()
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def cached() -> Callable[[CacheOptions], dict[str, int]]:
+    """Returns a function: sizes of the files in a cache, by name."""
+
+    def look(cache: CacheOptions) -> dict[str, int]:
+        with open(cache.folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is evicted or begun while they are counted
+            sizes = {}
+            for path in cache.folder.glob("*/*"):
+                with suppress(FileNotFoundError):  # given up at this moment
+                    sizes[path.name] = path.stat().st_size
+            return sizes
+
+    return look
+
+
+@pytest.fixture
+def hold_and_read() -> Callable[[ShardCache, Manifest, list[int]], None]:
+    """Returns a function: waits until each of these shards has been read from."""
+
+    def wait(shards: ShardCache, manifest: Manifest, wanted: list[int]) -> None:
+        shards.hold(wanted)
+        for shard in wanted:
+            shards.read(sum(manifest.shard_samples[:shard]))
+
+    return wait

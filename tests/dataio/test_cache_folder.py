@@ -1,0 +1,300 @@
+"""The folder that processes share: room, locks, what others left or damaged in it. Real processes, real servers."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dataio.cache import ShardCache, open_data
+from dataio.files import sha256_of
+from dataio.index import SAMPLES_NAME
+from dataio.remote import CacheOptions, Patience
+
+HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.5, room_seconds=0.5)
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+
+
+@pytest.fixture
+def cache(tmp_path) -> CacheOptions:
+    return CacheOptions(tmp_path / "cache", 2**30, HASTY)
+
+
+def names(shards: list[int]) -> set[str]:
+    return {f"shard-{shard:06d}.tar" for shard in shards}
+
+
+def test_the_longest_unused_are_evicted_first_and_none_in_use(http_server, far, local, tmp_path, cached, hold_and_read):
+    table = (local.folder / SAMPLES_NAME).stat().st_size
+    limit = table + 5 * max(shard.bytes for shard in local.shards)
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, HASTY))
+    one, other = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(one, manifest, [0])
+    for shard in (1, 2, 3):
+        hold_and_read(other, manifest, [shard])
+    hold_and_read(other, manifest, [1, 4])  # now 2 and 3 are the longest unused, and 0 is in use
+    hold_and_read(other, manifest, [5, 6])
+    held = {name for name in cached(manifest.remote.cache) if name.endswith(".tar")}
+    assert names([0, 5, 6]) <= held
+    assert held <= names([0, 1, 4, 5, 6])
+    one.close()
+    other.close()
+
+
+def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_and_read):
+    """Another process holds them all; when it lets go, the same batch can be had."""
+    table = (local.folder / SAMPLES_NAME).stat().st_size
+    limit = table + sum(shard.bytes for shard in local.shards[:4])
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, HASTY))
+    holder, other = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(holder, manifest, [0, 1, 2, 3])
+    with pytest.raises(
+        RuntimeError, match=r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
+    ):
+        hold_and_read(other, manifest, [9])
+    hold_and_read(other, manifest, [0, 3])
+    holder.close()
+    hold_and_read(other, manifest, [0, 9])
+    other.close()
+
+
+def test_another_process_that_stands_still_while_it_fetches(http_server, far, local, tmp_path, hold_and_read):
+    """It was stopped, and has its lock: an error soon after; not while it gets on; and when it is ended, the shard."""
+    cache = CacheOptions(tmp_path / "cache", 2**30, replace(HASTY, file_seconds=2))
+    manifest = open_data(http_server(far).url, cache)
+    claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
+    shards = ShardCache(manifest)
+    fault = "^another process is fetching .*shard-000000.tar, and gets nothing; end it if it was stopped$"
+    with standing_still(claim, manifest.folder / ".shard-000000.tar.partial"):
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=fault):
+            hold_and_read(shards, manifest, [0])
+        assert time.monotonic() - began > 5, "it got on for 3 s, and may take 2.5 s for nothing"
+    hold_and_read(shards, manifest, [0])
+    shards.close()
+
+
+@pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
+def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, tmp_path, name, hold_and_read):
+    """Of those that are held for a moment."""
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0])
+    shards.hold([])
+    path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
+    with standing_still(path), pytest.raises(RuntimeError, match=f"^another process holds the lock of {path}; end it"):
+        hold_and_read(shards, manifest, [1 if name == "lock" else 0])
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+
+
+@contextmanager
+def standing_still(locked: Path, written: Path | None = None) -> Iterator[None]:
+    """A process that holds a lock, writes for 3 s if there is something to be written, and then does nothing more."""
+    command = [sys.executable, "-c", STANDING_STILL, locked, *([written] if written else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "locked\n"
+            yield
+        finally:
+            process.kill()
+
+
+STANDING_STILL = """
+import fcntl, sys, time
+with open(sys.argv[1], "ab") as locked:
+    fcntl.flock(locked, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    for path in sys.argv[2:]:
+        with open(path, "wb", buffering=0) as written:
+            for _ in range(30):
+                time.sleep(0.1)
+                written.write(b"more")
+    time.sleep(600)
+"""
+
+
+def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, small_disk, cached):
+    """Its free space is taken between the look at it and the writing, by a limit that only writing meets."""
+    cache = CacheOptions(small_disk / "cache", 2**30, HASTY)
+    url = http_server(far).url
+    fetching = subprocess.run(
+        [sys.executable, "-c", LIMITED, url, str(cache.folder)], capture_output=True, text=True, timeout=60
+    )
+    assert fetching.returncode == 0, fetching.stderr
+    assert (
+        "shard-000000.tar: File too large in the cache; free some space, name a folder of a larger" in fetching.stdout
+    )
+    assert not [name for name in cached(cache) if name.endswith((".tar", ".claim", ".partial"))]
+
+
+LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from dataio.cache import ShardCache, open_data
+from dataio.remote import CacheOptions, Patience
+
+patience = Patience(attempts=2, first_wait_seconds=0.01)
+manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+shards = ShardCache(manifest)
+shards.hold([0])
+try:
+    shards.read(0)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_a_folder_that_cannot_be_written(http_server, far, cache):
+    cache.folder.write_text("a file")
+    with pytest.raises(
+        RuntimeError, match="cannot keep .*samples.npy: Not a directory; make the folder writable, or na"
+    ):
+        open_data(http_server(far).url, cache)
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far, cache, local, hold_and_read):
+    manifest = open_data(http_server(far).url, cache)
+    left, busy = (manifest.folder / f".{shard.name}.99.claim" for shard in local.shards[-2:])
+    foreign = cache.folder / "photos" / "shard-000000.tar"
+    foreign.parent.mkdir()
+    partials = [claim.with_name(claim.name.replace(".99.claim", ".partial")) for claim in (left, busy)]
+    for path in (left, busy, foreign, *partials):
+        path.write_bytes(b"x" * 99)
+    with open(busy) as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        shards = ShardCache(manifest)
+        for shard in range(len(local.shards) // 2):
+            hold_and_read(shards, manifest, [shard])
+        shards.close()
+        assert (left.exists(), busy.exists(), foreign.exists()) == (False, True, True)
+        assert [partial.exists() for partial in partials] == [False, True]
+
+
+def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local, hold_and_read):
+    server = http_server(far)
+    manifest = open_data(server.url, cache)
+    for shard, damage in ((0, 0), (1, 1)):
+        content = bytearray((far / local.shards[shard].name).read_bytes())
+        content[600] ^= damage
+        path = manifest.folder / local.shards[shard].name
+        path.write_bytes(content)
+        os.utime(path, (1e9, 1e9))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+    assert [name for name in server.requests if name.endswith(".tar")] == ["shard-000001.tar"]
+    content = (manifest.folder / "shard-000001.tar").read_bytes()
+    assert content == (far / "shard-000001.tar").read_bytes()
+
+
+def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, tmp_path, hold_and_read):
+    """By whatever process, after this one has read it; the size stays."""
+    server = http_server(far)
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    shards = ShardCache(manifest)
+    hold_and_read(shards, manifest, [0, 1])
+    with open(manifest.folder / "shard-000000.tar", "r+b") as file:
+        file.seek(600)
+        file.write(b"no photograph")
+    hold_and_read(shards, manifest, [1])
+    hold_and_read(shards, manifest, [0, 1])
+    shards.close()
+    assert (server.requests.count("shard-000000.tar"), server.requests.count("shard-000001.tar")) == (2, 1)
+    assert (manifest.folder / "shard-000000.tar").read_bytes() == (far / "shard-000000.tar").read_bytes()
+
+
+READING = """
+import sys
+from pathlib import Path
+from dataio.cache import ShardCache, open_data
+from dataio.remote import CacheOptions
+
+manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30))
+shards = ShardCache(manifest)
+
+def bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+before = bytes_read()
+shards.hold(range(len(manifest.shards)))
+for number in range(len(manifest.shards)):
+    shards.read(sum(manifest.shard_samples[:number]))
+print(bytes_read() - before)
+shards.close()
+"""
+
+
+def test_two_that_find_a_damaged_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
+    """The slower one does not remove what the faster one has fetched meanwhile."""
+    server = http_server(far)
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    faster, slower = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(faster, manifest, [0])
+    faster.hold([])
+    path = manifest.folder / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[::-1])
+
+    def hash_and_be_overtaken(file: int) -> str:
+        digest = sha256_of(file)
+        monkeypatch.undo()
+        path.unlink()
+        hold_and_read(faster, manifest, [0])
+        return digest
+
+    monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
+    hold_and_read(slower, manifest, [0])
+    assert server.requests.count(path.name) == 2, "at first, and instead of the damaged one"
+    assert sha256_of(path) == local.shards[0].sha256
+    faster.close()
+    slower.close()
+
+
+def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
+    """The slower one sees the mark of the faster one where there was none when it began."""
+    server = http_server(far)
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    faster, slower = ShardCache(manifest), ShardCache(manifest)
+    hold_and_read(faster, manifest, [0])
+    faster.hold([])
+    path = manifest.folder / "shard-000000.tar"
+    path.touch()
+
+    def hash_and_be_overtaken(file: int) -> str:
+        digest = sha256_of(file)
+        monkeypatch.undo()
+        hold_and_read(faster, manifest, [0])
+        return digest
+
+    monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
+    before = path.stat().st_ino
+    hold_and_read(slower, manifest, [0])
+    assert path.stat().st_ino == before
+    assert server.requests.count(path.name) == 1
+    faster.close()
+    slower.close()
+
+
+def test_a_later_process_reads_what_it_needs_of_an_earlier_ones_shards(far, local, tmp_path):
+    """And not the rest, unless somebody has touched them: what that one verified is not hashed again."""
+
+    def bytes_read() -> int:
+        command = [sys.executable, "-c", READING, far.as_uri(), str(tmp_path / "cache")]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=60).stdout)
+
+    whole = sum(shard.bytes for shard in local.shards)
+    assert bytes_read() > whole
+    assert bytes_read() < whole / 4
+    for path in tmp_path.glob("cache/*/*.tar"):
+        path.touch()
+    assert bytes_read() > whole
+    assert bytes_read() < whole / 4
