@@ -56,7 +56,7 @@ class TarReader:
                         raise tarfile.ReadError(f"it ends inside {info.name}")
                     links[info.name] = member
                     yield member
-        except (tarfile.TarError, RecursionError) as error:  # the latter of header upon header
+        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of absurd headers
             raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
 
     def read(self, size: int, place: tuple[int, ...]) -> bytes:
@@ -85,7 +85,7 @@ class ZipReader:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 infos = archive.infolist()
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise ValueError(f"{self.path} is no whole zip file ({error}); copy it again") from error
         size = self.path.stat().st_size
         for info in infos:

@@ -257,7 +257,8 @@ def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, .
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
     sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]
     offsets = samples["offset"]
-    if not ((offsets > 0) & (offsets < sizes) & (samples["bytes"] < sizes - offsets)).all():
+    members = -(-samples["bytes"].astype(np.int64) // 512) * 512 + 1024  # the image, and its label behind it
+    if not ((offsets >= 512) & (offsets < sizes) & (members.astype(np.uint64) <= sizes - offsets)).all():
         raise ValueError(f"{folder / SAMPLES_NAME} has an image beyond the end of its shard; pack the folder again")
     if samples["label"].max() >= len(classes):
         raise ValueError(

@@ -146,12 +146,12 @@ def _tried_again(
 ) -> _Result:
     """What `action` returns at the first attempt that succeeds; it gets a file system, the path of `name`, seconds."""
     address, patience, attempts = remote.address(name), remote.cache.patience, 0
-    deadline = time.monotonic() + patience.file_seconds
     place = shown(address)
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
 
         system, path = _open_system(address, patience)
+        deadline = time.monotonic() + patience.file_seconds
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             stop=tenacity.stop_after_attempt(patience.attempts)

@@ -126,7 +126,7 @@ def _shard_faults(task: ShardCheck) -> Iterator[str]:
         yield f"{shard.name}: its bytes changed (the manifest has another sha256); {_REMEDY}"
     try:
         members = list(_members(path))
-    except (tarfile.TarError, ValueError, RecursionError) as error:
+    except (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         yield f"{shard.name}: not a tar file of images and labels ({error}); {_REMEDY}"
         return
     highest = max((member.row[0] for member in members), default=0)

@@ -76,7 +76,7 @@ def test_another_process_that_stands_still_while_it_fetches(http_server, far, lo
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=fault):
             hold_and_read(shards, manifest, [0])
-        assert time.monotonic() - began > 5, "it got on for 3 s, and may take 2.5 s for nothing"
+        assert time.monotonic() - began > 3.5, "it got on for 3 s, and may take 2.5 s for nothing"
     hold_and_read(shards, manifest, [0])
     shards.close()
 

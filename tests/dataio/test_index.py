@@ -382,7 +382,7 @@ def test_sample_table_of_other_shards(copy, change):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("offset", 0), ("offset", 2**40), ("offset", 2**64 - 1), ("bytes", 2**32 - 1)]
+    ("field", "value"), [("offset", 0), ("offset", 100), ("offset", 2**40), ("offset", 2**64 - 1), ("bytes", 2**32 - 1)]
 )
 def test_images_beyond_their_shard(copy, field, value):
     rows = np.load(copy / SAMPLES_NAME)

@@ -82,7 +82,7 @@ def test_a_fault_that_passes_is_tried_again(http_server, folder, tmp_path, fault
 def test_a_fault_that_stays_is_one_error(http_server, folder, tmp_path, fault, message):
     server = http_server(folder)
     server.faults["shard.tar"] = [fault] * 9
-    patience = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.3, file_seconds=2)
+    patience = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.3)
     with pytest.raises(RuntimeError, match=f"^cannot fetch {server.url}/shard.tar: .*{message}") as raised:
         fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
     assert "\n" not in str(raised.value)
@@ -209,7 +209,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path):
     """It is not silent for long; the file takes longer than it may, and then no attempt begins."""
     server = http_server(folder)
     server.faults["shard.tar"] = ["drip"] * 9
-    source = remote(server.url, tmp_path, Patience(first_wait_seconds=0.01, file_seconds=0.5))
+    source = remote(server.url, tmp_path, Patience(first_wait_seconds=0.01, file_seconds=2))
     fault = r"too slow or silent \(.*\), attempts: 1; check server and network"
     for get in (lambda: fetch_shard(source, tmp_path), lambda: read_remote(source, "shard.tar")):
         with pytest.raises(RuntimeError, match=fault):
