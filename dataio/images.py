@@ -44,6 +44,7 @@ CHECKS = {
     "none": "width and height alone: finds files that are no images, neither truncated ones nor damage inside",
 }
 _ORIENTATION = 0x0112  # EXIF's tag, and TIFF's
+_PLANAR = 0x011C  # TIFF's: 2 is a plane for each colour
 _ROTATIONS = range(2, 9)
 _UNDO_ROTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -115,12 +116,22 @@ def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
     if image.format == "PPM" and image.mode != "1" and image.tile[0].codec_name != "raw":
         return "PPM in plain text, or of other than 256 levels"
     if image.format in ("BMP", "TIFF"):
+        if image.format == "TIFF" and image.tag_v2.get(_PLANAR) == 2:
+            return "TIFF with a plane for each colour"
+        if image.format == "BMP" and _has_masks_behind_a_short_header(data):
+            return "BMP with masks behind a header of 40 bytes"
         for stored, kind in _FOREIGN_PIXELS.items():
             if image.tile[0].args[0].startswith(stored):
                 return f"{image.format} with {kind}"
     if image.format == "JPEG2000" and _has_offset(data):
         return "JPEG2000 with an offset of its image or tiles"
     return None
+
+
+def _has_masks_behind_a_short_header(data: bytes) -> bool:
+    """Of a BMP: DALI does not read these, and takes any order of colours for blue, green, red."""
+    header_bytes, bits, compression = struct.unpack_from("<14xI10xHI", data)
+    return (header_bytes, bits, compression) == (40, 32, 3)
 
 
 def _has_offset(data: bytes) -> bool:

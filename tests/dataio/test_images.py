@@ -167,6 +167,23 @@ def test_bitmaps_of_16_bits(masks, kind):
         check_image(header + struct.pack(f"<{len(masks)}I", *masks) + bytes(32), "none")
 
 
+def test_bitmaps_with_masks_that_dali_does_not_read():
+    """Behind a header of 40 bytes; PIL does not write any."""
+    masks = struct.pack("<3I", 0xFF000000, 0x00FF0000, 0x0000FF00)
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 130, 0, 66, 40, 4, 4, 1, 32, 3, 64, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="it is a BMP with masks behind a header of 40 bytes, which DALI does not"):
+        check_image(header + masks + bytes(64), "none")
+
+
+def test_planes(photograph):
+    """PIL does not write them either: the tag PlanarConfiguration of a file that it wrote is changed."""
+    plain = encoded(photograph.convert("RGBA"), "TIFF")
+    together = struct.pack("<HHIHH", 284, 3, 1, 1, 0)
+    assert plain.count(together) == 1
+    with pytest.raises(ValueError, match="it is a TIFF with a plane for each colour, which DALI does not decode"):
+        check_image(plain.replace(together, struct.pack("<HHIHH", 284, 3, 1, 2, 0)), "none")
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_premultiplied_transparency(bits, photograph):
     plain = encoded(photograph.convert("RGBA"), "TIFF")
