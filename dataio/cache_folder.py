@@ -246,7 +246,10 @@ def _make_room(cache: CacheOptions, needed: int) -> None:
                     claimed = int(path.suffixes[-2][1:])
                     total += claimed
                     unwritten += max(0, claimed - _bytes_on_disk(_partial_of(path)))
-            elif path.suffix != ".partial":  # which is what a claim is for
+            elif path.suffix == ".partial":  # which its claim stands for
+                if not any(folder.glob(f"{path.stem}.*.claim")):
+                    path.unlink(missing_ok=True)
+            else:
                 with suppress(FileNotFoundError):  # somebody tidies up
                     status = path.stat()
                     total += status.st_size

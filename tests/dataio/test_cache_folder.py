@@ -167,8 +167,9 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far
     left, busy = (manifest.folder / f".{shard.name}.99.claim" for shard in local.shards[-2:])
     foreign = cache.folder / "photos" / "shard-000000.tar"
     foreign.parent.mkdir()
+    unclaimed = manifest.folder / ".shard-000099.tar.partial"
     partials = [claim.with_name(claim.name.replace(".99.claim", ".partial")) for claim in (left, busy)]
-    for path in (left, busy, foreign, *partials):
+    for path in (left, busy, foreign, unclaimed, *partials):
         path.write_bytes(b"x" * 99)
     with open(busy) as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
@@ -177,7 +178,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far
             hold_and_read(shards, manifest, [shard])
         shards.close()
         assert (left.exists(), busy.exists(), foreign.exists()) == (False, True, True)
-        assert [partial.exists() for partial in partials] == [False, True]
+        assert [partial.exists() for partial in (unclaimed, *partials)] == [False, False, True]
 
 
 def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local, hold_and_read):
