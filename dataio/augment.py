@@ -22,7 +22,7 @@ from dataio.loader import Batch
 
 @dataclass(frozen=True)
 class MixOptions:
-    """How batches are augmented; the defaults are the official recipe. Raises ValueError if mix_group is odd."""
+    """How batches are augmented; the defaults are the official recipe."""
 
     erase_probability: float = 0.25  # per image: that a rectangle of it becomes noise
     mixup: float = 0.8  # alpha of the Beta distribution of the shares; 0 is off
@@ -32,22 +32,20 @@ class MixOptions:
     switch_probability: float = 0.5  # per mixed group: of cutmix, where both are on
     label_smoothing: float = 0.1
 
-    def __post_init__(self) -> None:
-        if self.mix_group < 2 or self.mix_group % 2:
-            raise ValueError(f"mix_group is {self.mix_group}; images are mixed in pairs, use an even number")
-
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
 
 def check_pairs(options: MixOptions, batch: int) -> None:
-    """Raises ValueError if images are to be mixed in pairs and `batch`, of one rank and micro-step, is odd."""
+    """Raises ValueError if images are to be mixed, and `batch`, of one rank and micro-step, or mix_group is odd."""
     if options.mixes and batch % 2:
         raise ValueError(
             f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
             " or set mixup and cutmix to 0"
         )
+    if options.mixes and options.mix_group % 2:
+        raise ValueError(f"mix_group is {options.mix_group}; images are mixed in pairs, use an even number")
 
 
 class Augment:
@@ -56,7 +54,7 @@ class Augment:
     Neighbours are mixed: the image at position 2p of the run with that at 2p + 1. timm takes the first and the last of
     a batch, and so on; in random order any pairs are as good.
     images: (B, 3, S, S) float32. targets: (B, num_classes) float32, rows sum to 1. `batch`: images per call.
-    Raises ValueError if images are to be mixed in pairs and `batch` is odd.
+    Raises as `check_pairs` does.
     """
 
     def __init__(self, options: MixOptions, num_classes: int, seed: int, batch: int, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from dataio.index import (
     make_manifest,
     parse_manifest,
 )
-from dataio.remote import CacheOptions, Remote, is_url, read_remote, shown
+from dataio.remote import CacheOptions, Remote, Wait, is_url, read_remote, shown
 from dataio.shards import ShardFiles, read_sample
 
 _THREADS = 4
@@ -42,8 +42,8 @@ def open_data(place: str | Path, cache: CacheOptions) -> Manifest:
     table_bytes = _HEADER_BYTES + file.samples * SAMPLE_DTYPE.itemsize
     table = Entry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
     require_room(cache, {shown(remote.url): table.bytes})
-    never = threading.Event()
-    os.close(fill(remote, table, reserve(remote, table, never), never))
+    wait = Wait(cache.patience.file_seconds)
+    os.close(fill(remote, table, reserve(remote, table, wait), wait))
     return make_manifest(folder, file, digest, remote)
 
 
@@ -118,7 +118,7 @@ class ShardCache:
         """What was fetched a moment ago is still in memory."""
 
     def read(self, sample: int) -> bytes:
-        """The encoded image, as soon as its shard is there. Raises as `read_sample` and `remote.fetch` do."""
+        """The encoded image, as soon as its shard is there. Raises as `read_sample` does; RuntimeError without it."""
         shard = int(self._manifest.samples["shard"][sample])
         with self._changed:
             if self._closed:
@@ -157,8 +157,9 @@ class ShardCache:
                 held = self._take()
                 if held is None:
                     return
-                self._attempt(self._reserve, held)
-            self._attempt(self._complete, held)
+                wait = Wait(self._manifest.remote.cache.patience.file_seconds, held.given_up)
+                self._attempt(self._reserve, held, wait)
+            self._attempt(self._complete, held, wait)
 
     def _take(self) -> _Held | None:
         """The next shard to work on; None when there will be none."""
@@ -170,19 +171,19 @@ class ShardCache:
             held.file.set_running_or_notify_cancel()
             return held
 
-    def _attempt(self, part: Callable[[_Held], None], held: _Held) -> None:
+    def _attempt(self, part: Callable[[_Held, Wait], None], held: _Held, wait: Wait) -> None:
         try:
-            part(held)
+            part(held, wait)
         except BaseException as error:  # whatever it is, somebody may be waiting
             held.file.set_exception(error)
 
-    def _reserve(self, held: _Held) -> None:
-        held.reserved = reserve(self._manifest.remote, held.entry, held.given_up)
+    def _reserve(self, held: _Held, wait: Wait) -> None:
+        held.reserved = reserve(self._manifest.remote, held.entry, wait)
 
-    def _complete(self, held: _Held) -> None:
+    def _complete(self, held: _Held, wait: Wait) -> None:
         if held.failed:
             return
-        file = fill(self._manifest.remote, held.entry, held.reserved, held.given_up)
+        file = fill(self._manifest.remote, held.entry, held.reserved, wait)
         with self._changed:
             held.file.set_result(file)
             if held.given_up.is_set():

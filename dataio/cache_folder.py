@@ -16,7 +16,6 @@ import fcntl
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataio.files import sha256_of, sync
-from dataio.remote import CacheOptions, Remote, fetch
+from dataio.remote import CacheOptions, Remote, Wait, fetch
 
 _POLL_SECONDS, _LOCK_POLL_SECONDS = 0.05, 0.005
 _OURS = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
@@ -65,14 +64,13 @@ class _NoRoomError(Exception):
     """Everything in the cache is in use."""
 
 
-def reserve(remote: Remote, entry: Entry, given_up: threading.Event) -> Reserved:
+def reserve(remote: Remote, entry: Entry, wait: Wait) -> Reserved:
     """The file, which nobody evicts before it is closed, or the right to fetch it, as soon as there is room.
 
-    Raises RuntimeError if there is no room for it, if another process is fetching it and stands still, or soon after
-    `given_up` is set.
+    Raises RuntimeError if there is no room for it, if another process is fetching it until the wait ends, or soon after
+    it is given up.
     """
-    patience = remote.cache.patience
-    state, deadline = None, 0.0  # why it is not there yet, and until when it may stay so
+    full = Wait(remote.cache.patience.room_seconds)
     with _explained(entry):
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -83,30 +81,21 @@ def reserve(remote: Remote, entry: Entry, given_up: threading.Event) -> Reserved
                 claimed = _claim(remote.cache, entry)
                 if claimed is not None:
                     return Reserved(claimed, is_whole=False)
-                now, seconds = ("fetched by another", _progress(entry)), patience.others_seconds
-                fault = f"another process is fetching {entry.path}, and gets nothing; end it if it was stopped"
+                full = Wait(remote.cache.patience.room_seconds)  # it is not, at this moment
+                fault = (
+                    f"another process is fetching {entry.path}, and has not got it after {wait.seconds:g} s; end it if"
+                    " it was stopped"
+                )
             except _NoRoomError as error:
-                now, seconds = ("no room",), patience.room_seconds
                 fault = f"no room for {entry.path}: {error}"
-            if now != state:
-                state, deadline = now, time.monotonic() + seconds
-            elif time.monotonic() > deadline:
+            if not (wait.seconds_left and full.seconds_left):
                 raise RuntimeError(fault)
-            if given_up.wait(_POLL_SECONDS):
+            if wait.given_up.wait(_POLL_SECONDS):
                 raise RuntimeError(f"{entry.path} is not needed any more")
 
 
 def _partial_of(claim: Path) -> Path:
     return claim.with_suffix("").with_suffix(".partial")
-
-
-def _progress(entry: Entry) -> tuple[int, ...]:
-    """What changes as long as somebody writes what comes of a file."""
-    try:
-        status = entry.partial.stat()
-    except FileNotFoundError:
-        return ()
-    return status.st_size, status.st_blocks, status.st_mtime_ns
 
 
 @contextmanager
@@ -195,11 +184,11 @@ def _lock(file: int, kind: int, path: Path, cache: CacheOptions) -> None:
             return
         except BlockingIOError as error:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"another process holds the lock of {path}; end it if it was stopped") from error
+                raise RuntimeError(f"another process holds a lock on {path}; end it if it was stopped") from error
         time.sleep(_LOCK_POLL_SECONDS)
 
 
-def fill(remote: Remote, entry: Entry, reserved: Reserved, given_up: threading.Event) -> int:
+def fill(remote: Remote, entry: Entry, reserved: Reserved, wait: Wait) -> int:
     """The open file, which nobody evicts before it is closed; fetched first if it is not there.
 
     Raises RuntimeError if it cannot be fetched.
@@ -209,7 +198,7 @@ def fill(remote: Remote, entry: Entry, reserved: Reserved, given_up: threading.E
     try:
         with _explained(entry):
             try:
-                fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, given_up)
+                fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, wait)
                 file = _publish(remote.cache, entry)
             except BaseException:
                 entry.partial.unlink(missing_ok=True)

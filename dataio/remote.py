@@ -1,7 +1,8 @@
 """Files from far away: an address below a URL → a whole, verified file on a local disk, or one clear error.
 
 fsspec does the transport (s3://, gs://, https://, file:// and whatever else it has a package for). Here a transfer is
-given its time, tried again with growing pauses, and checked. cache.py decides what is fetched, and when.
+given its time, tried again with growing pauses, and checked. cache.py decides what is fetched, and when;
+cache_folder.py, where it lies.
 """
 
 import asyncio
@@ -10,8 +11,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from fsspec.callbacks import Callback
 from dataio.files import sha256_of, sync
 
 _Result = TypeVar("_Result")
-_LONGEST_WAIT_SECONDS = 30
+_LONGEST_WAIT_SECONDS, _POLL_SECONDS = 30, 0.05
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
 
@@ -34,13 +35,8 @@ class Patience:
     attempts: int = 6
     first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
     silent_seconds: float = 30  # that a server may send nothing, or take to answer
-    file_seconds: float = 240  # that a file may take, over all attempts: less than half of what ranks wait for a rank
     room_seconds: float = 60  # that shards in use may take up the cache
-
-    @property
-    def others_seconds(self) -> float:
-        """Without progress in a file that another process is fetching: more than that process gives itself."""
-        return 1.25 * self.file_seconds
+    file_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,19 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Remote:
-    """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it."""
+    """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it.
+
+    Raises ValueError if there is a blank in one that does.
+    """
 
     url: str
     cache: CacheOptions
+
+    def __post_init__(self) -> None:
+        if re.search(r"\s", self.url) and re.search("[@?]", self.url):  # `shown` could not tell where a secret ends
+            raise ValueError(
+                f"{self.url.partition('://')[0]}://… has a password or a token, and a blank; write it as %20"
+            )
 
     def address(self, name: str) -> str:
         """Of one of its files: what follows a question mark (https://host/set?token=…) is asked for each of them."""
@@ -65,20 +70,43 @@ class Remote:
         return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
+@dataclass(frozen=True)
+class Wait:
+    """The time that a file is given, from now on, and an event that ends it earlier."""
+
+    seconds: float
+    given_up: threading.Event = field(default_factory=threading.Event)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.began + self.seconds - time.monotonic())
+
+    def check(self) -> None:
+        """Raises WaitEndedError if it has ended."""
+        if self.given_up.is_set():
+            raise WaitEndedError("it is not needed any more")
+        if not self.seconds_left:
+            raise WaitEndedError(
+                f"it is not there after {self.seconds:g} s; pack smaller shards (--shard-mib), or raise"
+                " engine.timeout_minutes, of which a file may take 40 %"
+            )
+
+
+class WaitEndedError(Exception):
+    """A file came too late. Its text has the remedy."""
+
+
 class DamagedError(OSError):
     """What was fetched is not what the manifest names."""
 
 
-class _GivenUpError(Exception):
-    """Nobody waits for the file any more."""
-
-
 class _Watch(Callback):
-    """Ends a transfer that announces or has brought more bytes than it may, or is not needed any more."""
+    """Ends a transfer that announces or has brought more bytes than it may, or whose wait has ended."""
 
-    def __init__(self, limit: int, given_up: threading.Event) -> None:
+    def __init__(self, limit: int, wait: Wait) -> None:
         super().__init__()
-        self._limit, self._given_up = limit, given_up
+        self._limit, self._wait = limit, wait
 
     def set_size(self, size: int | None) -> None:
         """Of a transfer that begins; gcsfs may begin several, as it tries again by itself."""
@@ -86,8 +114,7 @@ class _Watch(Callback):
         super().set_size(size)
 
     def call(self, *arguments: object, **more: object) -> None:
-        if self._given_up.is_set():
-            raise _GivenUpError("it is not needed any more")
+        self._wait.check()
         bytes_known = max(self.size or 0, self.value)
         if bytes_known > self._limit:
             raise DamagedError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
@@ -108,62 +135,75 @@ def shown(text: str) -> str:
 
 def read_remote(remote: Remote, name: str) -> bytes:
     """The content of a small file. Raises as `fetch` does."""
+    wait = Wait(remote.cache.patience.file_seconds)
 
-    def read(system: fsspec.AbstractFileSystem, path: str, seconds: float) -> bytes:
-        return system.cat_file(path, **_limited(system, seconds))
+    def read(system: fsspec.AbstractFileSystem, path: str) -> bytes:
+        if isinstance(system, AsyncFileSystem):
+            return _finish(system, system._cat_file(path), wait)
+        return system.cat_file(path)
 
-    return _tried_again(remote, name, read, threading.Event())
+    return _tried_again(remote, name, read, wait)
 
 
-def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, given_up: threading.Event) -> None:
+def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, wait: Wait) -> None:
     """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
 
     size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
-    cannot be had, with URL, fault and remedy, or, with the next bytes that come, when `given_up` is set; ValueError if
-    the URL's protocol is unknown. The file system may remove `target` and write it anew between attempts.
+    cannot be had, with URL, fault and remedy, or soon after `wait` is given up; ValueError if the URL's protocol is
+    unknown. The file system may remove `target` and write it anew between attempts; it does not when this has ended.
     """
 
-    def transfer(system: fsspec.AbstractFileSystem, path: str, seconds: float) -> None:
-        watch = _Watch(size, given_up)
-        if not isinstance(system, AsyncFileSystem):  # it may tell nothing on its way
-            watch.set_size(system.size(path))
-        watch.call()
-        system.get_file(path, str(target), callback=watch, **_limited(system, seconds))
+    def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
+        watch = _Watch(size, wait)
+        if isinstance(system, AsyncFileSystem):
+            _finish(system, system._get_file(path, str(target), callback=watch), wait)
+        else:
+            watch.set_size(system.size(path))  # it may tell nothing on its way
+            system.get_file(path, str(target), callback=watch)
         if sha256_of(target) != sha256:
             raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
         sync(target)
 
-    _tried_again(remote, name, transfer, given_up)
+    _tried_again(remote, name, transfer, wait)
 
 
-def _limited(system: fsspec.AbstractFileSystem, seconds: float) -> dict[str, float]:
-    """The argument that limits a call; a file system that blocks as files do has none."""
-    return {"timeout": max(seconds, 0.001)} if isinstance(system, AsyncFileSystem) else {}
+def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: Wait) -> _Result:
+    """What the work comes to. It is cancelled when the wait ends; whatever this raises, nothing goes on."""
+
+    async def watched() -> _Result:
+        task = asyncio.ensure_future(work)
+        while not task.done():
+            await asyncio.wait([task], timeout=_POLL_SECONDS)
+            try:
+                wait.check()
+            except WaitEndedError:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                raise
+        return task.result()
+
+    return asyncio.run_coroutine_threadsafe(watched(), system.loop).result()
 
 
-def _tried_again(
-    remote: Remote, name: str, action: Callable[[Any, str, float], _Result], given_up: threading.Event
-) -> _Result:
-    """What `action` returns at the first attempt that succeeds; it gets a file system, the path of `name`, seconds."""
+def _tried_again(remote: Remote, name: str, action: Callable[[Any, str], _Result], wait: Wait) -> _Result:
+    """What `action` returns at the first attempt that succeeds; it gets a file system, and the path of `name` there."""
     address, patience, attempts = remote.address(name), remote.cache.patience, 0
     place = shown(address)
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
 
         system, path = _open_system(address, patience)
-        deadline = time.monotonic() + patience.file_seconds
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
-            stop=tenacity.stop_after_attempt(patience.attempts)
-            | tenacity.stop_before_delay(patience.file_seconds)
-            | tenacity.stop_when_event_set(given_up),
+            stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_before_delay(wait.seconds_left),
             wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
-            sleep=tenacity.sleep_using_event(given_up),
+            sleep=tenacity.sleep_using_event(wait.given_up),
             reraise=True,
         ):
             attempts = attempt.retry_state.attempt_number
             with attempt:
-                return action(system, path, deadline - time.monotonic())
+                wait.check()
+                return action(system, path)
     except ImportError as error:
         protocol = address.partition("://")[0]
         raise RuntimeError(
@@ -205,7 +245,8 @@ def _aiohttp_timeout(seconds: float) -> Any:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt may go better."""
-    if isinstance(error, ImportError | FileNotFoundError | PermissionError) or not isinstance(error, Exception):
+    hopeless = ImportError, FileNotFoundError, PermissionError, WaitEndedError
+    if isinstance(error, hopeless) or not isinstance(error, Exception):
         return False
     return _http_status(error) not in _REFUSED_STATUS
 
@@ -220,7 +261,7 @@ def _http_status(error: Exception) -> int | None:
 def _describe(error: Exception, attempts: int) -> str:
     """Fault and remedy."""
     fault = shown(" ".join(str(error).split())) or type(error).__name__
-    if isinstance(error, _GivenUpError):
+    if isinstance(error, WaitEndedError):
         return fault
     if isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"

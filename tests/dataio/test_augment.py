@@ -159,7 +159,8 @@ def test_an_odd_batch_cannot_be_mixed():
 @pytest.mark.parametrize("group", [1, 15])
 def test_images_of_a_group_can_be_paired(group):
     with pytest.raises(ValueError, match=f"mix_group is {group}; images are mixed in pairs, use an even number"):
-        MixOptions(mix_group=group)
+        augment(MixOptions(mix_group=group))
+    augment(replace(OFF, mix_group=group))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -332,10 +332,10 @@ def test_a_closed_loader_holds_no_shard(http_server, far, expected, tmp_path, aw
 
 def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, hold_and_read):
     """For a server that is silent, between two attempts, and for room."""
-    patient = CacheOptions(tmp_path / "cache", 250_000, Patience(first_wait_seconds=99, room_seconds=99))
+    patience = Patience(first_wait_seconds=600, silent_seconds=600, room_seconds=600, file_seconds=600)
     server = http_server(far)
-    manifest = open_data(server.url, patient)
-    server.faults = {shard.name: ["503"] * 9 for shard in local.shards[1:3]}
+    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 250_000, patience))
+    server.faults = {shard.name: [fault] for shard, fault in zip(local.shards[1:3], ("silent", "503"), strict=True)}
     shards = ShardCache(manifest)
     hold_and_read(shards, manifest, [0])
     shards.hold([0, 1, 2, 3, 4, 5])

@@ -35,7 +35,7 @@ def test_what_dataio_is_told(configure):
         *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase_probability=0.15"),
         "data.mix_group=6",
     )
-    images, mixing = image_options(config.data), mix_options(config.data)
+    images, mixing = image_options(config.data), mix_options(config.data, 64)
     assert (images.image_size, images.eval_resize, images.eval_crop_fraction) == (64, "short", 0.9)
     assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
     assert (images.flip_probability, images.threads, images.prefetch_batches) == (0.25, 3, 5)
@@ -45,6 +45,17 @@ def test_what_dataio_is_told(configure):
     assert (mixing.switch_probability, mixing.mix_group) == (0.9, 6)
     assert (mixing.mixup, mixing.cutmix, mixing.mix_probability) == (0.3, 0.7, 0.6)
     assert (mixing.label_smoothing, mixing.erase_probability) == (0.05, 0.15)
+
+
+def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
+    assert make_plan(configure("optimizer.global_batch=64"), 0, 1).mixing.mix_group == 64
+    assert make_plan(configure("optimizer.global_batch=256"), 0, 1).mixing.mix_group == 128
+
+
+def test_a_shard_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
+    places = f"data.train={(fashion_shards / "train").as_uri()}", f"data.cache={tmp_path / 'cache'}"
+    train = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train
+    assert train.remote.cache.patience.file_seconds == 0.4 * 30 * 60
 
 
 def test_a_batch_that_does_not_divide(configure):
