@@ -10,6 +10,7 @@ Axes: B images of a batch, S the side of the square images that come out, L stag
 
 import dataclasses
 import io
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -29,7 +30,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dataio import recipes
 from dataio.cache import ShardCache, open_shards
-from dataio.index import Manifest
+from dataio.index import SAMPLE_DTYPE, Manifest
 from dataio.operations import INTERPOLATIONS, Stage, apply_stage
 from dataio.recipes import Operations
 from dataio.resize import Resizer
@@ -38,6 +39,8 @@ from dataio.views import ImageOptions, Views, eval_views
 
 _FAULTS_SHOWN = 5
 _NEIGHBOURS_TRIED = 100
+_FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
+_NO_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)
 
 
 class Replaced(NamedTuple):
@@ -122,7 +125,7 @@ def _decode(
     while under_way:
         try:
             output, sizes = pipeline.share_outputs()
-        except RuntimeError as error:
+        except _FAILURES as error:
             if resizer:
                 resizer.check()
             raise _DecodingError(*error.args) from error
@@ -169,10 +172,7 @@ class _Bench:
             request, encoded = loaded
             refused = self._refused(request.samples, encoded, request.views)
             if refused:
-                faults = {
-                    place: self._reason(request.samples[place], encoded[place], said) for place, said in refused.items()
-                }
-                batches[number] = self._without(faults, loaded)
+                batches[number] = self._without(refused, loaded)
                 return batches
         raise RuntimeError(f"DALI failed on a batch, and on none of its images alone: {error}") from error
 
@@ -211,44 +211,62 @@ class _Bench:
         return (np.array(sizes.as_tensor()) == np.stack([rows["height"], rows["width"]], axis=1)).all(axis=1)
 
     def _refused(self, samples: Sequence[int], encoded: list[np.ndarray], views: Views) -> dict[int, str]:
-        """What DALI says against each of these images if it gets it alone, by place; nothing against most."""
+        """What is wrong with each of these images that DALI does not decode alone, by place; nothing with most.
+
+        Raises RuntimeError if it is no image's fault.
+        """
         options = dataclasses.replace(self.options.plain, prefetch_batches=1)
         views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
-        left = deque(range(len(encoded)))
+        whole, view_of_whole = _whole_image(options)
+        images, views = [*encoded, whole], Views(*map(np.concatenate, zip(views, view_of_whole, strict=True)))
+        control, left = len(encoded), deque(range(len(encoded)))  # places
         refused = {}
 
         def feed() -> tuple:
             place = left[0]
-            return [encoded[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
+            return [images[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
 
         while left:
+            left.appendleft(control)
             resizer = _resizer(options, self.device)
             pipeline = _graph(options, feed, 1, self.device, resizer)  # 15 ms on the CPU
             try:
                 while left:
                     _, sizes = pipeline.run()
                     place = left.popleft()
-                    if not self.are_sizes([samples[place]], sizes).all():
-                        refused[place] = "another size"
-            except RuntimeError as error:  # the end of this pipeline
+                    if place != control and not self.are_sizes([samples[place]], sizes).all():
+                        refused[place] = self._reason(samples[place], images[place], "another size")
+            except _FAILURES as error:  # the end of this pipeline
                 if resizer:
                     resizer.check()
-                refused[left.popleft()] = str(error)
+                place = left.popleft()
+                if place == control:
+                    raise RuntimeError(
+                        f"DALI fails on an image that is whole: {_said(error)}; free some memory, or lower data.threads"
+                    ) from error
+                refused[place] = self._reason(samples[place], images[place], _said(error))
         return refused
 
     def _reason(self, sample: int, encoded: np.ndarray, refusal: str) -> str:
-        """Why an image cannot be decoded, in PIL's words: DALI has only numbers."""
+        """Why an image cannot be decoded, in PIL's words: DALI has only numbers. Raises RuntimeError without memory."""
         row = self.manifest.samples[sample]
         try:
-            image = Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+            image = Image.open(io.BytesIO(encoded.tobytes()))
+            if image.size != (row["width"], row["height"]):
+                return f"it has {image.width}×{image.height} pixels where {row['width']}×{row['height']} were packed"
+            image.convert("RGB")
         except UnidentifiedImageError:
             return "not an image"
+        except MemoryError:
+            refusal = "out of memory"
         except Exception as fault:  # PIL raises whatever its plugins raise
             return str(fault)
-        if image.size != (row["width"], row["height"]):
-            return f"it has {image.width}×{image.height} pixels where {row['width']}×{row['height']} were packed"
-        said = refusal.partition("encountered:")[2].partition("Current pipeline")[0]
-        return f"DALI refuses it, though PIL decodes it: {' '.join((said or refusal).split())}"
+        if _NO_MEMORY.search(refusal):
+            raise RuntimeError(
+                f"no memory to decode {self.manifest.describe(sample)}; free some, or lower data.threads or"
+                " data.prefetch_batches"
+            )
+        return f"DALI refuses it, though PIL decodes it: {refusal}"
 
     def _error(self, faults: dict[int, str]) -> RuntimeError:
         """faults: reasons by sample."""
@@ -258,6 +276,22 @@ class _Bench:
         return RuntimeError(
             f"cannot decode {', '.join(named)}; {self.manifest.remedy} and pack it again without broken images"
         )
+
+
+def _said(error: Exception) -> str:
+    """What DALI says of an error, without where in its graph."""
+    text = str(error)
+    said = text.partition("encountered:")[2].partition("Current pipeline")[0]
+    return " ".join((said or text).split())
+
+
+def _whole_image(options: ImageOptions) -> tuple[np.ndarray, Views]:
+    """A small one that any DALI decodes, encoded, and its view."""
+    row = np.zeros(1, SAMPLE_DTYPE)
+    row["height"] = row["width"] = 64
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    return _as_array(file.getvalue()), eval_views(row, options)
 
 
 def _as_array(encoded: bytes) -> np.ndarray:

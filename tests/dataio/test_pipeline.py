@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torchvision.transforms import functional as vision
 
 from dataio.index import Manifest, draws_at, load_manifest
 from dataio.loader import TrainLoader, TrainPlan
+from dataio.pack import pack
 from dataio.parity import in_pil
 from dataio.pipeline import Request, _graph, decode_batches
 from dataio.recipes import Kind, RandAugment
@@ -337,3 +339,46 @@ def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, mo
     ):
         list(itertools.islice(loader, 5))
     assert loader.broken == 0
+
+
+SCARCE = """
+import resource, sys
+import torch
+from dataio.index import load_manifest
+from dataio.loader import TrainLoader, TrainPlan
+from dataio.views import ImageOptions
+
+plan = TrainPlan(seed=0, global_batch=1, max_broken=99)
+options = ImageOptions(image_size=32, threads=1, prefetch_batches=1)
+loader = TrainLoader(load_manifest(sys.argv[1]), options, plan, torch.device("cpu"))
+next(loader)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]) * 2**20,) * 2)
+try:
+    for batch in loader:  # 8 % or more of each image, until it is too much
+        assert not batch.replaced
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("side", "kind", "mib"), [(6000, "jpg", 40), (6000, "png", 40), (12000, "jpg", 250)])
+def test_an_image_for_which_there_is_no_memory_is_not_taken_for_a_broken_one(tmp_path, side, kind, mib):
+    """One is large; with 40 MiB left DALI cannot even start anew, to decode one at a time."""
+    folder = tmp_path / "photos" / "class"
+    folder.mkdir(parents=True)
+    for number in range(9):
+        size = (side, side) if number == 4 else (64, 64)
+        Image.effect_noise((64, 64), 50).convert("RGB").resize(size).save(folder / f"{number}.{kind}")
+    pack(tmp_path / "photos", tmp_path / "packed")
+    run = subprocess.run(
+        [sys.executable, "-c", SCARCE, tmp_path / "packed", str(mib)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    expected = (
+        r"(no memory to decode sample \d|DALI fails on an image that is whole|cannot scale images on the CPU).*; free"
+    )
+    assert re.match(expected, run.stdout), run.stderr

@@ -53,7 +53,7 @@ def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
 
 
 def test_a_shard_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
-    places = f"data.train={(fashion_shards / "train").as_uri()}", f"data.cache={tmp_path / 'cache'}"
+    places = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
     train = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train
     assert train.remote.cache.patience.file_seconds == 0.4 * 30 * 60
 
