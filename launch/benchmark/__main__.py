@@ -7,6 +7,8 @@ from importlib import import_module
 COMMANDS = {
     "kernel": "polarity attention against eager, compiled eager and softmax attention",
     "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
+    "pack": "dataio.pack against cp -r, tar and webdataset's ShardWriter",
+    "resume": "the first batch after a resume against that after a fresh start; how well an epoch is shuffled",
     "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks, into one folder",
 }
 

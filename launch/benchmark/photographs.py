@@ -1,8 +1,8 @@
 """Photographs to load, as many as are wanted: crops of a few real ones that installed packages bring along.
 
-data.py measures with them where no packed folder is given. scikit-image and Matplotlib ship the pictures; each is cut,
-scaled to about 500×375 pixels (ImageNet's most frequent size), mirrored and recoloured at random, and packed by
-dataio.pack into shards of equal work.
+data.py and resume.py measure with them packed, pack.py with the files. scikit-image and Matplotlib ship the pictures;
+each is cut, scaled to about 500×375 pixels (ImageNet's most frequent size), mirrored and recoloured at random. They are
+packed by dataio.pack into shards of equal work.
 """
 
 import random
@@ -35,17 +35,22 @@ _QUALITY = 95
 _LARGEST_SHARD = 15 * 2**20  # bytes; dataio.pack makes them no larger than 16 MiB of so few images
 
 
-def pack_photographs(folder: Path, images: int, cores: int) -> Manifest:
-    """Packs so many photographs into `folder`/packed; the same bytes every time.
+def make_photographs(folder: Path, images: int, cores: int) -> None:
+    """Writes so many photographs into a class folder; the same bytes every time.
 
     Raises RuntimeError if scikit-image is not installed.
     """
-    source = folder / "photographs"
     numbers = [range(start, images, cores) for start in range(cores)]
     for name in PICTURES:
-        (source / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True)
     with worker_pool(cores) as pool:
-        list(pool.map(_write, [source] * cores, numbers))
+        list(pool.map(_write, [folder] * cores, numbers))
+
+
+def pack_photographs(folder: Path, images: int, cores: int) -> Manifest:
+    """Packs so many photographs into `folder`/packed. Raises as `make_photographs` does."""
+    source = folder / "photographs"
+    make_photographs(source, images, cores)
     sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
     shards = cores * -(-sum(sizes) // (cores * _LARGEST_SHARD))  # each core gets as many
     equal_shards = max(1, (sum(sizes) / shards + max(sizes)) / 2**20)

@@ -1,0 +1,181 @@
+"""Times the first batch of a run after a fresh start and after a resume far away, on as many samples as ImageNet has.
+
+python -m launch.benchmark resume
+python -m launch.benchmark resume --step 5000000 --output launch/benchmark/results/resume-cpu.json
+python -m launch.benchmark resume --show launch/benchmark/results/resume-cpu.json
+
+The samples are those of a few photographs, whose shards stand there under many names. Each start has a process of its
+own that has imported everything and knows nothing of the data; its time goes from the manifest to the first batch on
+the device. How well the run is shuffled is a pure function of seed and counts: the largest correlation of an epoch's
+order with the stored one, for these samples in equal shards.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, Order, load_manifest, read_manifest_file
+from dataio.loader import TrainLoader, TrainPlan
+from dataio.views import ImageOptions
+from dataio.workers import available_cores
+from launch.benchmark.measure import spread
+from launch.benchmark.photographs import DESCRIPTION, pack_photographs
+from launch.benchmark.report import default_path, describe_run, read_report, write_report
+from launch.distributed import default_device_type
+
+_PHOTOGRAPHS = 256
+_SAMPLES = 1_281_167  # of ImageNet-1k
+_PLAN = TrainPlan(seed=0, global_batch=1024, ranks=8)
+_SHUFFLED_SHARDS, _WINDOW_SHARDS, _SHUFFLED_EPOCHS = 560, 16, 5
+
+
+def multiply(manifest: Manifest, folder: Path, samples: int) -> Manifest:
+    """A packed folder with so many samples, or a few more: the shards of another one again and again, by hard links."""
+    folder.mkdir()
+    copies = -(-samples // len(manifest))
+    shards = []
+    for number, shard in enumerate(manifest.shards * copies):
+        shards.append(replace(shard, name=f"shard-{number:06d}.tar"))
+        os.link(manifest.folder / shard.name, folder / shards[-1].name)
+    rows = np.tile(manifest.samples, copies)
+    rows["shard"] += np.repeat(np.arange(copies, dtype=np.uint32) * len(manifest.shards), len(manifest))
+    table = io.BytesIO()
+    np.save(table, rows)
+    (folder / SAMPLES_NAME).write_bytes(table.getvalue())
+    file, _ = read_manifest_file(manifest.folder)
+    digest = hashlib.sha256(table.getvalue()).hexdigest()
+    file = replace(file, samples=len(rows), samples_sha256=digest, shards=tuple(shards), sha256="")
+    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(file)))
+    return load_manifest(folder)
+
+
+def state_at(step: int, folder: Path) -> dict[str, int | str]:
+    """What a checkpoint keeps of the loader of a run that has done so many steps."""
+    state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
+    return state | {"samples_seen": step * _PLAN.global_batch}
+
+
+def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.device) -> float:
+    """Seconds from the manifest to the first batch, of rank 0. state: None for a fresh start.
+
+    Raises RuntimeError if it is the batch of another step.
+    """
+    began = time.perf_counter()
+    loader = TrainLoader(load_manifest(folder), ImageOptions(threads=available_cores()), _PLAN, device)
+    if state:
+        loader.restore(state)
+    batch = next(loader)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    if batch.position != (state["samples_seen"] if state else 0):
+        raise RuntimeError(f"the first batch is that of position {batch.position}; its time would mean nothing")
+    return seconds
+
+
+def _get_ready(device: torch.device) -> None:
+    """Imports all this, and starts the device."""
+    torch.zeros(1, device=device)
+
+
+def correlations(samples: int) -> dict[str, float]:
+    """By order: the largest, in absolute value, of an epoch's order with the stored one."""
+    counts = (samples // _SHUFFLED_SHARDS,) * _SHUFFLED_SHARDS
+    largest = {}
+    for order in (Order(_PLAN.seed, counts), Order(_PLAN.seed, counts, _WINDOW_SHARDS)):
+        stored = np.arange(order.samples)
+        seen = (order.samples_at(epoch * order.samples + stored) for epoch in range(_SHUFFLED_EPOCHS))
+        largest[str(order)] = max(abs(float(np.corrcoef(stored, samples)[0, 1])) for samples in seen)
+    return largest
+
+
+def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """The whole report."""
+    report = describe_run("resume", device)
+    with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
+        print(f"making {_PHOTOGRAPHS} photographs, and {samples} samples of them", file=sys.stderr)
+        few = pack_photographs(Path(folder), min(_PHOTOGRAPHS, samples), available_cores())
+        many = multiply(few, Path(folder, "many"), samples)
+        report["data"] = {"description": DESCRIPTION, "samples": len(many), "shards": len(many.shards)}
+        state = state_at(step, many.folder)
+        report |= {"step": step, "state_bytes": len(json.dumps(state)), "batch": _PLAN.batch, "rounds": rounds}
+        seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+            for name, own in seconds.items():
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+                    process.submit(torch.zeros, 1, device=device).result()  # everything is imported
+                    own.append(
+                        process.submit(first_batch, many.folder, None if name == "fresh" else state, device).result()
+                    )
+    report["seconds"] = {name: asdict(spread(own)) for name, own in seconds.items()}
+    later = [resumed - fresh for fresh, resumed in zip(*seconds.values(), strict=True)]
+    report["seconds_later_than_fresh"] = asdict(spread(later))
+    report["correlation"] = correlations(samples)
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a report, for people."""
+    fresh, resumed = (report["seconds"][name]["median"] for name in ("fresh", "resumed"))
+    print(
+        f"{report['data']['samples']:,} samples in {report['data']['shards']:,} shards; {report['device']['name']},"
+        f" commit {report['commit']}\n"
+        f"first batch of {report['batch']} after a fresh start: {fresh:.2f} s;"
+        f" after a resume at step {report['step']:,}, from {report['state_bytes']} bytes: {resumed:.2f} s"
+    )
+    for name, value in report["correlation"].items():
+        print(f"largest correlation of an epoch's order with the stored one, {name}: {value:.4f}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    summary, _, examples = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.benchmark resume",
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cuda", "cpu"), help="where batches are handed over (default: a GPU where there is one)")
+    add("--samples", type=int, default=_SAMPLES, help=f"at least so many (default {_SAMPLES})")
+    add("--step", type=int, default=1_000_000, help="of the run that is resumed (default 1000000)")
+    add("--rounds", type=int, default=5, help="starts of each kind (default 5)")
+    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--show", type=Path, metavar="FILE.json", help="print what this file says and measure nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        if arguments.show:
+            show(read_report(arguments.show, "resume"))
+            return 0
+        for name, least in (("samples", _SHUFFLED_SHARDS), ("step", 1), ("rounds", 1)):
+            if getattr(arguments, name) < least:
+                raise ValueError(f"--{name} is {getattr(arguments, name)}; give {least} or more")
+        device = torch.device(arguments.device or default_device_type())
+        path = arguments.output or default_path("resume")
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
+        report = measure(arguments.samples, arguments.step, arguments.rounds, device)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_report(path, report)
+    show(report)
+    print(f"written to {path}", file=sys.stderr)
+    return 0
