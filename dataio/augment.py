@@ -38,13 +38,13 @@ class MixOptions:
 
 
 def check_pairs(options: MixOptions, batch: int) -> None:
-    """Raises ValueError if images are to be mixed, and `batch`, of one rank and micro-step, or mix_group is odd."""
+    """Raises ValueError if images are to be mixed and `batch`, of a rank and micro-step, or mix_group is odd."""
     if options.mixes and batch % 2:
         raise ValueError(
             f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
             " or set mixup and cutmix to 0"
         )
-    if options.mixes and options.mix_group % 2:
+    if options.mixes and (options.mix_group < 2 or options.mix_group % 2):
         raise ValueError(f"mix_group is {options.mix_group}; images are mixed in pairs, use an even number")
 
 

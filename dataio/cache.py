@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +74,7 @@ class _Held:
     """A shard that is asked for: its open file, as soon as it is there."""
 
     entry: Entry
-    file: "Future[int]" = field(default_factory=Future)
+    file: "futures.Future[int]" = field(default_factory=futures.Future)
     given_up: threading.Event = field(default_factory=threading.Event)
     reserved: Reserved | None = None
 
@@ -90,7 +90,8 @@ class _Held:
 class ShardCache:
     """The encoded images of a remote data set. A few threads fetch the shards that were asked for, in that order.
 
-    A shard that cannot be had is an error of the `read` that needs it, not of the threads that fetched ahead.
+    A shard that cannot be had is an error of the `read` that needs it, not of the threads that fetched ahead; so is a
+    batch that waits longer for its shards than Patience allows.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -100,11 +101,13 @@ class ShardCache:
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
         self._turn = threading.Lock()  # room is claimed in the order of need
+        self._batch = Wait(manifest.remote.cache.patience.batch_seconds)
         for number in range(_THREADS):
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True).start()
 
     def hold(self, shards: Sequence[int]) -> None:
-        """Fetches these shards, in this order, and keeps them from being evicted; gives up all others."""
+        """Begins a batch: fetches these shards, in this order, and keeps them; gives up all others."""
+        self._batch = Wait(self._batch.seconds)
         with self._changed:
             for shard in self._held.keys() - set(shards):
                 self._give_up(shard)
@@ -128,10 +131,20 @@ class ShardCache:
                 self._queue.appendleft(shard)
                 self._changed.notify()
             held = self._held[shard]
-        error = held.file.exception()  # waits
+        if not futures.wait([held.file], self._batch.seconds_left).done:
+            raise RuntimeError(self._describe_wait(held))
+        error = held.file.exception()
         if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
             raise RuntimeError(str(error) or type(error).__name__) from error
         return read_sample(self._manifest, sample, held.file.result())
+
+    def _describe_wait(self, held: _Held) -> str:
+        remote, missing = self._manifest.remote, sum(not other.file.done() for other in self._held.values())
+        return (
+            f"waited {self._batch.seconds:g} s for {missing} shards of a batch, now for"
+            f" {shown(remote.address(held.entry.path.name))}; check server and network, or lower data.window_shards"
+            f"{remote.cache.patience.longer}"
+        )
 
     def close(self) -> None:
         with self._changed:

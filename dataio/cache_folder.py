@@ -74,17 +74,17 @@ def reserve(remote: Remote, entry: Entry, wait: Wait) -> Reserved:
     with _explained(entry):
         entry.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = _open_whole(remote.cache, entry)
+            file = _open_whole(remote.cache, entry, wait)
             if file is not None:
                 return Reserved(file, is_whole=True)
             try:
-                claimed = _claim(remote.cache, entry)
+                claimed = _claim(remote.cache, entry, wait)
                 if claimed is not None:
                     return Reserved(claimed, is_whole=False)
                 full = Wait(remote.cache.patience.room_seconds)  # it is not, at this moment
                 fault = (
                     f"another process is fetching {entry.path}, and has not got it after {wait.seconds:g} s; end it if"
-                    " it was stopped"
+                    " it was stopped, check server and network"
                 )
             except _NoRoomError as error:
                 fault = f"no room for {entry.path}: {error}"
@@ -110,20 +110,20 @@ def _explained(entry: Entry) -> Iterator[None]:
         ) from error
 
 
-def _open_whole(cache: CacheOptions, entry: Entry) -> int | None:
+def _open_whole(cache: CacheOptions, entry: Entry, wait: Wait) -> int | None:
     """The open and locked file if the cache has it, whole. One that was written to since it was verified is read."""
     try:
         file = os.open(entry.path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     with _closed_on_error(file):
-        _lock(file, fcntl.LOCK_SH, entry.path, cache)
+        _lock(file, fcntl.LOCK_SH, entry.path, cache, wait)
         status = os.fstat(file)
         if status.st_nlink > 0:  # else evicted between open and lock
             if status.st_mtime_ns == _VERIFIED_NS or _has_sha256(file, entry.sha256):
                 _mark_verified(file)
                 return file
-            with _locked(cache), suppress(FileNotFoundError):
+            with _locked(cache, wait), suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file), entry.path.stat()):  # else another process has fetched it anew
                     entry.path.unlink()
     os.close(file)
@@ -152,12 +152,12 @@ def _closed_on_error(file: int) -> Iterator[None]:
         raise
 
 
-def _claim(cache: CacheOptions, entry: Entry) -> int | None:
+def _claim(cache: CacheOptions, entry: Entry, wait: Wait) -> int | None:
     """The new, open and locked claim; None if the file is there by now, or being fetched.
 
     Raises _NoRoomError.
     """
-    with _locked(cache):
+    with _locked(cache, wait):
         if entry.path.exists() or not _remove_dead(entry.claim):
             return None
         _make_room(cache, entry.bytes)
@@ -168,16 +168,16 @@ def _claim(cache: CacheOptions, entry: Entry) -> int | None:
 
 
 @contextmanager
-def _locked(cache: CacheOptions) -> Iterator[None]:
+def _locked(cache: CacheOptions, wait: Wait) -> Iterator[None]:
     """Inside, no other process claims room, evicts, or lets a file appear."""
     with open(cache.folder / "lock", "a") as lock:
-        _lock(lock.fileno(), fcntl.LOCK_EX, cache.folder / "lock", cache)
+        _lock(lock.fileno(), fcntl.LOCK_EX, cache.folder / "lock", cache, wait)
         yield
 
 
-def _lock(file: int, kind: int, path: Path, cache: CacheOptions) -> None:
+def _lock(file: int, kind: int, path: Path, cache: CacheOptions, wait: Wait) -> None:
     """Raises RuntimeError if other processes do not let go of it: each holds it for a moment, unless it was stopped."""
-    deadline = time.monotonic() + cache.patience.room_seconds
+    deadline = time.monotonic() + min(cache.patience.room_seconds, wait.seconds_left)
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -185,7 +185,8 @@ def _lock(file: int, kind: int, path: Path, cache: CacheOptions) -> None:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"another process holds a lock on {path}; end it if it was stopped") from error
-        time.sleep(_LOCK_POLL_SECONDS)
+        if wait.given_up.wait(_LOCK_POLL_SECONDS):
+            raise RuntimeError(f"what {path} is locked for is not needed any more")
 
 
 def fill(remote: Remote, entry: Entry, reserved: Reserved, wait: Wait) -> int:
@@ -199,7 +200,7 @@ def fill(remote: Remote, entry: Entry, reserved: Reserved, wait: Wait) -> int:
         with _explained(entry):
             try:
                 fetch(remote, entry.path.name, entry.partial, entry.bytes, entry.sha256, wait)
-                file = _publish(remote.cache, entry)
+                file = _publish(remote.cache, entry, wait)
             except BaseException:
                 entry.partial.unlink(missing_ok=True)
                 entry.claim.unlink(missing_ok=True)
@@ -211,13 +212,13 @@ def fill(remote: Remote, entry: Entry, reserved: Reserved, wait: Wait) -> int:
         os.close(reserved.file)
 
 
-def _publish(cache: CacheOptions, entry: Entry) -> int:
+def _publish(cache: CacheOptions, entry: Entry, wait: Wait) -> int:
     """Gives what was fetched its name, in the place of its claim; the open and locked file."""
     file = os.open(entry.partial, os.O_RDONLY)
     with _closed_on_error(file):
         fcntl.flock(file, fcntl.LOCK_SH)
         _mark_verified(file)  # after its bytes are on disk: a crash may lose the mark, never what it says
-        with _locked(cache):  # or whoever counts at this moment may count it twice, or not at all
+        with _locked(cache, wait):  # or whoever counts at this moment may count it twice, or not at all
             entry.partial.rename(entry.path)
             entry.claim.unlink()
     return file

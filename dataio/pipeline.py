@@ -10,7 +10,6 @@ Axes: B images of a batch, S the side of the square images that come out, L stag
 
 import dataclasses
 import io
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -30,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dataio import recipes
 from dataio.cache import ShardCache, open_shards
-from dataio.index import SAMPLE_DTYPE, Manifest
+from dataio.index import Manifest
 from dataio.operations import INTERPOLATIONS, Stage, apply_stage
 from dataio.recipes import Operations
 from dataio.resize import Resizer
@@ -40,7 +39,7 @@ from dataio.views import ImageOptions, Views, eval_views
 _FAULTS_SHOWN = 5
 _NEIGHBOURS_TRIED = 100
 _FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
-_NO_MEMORY = re.compile("alloc|out of memory", re.IGNORECASE)
+_JPEG_SIDE = 65500  # pixels at most
 
 
 class Replaced(NamedTuple):
@@ -174,7 +173,10 @@ class _Bench:
             if refused:
                 batches[number] = self._without(refused, loaded)
                 return batches
-        raise RuntimeError(f"DALI failed on a batch, and on none of its images alone: {error}") from error
+        raise RuntimeError(
+            "DALI failed on a batch, and on none of its images alone; free some memory, or lower data.threads or"
+            f" data.prefetch_batches: {error}"
+        ) from error
 
     def _without(self, faults: dict[int, str], loaded: _Loaded) -> _Loaded:
         """The batch with stand-ins for the images at these places."""
@@ -201,7 +203,7 @@ class _Bench:
                 encoded = _as_array(self.shards.read(other))
             except BrokenSampleError:
                 continue
-            if not self._refused([other], [encoded], eval_views(rows[[other]], self.options)):
+            if not self._refused(np.array([other]), [encoded], eval_views(rows[[other]], self.options)):
                 return other, encoded
         raise self._error({sample: f"{reason}, and no sample after it can stand for it"})
 
@@ -210,63 +212,76 @@ class _Bench:
         rows = self.manifest.samples[samples]
         return (np.array(sizes.as_tensor()) == np.stack([rows["height"], rows["width"]], axis=1)).all(axis=1)
 
-    def _refused(self, samples: Sequence[int], encoded: list[np.ndarray], views: Views) -> dict[int, str]:
+    def _refused(self, samples: np.ndarray, encoded: list[np.ndarray], views: Views) -> dict[int, str]:
         """What is wrong with each of these images that DALI does not decode alone, by place; nothing with most.
 
         Raises RuntimeError if it is no image's fault.
         """
-        options = dataclasses.replace(self.options.plain, prefetch_batches=1)
-        views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
-        whole, view_of_whole = _whole_image(options)
-        images, views = [*encoded, whole], Views(*map(np.concatenate, zip(views, view_of_whole, strict=True)))
-        control, left = len(encoded), deque(range(len(encoded)))  # places
-        refused = {}
-
-        def feed() -> tuple:
-            place = left[0]
-            return [images[place]], *_graph_inputs(Views(*(field[[place]] for field in views)), options)
-
-        while left:
-            left.appendleft(control)
-            resizer = _resizer(options, self.device)
-            pipeline = _graph(options, feed, 1, self.device, resizer)  # 15 ms on the CPU
-            try:
-                while left:
-                    _, sizes = pipeline.run()
-                    place = left.popleft()
-                    if place != control and not self.are_sizes([samples[place]], sizes).all():
-                        refused[place] = self._reason(samples[place], images[place], "another size")
-            except _FAILURES as error:  # the end of this pipeline
-                if resizer:
-                    resizer.check()
-                place = left.popleft()
-                if place == control:
-                    raise RuntimeError(
-                        f"DALI fails on an image that is whole: {_said(error)}; free some memory, or lower data.threads"
-                    ) from error
-                refused[place] = self._reason(samples[place], images[place], _said(error))
+        refused, first = {}, 0
+        while first < len(encoded):
+            failed = self._first_failure(samples[first:], encoded[first:], _part(views, slice(first, None)))
+            if failed is None:
+                break
+            place, said = first + failed[0], failed[1]
+            fault = self._fault(samples[[place]], encoded[place], _part(views, [place]), said)
+            if fault:
+                refused[place] = fault
+            first = place + 1
         return refused
 
-    def _reason(self, sample: int, encoded: np.ndarray, refusal: str) -> str:
-        """Why an image cannot be decoded, in PIL's words: DALI has only numbers. Raises RuntimeError without memory."""
-        row = self.manifest.samples[sample]
+    def _first_failure(self, samples: np.ndarray, encoded: list[np.ndarray], views: Views) -> tuple[int, str] | None:
+        """(place, what DALI says) of the first of these images that it does not decode, each alone, to its size."""
+        options = dataclasses.replace(self.options.plain, prefetch_batches=1)
+        views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
+        place = 0
+
+        def feed() -> tuple:
+            return [encoded[place]], *_graph_inputs(_part(views, [place]), options)
+
+        resizer = _resizer(options, self.device)
+        pipeline = _graph(options, feed, 1, self.device, resizer)  # 15 ms on the CPU
         try:
-            image = Image.open(io.BytesIO(encoded.tobytes()))
-            if image.size != (row["width"], row["height"]):
-                return f"it has {image.width}×{image.height} pixels where {row['width']}×{row['height']} were packed"
-            image.convert("RGB")
-        except UnidentifiedImageError:
-            return "not an image"
-        except MemoryError:
-            refusal = "out of memory"
-        except Exception as fault:  # PIL raises whatever its plugins raise
-            return str(fault)
-        if _NO_MEMORY.search(refusal):
+            for place in range(len(encoded)):
+                _, sizes = pipeline.run()
+                if not self.are_sizes(samples[[place]], sizes).all():
+                    return place, "another size"
+        except _FAILURES as error:  # the end of this pipeline
+            if resizer:
+                resizer.check()
+            text = str(error)
+            said = text.partition("encountered:")[2].partition("Current pipeline")[0]
+            return place, " ".join((said or text).split())
+        return None
+
+    def _fault(self, sample: np.ndarray, encoded: np.ndarray, view: Views, said: str) -> str | None:
+        """What is wrong with an image of which DALI has said this; None if it decodes it after all. sample: (1,).
+
+        Without memory DALI and PIL fail with the same words as on a broken image. So, unless its header is wrong, an
+        image is at fault only if another one of its size is decoded, and then not this one. Raises RuntimeError if that
+        other one is not.
+        """
+        row = self.manifest.samples[sample[0]]
+        fault = _header_fault(encoded, row["width"], row["height"])
+        if fault:
+            return fault
+        try:
+            control = _blank(row["width"], row["height"])
+            failed = self._first_failure(sample, [control], view)
+            _decode_with_pil(control)
+        except Exception as error:  # PIL raises whatever its plugins raise
+            failed = 0, str(error) or type(error).__name__
+        if failed:
             raise RuntimeError(
-                f"no memory to decode {self.manifest.describe(sample)}; free some, or lower data.threads or"
-                " data.prefetch_batches"
+                f"cannot decode {self.manifest.describe(sample[0])}, nor a blank image of its size ({failed[1]});"
+                " free some memory, or lower data.threads or data.prefetch_batches"
             )
-        return f"DALI refuses it, though PIL decodes it: {refusal}"
+        if self._first_failure(sample, [encoded], view) is None:
+            return None
+        try:
+            _decode_with_pil(encoded)  # which has words for it: DALI has only numbers
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return f"DALI refuses it, though PIL decodes it: {said}"
 
     def _error(self, faults: dict[int, str]) -> RuntimeError:
         """faults: reasons by sample."""
@@ -278,20 +293,33 @@ class _Bench:
         )
 
 
-def _said(error: Exception) -> str:
-    """What DALI says of an error, without where in its graph."""
-    text = str(error)
-    said = text.partition("encountered:")[2].partition("Current pipeline")[0]
-    return " ".join((said or text).split())
+def _part(views: Views, places: slice | list[int]) -> Views:
+    return Views(*(field[places] for field in views))
 
 
-def _whole_image(options: ImageOptions) -> tuple[np.ndarray, Views]:
-    """A small one that any DALI decodes, encoded, and its view."""
-    row = np.zeros(1, SAMPLE_DTYPE)
-    row["height"] = row["width"] = 64
+def _header_fault(encoded: np.ndarray, width: int, height: int) -> str | None:
+    """What is wrong with an image as far as its header tells, which should name this width and height."""
+    try:
+        found = Image.open(io.BytesIO(encoded.tobytes())).size
+    except UnidentifiedImageError:
+        return "not an image"
+    except Exception:  # PIL raises whatever its plugins raise, for want of memory too
+        return None
+    if found == (width, height):
+        return None
+    return f"it has {found[0]}×{found[1]} pixels where {width}×{height} were packed"
+
+
+def _blank(width: int, height: int) -> np.ndarray:
+    """An encoded image that takes more memory to decode than most of its size, being a progressive JPEG."""
     file = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(file, "JPEG")
-    return _as_array(file.getvalue()), eval_views(row, options)
+    size = min(int(width), _JPEG_SIDE), min(int(height), _JPEG_SIDE)
+    Image.new("RGB", size).save(file, "JPEG", progressive=True, subsampling=0)
+    return _as_array(file.getvalue())
+
+
+def _decode_with_pil(encoded: np.ndarray) -> None:
+    Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
 
 
 def _as_array(encoded: bytes) -> np.ndarray:

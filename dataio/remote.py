@@ -37,6 +37,8 @@ class Patience:
     silent_seconds: float = 30  # that a server may send nothing, or take to answer
     room_seconds: float = 60  # that shards in use may take up the cache
     file_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
+    batch_seconds: float = 480  # that a batch may wait for all its files
+    longer: str = ""  # how to allow more of both, ending a message
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,17 @@ class CacheOptions:
 class Remote:
     """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it.
 
-    Raises ValueError if there is a blank in one that does.
+    Raises ValueError if there may be a blank in one.
     """
 
     url: str
     cache: CacheOptions
 
     def __post_init__(self) -> None:
-        if re.search(r"\s", self.url) and re.search("[@?]", self.url):  # `shown` could not tell where a secret ends
-            raise ValueError(
-                f"{self.url.partition('://')[0]}://… has a password or a token, and a blank; write it as %20"
-            )
+        secret = r"https?://.*(\s.*@|@.*\s|\?.*\s)" if self.url.startswith("http") else r"[^/]*://[^/]*\s[^/]*@"
+        if re.match(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
+            protocol = self.url.partition("://")[0]
+            raise ValueError(f"{protocol}://… has a password or a token, and a blank; write it as %20")
 
     def address(self, name: str) -> str:
         """Of one of its files: what follows a question mark (https://host/set?token=…) is asked for each of them."""
@@ -83,18 +85,19 @@ class Wait:
         return max(0.0, self.began + self.seconds - time.monotonic())
 
     def check(self) -> None:
-        """Raises WaitEndedError if it has ended."""
+        """Raises GivenUpError or TooLateError if it has ended."""
         if self.given_up.is_set():
-            raise WaitEndedError("it is not needed any more")
+            raise GivenUpError("it is not needed any more")
         if not self.seconds_left:
-            raise WaitEndedError(
-                f"it is not there after {self.seconds:g} s; pack smaller shards (--shard-mib), or raise"
-                " engine.timeout_minutes, of which a file may take 40 %"
-            )
+            raise TooLateError(f"it is not there after {self.seconds:g} s")
 
 
-class WaitEndedError(Exception):
-    """A file came too late. Its text has the remedy."""
+class GivenUpError(Exception):
+    """Nobody waits for a file any more."""
+
+
+class TooLateError(Exception):
+    """A file has had its time."""
 
 
 class DamagedError(OSError):
@@ -149,8 +152,9 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, wait:
     """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
 
     size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
-    cannot be had, with URL, fault and remedy, or soon after `wait` is given up; ValueError if the URL's protocol is
-    unknown. The file system may remove `target` and write it anew between attempts; it does not when this has ended.
+    cannot be had, with URL, fault and remedy, or soon after `wait` is given up (of a file system without asyncio, with
+    the next bytes that come); ValueError if the URL's protocol is unknown. The file system may remove `target` and
+    write it anew between attempts; it does not when this has ended.
     """
 
     def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
@@ -168,7 +172,7 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, wait:
 
 
 def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: Wait) -> _Result:
-    """What the work comes to. It is cancelled when the wait ends; whatever this raises, nothing goes on."""
+    """What the work comes to. It is cancelled when the wait ends, and has ended when this raises."""
 
     async def watched() -> _Result:
         task = asyncio.ensure_future(work)
@@ -176,7 +180,7 @@ def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: W
             await asyncio.wait([task], timeout=_POLL_SECONDS)
             try:
                 wait.check()
-            except WaitEndedError:
+            except (GivenUpError, TooLateError):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 raise
@@ -187,8 +191,9 @@ def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: W
 
 def _tried_again(remote: Remote, name: str, action: Callable[[Any, str], _Result], wait: Wait) -> _Result:
     """What `action` returns at the first attempt that succeeds; it gets a file system, and the path of `name` there."""
-    address, patience, attempts = remote.address(name), remote.cache.patience, 0
+    address, patience = remote.address(name), remote.cache.patience
     place = shown(address)
+    faults: list[BaseException] = []  # of attempts that were followed by another
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
 
@@ -198,9 +203,9 @@ def _tried_again(remote: Remote, name: str, action: Callable[[Any, str], _Result
             stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_before_delay(wait.seconds_left),
             wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
             sleep=tenacity.sleep_using_event(wait.given_up),
+            before_sleep=lambda state: faults.append(state.outcome.exception()),
             reraise=True,
         ):
-            attempts = attempt.retry_state.attempt_number
             with attempt:
                 wait.check()
                 return action(system, path)
@@ -214,7 +219,7 @@ def _tried_again(remote: Remote, name: str, action: Callable[[Any, str], _Result
         cause = error if place == address else None  # a traceback would show the whole URL
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ValueError(f"cannot read {place}: {error}; use s3://, gs://, https:// or a folder") from cause
-        raise RuntimeError(f"cannot fetch {place}: {_describe(error, attempts)}") from cause
+        raise RuntimeError(f"cannot fetch {place}: {_describe(error, faults, patience)}") from cause
     raise AssertionError("tenacity neither returned nor raised")
 
 
@@ -245,7 +250,7 @@ def _aiohttp_timeout(seconds: float) -> Any:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt may go better."""
-    hopeless = ImportError, FileNotFoundError, PermissionError, WaitEndedError
+    hopeless = ImportError, FileNotFoundError, PermissionError, GivenUpError, TooLateError
     if isinstance(error, hopeless) or not isinstance(error, Exception):
         return False
     return _http_status(error) not in _REFUSED_STATUS
@@ -258,25 +263,39 @@ def _http_status(error: Exception) -> int | None:
     return getattr(error, "status", None) or getattr(error, "code", None)
 
 
-def _describe(error: Exception, attempts: int) -> str:
-    """Fault and remedy."""
-    fault = shown(" ".join(str(error).split())) or type(error).__name__
-    if isinstance(error, WaitEndedError):
-        return fault
+def _describe(error: BaseException, earlier: list[BaseException], patience: Patience) -> str:
+    """Fault and remedy. earlier: what became of the attempts before."""
+    attempts = 1 + len(earlier)
+    if isinstance(error, GivenUpError):
+        return str(error)
+    if isinstance(error, TooLateError):
+        before = f", {_fault(earlier[-1])} before that" if earlier else ""
+        return (
+            f"{error}{before}, attempts: {attempts}; check server and network, or pack smaller shards"
+            f" (--shard-mib){patience.longer}"
+        )
     if isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"
     if isinstance(error, PermissionError) or _http_status(error) in (400, 401, 403):
-        return f"access was refused ({fault}); check the credentials"
+        return f"access was refused ({_fault(error)}); check the credentials"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return (
             f"{os.strerror(error.errno)} in the cache; free some space, name a folder of a larger disk, or allow the"
             " cache fewer bytes"
         )
     if isinstance(error, DamagedError):
-        return f"{fault}, attempts: {attempts}; copy it there again, or pack the folder again"
-    if isinstance(error, TimeoutError | asyncio.TimeoutError):
-        fault = f"the server was too slow or silent ({fault})"
+        return f"{_fault(error)}, attempts: {attempts}; copy it there again, or pack the folder again"
     return (
-        f"{fault}, attempts: {attempts}; check server and network, then start again: the run goes on from"
+        f"{_fault(error)}, attempts: {attempts}; check server and network, then start again: the run goes on from"
         " its last checkpoint"
+    )
+
+
+def _fault(error: BaseException) -> str:
+    """What an error says, in one line and without secrets."""
+    said = shown(" ".join(str(error).split())) or type(error).__name__
+    return (
+        f"the server was too slow or silent ({said})"
+        if isinstance(error, TimeoutError | asyncio.TimeoutError)
+        else said
     )

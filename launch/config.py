@@ -85,7 +85,7 @@ class DataSection(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
     cutmix: Annotated[float, Field(ge=0)] = 1.0
-    mix_group: Count = 128  # images of a step that share the draws of mixing, even: the authors' batch per GPU
+    mix_group: Count = 128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
     mix_probability: Fraction = 1.0  # of mixing a group at all
     switch_probability: Fraction = 0.5  # of cutmix for a mixed group, where mixup is on as well
     label_smoothing: Fraction = 0.1

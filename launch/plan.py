@@ -25,7 +25,7 @@ from dataio.views import ImageOptions
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 
-_SHARE_OF_TIMEOUT = 0.4  # that a remote shard may take of what ranks wait for one
+_SHARE_OF_SHARD, _SHARE_OF_BATCH = 0.4, 0.8  # that these may wait, of the time for which ranks wait for each other
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def make_plan(config: Config, rank: int, ranks: int, ranks_here: int | None = No
     a remote folder cannot be read.
     """
     batches = deal_batches(config, rank, ranks)
-    patience = Patience(file_seconds=_SHARE_OF_TIMEOUT * 60 * config.engine.timeout_minutes)
-    train, val = open_both(config.data, batches, ranks_here or ranks, patience)
+    train, val = open_both(config, batches, ranks_here or ranks)
     check_same_classes(train, val)
     classes = config.model.num_classes or len(train.classes)
     for manifest in (train, val):
         check_labels(manifest, classes)
-    images, mixing = image_options(config.data), mix_options(config.data, batches.global_batch)
+    images, mixing = image_options(config.data), mix_options(config.data)
     check_pairs(mixing, batches.batch)
+    mixing = replace(mixing, mix_group=min(mixing.mix_group, batches.global_batch))  # no draw is for more than a step
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
     return Plan(train, val, batches, images, mixing, names, make_schedule(config.optimizer, len(train)))
 
@@ -89,8 +89,14 @@ def deal_batches(config: Config, rank: int, ranks: int) -> TrainPlan:
     )
 
 
-def open_both(data: DataSection, batches: TrainPlan, ranks_here: int, patience: Patience) -> tuple[Manifest, Manifest]:
+def open_both(config: Config, batches: TrainPlan, ranks_here: int) -> tuple[Manifest, Manifest]:
     """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
+    data, timeout = config.data, 60 * config.engine.timeout_minutes
+    patience = Patience(
+        file_seconds=_SHARE_OF_SHARD * timeout,
+        batch_seconds=_SHARE_OF_BATCH * timeout,
+        longer=", or raise engine.timeout_minutes",
+    )
     cache = replace(cache_options(data.cache, data.cache_gib, data.train, data.val), patience=patience)
     train, val = open_data(data.train, cache), open_data(data.val, cache)
     needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
@@ -139,9 +145,9 @@ def image_options(data: DataSection) -> ImageOptions:
     return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
 
 
-def mix_options(data: DataSection, global_batch: int) -> MixOptions:
-    """The same for what happens to whole batches. A group is a step at most: no draw is for more than that."""
-    return MixOptions(**_same_fields(data, MixOptions) | {"mix_group": min(data.mix_group, global_batch)})
+def mix_options(data: DataSection) -> MixOptions:
+    """The same for what happens to whole batches."""
+    return MixOptions(**_same_fields(data, MixOptions))
 
 
 def _same_fields(data: DataSection, options: type) -> dict[str, Any]:

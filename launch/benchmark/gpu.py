@@ -48,12 +48,15 @@ def plan_steps(folder: Path, quick: bool) -> list[Step]:
             continue
         checked = (sanitizer, "--tool", tool, "--error-exitcode", "1", python, *_GPU_TESTS, *_OPERATOR_TESTS)
         steps.append(Step(tool, checked))
-    kernel = (python, "-m", "launch.benchmark", "kernel", "--device", "cuda", "--output", str(folder / "kernel.json"))
-    data = (python, "-m", "launch.benchmark", "data", "--device", "cuda", "--output", str(folder / "data.json"))
+    kernel, data, resume = (
+        (python, "-m", "launch.benchmark", name, "--device", "cuda", "--output", str(folder / f"{name}.json"))
+        for name in ("kernel", "data", "resume")
+    )
     return [
         *steps,
         Step("kernel", kernel if quick else (*kernel, "--full")),
         Step("data", data if quick else (*data, "--images", "8192", "--batch", "128")),
+        Step("resume", resume),
     ]
 
 

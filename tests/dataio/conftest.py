@@ -100,7 +100,7 @@ class Handler(SimpleHTTPRequestHandler):
             self.connection.close()
             return
         if fault == "silent":
-            self.server.stopping.wait(60)
+            self.server.stopping.wait(600)
             return
         self.send_response(200)
         if fault in ("half", "wrong", "drip"):  # else its end is where the connection closes
@@ -114,7 +114,7 @@ class Handler(SimpleHTTPRequestHandler):
         elif fault == "wrong":
             self.wfile.write(content[::-1])
         elif fault == "drip":  # never silent for long, and never done
-            for byte in content[:50]:
+            for byte in content:
                 self.wfile.write(bytes([byte]))
                 if self.server.stopping.wait(0.1):
                     return

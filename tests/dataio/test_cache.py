@@ -348,6 +348,23 @@ def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, h
         shards.read(0)
 
 
+def test_a_batch_waits_for_its_shards_as_long_as_it_may(http_server, far, local, tmp_path):
+    """Each of them comes in time; there are too many."""
+    server = http_server(far)
+    server.faults = {shard.name: ["silent"] * 9 for shard in local.shards}
+    patience = Patience(batch_seconds=2, longer=", or wait for Godot")
+    shards = ShardCache(open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, patience)))
+    shards.hold([0, 1, 2])
+    fault = f"^waited 2 s for 3 shards of a batch, now for {server.url}/shard-000000.tar; check server and network, or"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"{fault} lower data.window_shards, or wait for Godot$"):
+            shards.read(0)
+    server.faults = {}
+    shards.hold([3])
+    shards.read(sum(local.shard_samples[:3]))
+    shards.close()
+
+
 def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
     """No thread keeps it: the server is silent, and it has lots of patience."""
     server = http_server(far)

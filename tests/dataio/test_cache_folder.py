@@ -69,7 +69,7 @@ def test_another_process_that_stands_still_while_it_fetches(http_server, far, lo
     cache = CacheOptions(tmp_path / "cache", 2**30, replace(HASTY, file_seconds=2))
     manifest = open_data(http_server(far).url, cache)
     shards = ShardCache(manifest)
-    fault = "^another process is fetching .*shard-000000.tar, and has not got it after 2 s; end it if it was stopped$"
+    fault = "^another process is fetching .*shard-000000.tar, and has not got it after 2 s; end it if it was stopped, "
     claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
     with standing_still(claim), pytest.raises(RuntimeError, match=fault):
         hold_and_read(shards, manifest, [0])
@@ -89,6 +89,23 @@ def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, t
         hold_and_read(shards, manifest, [1 if name == "lock" else 0])
     hold_and_read(shards, manifest, [0, 1])
     shards.close()
+
+
+def test_no_lock_is_waited_for_longer_than_for_its_shard(http_server, far, tmp_path, await_their_end):
+    url, patience = http_server(far).url, replace(HASTY, room_seconds=600)
+    manifests = [
+        open_data(url, CacheOptions(tmp_path / "cache", 2**30, replace(patience, file_seconds=seconds)))
+        for seconds in (600, 1)
+    ]
+    with standing_still(tmp_path / "cache" / "lock"):
+        patient, hasty = map(ShardCache, manifests)
+        hasty.hold([0])
+        patient.hold([0])
+        with pytest.raises(RuntimeError, match="another process holds a lock on .*lock; end it if it was stopped"):
+            hasty.read(0)
+        hasty.close()
+        patient.close()
+        await_their_end()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from dataio.remote import CacheOptions, Patience, Remote, Wait, fetch, is_url, r
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.3, room_seconds=0.5)
-PATIENT = Patience(first_wait_seconds=600, silent_seconds=600, file_seconds=600)  # a test has 5 minutes
+PATIENT = Patience(first_wait_seconds=600, silent_seconds=600, file_seconds=600)
 
 
 @pytest.fixture
@@ -147,12 +147,27 @@ def test_what_is_shown_of_texts_with_urls():
         assert shown(f"at https://host/a?token={hush} (404)") == "at https://host/a?… (404)"
 
 
-@pytest.mark.parametrize("url", ["https://ann:hu sh@host/a", "https://host/a?token=hu sh", "s3://a:hu\tsh@b/a"])
+@pytest.mark.parametrize("url", ["https://ann:hu sh@host/a", "https://host/a?token=hu sh", "sftp://a:hu\tsh@b/a"])
 def test_a_blank_in_a_secret_is_refused(tmp_path, url):
     """No message could tell where the secret ends."""
-    with pytest.raises(ValueError, match="^(https|s3)://… has a password or a token, and a blank; write it as %20$"):
+    with pytest.raises(ValueError, match="^(https|sftp)://… has a password or a token, and a blank; write it as %20$"):
         remote(url, tmp_path)
-    remote("s3://bucket/my images", tmp_path)
+
+
+def test_other_blanks_are_not(folder, tmp_path):
+    place = shutil.copytree(folder, tmp_path / "my images@2x?")
+    assert fetch_shard(remote(f"file://{place}", tmp_path), tmp_path) == CONTENT
+    for url in ("https://host/my images", "s3://bucket/my images@2x", "gs://bucket/what? no"):
+        remote(url, tmp_path)
+
+
+def test_what_came_before_the_end_of_its_time_is_told(http_server, folder, tmp_path):
+    server = http_server(folder)
+    server.faults["shard.tar"] = ["silent", "drip"]
+    patience = Patience(first_wait_seconds=0.01, silent_seconds=1, file_seconds=3, longer=", or ask your grandmother")
+    fault = r"it is not there after 3 s, the server was too slow or silent \(.*\) before that, attempts: 2; check"
+    with pytest.raises(RuntimeError, match=f"shard.tar: {fault} server .* shards .*, or ask your grandmother$"):
+        fetch(remote(server.url, tmp_path, patience), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, Wait(3))
 
 
 CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest
@@ -207,7 +222,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path):
     server = http_server(folder)
     server.faults["shard.tar"] = ["drip"] * 9
     source = remote(server.url, tmp_path, Patience(first_wait_seconds=0.01, file_seconds=2))
-    fault = "shard.tar: it is not there after 2 s; pack smaller shards .--shard-mib., or raise engine.timeout_minutes"
+    fault = "shard.tar: it is not there after 2 s, attempts: 1; check server and network, or pack smaller shards "
     for get in (lambda: fetch_shard(source, tmp_path), lambda: read_remote(source, "shard.tar")):
         with pytest.raises(RuntimeError, match=fault):
             get()
@@ -233,18 +248,22 @@ def test_giving_up_ends_a_transfer(http_server, folder, tmp_path, monkeypatch, p
     server.faults["shard.tar"] = server.faults["shard.tar?alt=media"] = [fault] * 99
     given_up, source, target = threading.Event(), remote(url, tmp_path, PATIENT), tmp_path / "shard.tar"
 
+    given_up_at = []
+
     def give_up_when_asked() -> None:
         while not server.requests:
             time.sleep(0.01)
         time.sleep(0.2)
+        given_up_at.append(time.monotonic())
         given_up.set()
 
     threading.Thread(target=give_up_when_asked, daemon=True).start()
     with pytest.raises(RuntimeError, match="shard.tar: it is not needed any more"):
         fetch(source, "shard.tar", target, len(CONTENT), SHA256, Wait(600, given_up))
+    assert time.monotonic() - given_up_at[0] < 15, "no pause, of 30 s, is waited for, and no answer"
     asked = len(server.requests)
     target.write_bytes(b"of another")
-    time.sleep(3)  # gcsfs would ask again after 1 to 2 s
+    time.sleep(2.5 if (protocol, fault) == ("gs", "503") else 0.3)  # gcsfs would ask again after 1 to 2 s
     assert len(server.requests) == asked
     assert target.read_bytes() == b"of another"
 

@@ -322,12 +322,12 @@ def test_steps_of_the_gpu_command(tmp_path, monkeypatch):
     (tmp_path / "compute-sanitizer").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with_sanitizer = gpu.plan_steps(tmp_path, quick=False)
-    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel", "data"]
+    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel", "data", "resume"]
     assert with_sanitizer[1].command[0] == str(tmp_path / "compute-sanitizer")
     assert (gpu.ROOT / with_sanitizer[1].command[-1]).exists()
     assert "--full" in with_sanitizer[3].command
     assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[3].command
-    assert __main__.COMMANDS.keys() - {"gpu"} == {step.name for step in with_sanitizer[3:]}  # every benchmark
+    assert __main__.COMMANDS.keys() - {"gpu", "pack"} == {step.name for step in with_sanitizer[3:]}  # every benchmark
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")

@@ -8,7 +8,7 @@ import pytest
 
 from dataio.pack import PackOptions, pack
 from dataio.recipes import RandAugment
-from launch.plan import cache_options, describe, image_options, make_plan, mix_options
+from launch.plan import cache_options, describe, image_options, main, make_plan, mix_options
 
 
 def test_the_numbers(configure):
@@ -35,7 +35,7 @@ def test_what_dataio_is_told(configure):
         *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase_probability=0.15"),
         "data.mix_group=6",
     )
-    images, mixing = image_options(config.data), mix_options(config.data, 64)
+    images, mixing = image_options(config.data), mix_options(config.data)
     assert (images.image_size, images.eval_resize, images.eval_crop_fraction) == (64, "short", 0.9)
     assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
     assert (images.flip_probability, images.threads, images.prefetch_batches) == (0.25, 3, 5)
@@ -48,14 +48,27 @@ def test_what_dataio_is_told(configure):
 
 
 def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
-    assert make_plan(configure("optimizer.global_batch=64"), 0, 1).mixing.mix_group == 64
-    assert make_plan(configure("optimizer.global_batch=256"), 0, 1).mixing.mix_group == 128
+    groups = {make_plan(configure(f"optimizer.global_batch={size}"), 0, 1).mixing.mix_group for size in (64, 256)}
+    assert groups == {64, 128}
 
 
-def test_a_shard_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
+def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
     places = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
-    train = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train
-    assert train.remote.cache.patience.file_seconds == 0.4 * 30 * 60
+    patience = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.patience
+    assert (patience.file_seconds, patience.batch_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.accumulation=2", "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup"),
+        ("data.mix_group=31", "mix_group is 31; images are mixed in pairs, use an even number"),
+    ],
+)
+def test_a_batch_that_cannot_be_mixed(configure, override, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure("optimizer.global_batch=30", "data.mixup=0.8", override), 0, 1)
+    make_plan(configure("optimizer.global_batch=30", "data.mixup=0", override), 0, 1)
 
 
 def test_a_batch_that_does_not_divide(configure):
@@ -148,7 +161,7 @@ def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["writable", "writable for a group", "file", "foreign", "foreign link"])
-def test_a_default_folder_that_others_made(command, small_config, tmp_path, fault):
+def test_a_default_folder_that_others_made(small_config, tmp_path, monkeypatch, capsys, fault):
     """Nothing is fetched into it, and nobody asks whose it is where all data are on a local disk."""
     folder = tmp_path / f"polaformer-shards-{os.getuid()}"
     message = f"{folder}, the default for remote shards, belongs to user 12345; name"
@@ -168,24 +181,22 @@ def test_a_default_folder_that_others_made(command, small_config, tmp_path, faul
         folder.symlink_to(tmp_path)
         os.lchown(folder, 12345, 12345)
     before = list(tmp_path.rglob("*"))
-    plan = "-m", "launch.plan", "--config", small_config, f"output={tmp_path / 'run'}"
-    where = {"TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
-    refused = command(*plan, f"data.train=file://{tmp_path}/none", **where)
-    assert (refused.returncode, refused.stderr) == (
-        2,
-        f"error: {message} a folder of your own with data.cache, --cache\n",
-    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    plan = "--config", str(small_config), f"output={tmp_path / 'run'}"
+    assert main([*plan, f"data.train=file://{tmp_path}/none"]) == 2
+    assert capsys.readouterr().err == f"error: {message} a folder of your own with data.cache, --cache\n"
     assert list(tmp_path.rglob("*")) == before
-    assert command(*plan, **where).returncode == 0
+    assert main(plan) == 0
 
 
-def test_a_remote_folder_that_is_not_there(command, small_config, tmp_path):
+def test_a_remote_folder_that_is_not_there(small_config, tmp_path, capsys):
     places = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
-    refused = command("-m", "launch.plan", "--config", small_config, f"output={tmp_path / 'run'}", *places)
+    assert main(["--config", str(small_config), f"output={tmp_path / 'run'}", *places]) == 2
     message = f"error: cannot fetch file://{tmp_path}/none/manifest.json: it is not there; check the address, and that"
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(message)
-    assert refused.stderr.count("\n") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(message)
+    assert said.count("\n") == 1
 
 
 def test_no_shards(configure, tmp_path):
