@@ -45,7 +45,7 @@ def check_pairs(options: MixOptions, batch: int) -> None:
             " or set mixup and cutmix to 0"
         )
     if options.mixes and (options.mix_group < 2 or options.mix_group % 2):
-        raise ValueError(f"mix_group is {options.mix_group}; images are mixed in pairs, use an even number")
+        raise ValueError(f"mix_group is {options.mix_group}; images are mixed in pairs, use an even number above 0")
 
 
 class Augment:

@@ -6,6 +6,7 @@ cache_folder.py says what lies where, and for how long. shards.py reads, whateve
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -101,13 +102,14 @@ class ShardCache:
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
         self._turn = threading.Lock()  # room is claimed in the order of need
-        self._batch = Wait(manifest.remote.cache.patience.batch_seconds)
+        self._batch_seconds = manifest.remote.cache.patience.batch_seconds
+        self._seconds_left = self._batch_seconds  # that the batch may still wait
         for number in range(_THREADS):
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True).start()
 
     def hold(self, shards: Sequence[int]) -> None:
         """Begins a batch: fetches these shards, in this order, and keeps them; gives up all others."""
-        self._batch = Wait(self._batch.seconds)
+        self._seconds_left = self._batch_seconds
         with self._changed:
             for shard in self._held.keys() - set(shards):
                 self._give_up(shard)
@@ -131,17 +133,19 @@ class ShardCache:
                 self._queue.appendleft(shard)
                 self._changed.notify()
             held = self._held[shard]
-        if not futures.wait([held.file], self._batch.seconds_left).done:
+        began = time.monotonic()
+        if not futures.wait([held.file], self._seconds_left).done:
             raise RuntimeError(self._describe_wait(held))
+        self._seconds_left = max(0.0, self._seconds_left - (time.monotonic() - began))
         error = held.file.exception()
         if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
             raise RuntimeError(str(error) or type(error).__name__) from error
         return read_sample(self._manifest, sample, held.file.result())
 
     def _describe_wait(self, held: _Held) -> str:
-        remote, missing = self._manifest.remote, sum(not other.file.done() for other in self._held.values())
+        remote = self._manifest.remote
         return (
-            f"waited {self._batch.seconds:g} s for {missing} shards of a batch, now for"
+            f"waited {self._batch_seconds:g} s for shards of a batch, at last for"
             f" {shown(remote.address(held.entry.path.name))}; check server and network, or lower data.window_shards"
             f"{remote.cache.patience.longer}"
         )

@@ -12,7 +12,7 @@ import dataclasses
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -84,6 +84,7 @@ def decode_batches(
     this iterator: DALI keeps them, where Python cannot see that both are garbage. Raises RuntimeError, naming the
     sample, if an image cannot be read, or cannot be decoded and is not to be replaced; no batch follows then.
     """
+    Image.init()  # a format that PIL cannot load later, for want of memory, would be "not an image"
     with closing(open_shards(manifest)) as shards:
         bench = _Bench(manifest, shards, options, device, replace)
         batches = map(bench.load, requests)
@@ -267,7 +268,8 @@ class _Bench:
         try:
             control = _blank(row["width"], row["height"])
             failed = self._first_failure(sample, [control], view)
-            _decode_with_pil(control)
+            with suppress(Image.DecompressionBombError):  # PIL's limit, whatever the memory
+                _decode_with_pil(control)
         except Exception as error:  # PIL raises whatever its plugins raise
             failed = 0, str(error) or type(error).__name__
         if failed:
@@ -311,10 +313,10 @@ def _header_fault(encoded: np.ndarray, width: int, height: int) -> str | None:
 
 
 def _blank(width: int, height: int) -> np.ndarray:
-    """An encoded image that takes more memory to decode than most of its size, being a progressive JPEG."""
+    """An encoded image of this size. A progressive JPEG, if there can be one, takes more memory to decode than most."""
     file = io.BytesIO()
-    size = min(int(width), _JPEG_SIDE), min(int(height), _JPEG_SIDE)
-    Image.new("RGB", size).save(file, "JPEG", progressive=True, subsampling=0)
+    kind = "JPEG" if max(width, height) <= _JPEG_SIDE else "PNG"
+    Image.new("RGB", (int(width), int(height))).save(file, kind, progressive=True, subsampling=0)
     return _as_array(file.getvalue())
 
 

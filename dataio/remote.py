@@ -61,8 +61,9 @@ class Remote:
     cache: CacheOptions
 
     def __post_init__(self) -> None:
-        secret = r"https?://.*(\s.*@|@.*\s|\?.*\s)" if self.url.startswith("http") else r"[^/]*://[^/]*\s[^/]*@"
-        if re.match(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
+        in_path = re.match(r"(file|s3a?|gc?s)://", self.url) is not None  # what may be an @ or ? with a blank
+        secret = r"^\w*://[^/]*\s[^/]*@" if in_path else r"\s[^@?]*[@?]|[@?].*\s"
+        if re.search(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
             protocol = self.url.partition("://")[0]
             raise ValueError(f"{protocol}://… has a password or a token, and a blank; write it as %20")
 

@@ -9,7 +9,7 @@ COMMANDS = {
     "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
     "pack": "dataio.pack against cp -r, tar and webdataset's ShardWriter",
     "resume": "the first batch after a resume against that after a fresh start; how well an epoch is shuffled",
-    "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks, into one folder",
+    "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks that use it, into one folder",
 }
 
 

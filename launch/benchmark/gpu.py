@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests, compute-sanitizer where it is installed, benchmarks.
+"""Everything that needs a GPU, in one command: tests, compute-sanitizer where it is installed, benchmarks but for pack.
 
 python -m launch.benchmark gpu
 python -m launch.benchmark gpu --quick --output runs/gpu

@@ -4,9 +4,9 @@ python -m launch.benchmark pack
 python -m launch.benchmark pack --images 36000 --output launch/benchmark/results/pack-cpu.json
 python -m launch.benchmark pack --show launch/benchmark/results/pack-cpu.json --markdown
 
-Whole commands, their start included, take turns. Before each the disk writes all that it still has to, untimed; after
-it the images in what it made are counted. What dataio.pack has made is on disk when it ends. The others leave that for
-later, so that one of them is timed with it, too.
+Whole commands, their start included, take turns, in each round in another order. Before each the disk writes all that
+it still has to, untimed; after it the images in what it made are counted. What dataio.pack has made is on disk when it
+ends. The others leave that for later, so that one of them is timed with it, too.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _ours(check: str) -> Callable[[str, str, int], Sequence[str]]:
     )
 
 
-#: Name → (source, target, processes) → the command. `sync` with names waits for what is behind these alone.
+#: Name → (source, target, processes) → the command.
 COMMANDS: dict[str, Callable[[str, str, int], Sequence[str]]] = {
     "ours, --check none": _ours("none"),
     "ours, --check header": _ours("header"),
@@ -108,6 +108,16 @@ def count_images(folder: Path) -> int:
     return count
 
 
+def file_system(folder: Path) -> str:
+    """Its type, as `stat` names it; "tmpfs" is no disk."""
+    command = ("stat", "--file-system", "--format=%T", str(folder))
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def rotated(names: list[str], first: int) -> list[str]:
+    return names[first:] + names[:first]
+
+
 def measure(images: int, workers: int, rounds: int) -> dict[str, Any]:
     """The whole report. Raises RuntimeError if a command fails."""
     report = describe_run("pack", torch.device("cpu"))
@@ -118,12 +128,12 @@ def measure(images: int, workers: int, rounds: int) -> dict[str, Any]:
         make_photographs(source, images, workers)
         whole = sum(path.stat().st_size for path in source.rglob("*.jpg"))
         report["data"] = {"description": DESCRIPTION, "images": images, "bytes": whole}
-        report |= {"workers": workers, "rounds": rounds}
+        report |= {"workers": workers, "rounds": rounds, "file_system": file_system(target)}
         turns: dict[str, list[Turn]] = {name: [] for name in COMMANDS}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
-            for name, own in turns.items():
-                own.append(take_turn(name, source, target, workers))
+            for name in rotated(list(COMMANDS), number * len(COMMANDS) // rounds):
+                turns[name].append(take_turn(name, source, target, workers))
     report["results"] = [describe(name, turns) for name in turns]
     return report
 
@@ -148,7 +158,7 @@ def show(report: dict[str, Any], markdown: bool) -> None:
     data, console = report["data"], Console(width=200)
     console.print(
         f"{data['images']} images, {data['bytes'] / 1e9:.2f} GB, {report['workers']} processes of ours,"
-        f" {report['rounds']} rounds; {report['device']['name']}, commit {report['commit']}",
+        f" {report['rounds']} rounds, {report['file_system']}; {report['device']['name']}, commit {report['commit']}",
         highlight=False,
     )
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)

@@ -4,10 +4,10 @@ python -m launch.benchmark resume
 python -m launch.benchmark resume --step 5000000 --output launch/benchmark/results/resume-cpu.json
 python -m launch.benchmark resume --show launch/benchmark/results/resume-cpu.json
 
-The samples are those of a few photographs, whose shards stand there under many names. Each start has a process of its
-own that has imported everything and knows nothing of the data; its time goes from the manifest to the first batch on
-the device. How well the run is shuffled is a pure function of seed and counts: the largest correlation of an epoch's
-order with the stored one, for these samples in equal shards.
+The samples are a few photographs under many names, in as many shards as ImageNet would have. Each start has a process
+of its own that has imported everything and knows nothing of the data; its time goes from the manifest to the first
+batch on the device. How well a run is shuffled is a pure function of seed and counts: the largest correlation of an
+epoch's order with the stored one.
 """
 
 import argparse
@@ -36,28 +36,32 @@ from launch.benchmark.photographs import DESCRIPTION, pack_photographs
 from launch.benchmark.report import default_path, describe_run, read_report, write_report
 from launch.distributed import default_device_type
 
-_PHOTOGRAPHS = 256
+_PHOTOGRAPHS = 128  # one shard of them
 _SAMPLES = 1_281_167  # of ImageNet-1k
 _PLAN = TrainPlan(seed=0, global_batch=1024, ranks=8)
-_SHUFFLED_SHARDS, _WINDOW_SHARDS, _SHUFFLED_EPOCHS = 560, 16, 5
+_SHARDS = 560  # of 256 MiB, if these were ImageNet's samples
+_WINDOW_SHARDS, _SHUFFLED_EPOCHS, _SHUFFLED_SEEDS = 16, 5, 3
 
 
 def multiply(manifest: Manifest, folder: Path, samples: int) -> Manifest:
-    """A packed folder with so many samples, or a few more: the shards of another one again and again, by hard links."""
+    """A packed folder with so many samples, or a few more, in 560 shards: another one's, as hard links.
+
+    In each its samples are named again and again.
+    """
     folder.mkdir()
-    copies = -(-samples // len(manifest))
-    shards = []
-    for number, shard in enumerate(manifest.shards * copies):
-        shards.append(replace(shard, name=f"shard-{number:06d}.tar"))
-        os.link(manifest.folder / shard.name, folder / shards[-1].name)
-    rows = np.tile(manifest.samples, copies)
-    rows["shard"] += np.repeat(np.arange(copies, dtype=np.uint32) * len(manifest.shards), len(manifest))
+    [shard] = manifest.shards
+    each = -(-samples // _SHARDS)
+    shards = tuple(replace(shard, name=f"shard-{number:06d}.tar", samples=each) for number in range(_SHARDS))
+    for link in shards:
+        os.link(manifest.folder / shard.name, folder / link.name)
+    rows = np.tile(np.resize(manifest.samples, each), _SHARDS)
+    rows["shard"] = np.repeat(np.arange(_SHARDS), each)
     table = io.BytesIO()
     np.save(table, rows)
     (folder / SAMPLES_NAME).write_bytes(table.getvalue())
     file, _ = read_manifest_file(manifest.folder)
     digest = hashlib.sha256(table.getvalue()).hexdigest()
-    file = replace(file, samples=len(rows), samples_sha256=digest, shards=tuple(shards), sha256="")
+    file = replace(file, samples=len(rows), samples_sha256=digest, shards=shards, sha256="")
     (folder / MANIFEST_NAME).write_text(json.dumps(asdict(file)))
     return load_manifest(folder)
 
@@ -91,14 +95,14 @@ def _get_ready(device: torch.device) -> None:
     torch.zeros(1, device=device)
 
 
-def correlations(samples: int) -> dict[str, float]:
-    """By order: the largest, in absolute value, of an epoch's order with the stored one."""
-    counts = (samples // _SHUFFLED_SHARDS,) * _SHUFFLED_SHARDS
+def correlations(manifest: Manifest) -> dict[str, float]:
+    """By order: the largest, in absolute value, of an epoch's order with the stored one, over some epochs and seeds."""
     largest = {}
-    for order in (Order(_PLAN.seed, counts), Order(_PLAN.seed, counts, _WINDOW_SHARDS)):
-        stored = np.arange(order.samples)
-        seen = (order.samples_at(epoch * order.samples + stored) for epoch in range(_SHUFFLED_EPOCHS))
-        largest[str(order)] = max(abs(float(np.corrcoef(stored, samples)[0, 1])) for samples in seen)
+    stored = np.arange(len(manifest))
+    for window in (None, _WINDOW_SHARDS):
+        orders = [Order(seed, manifest.shard_samples, window) for seed in range(_SHUFFLED_SEEDS)]
+        seen = (order.samples_at(epoch * len(stored) + stored) for order in orders for epoch in range(_SHUFFLED_EPOCHS))
+        largest[str(orders[0])] = max(abs(float(np.corrcoef(stored, samples)[0, 1])) for samples in seen)
     return largest
 
 
@@ -107,7 +111,7 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
     report = describe_run("resume", device)
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         print(f"making {_PHOTOGRAPHS} photographs, and {samples} samples of them", file=sys.stderr)
-        few = pack_photographs(Path(folder), min(_PHOTOGRAPHS, samples), available_cores())
+        few = pack_photographs(Path(folder), _PHOTOGRAPHS, cores=1)
         many = multiply(few, Path(folder, "many"), samples)
         report["data"] = {"description": DESCRIPTION, "samples": len(many), "shards": len(many.shards)}
         state = state_at(step, many.folder)
@@ -115,16 +119,14 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
         seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
-            for name, own in seconds.items():
+            for kind, given in (("fresh", None), ("resumed", state)):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    process.submit(torch.zeros, 1, device=device).result()  # everything is imported
-                    own.append(
-                        process.submit(first_batch, many.folder, None if name == "fresh" else state, device).result()
-                    )
+                    process.submit(_get_ready, device).result()
+                    seconds[kind].append(process.submit(first_batch, many.folder, given, device).result())
     report["seconds"] = {name: asdict(spread(own)) for name, own in seconds.items()}
     later = [resumed - fresh for fresh, resumed in zip(*seconds.values(), strict=True)]
     report["seconds_later_than_fresh"] = asdict(spread(later))
-    report["correlation"] = correlations(samples)
+    report["correlation"] = correlations(many)
     return report
 
 
@@ -165,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show:
             show(read_report(arguments.show, "resume"))
             return 0
-        for name, least in (("samples", _SHUFFLED_SHARDS), ("step", 1), ("rounds", 1)):
+        for name, least in (("samples", _SHARDS), ("step", 1), ("rounds", 1)):
             if getattr(arguments, name) < least:
                 raise ValueError(f"--{name} is {getattr(arguments, name)}; give {least} or more")
         device = torch.device(arguments.device or default_device_type())

@@ -158,7 +158,7 @@ def test_an_odd_batch_cannot_be_mixed():
 
 @pytest.mark.parametrize("group", [-2, 0, 1, 15])
 def test_images_of_a_group_can_be_paired(group):
-    with pytest.raises(ValueError, match=f"mix_group is {group}; images are mixed in pairs, use an even number"):
+    with pytest.raises(ValueError, match=f"mix_group is {group}; images are mixed in pairs, use an even number ab"):
         augment(MixOptions(mix_group=group))
     augment(replace(OFF, mix_group=group))
 

@@ -93,12 +93,11 @@ def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, t
 
 def test_no_lock_is_waited_for_longer_than_for_its_shard(http_server, far, tmp_path, await_their_end):
     url, patience = http_server(far).url, replace(HASTY, room_seconds=600)
-    manifests = [
-        open_data(url, CacheOptions(tmp_path / "cache", 2**30, replace(patience, file_seconds=seconds)))
-        for seconds in (600, 1)
-    ]
+    options = CacheOptions(tmp_path / "cache", 2**30, replace(patience, file_seconds=600))
+    manifest = open_data(url, options)
+    remote = replace(manifest.remote, cache=replace(options, patience=replace(patience, file_seconds=1)))
     with standing_still(tmp_path / "cache" / "lock"):
-        patient, hasty = map(ShardCache, manifests)
+        patient, hasty = ShardCache(manifest), ShardCache(replace(manifest, remote=remote))
         hasty.hold([0])
         patient.hold([0])
         with pytest.raises(RuntimeError, match="another process holds a lock on .*lock; end it if it was stopped"):
@@ -243,52 +242,27 @@ shards.close()
 """
 
 
-def test_two_that_find_a_damaged_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
-    """The slower one does not remove what the faster one has fetched meanwhile."""
+@pytest.mark.parametrize("damaged", [True, False])
+def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read, damaged):
+    """The slower one removes nothing that the faster one has fetched meanwhile, or found to be whole."""
     server = http_server(far)
     manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
     faster, slower = ShardCache(manifest), ShardCache(manifest)
     hold_and_read(faster, manifest, [0])
     faster.hold([])
     path = manifest.folder / "shard-000000.tar"
-    path.write_bytes(path.read_bytes()[::-1])
+    path.write_bytes(path.read_bytes()[:: -1 if damaged else 1])
 
     def hash_and_be_overtaken(file: int) -> str:
         digest = sha256_of(file)
         monkeypatch.undo()
-        path.unlink()
         hold_and_read(faster, manifest, [0])
         return digest
 
     monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
     hold_and_read(slower, manifest, [0])
-    assert server.requests.count(path.name) == 2, "at first, and instead of the damaged one"
+    assert server.requests.count(path.name) == (2 if damaged else 1)
     assert sha256_of(path) == local.shards[0].sha256
-    faster.close()
-    slower.close()
-
-
-def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
-    """The slower one sees the mark of the faster one where there was none when it began."""
-    server = http_server(far)
-    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
-    faster, slower = ShardCache(manifest), ShardCache(manifest)
-    hold_and_read(faster, manifest, [0])
-    faster.hold([])
-    path = manifest.folder / "shard-000000.tar"
-    path.touch()
-
-    def hash_and_be_overtaken(file: int) -> str:
-        digest = sha256_of(file)
-        monkeypatch.undo()
-        hold_and_read(faster, manifest, [0])
-        return digest
-
-    monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
-    before = path.stat().st_ino
-    hold_and_read(slower, manifest, [0])
-    assert path.stat().st_ino == before
-    assert server.requests.count(path.name) == 1
     faster.close()
     slower.close()
 

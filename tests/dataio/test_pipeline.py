@@ -341,6 +341,21 @@ def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, mo
     assert loader.broken == 0
 
 
+@pytest.mark.parametrize(("size", "limit"), [((70000, 40), None), ((64, 48), 100)], ids=["wide", "beyond PIL's limit"])
+def test_a_broken_image_of_any_size_is_replaced(tmp_path, truncate, monkeypatch, size, limit):
+    """Even if there can be no JPEG of it, or PIL takes it for an attack."""
+    (tmp_path / "photos" / "class").mkdir(parents=True)
+    for name, shape in (("broken", size), ("whole", (32, 32))):
+        Image.effect_noise(shape, 50).convert("RGB").save(tmp_path / "photos" / "class" / f"{name}.png")
+    manifest = pack(tmp_path / "photos", tmp_path / "packed")
+    broken = int(manifest.samples["width"].argmax())
+    truncate(manifest, broken)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    plan = TrainPlan(seed=0, global_batch=2, max_broken=1)
+    batch = next(TrainLoader(manifest, ImageOptions(image_size=32), plan, CPU))
+    assert [(met.sample, met.by) for met in batch.replaced] == [(broken, 1 - broken)]
+
+
 SCARCE = """
 import resource, sys
 import torch
@@ -367,6 +382,7 @@ except RuntimeError as error:
     [
         *((6000, "jpg", 40), (6000, "png", 40)),
         *((6000, "webp", 190), (6000, "webp", 230), (6000, "jpg", 170), (12000, "jpg", 250)),
+        (3000, "webp", 8),
     ],
 )
 def test_an_image_for_which_there_is_no_memory_is_not_taken_for_a_broken_one(tmp_path, side, kind, mib):

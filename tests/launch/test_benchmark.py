@@ -327,7 +327,7 @@ def test_steps_of_the_gpu_command(tmp_path, monkeypatch):
     assert (gpu.ROOT / with_sanitizer[1].command[-1]).exists()
     assert "--full" in with_sanitizer[3].command
     assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[3].command
-    assert __main__.COMMANDS.keys() - {"gpu", "pack"} == {step.name for step in with_sanitizer[3:]}  # every benchmark
+    assert __main__.COMMANDS.keys() - {"gpu", "pack"} == {step.name for step in with_sanitizer[3:]}  # each that uses it
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")

@@ -43,6 +43,11 @@ def test_a_contender_that_fails_or_loses_images(source, tmp_path, monkeypatch, s
         pack.take_turn("new", source, tmp_path, 1)
 
 
+def test_turns_begin_anywhere():
+    assert pack.rotated(["a", "b", "c"], 0) == ["a", "b", "c"]
+    assert pack.rotated(["a", "b", "c"], 2) == ["c", "a", "b"]
+
+
 @pytest.mark.parametrize("option", ["--images", "--workers", "--rounds"])
 def test_numbers_that_mean_nothing(option, capsys):
     assert pack.main([option, "0"]) == 2

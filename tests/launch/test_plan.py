@@ -62,7 +62,7 @@ def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_
     ("override", "message"),
     [
         ("optimizer.accumulation=2", "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup"),
-        ("data.mix_group=31", "mix_group is 31; images are mixed in pairs, use an even number"),
+        ("data.mix_group=31", "mix_group is 31; images are mixed in pairs, use an even number above 0"),
     ],
 )
 def test_a_batch_that_cannot_be_mixed(configure, override, message):
