@@ -61,8 +61,8 @@ class Remote:
     cache: CacheOptions
 
     def __post_init__(self) -> None:
-        in_path = re.match(r"(file|s3a?|gc?s)://", self.url) is not None  # what may be an @ or ? with a blank
-        secret = r"^\w*://[^/]*\s[^/]*@" if in_path else r"\s[^@?]*[@?]|[@?].*\s"
+        free_path = re.match(r"(file|s3a?|gc?s)://", self.url)  # in which @, ? and blanks mean nothing
+        secret = r"^\w*://[^/]*\s[^/]*@" if free_path else r"\s[^@?]*[@?]|[@?].*\s"
         if re.search(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
             protocol = self.url.partition("://")[0]
             raise ValueError(f"{protocol}://… has a password or a token, and a blank; write it as %20")
