@@ -4,8 +4,8 @@ fashion_mnist.py writes a class folder to start with. pack.py makes shards of an
 folders, archives (archives.py) and WebDatasets, images.py looks at each, shard_writer.py writes a shard, journal.py
 knows which are finished. verify.py checks them, show.py draws them. index.py knows what they hold and in which order
 it is seen, shards.py reads them; remote.py fetches them from far away, cache.py says which, cache_folder.py keeps
-them. views.py says how each image is looked at, with recipes.py's operations; pipeline.py decodes and operations.py
-changes (these two alone import DALI), loader.py hands out batches, augment.py mixes them; parity.py sets the recipes
-beside timm's. files.py writes files and folders that are whole or absent, workers.py spreads a command's work over
-processes, terminal.py shows how far it is.
+them. views.py says how each image is looked at, with recipes.py's operations; pipeline.py is the graph that does it
+and operations.py a part of that (these two alone import DALI), decoding.py feeds it, loader.py hands out batches,
+augment.py mixes them; parity.py sets the recipes beside timm's. files.py writes files and folders that are whole or
+absent, workers.py spreads a command's work over processes, terminal.py shows how far it is.
 """

@@ -1,6 +1,6 @@
 """Hands out batches on the training device: which samples each rank gets, and where a stopped run goes on.
 
-index.py gives the order, pipeline.py decodes. A run has one long sequence of positions, epoch after epoch without
+index.py gives the order, decoding.py decodes. A run has one long sequence of positions, epoch after epoch without
 a gap; a step takes the next `global_batch` of them, whatever the number of ranks. So the state of a run is one
 number, and a run may go on with another number of ranks.
 
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from dataio.cache import bytes_at_once, require_room
+from dataio.decoding import Replace, Replaced, Request, decode_batches
 from dataio.index import Manifest, Order, draws_at
-from dataio.pipeline import Replace, Replaced, Request, decode_batches
 from dataio.views import ImageOptions, eval_views, train_views
 
 _BROKEN_SHOWN = 5
@@ -94,7 +94,7 @@ class TrainPlan:
 
 @dataclass(frozen=True)
 class _TrainRequests:
-    """What a rank asks pipeline.py for. It does not know the loader, which would else live as long as the pipeline."""
+    """What a rank asks decoding.py for. It does not know the loader, which would else live as long as the pipeline."""
 
     manifest: Manifest
     options: ImageOptions

@@ -1,21 +1,14 @@
-"""From the encoded images in shards to normalised batches on the training device, through one DALI graph.
+"""The DALI graph, from encoded images to normalised pixels on the training device; and what goes in and comes out.
 
-loader.py says which samples, views.py how each is looked at, and DALI does the work: decode a window, resize it (on
-the CPU with the help of resize.py), change its pixels by the operations of recipes.py, cut out the crop, mirror,
-normalise. DALI draws nothing by itself: every number comes in with the batch, so that the pixels of a sample are a
-pure function of its view. Only this file and operations.py import DALI.
+views.py says how each image is looked at, and DALI does the work: decode a window, resize it (on the CPU with the help
+of resize.py), change its pixels by the operations of recipes.py, cut out the crop, mirror, normalise. DALI draws
+nothing by itself: every number comes in with the batch, so that the pixels of a sample are a pure function of its view.
+decoding.py feeds the graph. Only this file and operations.py import DALI.
 
 Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
 
-import dataclasses
-import io
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -24,311 +17,17 @@ import torch
 from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
-from nvidia.dali.tensors import TensorListCPU
-from PIL import Image, UnidentifiedImageError
 
 from dataio import recipes
-from dataio.cache import ShardCache, open_shards
-from dataio.index import Manifest
 from dataio.operations import INTERPOLATIONS, Stage, apply_stage
 from dataio.recipes import Operations
 from dataio.resize import Resizer
-from dataio.shards import BrokenSampleError, ShardFiles
-from dataio.views import ImageOptions, Views, eval_views
+from dataio.views import ImageOptions, Views
 
-_FAULTS_SHOWN = 5
-_NEIGHBOURS_TRIED = 100
-_FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
-_JPEG_SIDE = 65500  # pixels at most
+FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
 
 
-class Replaced(NamedTuple):
-    """A broken image: its place in the batch, its row of the manifest, why, and the row that stands for it."""
-
-    place: int
-    sample: int
-    reason: str
-    by: int
-
-
-class Request(NamedTuple):
-    """A batch to be: the position of its first sample, (B,) int64 rows of the manifest, and their views.
-
-    shards: needed for it and soon after, in that order; only remote data sets care.
-    """
-
-    position: int
-    samples: np.ndarray
-    views: Views
-    shards: tuple[int, ...] = ()
-    replaced: tuple[Replaced, ...] = ()
-
-
-#: A request, and what is to be replaced in it → the request with other samples and their views.
-Replace = Callable[[Request, list[Replaced]], Request]
-
-
-def decode_batches(
-    manifest: Manifest,
-    options: ImageOptions,
-    requests: Iterator[Request],
-    max_batch: int,
-    device: torch.device,
-    replace: Replace | None = None,
-) -> Iterator[tuple[Request, torch.Tensor]]:
-    """Each request with its images: (B, 3, S, S) float32, normalised, channels_last, on `device`.
-
-    nvJPEG decodes on a CUDA device, libjpeg on the CPU. While the caller has a batch, `prefetch_batches` more are
-    under way. A request holds 1 to `max_batch` samples. With `replace`, a broken image gives way to the next sample
-    of its shard that can be decoded, and the request that comes back says so. `requests` must not refer to what holds
-    this iterator: DALI keeps them, where Python cannot see that both are garbage. Raises RuntimeError, naming the
-    sample, if an image cannot be read, or cannot be decoded and is not to be replaced; no batch follows then.
-    """
-    Image.init()  # a format that PIL cannot load later, for want of memory, would be "not an image"
-    with closing(open_shards(manifest)) as shards:
-        bench = _Bench(manifest, shards, options, device, replace)
-        batches = map(bench.load, requests)
-        again: list[_Loaded] = []
-        while True:
-            under_way: deque[_Loaded] = deque()  # oldest first; DALI answers in this order
-            try:
-                yield from _decode(bench, chain(again, batches), under_way, max_batch)
-                return
-            except _DecodingError as error:  # after which DALI's pipeline cannot be used again
-                again = bench.mend(under_way, error)
-
-
-class _Loaded(NamedTuple):
-    """A request and its encoded images."""
-
-    request: Request
-    encoded: list[np.ndarray]
-
-
-class _DecodingError(Exception):
-    """DALI's: it does not say which image of a batch it failed on."""
-
-
-def _decode(
-    bench: "_Bench", batches: Iterator[_Loaded], under_way: deque[_Loaded], max_batch: int
-) -> Iterator[tuple[Request, torch.Tensor]]:
-    """Each batch, decoded by one pipeline. Those that were fed and are not answered yet are in `under_way`."""
-
-    def feed() -> tuple:
-        under_way.append(next(batches))  # DALI takes its StopIteration for the end
-        request, encoded = under_way[-1]
-        return encoded, *_graph_inputs(request.views, bench.options)
-
-    resizer = _resizer(bench.options, bench.device)
-    pipeline = _graph(bench.options, feed, max_batch, bench.device, resizer)
-    pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
-    while under_way:
-        try:
-            output, sizes = pipeline.share_outputs()
-        except _FAILURES as error:
-            if resizer:
-                resizer.check()
-            raise _DecodingError(*error.args) from error
-        if not bench.are_sizes(under_way[0].request.samples, sizes).all():
-            raise _DecodingError("an image has another size than it was packed with")
-        images = _to_torch(output, bench.device)
-        pipeline.release_outputs()
-        request = under_way.popleft().request
-        pipeline.schedule_run()
-        yield request, images
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """Where encoded images are laid out, looked at one by one if DALI refused a batch, and broken ones replaced."""
-
-    manifest: Manifest
-    shards: ShardFiles | ShardCache
-    options: ImageOptions
-    device: torch.device
-    replace: Replace | None
-
-    def load(self, request: Request) -> _Loaded:
-        """A request with its images as they lie in the shards."""
-        self.shards.hold(request.shards)
-        self.shards.read_ahead(request.samples)
-        encoded, faults = [], {}
-        for place, sample in enumerate(request.samples):
-            try:
-                encoded.append(_as_array(self.shards.read(sample)))
-            except BrokenSampleError as error:
-                encoded.append(_as_array(b""))
-                faults[place] = str(error)
-        loaded = _Loaded(request, encoded)
-        return self._without(faults, loaded) if faults else loaded
-
-    def mend(self, under_way: Iterable[_Loaded], error: Exception) -> list[_Loaded]:
-        """The batches to be decoded again, of which the first that DALI cannot decode has no broken image any more.
-
-        Raises RuntimeError if none has one, or it is not to be replaced.
-        """
-        batches = list(under_way)
-        for number, loaded in enumerate(batches):  # DALI answers in their order: as a rule it is the first
-            request, encoded = loaded
-            refused = self._refused(request.samples, encoded, request.views)
-            if refused:
-                batches[number] = self._without(refused, loaded)
-                return batches
-        raise RuntimeError(
-            "DALI failed on a batch, and on none of its images alone; free some memory, or lower data.threads or"
-            f" data.prefetch_batches: {error}"
-        ) from error
-
-    def _without(self, faults: dict[int, str], loaded: _Loaded) -> _Loaded:
-        """The batch with stand-ins for the images at these places."""
-        request, encoded = loaded
-        if self.replace is None:
-            raise self._error({int(request.samples[place]): reason for place, reason in faults.items()})
-        replaced = []
-        for place, reason in faults.items():
-            sample = int(request.samples[place])
-            by, encoded[place] = self._stand_in(sample, reason)
-            replaced.append(Replaced(place, sample, reason, by))
-        return _Loaded(self.replace(request, replaced), encoded)
-
-    def _stand_in(self, sample: int, reason: str) -> tuple[int, np.ndarray]:
-        """The next sample of the shard that can be decoded whole, after the last the first; and its encoded image.
-
-        It depends on the broken sample alone, so that every rank and every resumed run chooses the same.
-        """
-        rows = self.manifest.samples
-        first, end = np.searchsorted(rows["shard"], [rows["shard"][sample], rows["shard"][sample] + 1])
-        for step in range(1, min(end - first, _NEIGHBOURS_TRIED + 1)):
-            other = int(first + (sample - first + step) % (end - first))
-            try:
-                encoded = _as_array(self.shards.read(other))
-            except BrokenSampleError:
-                continue
-            if not self._refused(np.array([other]), [encoded], eval_views(rows[[other]], self.options)):
-                return other, encoded
-        raise self._error({sample: f"{reason}, and no sample after it can stand for it"})
-
-    def are_sizes(self, samples: Sequence[int], sizes: TensorListCPU) -> np.ndarray:
-        """(B,) bool: whether these heights and widths, (B, 2), are the packed ones."""
-        rows = self.manifest.samples[samples]
-        return (np.array(sizes.as_tensor()) == np.stack([rows["height"], rows["width"]], axis=1)).all(axis=1)
-
-    def _refused(self, samples: np.ndarray, encoded: list[np.ndarray], views: Views) -> dict[int, str]:
-        """What is wrong with each of these images that DALI does not decode alone, by place; nothing with most.
-
-        Raises RuntimeError if it is no image's fault.
-        """
-        refused, first = {}, 0
-        while first < len(encoded):
-            failed = self._first_failure(samples[first:], encoded[first:], _part(views, slice(first, None)))
-            if failed is None:
-                break
-            place, said = first + failed[0], failed[1]
-            fault = self._fault(samples[[place]], encoded[place], _part(views, [place]), said)
-            if fault:
-                refused[place] = fault
-            first = place + 1
-        return refused
-
-    def _first_failure(self, samples: np.ndarray, encoded: list[np.ndarray], views: Views) -> tuple[int, str] | None:
-        """(place, what DALI says) of the first of these images that it does not decode, each alone, to its size."""
-        options = dataclasses.replace(self.options.plain, prefetch_batches=1)
-        views = views._replace(kinds=views.kinds[:, :0], amounts=views.amounts[:, :0])  # which refuse nothing
-        place = 0
-
-        def feed() -> tuple:
-            return [encoded[place]], *_graph_inputs(_part(views, [place]), options)
-
-        resizer = _resizer(options, self.device)
-        pipeline = _graph(options, feed, 1, self.device, resizer)  # 15 ms on the CPU
-        try:
-            for place in range(len(encoded)):
-                _, sizes = pipeline.run()
-                if not self.are_sizes(samples[[place]], sizes).all():
-                    return place, "another size"
-        except _FAILURES as error:  # the end of this pipeline
-            if resizer:
-                resizer.check()
-            text = str(error)
-            said = text.partition("encountered:")[2].partition("Current pipeline")[0]
-            return place, " ".join((said or text).split())
-        return None
-
-    def _fault(self, sample: np.ndarray, encoded: np.ndarray, view: Views, said: str) -> str | None:
-        """What is wrong with an image of which DALI has said this; None if it decodes it after all. sample: (1,).
-
-        Without memory DALI and PIL fail with the same words as on a broken image. So, unless its header is wrong, an
-        image is at fault only if another one of its size is decoded, and then not this one. Raises RuntimeError if that
-        other one is not.
-        """
-        row = self.manifest.samples[sample[0]]
-        fault = _header_fault(encoded, row["width"], row["height"])
-        if fault:
-            return fault
-        try:
-            control = _blank(row["width"], row["height"])
-            failed = self._first_failure(sample, [control], view)
-            with suppress(Image.DecompressionBombError):  # PIL's limit, whatever the memory
-                _decode_with_pil(control)
-        except Exception as error:  # PIL raises whatever its plugins raise
-            failed = 0, str(error) or type(error).__name__
-        if failed:
-            raise RuntimeError(
-                f"cannot decode {self.manifest.describe(sample[0])}, nor a blank image of its size ({failed[1]});"
-                " free some memory, or lower data.threads or data.prefetch_batches"
-            )
-        if self._first_failure(sample, [encoded], view) is None:
-            return None
-        try:
-            _decode_with_pil(encoded)  # which has words for it: DALI has only numbers
-        except Exception as error:
-            return str(error) or type(error).__name__
-        return f"DALI refuses it, though PIL decodes it: {said}"
-
-    def _error(self, faults: dict[int, str]) -> RuntimeError:
-        """faults: reasons by sample."""
-        named = [f"{self.manifest.describe(sample)}: {reason}" for sample, reason in faults.items()]
-        if len(named) > _FAULTS_SHOWN:
-            named[_FAULTS_SHOWN:] = [f"and {len(named) - _FAULTS_SHOWN} more"]
-        return RuntimeError(
-            f"cannot decode {', '.join(named)}; {self.manifest.remedy} and pack it again without broken images"
-        )
-
-
-def _part(views: Views, places: slice | list[int]) -> Views:
-    return Views(*(field[places] for field in views))
-
-
-def _header_fault(encoded: np.ndarray, width: int, height: int) -> str | None:
-    """What is wrong with an image as far as its header tells, which should name this width and height."""
-    try:
-        found = Image.open(io.BytesIO(encoded.tobytes())).size
-    except UnidentifiedImageError:
-        return "not an image"
-    except Exception:  # PIL raises whatever its plugins raise, for want of memory too
-        return None
-    if found == (width, height):
-        return None
-    return f"it has {found[0]}×{found[1]} pixels where {width}×{height} were packed"
-
-
-def _blank(width: int, height: int) -> np.ndarray:
-    """An encoded image of this size. A progressive JPEG, if there can be one, takes more memory to decode than most."""
-    file = io.BytesIO()
-    kind = "JPEG" if max(width, height) <= _JPEG_SIDE else "PNG"
-    Image.new("RGB", (int(width), int(height))).save(file, kind, progressive=True, subsampling=0)
-    return _as_array(file.getvalue())
-
-
-def _decode_with_pil(encoded: np.ndarray) -> None:
-    Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
-
-
-def _as_array(encoded: bytes) -> np.ndarray:
-    return np.frombuffer(encoded, dtype=np.uint8)
-
-
-def _graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
+def graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
     margins = np.maximum(views.resized - options.image_size, 1)
@@ -365,12 +64,12 @@ def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
     return result
 
 
-def _resizer(options: ImageOptions, device: torch.device) -> Resizer | None:
+def make_resizer(options: ImageOptions, device: torch.device) -> Resizer | None:
     """What scales on the CPU; on a GPU DALI does."""
     return Resizer(options.interpolation, options.threads) if device.type == "cpu" else None
 
 
-def _graph(
+def make_graph(
     options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device, resizer: Resizer | None
 ) -> Pipeline:
     """One graph for both kinds of device. `feed` gives a batch's inputs, or StopIteration after the last."""
@@ -386,7 +85,7 @@ def _graph(
         num_threads=options.threads,
         device_id=device_id,
         prefetch_queue_depth=options.prefetch_batches,
-        exec_dynamic=True,  # the executor that gives each batch memory of its own, see _to_torch
+        exec_dynamic=True,  # the executor that gives each batch memory of its own, see to_torch
     )
 
 
@@ -454,7 +153,7 @@ def _decode_windows(encoded: DataNode, starts: DataNode, shapes: DataNode, devic
     return windows, sizes
 
 
-def _to_torch(output: object, device: torch.device) -> torch.Tensor:
+def to_torch(output: object, device: torch.device) -> torch.Tensor:
     """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
 
     On the CPU the tensor is DALI's memory, handed over: DALI writes to it again only when the tensor is gone, and it

@@ -2,7 +2,7 @@
 
 pack.py writes a sample as two members of a tar file: the image, and behind it the label. The sample table says where
 the image lies and what its label is; the label that is read with it must agree. So a shard that was exchanged,
-shifted or overwritten since it was packed gives an error, and never an image with another image's label. pipeline.py
+shifted or overwritten since it was packed gives an error, and never an image with another image's label. decoding.py
 reads through this module, cache.py does the same for shards that it fetches.
 """
 

@@ -16,9 +16,9 @@ from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
 from dataio.cache import open_shards
+from dataio.decoding import Request, decode_batches
 from dataio.index import Manifest, Order, draws_at, load_manifest
 from dataio.loader import EvalLoader
-from dataio.pipeline import Request, decode_batches
 from dataio.views import train_views
 from launch.benchmark.loaders import ENDINGS, SEED, SHUFFLED, Delivery, Task, grid_of
 from launch.config import DataSection

@@ -1,12 +1,8 @@
-"""The DALI graph against PIL and torchvision, and faults named."""
+"""The DALI graph against PIL and torchvision."""
 
 import gc
 import io
 import itertools
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,13 +12,11 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
+from dataio.decoding import Request, decode_batches
 from dataio.index import Manifest, draws_at, load_manifest
-from dataio.loader import TrainLoader, TrainPlan
-from dataio.pack import pack
 from dataio.parity import in_pil
-from dataio.pipeline import Request, _graph, decode_batches
+from dataio.pipeline import make_graph
 from dataio.recipes import Kind, RandAugment
-from dataio.resize import Resizer
 from dataio.shards import ShardFiles
 from dataio.views import ImageOptions, Views, eval_views, train_views
 
@@ -44,12 +38,6 @@ DEVICES = [
 @pytest.fixture(scope="module")
 def manifest(shards) -> Manifest:
     return load_manifest(shards)
-
-
-@pytest.fixture
-def damaged(shards, tmp_path) -> Manifest:
-    """A copy of `shards` to be damaged after its manifest was read."""
-    return load_manifest(shutil.copytree(shards, tmp_path / "damaged"))
 
 
 def requests(views: Views, batch: int) -> Iterator[Request]:
@@ -171,7 +159,7 @@ def test_training_recipes_are_the_same_in_pil(manifest, options, device):
 def test_a_graph_for_a_gpu_can_be_composed_without_one(recipe):
     """DALI refuses operators that are not there for a GPU, and arguments that would lie on it."""
     options = ImageOptions(recipe=recipe)
-    _graph(options, lambda: (), 4, torch.device("cuda", 0), None)
+    make_graph(options, lambda: (), 4, torch.device("cuda", 0), None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -250,160 +238,3 @@ def test_a_recipe_leaves_windows_and_flips_alone(manifest):
         for options in (ImageOptions(), ImageOptions(recipe="simple"), ImageOptions(recipe="simple", color_jitter=0.0))
     ]
     assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))
-
-
-def evaluate(manifest: Manifest, prefetch_batches: int = 2) -> None:
-    options = ImageOptions(image_size=32, threads=2, prefetch_batches=prefetch_batches)
-    for _ in decode_batches(manifest, options, requests(eval_views(manifest.samples, options), 4), 4, CPU):
-        pass
-
-
-@pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
-def test_a_truncated_image_is_named_with_the_remedy(damaged, truncate, prefetch_batches):
-    files = ShardFiles(damaged)
-    broken = next(sample for sample in range(20, len(damaged)) if files.read(sample).startswith(b"\xff\xd8"))
-    truncate(damaged, broken)
-    row = damaged.samples[broken]
-    place = rf"sample {broken} \({damaged.shards[row['shard']].name}, offset {row['offset']},"
-    remedy = rf"python -m dataio.verify {damaged.folder} and pack it again without broken images"
-    with pytest.raises(RuntimeError, match=rf"cannot decode {place}.*truncated.*{remedy}"):
-        evaluate(damaged, prefetch_batches)
-
-
-HEADERS = """
-import sys
-from pathlib import Path
-import numpy as np
-import torch
-from dataio.index import load_manifest
-from dataio.pipeline import Request, decode_batches
-from dataio.views import ImageOptions, eval_views
-manifest, samples = load_manifest(Path(sys.argv[1])), np.arange(48)
-options = ImageOptions(image_size=32, threads=2)
-for _ in range(5):
-    views = eval_views(manifest.samples[samples], options)
-    try:
-        list(decode_batches(manifest, options, iter([Request(0, samples, views)]), 48, torch.device("cpu")))
-    except RuntimeError as error:
-        print(error)
-"""
-
-
-def tiny_jpeg() -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", (9, 7)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"no image" * 8, "not an image"),
-        (b"\xff\xd8\xff\xe0\0\1" * 8, "broken data stream"),
-        (tiny_jpeg(), "it has 9×7 pixels where"),
-    ],
-    ids=["no image", "no header", "another size"],
-)
-def test_a_header_that_is_broken_does_not_end_the_process(damaged, overwrite, content, said):
-    """DALI's decoder alone crashes on each of these, in most batches that are as large as this."""
-    overwrite(damaged, 0, content)
-    run = subprocess.run(
-        [sys.executable, "-c", HEADERS, damaged.folder], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("cannot decode sample 0 ") == run.stdout.count(said) == 5, run.stdout
-
-
-def test_what_is_no_image_is_named_and_all_of_a_batch_at_once(damaged, overwrite):
-    for sample in (5, 6):
-        overwrite(damaged, sample, b"no image" * 8)
-    with pytest.raises(RuntimeError, match=r"decode sample 5 \(.*\): not an image, sample 6 \(.*\): not an image;"):
-        evaluate(damaged)
-
-
-@pytest.mark.parametrize("failures", [1, 30, 10**9], ids=["once", "some", "always"])
-def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, monkeypatch, failures):
-    """The host's fault, however long it lasts: memory that runs out, here in the second batch."""
-    calls, scale = itertools.count(), Resizer._resize
-
-    def fail(*arguments: object) -> np.ndarray:
-        if 8 <= next(calls) < 8 + failures:
-            raise MemoryError("no memory for a window")
-        return scale(*arguments)
-
-    monkeypatch.setattr(Resizer, "_resize", fail)
-    plan = TrainPlan(seed=0, global_batch=8, max_broken=99)
-    loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=2), plan, CPU)
-    with pytest.raises(
-        RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"
-    ):
-        list(itertools.islice(loader, 5))
-    assert loader.broken == 0
-
-
-@pytest.mark.parametrize(("size", "limit"), [((70000, 40), None), ((64, 48), 100)], ids=["wide", "beyond PIL's limit"])
-def test_a_broken_image_of_any_size_is_replaced(tmp_path, truncate, monkeypatch, size, limit):
-    """Even if there can be no JPEG of it, or PIL takes it for an attack."""
-    (tmp_path / "photos" / "class").mkdir(parents=True)
-    for name, shape in (("broken", size), ("whole", (32, 32))):
-        Image.effect_noise(shape, 50).convert("RGB").save(tmp_path / "photos" / "class" / f"{name}.png")
-    manifest = pack(tmp_path / "photos", tmp_path / "packed")
-    broken = int(manifest.samples["width"].argmax())
-    truncate(manifest, broken)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    plan = TrainPlan(seed=0, global_batch=2, max_broken=1)
-    batch = next(TrainLoader(manifest, ImageOptions(image_size=32), plan, CPU))
-    assert [(met.sample, met.by) for met in batch.replaced] == [(broken, 1 - broken)]
-
-
-SCARCE = """
-import resource, sys
-import torch
-from dataio.index import load_manifest
-from dataio.loader import TrainLoader, TrainPlan
-from dataio.views import ImageOptions
-
-plan = TrainPlan(seed=0, global_batch=1, max_broken=99)
-options = ImageOptions(image_size=32, threads=1, prefetch_batches=1)
-loader = TrainLoader(load_manifest(sys.argv[1]), options, plan, torch.device("cpu"))
-next(loader)
-pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]) * 2**20,) * 2)
-try:
-    for batch in loader:  # 8 % or more of each image, until it is too much
-        assert not batch.replaced
-except RuntimeError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize(
-    ("side", "kind", "mib"),
-    [
-        *((6000, "jpg", 40), (6000, "png", 40)),
-        *((6000, "webp", 190), (6000, "webp", 230), (6000, "jpg", 170), (12000, "jpg", 250)),
-        (3000, "webp", 8),
-    ],
-)
-def test_an_image_for_which_there_is_no_memory_is_not_taken_for_a_broken_one(tmp_path, side, kind, mib):
-    """One is large, and progressive if it is a JPEG. With 40 MiB left DALI cannot even decode another one alone."""
-    folder = tmp_path / "photos" / "class"
-    folder.mkdir(parents=True)
-    for number in range(9):
-        size = (side, side) if number == 4 else (64, 64)
-        photo = Image.effect_noise((64, 64), 50).convert("RGB").resize(size)
-        photo.save(folder / f"{number}.{kind}", progressive=True, method=0)
-    pack(tmp_path / "photos", tmp_path / "packed")
-    run = subprocess.run(
-        [sys.executable, "-c", SCARCE, tmp_path / "packed", str(mib)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    faults = (
-        r"cannot decode sample \d \(.*\), nor a blank image of its size \(.*\)",
-        "DALI failed on a batch, and on none of its images alone",
-        "cannot scale images on the CPU",
-    )
-    assert re.match(f"({'|'.join(faults)}).*; free some memory", run.stdout), run.stdout + run.stderr
