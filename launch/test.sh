@@ -1,5 +1,11 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs every test: bash launch/test.sh [pytest arguments]
+# Sets up .venv, checks style and runs every test: bash launch/test.sh [pytest arguments]
+#
+#   bash launch/test.sh -m "not slow"        the quick selection, a few minutes
+#   bash launch/test.sh -n 0 tests/dataio    in one process, as plain pytest does
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 apt_install slurm-wlm munge dataset-fashion-mnist
-exec python -m pytest "$@"
+ruff check .
+ruff format --check .
+# Tests wait for events, and only this limit ends one that hangs: many times what the slowest takes on a slow machine.
+exec python -m pytest --timeout 1800 --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"
