@@ -18,8 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from dataio.cache import open_data, require_room
 from dataio.index import Manifest
@@ -72,6 +70,10 @@ class _Scores:
     """Of one model, over all ranks."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
+        # Brings SciPy and Matplotlib along, a quarter of all that training imports: no run should wait for it to start.
+        from torchmetrics import MeanMetric, MetricCollection
+        from torchmetrics.classification import MulticlassAccuracy
+
         self._accuracy = MetricCollection(
             {
                 "top1": MulticlassAccuracy(classes, average="micro"),

@@ -7,10 +7,15 @@
 Started again with the same command, a run goes on from its newest whole checkpoint, in the middle of an epoch too.
 """
 
-import argparse
-import contextlib
 import os
 import sys
+
+if __name__ == "__main__" and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    # The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
+    print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
+
+import argparse
+import contextlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -58,12 +63,15 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(arguments.config, arguments.overrides)
     except (ValueError, OSError) as error:
         return refuse(error, rank)
+    device_type = default_device_type()
+    announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
     try:
-        device = start(place, default_device_type(), timedelta(minutes=config.engine.timeout_minutes))
+        device = start(place, device_type, timedelta(minutes=config.engine.timeout_minutes))
     except RuntimeError as error:  # of this rank alone: there is no group yet
         return refuse(error, rank=0)
     try:
         ranks_here = count_ranks_here()
+        announce(f"opening {shown(config.data.train)} and {shown(config.data.val)}", rank)
         with together():
             plan = make_plan(config, rank, place.ranks, ranks_here)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
@@ -178,6 +186,7 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
     with together():
         found, faults = checkpoint.newest(checkpoints_of(config)) if plan.batches.rank == 0 else (None, [])
     found = from_rank_zero(found)
+    announce(f"building {config.model.name} and its engine", plan.batches.rank)
     with together():
         state = beginning if found is None else checkpoint.read_state(found)
         state.check_continues(beginning)
@@ -238,6 +247,12 @@ def is_due(step: int, every_epochs: float, plan: Plan) -> bool:
     """Whether something that happens every so many epochs, and at the end, happens after `step`, counted from 0."""
     last = step + 1 == plan.steps
     return last or ends_interval(step, plan.batches.global_batch, every_epochs * plan.samples_per_epoch)
+
+
+def announce(line: str, rank: int) -> None:
+    """Says on rank 0 what is being started, before there is a monitor."""
+    if rank == 0:
+        print(line, flush=True)
 
 
 def refuse(error: Exception, rank: int) -> int:
