@@ -1,0 +1,118 @@
+"""The README's measured figures against the JSON that benchmarks wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "launch" / "benchmark" / "results"
+README = (ROOT / "README.md").read_text()
+
+
+def report(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}-cpu.json").read_text())
+
+
+def entries(name: str, *keys: str) -> dict:
+    """A report's results by the values of these keys."""
+    return {tuple(entry[key] for key in keys): entry for entry in report(name)["results"]}
+
+
+def row(*cells: str) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+
+
+def span(values: dict[str, float], digits: int = 1) -> str:
+    return f"{values['low']:.{digits}f}–{values['high']:.{digits}f}"
+
+
+def feeding_rows() -> list[str]:
+    results = entries("data", "work", "contender")
+
+    def rate(work: str, contender: str) -> str:
+        return f"{results[work, contender]['images_per_second']['median']:,.0f}" if (work, contender) in results else ""
+
+    def cpu(contender: str, work: str = "simple") -> str:
+        return f"{results[work, contender]['cpu_seconds_per_1000_images']['median']:.1f}"
+
+    def memory(contender: str) -> str:
+        return f"{results['simple', contender]['peak_resident_bytes'] / 1e9:.1f} GB"
+
+    contenders = ("torchvision", "timm", "dali")
+    own, timm, dali = (f"{cpu(name)} · {cpu(name, 'rand-augment')}" for name in ("ours", "timm", "dali"))
+    return [
+        row(
+            f"encoded images alone (webdataset: {rate('read', 'webdataset')})",
+            f"**{rate('read', 'ours')}**",
+            "",
+            "",
+            rate("read", "dali"),
+        ),
+        *(
+            row(
+                work if work == "evaluation" else f"`{work}`",
+                f"**{rate(work, 'ours')}**",
+                *(rate(work, name) for name in contenders),
+            )
+            for work in ("simple", "rand-augment", "three-augment", "evaluation")
+        ),
+        row("CPU-seconds for 1,000 images: `simple` · `rand-augment`", f"**{own}**", cpu("torchvision"), timm, dali),
+        row("memory at most, workers included: `simple`", f"**{memory('ours')}**", *map(memory, contenders)),
+    ]
+
+
+def packing_rows() -> list[str]:
+    titles = {f"ours, --check {check}": f"`dataio.pack --check {check}`" for check in ("none", "header", "decode")}
+    titles |= {"cp -r": "`cp -r`", "cp -r, until on disk": "`cp -r`, until on disk", "tar": "`tar`"}
+    titles |= {"webdataset": "webdataset's ShardWriter, one process"}
+    rows = []
+    for (contender,), entry in entries("pack", "contender").items():
+        seconds = f"{entry['seconds']['median']:.1f}"
+        bold = f"**{seconds}**" if contender.startswith("ours") else seconds
+        ratio = entry["times_faster_than"].get("cp -r")
+        faster = "1" if ratio is None else f"{ratio['median']:.1f} ({span(ratio)})"
+        rows.append(row(titles[contender], f"{bold} ({span(entry['seconds'])})", faster))
+    return rows
+
+
+def summary_rows() -> list[str]:
+    data, pack, resume = entries("data", "work", "contender"), entries("pack", "contender"), report("resume")
+    simple = data["simple", "ours"]["times_faster_than"]["torchvision"]["median"]
+    rand = data["rand-augment", "ours"]["times_faster_than"]["timm"]["median"]
+    fresh, resumed = (resume["seconds"][name]["median"] for name in ("fresh", "resumed"))
+    own, disk, copy = (pack[name,]["seconds"] for name in ("ours, --check none", "cp -r, until on disk", "cp -r"))
+    return [
+        f"both on webdataset | {simple:.1f} × · {rand:.1f} × |",
+        f"from a state of {resume['state_bytes']} bytes | {fresh:.1f} s · {resumed:.1f} s |",
+        f"by what ran before it | {own['median']:.1f} s · {disk['median']:.1f} s · {span(copy)} s |",
+    ]
+
+
+def kernel_rows() -> list[str]:
+    both = {key: entry["passes"]["both"] for key, entry in entries("kernel", "shape", "dtype", "contender").items()}
+    shapes = {"8,1,56x56,96": "(B, H, N, D) = (8, 1, 3136, 96), float32", "8,2,28x28,96": "(8, 2, 784, 96), float32"}
+    rows = []
+    for shape, title in shapes.items():
+        for dtype, cell in (("float32", title), ("bfloat16", "the same, bfloat16")):
+            contenders = ("ours", "eager", "compiled", "sdpa")
+            own, *others = (f"{1e3 * both[shape, dtype, name]['seconds']['median']:.0f} ms" for name in contenders)
+            rows.append(row(cell, f"**{own}**", *others))
+    growth = report("kernel")["growth_ratios"][0]
+    shares = (f"{both[shape, 'float32', 'ours']['share_of_product_rate']:.0%}".replace("%", " %") for shape in shapes)
+    return [
+        *rows,
+        row(
+            f"65,536 tokens against 3,136 ({growth['tokens']:.1f} ×), {growth['dtype']}",
+            f"{growth['seconds']:.1f} × the time, {growth['peak_extra_bytes']:.1f} × the memory",
+            "",
+            "",
+            "",
+        ),
+        f"In float32 that is {' and '.join(shares)} of the machine's rate for large matrix products",
+    ]
+
+
+@pytest.mark.parametrize("words", [*summary_rows(), *feeding_rows(), *packing_rows(), *kernel_rows()])
+def test_figures_are_those_of_the_results(words):
+    assert words in README
