@@ -33,13 +33,11 @@ install() {
 
 # find_installer: the command that installs packages, uv's path or pip.
 find_installer() {
-  case ${POLAFORMER_INSTALLER-} in
-    pip) echo pip && return ;;
-    uv | "") ;;
-    *) setup_fail "POLAFORMER_INSTALLER is '$POLAFORMER_INSTALLER'; use uv or pip" ;;
-  esac
-  if command -v uv; then return; fi
-  if .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
+  if [ "${POLAFORMER_INSTALLER-}" = pip ]; then
+    echo pip
+  elif command -v uv; then
+    return
+  elif .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
     echo .venv/bin/uv
   elif [ "${POLAFORMER_INSTALLER-}" = uv ]; then
     setup_fail "uv is not on the PATH, and pip could not install it" .venv/uv.log
@@ -60,6 +58,8 @@ build_kernels() {
 # set_up: makes .venv. Kernels need PyTorch alone, so they are built while all other packages are still coming.
 set_up() {
   local python=${PYTHON:-python3} installer began build
+  [[ ${POLAFORMER_INSTALLER-} =~ ^(uv|pip|)$ ]] ||
+    setup_fail "POLAFORMER_INSTALLER is '$POLAFORMER_INSTALLER'; use uv or pip, or leave it out"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || setup_fail \
     "$python is missing or older than Python 3.10; install one and name it: PYTHON=/path/to/python3 bash $0"
   setup "making .venv with $("$python" --version), on $(nproc) cores"

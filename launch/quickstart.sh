@@ -5,6 +5,7 @@
 #   bash launch/quickstart.sh --data FOLDER [key=value …]      on images of your own: FOLDER/class/image, or the same
 #                                                              below FOLDER/train and FOLDER/val
 seconds=$SECONDS
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 apt_install dataset-fashion-mnist
 exec python -m launch.quickstart --setup-seconds $((SECONDS - seconds)) "$@"

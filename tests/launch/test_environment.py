@@ -1,0 +1,43 @@
+"""The scripts that set up .venv, as far as they can be tried without installing anything."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A checkout without .venv, of what environment.sh looks at."""
+    for name in ("requirements.txt", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    shutil.copytree(ROOT / "polaformer" / "csrc", tmp_path / "polaformer" / "csrc")
+    return tmp_path
+
+
+def test_the_scripts_are_clean():
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PYTHON": "python2.6"}, "python2.6 is missing or older than Python 3.10; install one and name it: PYTHON="),
+        ({"POLAFORMER_INSTALLER": "conda"}, "POLAFORMER_INSTALLER is 'conda'; use uv or pip, or leave it out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_made(project, variables, message):
+    command = ["bash", "launch/test.sh"]
+    done = subprocess.run(command, cwd=project, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {message}" in done.stderr
+    assert not (project / ".venv").exists()
