@@ -1,7 +1,7 @@
 """The quickstart after its set-up: photographs → shards → training → evaluation → export → a summary.
 
 Started by quickstart.sh. Each stage is a command of the project's own, printed as it starts, and is left out when
-its result is there already.
+its result is there already. The summary, with the machine and what each stage took, is kept in the run's folder.
 """
 
 import argparse
@@ -13,15 +13,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from dataio.index import MANIFEST_NAME
+from dataio.remote import shown
+from launch.benchmark.report import describe_run, write_report
 from launch.config import load_config
+from launch.monitor import METRICS_NAME
 
 CONFIG = "configs/quickstart.yaml"
+SUMMARY_NAME = "quickstart.json"
 HELD_OUT_PERCENT = "10"
 CPU_RANKS = 2
 OWN_IMAGES = [  # the configuration's crops, mean and size are for 28×28 grey photographs
@@ -73,12 +78,20 @@ def main(argv: list[str] | None = None) -> int:
     stages.run("training", training([*places, *(OWN_IMAGES if own else []), *arguments.overrides]))
     stages.run("export", module("launch.export", run))
     exported = run / "export" / "model.safetensors"
-    accuracies = {}
+    top1 = {}
     for kind, weights in (("weights", run), ("EMA", exported)):
         out = run / f"evaluation-{kind.lower()}.json"
         stages.run(f"evaluation of the {kind}", evaluation(weights, shards / "val", out))
-        accuracies[kind] = json.loads(out.read_text())["top1"]
-    summarize(console, stages, accuracies, {"run": run, "shards": shards, "exported EMA": exported})
+        top1[kind] = json.loads(out.read_text())["top1"]
+    summary = describe_run("quickstart", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    summary |= {
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": torch.cuda.device_count(),
+        "arguments": [shown(word) for word in arguments.overrides],
+    }
+    summary |= {"seconds": stages.seconds, "top1": top1, "speed": training_speed(run)}
+    write_report(run / SUMMARY_NAME, summary)
+    show(console, summary, {"run": run, "shards": shards, "exported EMA": exported})
     return 0
 
 
@@ -128,13 +141,40 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-def summarize(console: Console, stages: Stages, accuracies: dict[str, float], places: dict[str, Path]) -> None:
+def training_speed(run: Path) -> dict[str, float]:
+    """Of all training steps of a run: seconds, images per second, and the share of time spent waiting for data."""
+    lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
+    batch = load_config(run / "config.yaml", []).optimizer.global_batch
+    seconds = waited = step = 0
+    for line in lines:
+        if "speed/images_per_second" in line:
+            took = (line["step"] - step) * batch / line["speed/images_per_second"]
+            seconds, waited, step = seconds + took, waited + took * line["speed/waiting_for_data"], line["step"]
+    return {"seconds": seconds, "images_per_second": step * batch / seconds, "waiting_for_data": waited / seconds}
+
+
+def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> None:
+    """Prints a summary as a table."""
     table = Table("", "", title="PolaFormer++ quickstart", show_header=False)
-    for kind, top1 in accuracies.items():
+    device, speed = summary["device"]["name"], summary["speed"]
+    table.add_row(
+        "machine", f"{summary['gpus']} × {device}" if summary["gpus"] else f"{device}; {summary['cores']} cores"
+    )
+    for kind, top1 in summary["top1"].items():
         table.add_row(f"top-1 of the {kind}", f"{top1:.2f} %")
-    for stage, seconds in stages.seconds.items():
-        table.add_row(stage, "was there already" if seconds is None else f"{seconds:.0f} s")
-    table.add_row("altogether", f"{sum(seconds or 0 for seconds in stages.seconds.values()):.0f} s")
+    known = {stage: seconds for stage, seconds in summary["seconds"].items() if seconds is not None}
+    whole = sum(known.values())
+    for stage in summary["seconds"]:
+        table.add_row(
+            stage, f"{known[stage]:.0f} s, {known[stage] / whole:.0%}" if stage in known else "was there already"
+        )
+        if stage == "training":
+            table.add_row(
+                "  of which steps",
+                f"{speed['seconds']:.0f} s at {speed['images_per_second']:,.0f} images/s,"
+                f" {speed['waiting_for_data']:.0%} waiting for data",
+            )
+    table.add_row("altogether", f"{whole:.0f} s")
     for name, place in places.items():
         table.add_row(name, str(place))
     table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {places['run']}")
