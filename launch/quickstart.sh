@@ -8,4 +8,5 @@ seconds=$SECONDS
 # shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 apt_install dataset-fashion-mnist
+echo "starting the quickstart: loading PyTorch"
 exec python -m launch.quickstart --setup-seconds $((SECONDS - seconds)) "$@"
