@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import skimage
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from dataio.fashion_mnist import Photographs, read_photographs, write_photographs
@@ -21,6 +22,11 @@ CROPS_PER_CLASS = 12
 # A shell starts what it puts in the background deaf to Ctrl-C, and so would be the commands that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Hypothesis fails what takes long, by itself.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 class SmallShards(PackOptions):

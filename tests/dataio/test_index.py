@@ -44,7 +44,6 @@ def test_order_stays_what_it_was():
     assert epoch_order(42, 5, 10).tolist() == [9, 3, 1, 0, 7, 4, 6, 5, 8, 2]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), samples=st.integers(1, 300))
 def test_order_holds_each_sample_once(seed, epoch, samples):
     assert sorted(epoch_order(seed, epoch, samples)) == list(range(samples))
@@ -206,7 +205,6 @@ def test_draws_at_a_far_position():
     assert np.array_equal(draws_at(11, 10**9, 1, 8)[0], expected)
 
 
-@settings(deadline=None)
 @given(first=st.integers(0, 10**12), counts=st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_draws_do_not_depend_on_how_a_range_is_cut(first, counts):
     whole = draws_at(5, first, sum(counts), 4)

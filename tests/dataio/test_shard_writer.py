@@ -27,7 +27,7 @@ def by_tarfile(members: list[tuple[str, bytes]]) -> bytes:
     return out.getvalue()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(NAMES, CONTENTS), max_size=30))
 def test_tar_files_are_those_of_tarfile(members):
     out = io.BytesIO()

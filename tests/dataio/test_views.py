@@ -48,7 +48,7 @@ def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
     assert np.array_equal(top, (375 - height) * at_the_end)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.integers(1, 5000),
     st.integers(1, 5000),

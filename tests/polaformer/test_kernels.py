@@ -92,7 +92,7 @@ def test_low_precision_against_eager(device, dtype, size, head_width):
         assert ours[name] <= (2 if name == "out" else 3) * eager[name], name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(0, 3),
     heads=st.integers(1, 3),
