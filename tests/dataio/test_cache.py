@@ -1,5 +1,6 @@
 """Training and evaluation from servers through a cache that is too small for all: the same bits as from local disk."""
 
+import asyncio
 import hashlib
 import itertools
 import json
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,14 +20,25 @@ import torch
 from dataio.cache import ShardCache, bytes_at_once, open_data, require_room
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
 from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan
-from dataio.remote import CacheOptions, Patience
+from dataio.remote import CacheOptions, Patience, Wait
 from dataio.views import ImageOptions
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=1)
 WINDOW = 3
 PLAN = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW)
-HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=0.5, room_seconds=0.5)
+FOREVER = 3600  # seconds, longer than a test may take
+PATIENT = Patience(
+    attempts=3,
+    first_wait_seconds=FOREVER,
+    silent_seconds=FOREVER,
+    room_seconds=FOREVER,
+    file_seconds=FOREVER,
+    batch_seconds=FOREVER,
+)
+HASTY = replace(PATIENT, first_wait_seconds=0.01)
+# Where a server is silent. A slow machine may be taken for one that is, and is asked again.
+NERVOUS = replace(HASTY, attempts=1000, silent_seconds=0.5)
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -132,10 +146,11 @@ import torch
 from dataio.cache import open_data
 from dataio.loader import TrainLoader, TrainPlan
 from dataio.views import ImageOptions
-from dataio.remote import CacheOptions
+from dataio.remote import CacheOptions, Patience
 
 url, folder, limit, rank, ranks, steps = sys.argv[1:]
-manifest = open_data(url, CacheOptions(Path(folder), int(limit)))
+patience = Patience(room_seconds=3600, file_seconds=3600, batch_seconds=3600, silent_seconds=3600)
+manifest = open_data(url, CacheOptions(Path(folder), int(limit), patience))
 plan = TrainPlan(seed=7, global_batch=24, rank=int(rank), ranks=int(ranks), window_shards=3)
 loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), plan, torch.device("cpu"))
 for _ in range(int(steps)):
@@ -157,10 +172,14 @@ def test_processes_share_a_cache(http_server, far, cache, local, expected, cache
         for rank in range(3)
     ]
     lines = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        lines += out.splitlines()
+    try:
+        for process in processes:
+            out, err = process.communicate()
+            assert process.returncode == 0, err
+            lines += out.splitlines()
+    finally:
+        for process in processes:
+            process.kill()
     got = dict(line.split() for line in lines)
     assert len(got) == 3 * steps
     for batch in expected:
@@ -179,26 +198,24 @@ def sha256(content: bytes) -> str:
 @pytest.mark.parametrize("fault", ["503", "reset", "half", "wrong", "silent"])
 def test_a_server_that_fails_now_and_then(http_server, far, cache, local, expected, fault):
     server = http_server(far)
-    manifest = open_data(server.url, cache)
+    manifest = open_data(server.url, replace(cache, patience=NERVOUS) if fault == "silent" else cache)
     server.faults = {shard.name: [fault] for shard in local.shards[:: 6 if fault == "silent" else 2]}
     got = list(itertools.islice(TrainLoader(manifest, SMALL, PLAN, CPU), len(local) // 24))
     assert_same(got, expected[: len(got)])
     assert not any(server.faults.values())
 
 
-def test_a_server_that_dies_and_comes_back(http_server, far, cache, expected):
-    """What is cached is still trained on; then an error, in bounded time; then the same batch again."""
-    server = http_server(far)
+def test_a_server_that_dies_and_comes_back(http_server, free_port, far, cache, expected):
+    """What is cached is still trained on; then an error; then the same batch again."""
+    server = http_server(far, free_port)
     loader = TrainLoader(open_data(server.url, cache), SMALL, PLAN, CPU)
     got = [next(loader)]
     server.stop()
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"cannot fetch http://127.*/shard-.*\.tar: Cannot connect .* attempts: 3"):
         got.extend(loader)  # which has no end
-    assert time.monotonic() - began < 60
     with pytest.raises(RuntimeError, match="cannot fetch"):
         next(loader)
-    http_server(far, server.server_address[1])
+    http_server(far, free_port)
     got += itertools.islice(loader, len(expected) - len(got))
     assert_same(got, expected)
 
@@ -293,6 +310,7 @@ def test_a_bucket_that_breaks_off(http_server, far, local, expected, tmp_path, m
     served.symlink_to(far)
     server = http_server(tmp_path / "root")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01)))  # 1 to 2 s
     for shard in local.shards[::3]:
         server.faults[f"{shard.name}?alt=media"] = [fault]
     manifest = open_data("gs://bucket", CacheOptions(tmp_path / "cache", tight(local), HASTY))
@@ -301,7 +319,7 @@ def test_a_bucket_that_breaks_off(http_server, far, local, expected, tmp_path, m
     assert not any(server.faults[name] for name in server.faults), "all were met"
 
 
-def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_end):
+def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_end, monkeypatch):
     """A cache may be larger than its disk: shards are evicted for that as well. Without room for a window, an error."""
     cache, url = CacheOptions(small_disk / "cache", 2**30, HASTY), http_server(far).url
     got = list(itertools.islice(TrainLoader(open_data(url, cache), SMALL, PLAN, CPU), len(local) // 24))
@@ -311,8 +329,10 @@ def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_
     (small_disk / "other").write_bytes(bytes(480_000))
     loader = TrainLoader(open_data(url, cache), SMALL, PLAN, CPU)
     fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache name a folder"
-    with pytest.raises(RuntimeError, match=fault):
-        next(loader)
+    with monkeypatch.context() as patch:
+        patch.setattr("dataio.cache_folder.Wait", lambda _: Wait(0))  # for room; all else may take its time
+        with pytest.raises(RuntimeError, match=fault):
+            next(loader)
     (small_disk / "other").unlink()
     assert_same([next(loader)], expected[:1])
 
@@ -330,18 +350,17 @@ def test_a_closed_loader_holds_no_shard(http_server, far, expected, tmp_path, aw
     assert_same(got, expected[:2])
 
 
-def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, hold_and_read):
+def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
     """For a server that is silent, between two attempts, and for room."""
-    patience = Patience(first_wait_seconds=600, silent_seconds=600, room_seconds=600, file_seconds=600)
+    monkeypatch.setattr("dataio.remote._LONGEST_WAIT_SECONDS", FOREVER)
     server = http_server(far)
+    patience = replace(PATIENT, file_seconds=2 * FOREVER)  # else no attempt would follow
     manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 250_000, patience))
     server.faults = {shard.name: [fault] for shard, fault in zip(local.shards[1:3], ("silent", "503"), strict=True)}
     shards = ShardCache(manifest)
     hold_and_read(shards, manifest, [0])
     shards.hold([0, 1, 2, 3, 4, 5])
-    deadline = time.monotonic() + 30
     while not {"shard-000001.tar", "shard-000002.tar"} <= set(server.requests):
-        assert time.monotonic() < deadline
         time.sleep(0.01)
     shards.close()
     with pytest.raises(RuntimeError, match="the cache was closed"):
@@ -352,22 +371,25 @@ def test_a_batch_waits_for_its_shards_as_long_as_it_may(http_server, far, local,
     """Each of them comes in time; there are too many."""
     server = http_server(far)
     server.faults = {shard.name: ["silent"] * 9 for shard in local.shards}
-    patience = Patience(batch_seconds=2, longer=", or wait for Godot")
+    patience = replace(PATIENT, batch_seconds=0.2, longer=", or wait for Godot")
     shards = ShardCache(open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, patience)))
     shards.hold([0, 1, 2])
-    fault = f"^waited 2 s for shards of a batch, at last for {server.url}/shard-000000.tar; check server and network"
+    fault = f"^waited 0.2 s for shards of a batch, at last for {server.url}/shard-000000.tar; check server and network"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=f"{fault}, or lower data.window_shards, or wait for Godot$"):
             shards.read(0)
     shards.close()
 
 
-def test_a_batch_does_not_wait_while_others_are_trained_on(http_server, far, local, tmp_path, hold_and_read):
+def test_a_batch_does_not_wait_while_others_are_trained_on(
+    http_server, far, local, tmp_path, monkeypatch, hold_and_read
+):
     """A stand-in may be asked for long after its batch was."""
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, Patience(batch_seconds=3)))
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
     shards = ShardCache(manifest)
     hold_and_read(shards, manifest, [0])
-    time.sleep(3.2)
+    later = time.monotonic() + 2 * FOREVER
+    monkeypatch.setattr("dataio.cache.time", SimpleNamespace(monotonic=lambda: later))
     shards.read(sum(local.shard_samples[:3]))
     shards.close()
 
@@ -376,18 +398,26 @@ def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
     """No thread keeps it: the server is silent, and it has lots of patience."""
     server = http_server(far)
     server.faults = {f"shard-{shard:06d}.tar": ["silent"] * 9 for shard in range(20)}
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-c", LEAVING, server.url, str(tmp_path / "cache")], check=True, timeout=60)
-    assert time.monotonic() - began < 30
+    command = [sys.executable, "-c", LEAVING, server.url, str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        try:
+            while "shard-000000.tar" not in server.requests:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.stdin.close()
+            assert process.wait() == 0
+        finally:
+            process.kill()
 
 
 LEAVING = """
-import sys, time
+import sys
 from pathlib import Path
 from dataio.cache import ShardCache, open_data
-from dataio.remote import CacheOptions
+from dataio.remote import CacheOptions, Patience
 
-shards = ShardCache(open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30)))
+patience = Patience(silent_seconds=3600, file_seconds=3600)
+shards = ShardCache(open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience)))
 shards.hold(range(10))
-time.sleep(0.2)
+sys.stdin.read()
 """
