@@ -30,8 +30,6 @@ from dataio.index import SAMPLES_NAME, Broken, load_manifest
 from dataio.pack import PackOptions, main, pack, read_report
 from dataio.verify import verify
 
-DEADLINE_SECONDS = 60
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -471,14 +469,63 @@ def uninterrupted(many, tmp_path_factory) -> dict[str, bytes]:
     return contents(target)
 
 
-def start_pack(many: Path, target: Path, *options: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dataio.pack", many, target, *LONG_PACK, *options],
+# Says when it begins to list images, and stands still when so many shards are finished, until its input ends. Its
+# workers have then written a further shard each.
+STANDING_STILL = """
+import os, sys
+from dataio import pack
+
+def find_images(*arguments):
+    print("listing", flush=True)
+    return find(*arguments)
+
+def write_shard(task):
+    written = write(task)
+    if int(task.path.stem.rpartition("-")[2]) >= finished:
+        os.read(0, 1)
+    return written
+
+find, write, finished = pack.find_images, pack.write_shard, int(sys.argv[1])
+pack.find_images, pack.write_shard = find_images, write_shard
+sys.exit(pack.main(sys.argv[2:]))
+"""
+
+
+def start_pack(many: Path, target: Path, *options: str, shards: int) -> subprocess.Popen:
+    """A pack that lists images, and will stand still when so many shards are finished."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", STANDING_STILL, str(shards), many, target, *LONG_PACK, *options],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    assert command.stdout.readline() == "listing\n", command.communicate()
+    return command
+
+
+def pack_until(shards: int, many: Path, target: Path, *options: str) -> subprocess.Popen:
+    """A pack that stands still: so many shards are finished."""
+    command = start_pack(many, target, *options, shards=shards)
+    while len(finished(target)) < shards:
+        assert command.poll() is None, said(command)
+        time.sleep(0.002)
+    return command
+
+
+def said(command: subprocess.Popen) -> tuple[str, str]:
+    """All that it prints before it ends, on either output."""
+    printed = command.stdout.read(), command.stderr.read()
+    command.wait()
+    return printed
+
+
+def killed_pack(shards: int, many: Path, target: Path, *options: str) -> str:
+    """What the command says whose process is killed when so many shards are finished."""
+    command = pack_until(shards, many, target, *options)
+    command.kill()
+    return said(command)[1]
 
 
 def finished(target: Path) -> dict[str, tuple[int, int]]:
@@ -490,36 +537,20 @@ def finished(target: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
 
 
-def until(condition) -> None:
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.002)
-
-
-def until_finished(shards: int, target: Path, command: subprocess.Popen) -> None:
-    until(lambda: len(finished(target)) >= shards or command.poll() is not None)
-    assert command.poll() is None, command.communicate()
-
-
 def test_killed_again_and_again(many, uninterrupted, tmp_path):
     """SIGKILL after some shards, each time further on; no shard is written twice, and the bytes are the same."""
     target = tmp_path / "target"
     before: dict[str, tuple[int, int]] = {}
-    for more in (1, 2, 5, 6):
-        command = start_pack(many, target)
-        until_finished(len(before) + more, target, command)
-        command.kill()
-        _, message = command.communicate(timeout=DEADLINE_SECONDS)
+    for shards in (1, 3, 8, 14):
+        message = killed_pack(shards, many, target)
         if before:
             assert re.fullmatch(rf"going on: {len(before)} of \d+ shards are finished\n", message)
         after = finished(target)
+        assert len(after) == shards
         assert after.items() >= before.items()
         assert not target.exists()
         before = after
-    command = start_pack(many, target)
-    _, message = command.communicate(timeout=DEADLINE_SECONDS)
-    assert command.returncode == 0
+    assert main([str(many), str(target), *LONG_PACK]) == 0
     assert contents(target) == uninterrupted
     assert {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")
@@ -551,7 +582,10 @@ def test_killed_at_every_step(photos, shards, tmp_path):
         target = tmp_path / f"{event}"
         process = context.Process(target=kill_at, args=(event, photos, target))
         process.start()
-        process.join(DEADLINE_SECONDS)
+        try:
+            process.join()
+        finally:
+            process.kill()
         noted = finished(target)
         if not target.exists():
             pack(photos, target, PackOptions(shard_mib=1))
@@ -567,10 +601,7 @@ def test_killed_at_every_step(photos, shards, tmp_path):
 
 def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted, tmp_path):
     target = tmp_path / "target"
-    command = start_pack(many, target)
-    until_finished(6, target, command)
-    command.kill()
-    command.communicate(timeout=DEADLINE_SECONDS)
+    killed_pack(6, many, target)
     content = partial_folder(target) / "content"
     with open(content / "shard-000004.tar", "r+b") as file:
         file.seek(1000)
@@ -582,10 +613,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted
 @pytest.mark.parametrize("spoil", [lambda line: line[:-30], lambda line: line.replace(b'"bytes"', b'"Bytes"')])
 def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys):
     target = tmp_path / "target"
-    command = start_pack(many, target)
-    until_finished(6, target, command)
-    command.kill()
-    command.communicate(timeout=DEADLINE_SECONDS)
+    killed_pack(6, many, target)
     journal = partial_folder(target) / "journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[4] = spoil(lines[4])
@@ -597,10 +625,9 @@ def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys):
 
 def interrupted_pack(many: Path, target: Path, shards: int = 3) -> str:
     """What the command says when Ctrl-C reaches all its processes after some shards."""
-    command = start_pack(many, target)
-    until_finished(shards, target, command)
+    command = pack_until(shards, many, target)
     os.killpg(command.pid, signal.SIGINT)
-    output, message = command.communicate(timeout=DEADLINE_SECONDS)
+    output, message = said(command)
     assert command.returncode == 130
     assert output == ""
     return message
@@ -617,15 +644,19 @@ def test_ctrl_c_keeps_finished_shards(many, uninterrupted, tmp_path, capsys):
     assert contents(target) == uninterrupted
 
 
-@pytest.mark.parametrize("delay", [0, 0.01, 0.03])
+@pytest.mark.parametrize("delay", [0, 0.01, 0.03, None])
 def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
-    """While images are listed, and while workers are forked: one line, and nothing is left."""
+    """While images are listed, while workers are forked, while they write: one line, and nothing is left."""
     target = tmp_path / "target"
-    command = start_pack(many, target, "--shard-mib", "32")  # none is finished so soon
-    until(partial_folder(target).exists)
-    time.sleep(delay)
+    command = start_pack(many, target, shards=0)
+    if delay is None:
+        while not any(partial_folder(target).glob("*.new")):
+            assert command.poll() is None, said(command)
+            time.sleep(0.002)
+    else:
+        time.sleep(delay)
     os.killpg(command.pid, signal.SIGINT)
-    assert command.communicate(timeout=DEADLINE_SECONDS) == ("", f"interrupted; {target} is not written\n")
+    assert said(command) == ("", f"interrupted; {target} is not written\n")
     assert command.returncode == 130
     assert list(tmp_path.iterdir()) == []
 
@@ -692,10 +723,7 @@ def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, cap
     for number in range(40):
         (folder / "all" / f"broken{number}.jpg").write_bytes(b"no image")
     target = tmp_path / "target"
-    command = start_pack(folder, target, "--skip-broken")
-    until_finished(8, target, command)
-    command.kill()
-    command.communicate(timeout=DEADLINE_SECONDS)
+    killed_pack(8, folder, target, "--skip-broken")
     assert main([str(folder), str(target), *LONG_PACK]) == 2
     going_on, error, _ = capsys.readouterr().err.splitlines()
     assert going_on.startswith("going on: ")
@@ -709,25 +737,21 @@ def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, cap
 
 def test_two_packs_at_once(many, uninterrupted, tmp_path, capsys):
     target = tmp_path / "target"
-    command = start_pack(many, target)
-    until_finished(1, target, command)
-    command.send_signal(signal.SIGSTOP)
+    command = pack_until(1, many, target)
     assert main([str(many), str(target), *LONG_PACK]) == 2
     assert capsys.readouterr().err == (  # not a word about the shards of the other
         f"error: another process is writing {target}; wait until it has ended, or name another folder\n"
     )
-    command.send_signal(signal.SIGCONT)
-    command.communicate(timeout=DEADLINE_SECONDS)
+    command.communicate()
     assert command.returncode == 0
     assert contents(target) == uninterrupted
 
 
 def test_a_killed_worker_is_an_error(many, tmp_path):
     target = tmp_path / "target"
-    command = start_pack(many, target)
-    until_finished(3, target, command)
+    command = pack_until(3, many, target)
     psutil.Process(command.pid).children()[0].kill()
-    _, message = command.communicate(timeout=DEADLINE_SECONDS)
+    _, message = said(command)
     assert command.returncode == 2
     assert message == (
         "error: a worker was killed, most often because memory ran out; free some, or use fewer workers\n"
