@@ -191,7 +191,8 @@ class Truth:
     def outcome(self, folder: Path, far: bool, cache: Path) -> dict:
         """What comes of training on a damaged folder."""
         try:
-            options = CacheOptions(cache, 2**30, Patience(attempts=1, room_seconds=1))
+            patience = Patience(attempts=1, room_seconds=3600, file_seconds=3600, batch_seconds=3600)
+            options = CacheOptions(cache, 2**30, patience)
             manifest = open_data(folder.as_uri() if far else folder, options)
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             return {"outcome": "refused", "message": str(error)}

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# All of them in one process: what they look at takes long to make.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("damage")]
+
 VARIANTS, PROCESSES, SEED = 1000, 2, 0
 DAMAGE = Path(__file__).with_name("damage.py")
 VERIFY = """
@@ -22,7 +25,7 @@ for folder in Path(sys.argv[1]).iterdir():
 
 
 def run_all(commands: list[list]) -> list[dict]:
-    """What these printed, one at a time on each core. One that ends early, or not at all, fails here."""
+    """What these printed, one at a time on each core. One that ends early fails here."""
     environ = os.environ | {"PYTHONPATH": str(DAMAGE.parents[2]), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -35,10 +38,14 @@ def run_all(commands: list[list]) -> list[dict]:
         for command in commands
     ]
     lines = []
-    for process in processes:
-        out, err = process.communicate(timeout=150)
-        lines += out.splitlines()
-        assert process.returncode == 0, f"after {lines[-1:]}: {err[-3000:]}"
+    try:
+        for process in processes:
+            out, err = process.communicate()
+            lines += out.splitlines()
+            assert process.returncode == 0, f"after {lines[-1:]}: {err[-3000:]}"
+    finally:
+        for process in processes:
+            process.kill()
     return [json.loads(line) for line in lines]
 
 

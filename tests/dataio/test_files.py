@@ -4,22 +4,18 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from dataio import files
 from dataio.files import BusyError, new_folder, partial_folder, sha256_of, write_file
 
-DEADLINE_SECONDS = 60
-
-OTHER_PROCESS = f"""
-import signal, sys
+OTHER_PROCESS = """
+import sys
 from pathlib import Path
-from dataio.files import BusyError, new_folder
+from dataio.files import new_folder
 
-signal.alarm({DEADLINE_SECONDS})
 with new_folder(Path(sys.argv[1])) as folder:
     print(folder, flush=True)
     sys.stdin.read()
@@ -95,37 +91,40 @@ def test_a_killed_process_does_not_disturb_the_next(other, target, tmp_path):
     process, left = other
     (left / "theirs").write_text("half")
     process.kill()
-    process.wait(DEADLINE_SECONDS)
+    process.wait()
     assert left.parent == partial_folder(target) == tmp_path / ".target.partial"
     make(target)
     assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
 
 
-def test_two_at_once(other, target, tmp_path):
+def test_two_at_once(other, target, tmp_path, monkeypatch):
     process, theirs = other
+    monkeypatch.setattr(files, "_LOCK_SECONDS", 0.1)
     (theirs / "theirs").write_text("half")
     message = f"another process is writing {target}; wait until it has ended, or name another folder"
     with pytest.raises(BusyError, match=message):
         make(target)
-    process.communicate(timeout=DEADLINE_SECONDS)
+    process.communicate()
     assert process.returncode == 0
     assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
 
 
-def test_one_that_waits_while_the_other_ends(other, target, tmp_path):
+def test_one_that_waits_while_the_other_ends(other, target, tmp_path, monkeypatch):
     """It gets the lock of a folder that is gone by then."""
     process, theirs = other
     (theirs / "theirs").write_text("half")
+    try_lock = files._try_lock
 
-    def end_soon() -> None:
-        time.sleep(0.3)
+    def try_and_let_it_end(*arguments: Path) -> object:
+        lock = try_lock(*arguments)
         process.stdin.close()
+        return lock
 
-    with ThreadPoolExecutor() as pool:
-        pool.submit(end_soon)
-        with pytest.raises(ValueError, match=f"{target} exists already"):
-            make(target)
-    process.wait(DEADLINE_SECONDS)
+    monkeypatch.setattr(files, "_try_lock", try_and_let_it_end)
+    monkeypatch.setattr(files, "_LOCK_SECONDS", 3600)
+    with pytest.raises(ValueError, match=f"{target} exists already"):
+        make(target)
+    process.wait()
     assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
 
 

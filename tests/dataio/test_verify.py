@@ -60,9 +60,7 @@ def test_whole_shards(shards, fashion_shards):
 
 def test_the_command_sums_up(shards, copy):
     def run(folder):
-        return subprocess.run(
-            [sys.executable, "-m", "dataio.verify", folder], capture_output=True, text=True, timeout=60
-        )
+        return subprocess.run([sys.executable, "-m", "dataio.verify", folder], capture_output=True, text=True)
 
     whole = run(shards)
     assert (whole.returncode, whole.stderr) == (0, "")
