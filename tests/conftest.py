@@ -29,6 +29,20 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+# Fixtures that take seconds, and more. Where several processes share the tests, one of them gets all that use one.
+EXPENSIVE = ("runs", "trained_run", "cluster", "outcomes", "measured", "emulate_sanitized", "emulate", "kernels", "rows")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for name in EXPENSIVE:
+                if name in item.fixturenames:
+                    item.add_marker(pytest.mark.xdist_group(name))
+                    break
+
+
 class SmallShards(PackOptions):
     """Shards of 60 kB; the command's are of 1 MiB and more."""
 
