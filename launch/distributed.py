@@ -6,7 +6,6 @@ it was; `start` brings the rest to the one form that DeepSpeed and torch expect 
 """
 
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -146,9 +145,8 @@ def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
     if place.launcher == "environment":
         return {}
-    if place.ranks == 1:  # what the environment may hold was meant for other processes
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    if place.ranks == 1:  # what the environment may hold was meant for other processes; port 0 is any that is free
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return {
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
         # below the ports that Linux gives to outgoing connections, and another one for the next job

@@ -191,9 +191,10 @@ def main(argv: list[str] | None = None) -> int:
             model, loader, card = prepare(arguments, path, device, ranks_here)
         [scores] = evaluate([model], loader, len(card.classes), arguments.precision)
     except Refusal as refusal:
-        stop()
         if place.rank == 0:
-            print(f"error: {refusal}", file=sys.stderr)
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
+        dist.barrier()  # launchers end all ranks as soon as one has ended
+        stop()
         return 2
     except Exception:
         end_at_once()

@@ -32,7 +32,7 @@ from launch import checkpoint
 from launch.averages import MovingAverage, average_buffers
 from launch.card import make_card
 from launch.checkpoint import RunState
-from launch.config import Config, dump_config, load_config
+from launch.config import Config, EngineSection, dump_config, load_config
 from launch.distributed import (
     Refusal,
     count_ranks_here,
@@ -56,20 +56,28 @@ REFUSED = 2  # exit status: the run was given something that cannot work; nothin
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    rank = 0
     try:
         place = placement(os.environ)
-        rank = place.rank
-        config = load_config(arguments.config, arguments.overrides)
-    except (ValueError, OSError) as error:
-        return refuse(error, rank)
-    device_type = default_device_type()
-    announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
+    except ValueError as error:  # of this rank alone: there is no group yet
+        return refuse(error, rank=0)
+    rank, device_type = place.rank, default_device_type()
+    engine, fault = EngineSection(), None
     try:
-        device = start(place, device_type, timedelta(minutes=config.engine.timeout_minutes))
-    except RuntimeError as error:  # of this rank alone: there is no group yet
+        config = load_config(arguments.config, arguments.overrides)
+        engine = config.engine
+        announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
+    except (ValueError, OSError) as error:
+        if place.ranks == 1:
+            return refuse(error, rank)
+        fault = error  # launchers end all ranks as soon as one has ended: rank 0 must have said why by then
+    try:
+        device = start(place, device_type, timedelta(minutes=engine.timeout_minutes))
+    except RuntimeError as error:  # of this rank alone, too
         return refuse(error, rank=0)
     try:
+        with together():
+            if fault is not None:
+                raise fault
         ranks_here = count_ranks_here()
         announce(f"opening {shown(config.data.train)} and {shown(config.data.val)}", rank)
         with together():
@@ -79,8 +87,10 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.closing(run.monitor), contextlib.closing(run.loader):
             train(run, augment)
     except Refusal as refusal:
+        status = refuse(refusal, rank)
+        torch.distributed.barrier()
         stop()
-        return refuse(refusal, rank)
+        return status
     except Exception:
         end_at_once()
     stop()
