@@ -1,6 +1,11 @@
-"""Commands as people start them, a process group inside the test, and one small run for all tests."""
+"""Commands as people start them and as forks, a process group inside the test, and one small run for all tests."""
 
+import contextlib
+import json
 import os
+import secrets
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch.distributed import TCPStore
 
 from launch.config import Config, load_config
 from launch.distributed import placement, start, stop
@@ -50,22 +56,36 @@ def no_launcher() -> Iterator[None]:
 @pytest.fixture
 def alone(no_launcher) -> Iterator[torch.device]:
     """A process group of this process only, over gloo; the CPU."""
-    yield start(placement(os.environ), "cpu", timedelta(minutes=1))
+    yield start(placement(os.environ), "cpu", timedelta(hours=1))
     stop()
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port below those that Linux gives to outgoing connections: it stays free until it is used."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
 @pytest.fixture(scope="session")
-def command() -> Callable[..., subprocess.CompletedProcess]:
+def environ() -> dict[str, str]:
+    """The environment of commands: no launcher's variables, no GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="session")
+def command(environ) -> Callable[..., subprocess.CompletedProcess]:
     """Returns a function: runs Python with these arguments in the project's root, on the CPU; its output is text.
 
     Keywords are environment variables of the process.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OF_LAUNCHERS)}
-    environ = kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
         words = [sys.executable, *map(str, arguments)]
-        return subprocess.run(words, cwd=ROOT, env=environ | variables, capture_output=True, text=True, timeout=240)
+        return subprocess.run(words, cwd=ROOT, env=environ | variables, capture_output=True, text=True)
 
     return run
 
@@ -76,6 +96,54 @@ def torchrun(command) -> Callable[..., subprocess.CompletedProcess]:
     return lambda ranks, *arguments: command(
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments
     )
+
+
+class Forks:
+    """forked_ranks.py, started when it is needed, and what it is asked to run."""
+
+    def __init__(self, environ: dict[str, str], folders: pytest.TempPathFactory) -> None:
+        self._environ, self._folders, self._server = environ, folders, None
+
+    def __call__(self, ranks: int, *words: object, **variables: str) -> subprocess.CompletedProcess:
+        folder = self._folders.mktemp("forked")
+        output, errors = folder / "output", folder / "errors"
+        output.touch()
+        errors.touch()
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # lives here, as in torchrun's process
+        if ranks > 1:
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+            variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        start = {"ranks": ranks, "words": [*map(str, words)], "variables": variables}
+        start |= {"output": str(output), "errors": str(errors)}
+        try:
+            status = self._answer(json.dumps(start))
+        except BaseException:
+            self.close()  # ranks that hang among them
+            raise
+        return subprocess.CompletedProcess(words, status, output.read_text(), errors.read_text())
+
+    def _answer(self, line: str) -> int:
+        if self._server is None:
+            command = [sys.executable, Path(__file__).with_name("forked_ranks.py")]
+            self._server = subprocess.Popen(
+                command, cwd=ROOT, env=self._environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+        print(line, file=self._server.stdin, flush=True)
+        return int(self._server.stdout.readline())
+
+    def close(self) -> None:
+        if self._server is not None:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+            self._server = None
+
+
+@pytest.fixture(scope="session")
+def forked(environ, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """Returns a function: the same as `torchrun`, or as `command` for one rank, without the seconds of imports."""
+    with contextlib.closing(Forks(environ | {"DS_ACCELERATOR": "cpu"}, tmp_path_factory)) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +163,9 @@ def configure(small_config, tmp_path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_config, command, tmp_path_factory) -> Path:
+def trained_run(small_config, forked, tmp_path_factory) -> Path:
     """The folder of that run: four epochs on one rank, two checkpoints."""
     output = tmp_path_factory.mktemp("run") / "b0"
-    finished = command("launch/train.py", "--config", small_config, f"output={output}")
+    finished = forked(1, "launch/train.py", "--config", small_config, f"output={output}")
     assert finished.returncode == 0, finished.stderr
     return output

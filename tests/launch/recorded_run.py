@@ -1,7 +1,11 @@
-"""launch/train.py, which also writes down the samples that each rank computed: recorded_run.py RECORD [arguments]."""
+"""launch/train.py, which also writes down the samples that each rank computed: recorded_run.py RECORD [arguments].
+
+With HOLD_AT in the environment it goes no further than the batch of that position, and waits there to be killed.
+"""
 
 import json
 import os
+import signal
 import sys
 
 from launch import train
@@ -12,6 +16,8 @@ class RecordingLoader(train.TrainLoader):
         batch = super().__next__()
         with open(f"{sys.argv[1]}-{os.environ['RANK']}.jsonl", "a") as record:
             record.write(json.dumps({"position": batch.position, "samples": batch.samples.tolist()}) + "\n")
+        if batch.position >= float(os.environ.get("HOLD_AT", "inf")):
+            signal.pause()
         return batch
 
 

@@ -16,7 +16,7 @@ from launch.distributed import count_ranks_here, placement, start, stop
 
 device_type, folder = sys.argv[-2:]
 place = placement(os.environ)
-device = start(place, device_type, timedelta(seconds=60))
+device = start(place, device_type, timedelta(hours=1))
 total = torch.tensor([place.rank + 1.0], device=device)
 torch.distributed.all_reduce(total)
 found = {

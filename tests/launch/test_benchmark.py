@@ -17,7 +17,8 @@ from launch.benchmark.contenders import Entrant, Shape, make_inputs, model_shape
 from polaformer import ops, reference
 
 CPU = torch.device("cpu")
-SMALL = ("--shapes", "2,2,5x7,16", "1,1,8x8,8", "--seconds", "0.01")
+BRIEF = ("--seconds", "0.01", "--limit", "1e9")  # however long it takes: nobody is left out
+SMALL = ("--shapes", "2,2,5x7,16", "1,1,8x8,8", *BRIEF)
 RIVALS = ("eager", "sdpa")
 DEVICES = [
     "cpu",
@@ -150,7 +151,7 @@ def test_numbers_follow_from_each_other(measured):
 
 
 def test_a_saved_report_shows_the_same_table(run, capsys, tmp_path):
-    arguments = *SMALL[:2], "--seconds", "0.01", "--dtype", "float32", "--contenders", "ours", "eager", "--growth"
+    arguments = *SMALL[:2], *BRIEF, "--dtype", "float32", "--contenders", "ours", "eager", "--growth"
     _, report, table, _ = run(*arguments, "--markdown")
     assert kernel.main(["--show", str(tmp_path / "report" / "kernel.json"), "--markdown"]) == 0
     assert capsys.readouterr().out == table
@@ -202,8 +203,8 @@ def test_without_a_compiler_the_rest_is_measured(run):
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
-        status, report, table, _ = run(*SMALL[:2], "--device", "cpu", "--dtype", "float32", "--contenders", "compiled",
-                                       "eager")  # fmt: skip
+        options = "--device", "cpu", "--dtype", "float32", "--contenders", "compiled", "eager"
+        status, report, table, _ = run(*SMALL[:2], *BRIEF, *options)
     compiled, eager = report["results"]
     assert status == 0
     assert "passes" in eager

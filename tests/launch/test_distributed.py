@@ -1,9 +1,9 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -103,20 +103,16 @@ def clean_environment(folder, **more):
 
 def report_ranks(launcher, device_type, folder, environ):
     """Runs report_rank.py under a launcher's command; what each rank found, by rank."""
-    done = subprocess.run(
-        [*launcher, REPORT_RANK, device_type, folder], env=environ, capture_output=True, text=True, timeout=180
-    )
+    done = subprocess.run([*launcher, REPORT_RANK, device_type, folder], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def launcher_command(name, ranks):
+def launcher_command(name, ranks, port):
     """torchrun or deepspeed of this Python's environment, also where that is not on the PATH."""
     command = str(Path(sys.executable).with_name(name))
     if name == "torchrun":
         return [command, "--standalone", f"--nproc-per-node={ranks}"]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     return [command, f"--num_accelerators={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
 
 
@@ -129,10 +125,11 @@ def test_plain_python_is_one_rank_at_an_address_of_its_own(tmp_path):
     assert not (tmp_path / "extensions").exists(), "DeepSpeed compiled something"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_meet(launcher, tmp_path):
+def test_two_ranks_meet(launcher, tmp_path, free_port):
     environ = clean_environment(tmp_path, DS_ACCELERATOR="cpu")
-    ranks = report_ranks(launcher_command(launcher, 2), "cpu", tmp_path, environ)
+    ranks = report_ranks(launcher_command(launcher, 2, free_port), "cpu", tmp_path, environ)
     assert len(ranks) == 2
     for rank, found in enumerate(ranks):
         assert (found["rank"], found["local_rank"], found["ranks"]) == (rank, rank, 2)
@@ -140,20 +137,26 @@ def test_two_ranks_meet(launcher, tmp_path):
         assert (found["device"], found["backend"], found["ranks_here"]) == ("cpu", "gloo", 2)
 
 
-def test_ranks_of_two_machines(tmp_path):
+@pytest.mark.slow
+def test_ranks_of_two_machines(tmp_path, free_port):
     """One of them has a kernel that was started another time, as far as it can see."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     (tmp_path / "boot_id").write_text(boot_id.read_text()[::-1])
     elsewhere = ["unshare", "--mount", "sh", "-c", f'mount --bind {tmp_path / "boot_id"} {boot_id} && exec "$@"', "sh"]
     if subprocess.run([*elsewhere, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file for a process of its own")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "3"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "3"}
     ranks = []
-    for rank, local_rank, machine in ((0, 0, []), (1, 1, []), (2, 0, elsewhere)):
-        environ = clean_environment(tmp_path, **address, RANK=str(rank), LOCAL_RANK=str(local_rank))
-        ranks.append(subprocess.Popen([*machine, sys.executable, REPORT_RANK, "cpu", tmp_path], env=environ))
-    assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+    try:
+        for rank, local_rank, machine in ((0, 0, []), (1, 1, []), (2, 0, elsewhere)):
+            environ = clean_environment(tmp_path, **address, RANK=str(rank), LOCAL_RANK=str(local_rank))
+            ranks.append(subprocess.Popen([*machine, sys.executable, REPORT_RANK, "cpu", tmp_path], env=environ))
+        while None in (states := [rank.poll() for rank in ranks]) and not any(states):
+            time.sleep(0.05)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert states == [0, 0, 0]
     assert [json.loads((tmp_path / f"{rank}.json").read_text())["ranks_here"] for rank in range(3)] == [2, 2, 1]
 
 
@@ -164,7 +167,7 @@ from pathlib import Path
 from launch.distributed import Refusal, from_rank_zero, placement, start, stop, together
 
 place = placement(os.environ)
-start(place, "cpu", timedelta(minutes=1))
+start(place, "cpu", timedelta(hours=1))
 
 def met(*faults):
     try:
@@ -188,10 +191,10 @@ stop()
 """
 
 
-def test_a_fault_is_known_to_every_rank(torchrun, tmp_path):
+def test_a_fault_is_known_to_every_rank(forked, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MEET_FAULTS)
-    finished = torchrun(2, script, tmp_path)
+    finished = forked(2, script, tmp_path)
     assert finished.returncode == 0, finished.stderr
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
@@ -219,9 +222,9 @@ def test_a_mistake_in_the_code_is_no_refusal(alone):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_one_rank_per_gpu_meets_over_nccl(launcher, tmp_path):
+def test_one_rank_per_gpu_meets_over_nccl(launcher, tmp_path, free_port):
     gpus = torch.cuda.device_count()
-    ranks = report_ranks(launcher_command(launcher, gpus), "cuda", tmp_path, clean_environment(tmp_path))
+    ranks = report_ranks(launcher_command(launcher, gpus, free_port), "cuda", tmp_path, clean_environment(tmp_path))
     assert len(ranks) == gpus
     for rank, found in enumerate(ranks):
         assert (found["device"], found["backend"]) == (f"cuda:{rank}", "nccl")

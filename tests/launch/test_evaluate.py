@@ -185,9 +185,9 @@ def test_another_image_size(score, ema, trained, clothes, tmp_path):
     assert_same_scores(report, plain_scores(trained, packed, transform))
 
 
-def test_three_ranks_see_every_image_once(torchrun, trained_run, val, expected, tmp_path):
+def test_three_ranks_see_every_image_once(forked, trained_run, val, expected, tmp_path):
     command = "-m", "launch.evaluate", "--weights", trained_run, "--data", val, "--batch", 7, "--threads", 1
-    finished = torchrun(3, *command, "--out", tmp_path / "scores.json")
+    finished = forked(3, *command, "--out", tmp_path / "scores.json")
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report == json.loads((tmp_path / "scores.json").read_text())
@@ -210,10 +210,10 @@ def official(clothes, tmp_path_factory) -> tuple[Path, Path, nn.Module]:
     return folder / "official.pth", pack_resized(files, 256, folder), model
 
 
-def test_official_weights_on_more_ranks_than_images(torchrun, official):
+def test_official_weights_on_more_ranks_than_images(forked, official):
     weights, packed, model = official
     command = "-m", "launch.evaluate", "--weights", weights, "--model", "polaformerpp_b0", "--data", packed
-    finished = torchrun(3, *command, "--threads", 1)
+    finished = forked(3, *command, "--threads", 1)
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert (report["samples"], report["image_size"], report["top5"]) == (2, 224, 100)

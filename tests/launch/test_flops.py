@@ -1,5 +1,8 @@
 """Operations of a step against the published figures, and the rate that they are compared with."""
 
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -24,17 +27,24 @@ def test_they_grow_with_the_image_and_the_classes():
     assert classifier == 3 * 2 * 990 * 2048
 
 
+@pytest.fixture
+def clock(monkeypatch) -> None:
+    """By the clock of launch.flops, four products take 3, 2, 4 and 5 s."""
+    readings = accumulate([0, 3, 0, 2, 0, 4, 0, 5])
+    monkeypatch.setattr("launch.flops.time", SimpleNamespace(perf_counter=lambda: next(readings)))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_of_a_cpu(precision):
-    """Between one core without vector units and a machine that does not exist."""
-    assert 1e8 < peak_flops(torch.device("cpu"), precision) < 1e14
+def test_the_peak_of_a_cpu(clock, precision):
+    """The best of four products of 1024 × 1024 numbers."""
+    assert peak_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 2
 
 
-def test_rates_of_a_run(alone, configure):
+def test_rates_of_a_run(clock, alone, configure):
     config = configure()
     rates = measure_rates(config, make_plan(config, 0, 1), alone)
     assert rates.flops_per_image == training_flops("polaformerpp_b0", 10, 32)
-    assert 1e8 < rates.peak_flops < 1e14
+    assert rates.peak_flops == 2 * 1024**3 / 2
 
 
 @pytest.mark.gpu
@@ -43,11 +53,11 @@ def test_a_gpu_does_not_beat_its_peak():
     device = torch.device("cuda", 0)
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     a @ a  # warms up
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    for _ in range(10):
+    laps = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+    for lap in laps:
+        lap.record()
         a @ a
-    ended.record()
     torch.cuda.synchronize()
-    reached = 10 * 2 * 4096**3 / (began.elapsed_time(ended) / 1000)
+    best = min(began.elapsed_time(ended) for began, ended in pairwise(laps))  # whoever else uses the GPU
+    reached = 2 * 4096**3 / (best / 1000)
     assert 0.05 * peak_flops(device, "bf16") < reached < 1.1 * peak_flops(device, "bf16")

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,9 @@ def read_board(folder: Path) -> EventAccumulator:
 
 def await_next_second() -> None:
     """TensorBoard reads event files in the order of their names, which begin with the second of their start."""
-    time.sleep(1.01 - time.time() % 1)
+    second = int(time.time())
+    while int(time.time()) == second:
+        time.sleep(0.01)
 
 
 def assert_equal_to_lines(board: EventAccumulator, lines: list[dict]) -> None:
@@ -133,17 +136,21 @@ def test_text(alone, tmp_path):
     assert text == "```\noutput: größer\ndata:\n  flip_probability: 0.5\n```"
 
 
-def test_a_pause_counts_for_no_rate(alone, tmp_path):
+def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
+    """Of 16 s by the monitor's clock, 8 are paused: 2 of the other 8 went into waiting."""
+    now = 100.0
+    monkeypatch.setattr("launch.monitor.time", SimpleNamespace(time=time.time, perf_counter=lambda: now))
     monitor = Monitor(tmp_path, 0, 9, 1, RATES)
     with monitor.waiting():
-        time.sleep(0.2)
+        now += 2
     with monitor.paused():
-        time.sleep(2)
+        now += 8
+    now += 6
     monitor.add(torch.tensor(1.0), 4)
     monitor.write(0, 0.1, 1.0)
     monitor.close()
     (line,) = read_lines(tmp_path)
-    assert 0.2 < line["speed/waiting_for_data"] <= 1  # of the time that counts; a tenth of all
+    assert (line["speed/waiting_for_data"], line["speed/images_per_second"]) == (2 / 8, 4 / 8)
 
 
 def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):
@@ -265,7 +272,7 @@ from launch.flops import Rates
 from launch.monitor import Monitor
 
 place = placement(os.environ)
-start(place, "cpu", timedelta(minutes=1))
+start(place, "cpu", timedelta(hours=1))
 monitor = Monitor(Path(sys.argv[1], str(place.rank)), 0, 2, 1, Rates(1, 1.0), max_broken=5)
 monitor.add(torch.tensor(1.0 + place.rank), 4)
 monitor.write(0, 0.1, None, broken=2 + place.rank)
@@ -283,10 +290,10 @@ stop()
 """
 
 
-def test_losses_are_averaged_over_ranks_and_rank_0_writes(torchrun, tmp_path):
+def test_losses_are_averaged_over_ranks_and_rank_0_writes(forked, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(TWO_RANKS)
-    finished = torchrun(2, script, tmp_path)
+    finished = forked(2, script, tmp_path)
     assert finished.returncode == 0, finished.stderr
     (line,) = read_lines(tmp_path / "0")
     assert line["train/loss"] == 1.5

@@ -7,18 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from dataio.index import Manifest
+from dataio.index import Manifest, Order
 from dataio.pack import PackOptions, pack
 from launch import checkpoint
 from launch.config import load_config, parse_config
@@ -30,8 +32,18 @@ CONFIG = "configs/quickstart.yaml"
 RECORDED_RUN = str(Path(__file__).with_name("recorded_run.py"))
 RUN_IN_OWN_FOLDER = str(Path(__file__).with_name("run_in_own_folder.py"))
 TRAIN = "launch/train.py"
-STEPS = 20  # of the runs below
+STEPS = 11  # of the runs below
 FINAL = f"step-{STEPS:08d}"
+KEPT = PackOptions(hold_out=60, part="kept")
+
+
+@pytest.fixture(scope="module")
+def few(fashion, tmp_path_factory) -> Path:
+    """Folder with `train` and `val`: 167 and 37 images of `fashion`."""
+    root = tmp_path_factory.mktemp("few")
+    pack(fashion, root / "train", KEPT)
+    pack(fashion, root / "val", PackOptions(hold_out=10, part="held-out"))
+    return root
 
 
 def overrides(shards: Path, output: Path, *more: str) -> list[str]:
@@ -51,20 +63,22 @@ def overrides(shards: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def kill_in_the_middle(arguments: list[str], folder: Path) -> Path:
-    """Starts a run on 2 ranks, kills all of it once it has a checkpoint, and returns the newest one."""
+def kill_in_the_middle(arguments: list[str], environ: dict[str, str], folder: Path) -> Path:
+    """Starts a run on 2 ranks, kills all of it once it has a checkpoint, and returns the newest one.
+
+    However late that is seen: the run waits in its fifth step, before it would write the second.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(folder.with_suffix(".log"), "w") as log:
-        process = psutil.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log)
-        deadline = time.monotonic() + 180
-        while not (folder / "checkpoints" / "latest").exists():
-            assert process.poll() is None, log.name
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        for doomed in (process, *process.children(recursive=True)):
-            doomed.kill()
-        process.wait(timeout=30)
+        process = psutil.Popen(command, cwd=ROOT, env=environ | {"HOLD_AT": str(4 * 32)}, stdout=log, stderr=log)
+        try:
+            while not (folder / "checkpoints" / "latest").exists():
+                assert process.poll() is None, Path(log.name).read_text()
+                time.sleep(0.02)
+        finally:
+            for doomed in (process, *process.children(recursive=True)):
+                doomed.kill()
+            process.wait()
     newest, _ = checkpoint.newest(folder / "checkpoints")
     return newest
 
@@ -104,30 +118,23 @@ def assert_equal_tree(left, right, where: str) -> None:
         assert left == right, where
 
 
-@pytest.fixture
-def refusal(command):
-    """Returns a function: the message with which launch/train.py refuses these arguments, on one rank."""
-
-    def refuse(arguments: list[str], **variables: str) -> str:
-        finished = command(TRAIN, *arguments, **variables)
-        assert finished.returncode == 2, finished.stderr
-        assert "Traceback" not in finished.stderr
-        return finished.stderr.partition("error: ")[2].strip()
-
-    return refuse
+def refusal(finished: subprocess.CompletedProcess) -> str:
+    """The message with which launch/train.py has refused to start."""
+    assert finished.returncode == 2, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished.stderr.partition("error: ")[2].strip()
 
 
 @pytest.fixture(scope="module")
-def runs(torchrun, fashion_shards, tmp_path_factory) -> dict[str, Any]:
+def runs(forked, torchrun, environ, few, tmp_path_factory) -> dict[str, Any]:
     """The same run twice on 2 ranks: once in one go, once killed in the middle and started again."""
     folder = tmp_path_factory.mktemp("runs")
     whole, killed = (
-        [RECORDED_RUN, str(folder / f"{name}-record"), *overrides(fashion_shards, folder / name)]
-        for name in ("whole", "killed")
+        [RECORDED_RUN, str(folder / f"{name}-record"), *overrides(few, folder / name)] for name in ("whole", "killed")
     )
-    finished = torchrun(2, *whole)
+    finished = forked(2, *whole)
     assert finished.returncode == 0, finished.stderr
-    resumed_from = kill_in_the_middle(killed, folder / "killed")
+    resumed_from = kill_in_the_middle(killed, environ, folder / "killed")
     state = checkpoint.read_state(resumed_from)
     assert 0 < state.step < STEPS
     finished = torchrun(2, *killed)
@@ -136,8 +143,8 @@ def runs(torchrun, fashion_shards, tmp_path_factory) -> dict[str, Any]:
     return {"whole": folder / "whole", "killed": folder / "killed", "state": state}
 
 
-def test_it_was_killed_in_the_middle_of_an_epoch(runs, fashion_shards):
-    samples = json.loads((fashion_shards / "train" / "manifest.json").read_text())["samples"]
+def test_it_was_killed_in_the_middle_of_an_epoch(runs, few):
+    samples = json.loads((few / "train" / "manifest.json").read_text())["samples"]
     assert runs["state"].loader["samples_seen"] % samples
 
 
@@ -162,12 +169,12 @@ def test_losses_rates_and_scores_are_equal(runs):
     assert whole == killed
 
 
-def test_samples_are_equal_and_each_epoch_is_whole(runs, fashion_shards):
+def test_samples_are_equal_and_each_epoch_is_whole(runs, few):
     whole, killed = (records(Path(f"{runs[name]}-record")) for name in ("whole", "killed"))
     steps = {position: samples for position, samples in whole.items() if position < STEPS * 32}
     assert steps == {position: samples for position, samples in killed.items() if position < STEPS * 32}
     order = [sample for position in sorted(steps) for sample in steps[position]]
-    count = json.loads((fashion_shards / "train" / "manifest.json").read_text())["samples"]
+    count = json.loads((few / "train" / "manifest.json").read_text())["samples"]
     assert sorted(order[:count]) == list(range(count))
 
 
@@ -181,10 +188,10 @@ def test_only_the_newest_checkpoints_are_kept(runs):
     assert not list(folder.glob(".step*"))
 
 
-def test_started_again_a_finished_run_does_nothing(torchrun, runs, fashion_shards):
+def test_started_again_a_finished_run_does_nothing(forked, runs, few):
     before = sorted((runs["whole"] / "checkpoints").iterdir())
-    arguments = overrides(fashion_shards, runs["whole"], "optimizer.clip=0.7")
-    finished = torchrun(2, TRAIN, *arguments)
+    arguments = overrides(few, runs["whole"], "optimizer.clip=0.7")
+    finished = forked(2, TRAIN, *arguments)
     assert finished.returncode == 0
     assert finished.stdout.count("changed since the last start: ") == 1
     assert "changed since the last start: optimizer.clip: 1.0 → 0.7" in finished.stdout
@@ -194,17 +201,16 @@ def test_started_again_a_finished_run_does_nothing(torchrun, runs, fashion_shard
     assert sorted((runs["whole"] / "checkpoints").iterdir()) == before
 
 
-def test_another_number_of_ranks_is_refused(refusal, runs, fashion_shards):
-    message = refusal(overrides(fashion_shards, runs["whole"]))
+def test_another_number_of_ranks_is_refused(forked, runs, few):
+    message = refusal(forked(1, TRAIN, *overrides(few, runs["whole"])))
     assert "the run's checkpoint has number of ranks 2, this start has 1" in message
 
 
-def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, fashion_shards, tmp_path):
+def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, few, tmp_path, free_port):
     """Two ranks of the deepspeed command; an EMA with decay 0 is the weights themselves, buffers included."""
-    arguments = overrides(
-        fashion_shards, tmp_path, "engine.precision=bf16", "optimizer.ema_decay=0", "optimizer.epochs=1"
-    )
-    finished = command("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", TRAIN, *arguments)
+    arguments = overrides(few, tmp_path, "engine.precision=bf16", "optimizer.ema_decay=0", "optimizer.epochs=0.4")
+    launcher = "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", free_port
+    finished = command(*launcher, TRAIN, *arguments)
     assert finished.returncode == 0, finished.stderr
     newest, _ = checkpoint.newest(tmp_path / "checkpoints")
     model, average = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
@@ -214,29 +220,29 @@ def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, fashion_shar
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_resumes_past_damaged_checkpoints(torchrun, fashion_shards, tmp_path, stage):
-    staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "log.eval_every_epochs=9"
-    whole = overrides(fashion_shards, tmp_path / "whole", *staged)
-    assert torchrun(2, TRAIN, *whole).returncode == 0
+def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path, stage):
+    staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "optimizer.epochs=1", "log.eval_every_epochs=9"
+    whole = overrides(few, tmp_path / "whole", *staged)
+    assert forked(2, TRAIN, *whole).returncode == 0
     folder = tmp_path / "whole" / "checkpoints"
-    final = load_file(folder / FINAL / checkpoint.EMA_NAME)
     oldest, *later = sorted(folder.glob("step-*"))
+    assert later
+    final = load_file(later[-1] / checkpoint.EMA_NAME)
     for damaged in later:
         states = next((damaged / "engine").glob("*model_states.pt"))
         os.truncate(states, states.stat().st_size - 1)
-    finished = torchrun(2, TRAIN, *whole)
+    finished = forked(2, TRAIN, *whole)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("model_states.pt has") == len(later)
     assert f"goes on from {oldest}" in finished.stdout
-    assert_equal_tree(load_file(folder / FINAL / checkpoint.EMA_NAME), final, "ema")
+    assert_equal_tree(load_file(later[-1] / checkpoint.EMA_NAME), final, "ema")
 
 
-def test_the_moving_average_follows_once_in_a_step(command, fashion_shards, tmp_path):
+def test_the_moving_average_follows_once_in_a_step(forked, few, tmp_path):
     """One step of two micro-steps: half of the start, half of the end, for parameters and BatchNorm's statistics."""
-    arguments = overrides(
-        fashion_shards, tmp_path, "optimizer.epochs=0.1", "optimizer.warmup_epochs=0", "optimizer.ema_decay=0.5"
-    )
-    assert command(TRAIN, *arguments).returncode == 0
+    short = "optimizer.epochs=0.1", "optimizer.warmup_epochs=0", "optimizer.ema_decay=0.5"
+    arguments = overrides(few, tmp_path, *short)
+    assert forked(1, TRAIN, *arguments).returncode == 0
     config = load_config(arguments[1], arguments[2:])
     start = build_model(config, make_plan(config, 0, 1), torch.device("cpu")).state_dict()
     newest, _ = checkpoint.newest(tmp_path / "checkpoints")
@@ -254,28 +260,29 @@ def break_image(manifest: Manifest, sample: int) -> None:
         shard.write(bytes(int(row["bytes"])))
 
 
-def test_an_image_that_breaks_after_packing_ends_all_ranks(torchrun, fashion, tmp_path):
+def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_path):
     """Only one rank meets it; the run ends at once, and says where the image lies."""
-    manifest = pack(fashion, tmp_path / "train", PackOptions())
+    manifest = pack(fashion, tmp_path / "train", KEPT)
     break_image(manifest, 7)
     places = f"data.val={tmp_path / 'train'}", "data.max_broken=0"
-    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
+    finished = forked(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
     assert finished.returncode != 0
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
 
 
 @pytest.mark.parametrize("every_steps", [1, 1000])
-def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, fashion_shards, tmp_path, every_steps):
+def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, few, tmp_path, every_steps):
     """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""
-    manifest = pack(fashion, tmp_path / "train", PackOptions())
-    broken = (7, 20, 31)
+    manifest = pack(fashion, tmp_path / "train", KEPT)
+    order = Order(0, manifest.shard_samples).samples_at(np.arange(len(manifest)))
+    broken = order[[3, 40, -1]].tolist()  # the third in the last step of the epoch
     for sample in broken:
         break_image(manifest, sample)
-    places = f"data.val={fashion_shards / 'val'}", "data.max_broken=2"
+    places = f"data.val={few / 'val'}", "data.max_broken=2"
     often = f"log.every_steps={every_steps}", "checkpoint.every_epochs=2"
-    finished = torchrun(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places, *often))
+    finished = forked(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places, *often))
     assert finished.returncode != 0
-    message = "error: 3 broken images in this epoch at step 13, data.max_broken allows 2; check the shards with python"
+    message = "error: 3 broken images in this epoch at step 6, data.max_broken allows 2; check the shards with python"
     assert finished.stderr.count(message) == 1
     said = [line for line in finished.stderr.splitlines() if "stands for" in line]
     for sample in broken:
@@ -287,18 +294,18 @@ def test_broken_images_are_named_and_counted_up_to_the_limit(torchrun, fashion, 
     assert counts[-1] == 3
 
 
-def test_training_from_afar_is_training_from_a_folder(torchrun, runs, fashion_shards, tmp_path):
+def test_training_from_afar_is_training_from_a_folder(forked, runs, few, tmp_path):
     """Two ranks over one cache: to the last bit the losses and scores of the run on local disk.
 
     The token that the server might ask for is neither printed nor kept.
     """
-    handler = partial(SimpleHTTPRequestHandler, directory=str(fashion_shards))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(few))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         places = [f"data.{part}={url}/{part}?token=hush" for part in ("train", "val")]
         more = "data.order=full", f"data.cache={tmp_path / 'cache'}"
-        finished = torchrun(2, TRAIN, *overrides(fashion_shards, tmp_path / "run", *places, *more))
+        finished = forked(2, TRAIN, *overrides(few, tmp_path / "run", *places, *more))
         server.shutdown()
     assert finished.returncode == 0, finished.stderr
     assert metrics(tmp_path / "run") == metrics(runs["whole"])
@@ -309,52 +316,74 @@ def test_training_from_afar_is_training_from_a_folder(torchrun, runs, fashion_sh
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_it_trains_and_resumes_on_a_gpu(fashion_shards, tmp_path):
+def test_it_trains_and_resumes_on_a_gpu(few, tmp_path):
     """nvJPEG, NCCL, bf16: the steps after a resume have losses near those of the uninterrupted run."""
-    arguments = overrides(fashion_shards, tmp_path, "engine.precision=bf16")
+    arguments = overrides(few, tmp_path, "engine.precision=bf16")
     start = [sys.executable, TRAIN, *arguments]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(start, cwd=ROOT, env=environ, check=True, timeout=300)
+    subprocess.run(start, cwd=ROOT, env=environ, check=True)
     before = metrics(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / FINAL)
-    subprocess.run(start, cwd=ROOT, env=environ, check=True, timeout=300)
+    subprocess.run(start, cwd=ROOT, env=environ, check=True)
     for first, again in zip(before, metrics(tmp_path), strict=True):
         if "train/loss" in first:
             assert again["train/loss"] == pytest.approx(first["train/loss"], rel=0.05)
 
 
-def test_one_message_for_all_ranks(torchrun, fashion_shards, tmp_path):
-    finished = torchrun(2, TRAIN, *overrides(fashion_shards, tmp_path, "optimizer.lrr=1"))
+SLOW_TO_SPEAK = """
+import sys, time
+from launch import train
+
+def refuse(error, rank, refuse=train.refuse):
+    if rank == 0:
+        time.sleep(1)  # in which the other rank would end, and this one be ended for it
+    return refuse(error, rank)
+
+train.refuse = refuse
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean lr?"),
+        ("optimizer.global_batch=33", "global batch 33 is not divisible by 2 ranks × 2 accumulation; use 32 or 36"),
+    ],
+)
+def test_one_message_for_all_ranks(forked, few, tmp_path, override, message):
+    """However late rank 0 gives it: no other rank, whose end ends all, is gone before."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_TO_SPEAK)
+    finished = forked(2, script, *overrides(few, tmp_path / "run", override))
     assert finished.returncode != 0
-    assert finished.stderr.count("error: unknown key optimizer.lrr; did you mean lr?") == 1
-    assert not any(tmp_path.iterdir())
+    assert finished.stderr.count(f"error: {message}") == 1
+    assert not (tmp_path / "run").exists()
 
 
-def test_other_data_on_another_machine(torchrun, fashion, fashion_shards, tmp_path):
+def test_other_data_on_another_machine(forked, fashion, few, tmp_path):
     """Each rank has the same paths, and behind them what its machine has."""
     for rank, seed in enumerate((0, 1)):
         folder = tmp_path / "machines" / str(rank)
         pack(fashion, folder / "train", PackOptions(seed=seed))
-        (folder / "val").symlink_to(fashion_shards / "val")
+        (folder / "val").symlink_to(few / "val")
     arguments = overrides(Path(), tmp_path / "run")
     arguments[1] = str(ROOT / CONFIG)
-    finished = torchrun(2, RUN_IN_OWN_FOLDER, tmp_path / "machines", *arguments)
+    finished = forked(2, RUN_IN_OWN_FOLDER, tmp_path / "machines", *arguments)
     assert finished.returncode != 0
     assert finished.stderr.count("error: rank 1: train holds other data here (manifest ") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_another_data_set_on_resume(torchrun, fashion, fashion_shards, runs, tmp_path):
-    pack(fashion, tmp_path / "train", PackOptions(hold_out=25, part="kept", seed=1))
-    arguments = overrides(fashion_shards, runs["whole"], f"data.train={tmp_path / 'train'}")
-    finished = torchrun(2, TRAIN, *arguments)
+def test_another_data_set_on_resume(forked, fashion, few, runs, tmp_path):
+    pack(fashion, tmp_path / "train", replace(KEPT, seed=1))
+    finished = forked(2, TRAIN, *overrides(few, runs["whole"], f"data.train={tmp_path / 'train'}"))
     assert finished.returncode != 0
     assert finished.stderr.count("the run began on a data set with manifest") == 1
 
 
-def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
-    arguments = overrides(fashion_shards, runs["whole"], "model.name=polaformerpp_b1")
-    finished = torchrun(2, TRAIN, *arguments)
+def test_a_checkpoint_of_another_model(forked, few, runs):
+    finished = forked(2, TRAIN, *overrides(few, runs["whole"], "model.name=polaformerpp_b1"))
     wanted = "error: the run's checkpoint has model polaformerpp_b0, this start has polaformerpp_b1"
     assert finished.returncode != 0
     assert finished.stderr.count(wanted) == 1
@@ -368,21 +397,21 @@ def test_a_checkpoint_of_another_model(torchrun, fashion_shards, runs):
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
     ],
 )
-def test_what_cannot_work_is_refused(refusal, fashion_shards, tmp_path, override, message):
-    assert message in refusal(overrides(fashion_shards, tmp_path / "run", override))
+def test_what_cannot_work_is_refused(forked, few, tmp_path, override, message):
+    assert message in refusal(forked(1, TRAIN, *overrides(few, tmp_path / "run", override)))
     assert not (tmp_path / "run").exists()
 
 
-def test_kernels_that_are_required_and_missing(refusal, fashion_shards, tmp_path):
-    arguments = overrides(fashion_shards, tmp_path / "run", "model.kernels=required")
-    message = refusal(arguments, POLAFORMER_KERNELS="none")
+def test_kernels_that_are_required_and_missing(command, few, tmp_path):
+    arguments = overrides(few, tmp_path / "run", "model.kernels=required")
+    message = refusal(command(TRAIN, *arguments, POLAFORMER_KERNELS="none"))
     assert "model.kernels=required, but there are no compiled kernels for cpu: POLAFORMER_KERNELS is none" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_a_truncated_shard_is_refused(refusal, fashion, tmp_path):
+def test_a_truncated_shard_is_refused(forked, fashion, tmp_path):
     pack(fashion, tmp_path / "train", PackOptions())
     shard = tmp_path / "train" / "shard-000000.tar"
     os.truncate(shard, shard.stat().st_size - 1024)
-    message = refusal(overrides(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}"))
+    message = refusal(forked(1, TRAIN, *overrides(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}")))
     assert f"{shard} has {shard.stat().st_size} bytes where the manifest says" in message

@@ -22,7 +22,7 @@ from launch.engine import build_model, seed_step, set_lr, start_engine
 from launch.plan import make_plan
 from launch.schedule import lr_at
 
-STEPS = 5
+STEPS = 3
 
 
 class PlainEngine:
@@ -83,7 +83,7 @@ def trace(config, plan, engine, device) -> dict[str, list[float]]:
 
 def main() -> None:
     place = placement(os.environ)
-    device = start(place, "cpu", timedelta(minutes=2))
+    device = start(place, "cpu", timedelta(hours=1))
     traces = {}
     for stage in ("plain", "0", "1", "2", "3"):
         overrides = [] if stage == "plain" else [f"engine.zero_stage={stage}"]

@@ -1,0 +1,76 @@
+"""Python scripts and modules on one rank or more, as forks of this process: it has imported what takes them seconds.
+
+Reads a start from each line of standard input, as JSON: {"ranks", "words": what follows `python`, "variables": of the
+environment, "output", "errors": files}. Answers with the exit status, and like torchrun ends all ranks when one fails.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import deepspeed  # noqa: F401
+import numpy as np
+import torchmetrics.classification  # noqa: F401
+
+import launch.train  # noqa: F401
+
+
+def become(rank: int, start: dict) -> NoReturn:
+    """Runs the words in this process, and ends it."""
+    for descriptor, place in ((1, start["output"]), (2, start["errors"])):
+        os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.update(start["variables"])
+    if start["ranks"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(start["ranks"]))
+    np.random.seed()  # otherwise all forks would draw alike
+    try:
+        run(start["words"])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # to take the modules down first would be two seconds of copying shared memory
+
+
+def run(words: list[str]) -> None:
+    if words[0] == "-m":
+        sys.modules.pop(words[1], None)
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, os.path.dirname(words[0]))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def wait(ranks: set[int]) -> int:
+    """The first exit status that is not 0, if there is one."""
+    failed = 0
+    while ranks:
+        ended, status = os.wait()
+        ranks.remove(ended)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status)
+            for rank in ranks:
+                os.kill(rank, signal.SIGTERM)
+    return failed
+
+
+for line in sys.stdin:
+    start, ranks = json.loads(line), set()
+    for rank in range(start["ranks"]):
+        child = os.fork()
+        if child == 0:
+            become(rank, start)
+        ranks.add(child)
+    print(wait(ranks), flush=True)
