@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,10 @@ NODES = ("127.0.0.2", "127.0.0.3")
 SBIN = ":/usr/sbin:/sbin"  # where the daemons are, which is not on everybody's PATH
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 
+# A machine may be slow: Slurm's own limits, of 2 s (TCPTimeout), 10 s and 60 s, are set to what none needs.
 CONFIGURATION = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -45,7 +47,13 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
-KillWait=2
+TCPTimeout=100
+MessageTimeout=100
+BatchStartTimeout=3600
+EioTimeout=3600
+SlurmdTimeout=3600
+UnkillableStepTimeout=3600
+KillWait=3600
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[1]} CPUs=1
 NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[2]} CPUs=1
 PartitionName=main Nodes=ALL Default=YES State=UP
@@ -61,32 +69,21 @@ class Cluster:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What Slurm's commands need: this process's environment, without the launchers' variables."""
+        """What Slurm's commands need: this process's environment, without what launchers or templates set."""
         ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ["PATH"] + SBIN}
-        launchers = ("SLURM_", "SBATCH_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
-        return {name: value for name, value in os.environ.items() if not name.startswith(launchers)} | ours
+        others = ("SLURM_", "SBATCH_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
+        return {name: value for name, value in os.environ.items() if not name.startswith(others)} | ours
 
-    def run(
-        self, *command: str | Path, folder: Path, timeout: float = 60, **environ: str
-    ) -> subprocess.CompletedProcess:
+    def run(self, *command: str | Path, folder: Path, **environ: str) -> subprocess.CompletedProcess:
         """Runs a command in `folder`, with `environ` added to its environment; output as text."""
-        return subprocess.run(
-            command,
-            cwd=folder,
-            env=self.environ | environ,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        return subprocess.run(command, cwd=folder, env=self.environ | environ, capture_output=True, text=True)
 
-    def wait(self, job_id: str, timeout: float) -> dict[str, str]:
-        """What `scontrol show job` says at the job's end, or after `timeout` seconds: JobState, ExitCode, …"""
-        deadline = time.monotonic() + timeout
+    def wait(self, job_id: str) -> dict[str, str]:
+        """What `scontrol show job` says at the job's end: JobState, ExitCode, …"""
         while True:
             shown = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.folder).stdout
             job = dict(re.findall(r"(\S+?)=(\S*)", shown))
-            if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") or time.monotonic() > deadline:
+            if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"):
                 return job
             time.sleep(0.2)  # `sbatch --wait` looks every 10 s only
 
@@ -97,9 +94,13 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
+    """Below those that Linux gives to outgoing connections, and above those of the templates: they stay free."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = secrets.choice(range(30_000, 32_768))
+        with suppress(OSError), socket.create_server(("", port)):
+            ports.add(port)
+    return list(ports)
 
 
 @contextmanager
@@ -111,17 +112,12 @@ def _daemon(cluster: Cluster, name: str, *command: str) -> Iterator[subprocess.P
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(timeout=20)
+        process.kill()
+        process.wait()
 
 
-def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and all(daemon.poll() is None for daemon in daemons):
+def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen]) -> None:
+    while all(daemon.poll() is None for daemon in daemons):
         states = cluster.run("sinfo", "--noheader", "--Node", "--format=%T", folder=cluster.folder).stdout.split()
         if states == ["idle"] * len(cluster.nodes):
             return
@@ -130,17 +126,8 @@ def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen], seconds:
     raise RuntimeError(f"the Slurm cluster did not come up\n{outputs}")
 
 
-def _end_jobs(cluster: Cluster, seconds: float = 20) -> None:
-    """Cancels what still runs, and kills what does not end by itself, so that no test leaves a process."""
-    cluster.run("scancel", f"--user={getpass.getuser()}", folder=cluster.folder)
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not cluster.run("squeue", "--noheader", folder=cluster.folder).stdout.strip():
-            return
-        time.sleep(0.2)
-
-
 def _kill_remaining(cluster: Cluster) -> None:
+    """Kills the cluster's processes that are left, those of jobs among them."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("SLURM_CONF") == cluster.environ["SLURM_CONF"]:
@@ -161,7 +148,13 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
     (folder / "slurm.conf").write_text(
-        CONFIGURATION.format(folder=folder, user=getpass.getuser(), ports=_free_ports(3), nodes=NODES)
+        CONFIGURATION.format(
+            folder=folder,
+            user=getpass.getuser(),
+            ports=_free_ports(3),
+            nodes=NODES,
+            first_job=secrets.randbelow(19_000) + 1,  # the templates' port follows from it
+        )
     )
     files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munged.pid"}
     files |= {"log-file": "munged.log", "seed-file": "munged.seed"}
@@ -169,9 +162,10 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     with ExitStack() as running:
         running.callback(_kill_remaining, cluster)
         daemons = [running.enter_context(_daemon(cluster, "munged", *munged))]
+        while not (folder / "munge.socket").exists() and daemons[0].poll() is None:
+            time.sleep(0.05)
         daemons.append(running.enter_context(_daemon(cluster, "slurmctld", "slurmctld", "-D", "-c")))
         for node in NODES:
             daemons.append(running.enter_context(_daemon(cluster, f"slurmd-{node}", "slurmd", "-D", "-N", node)))
         _wait_until_idle(cluster, daemons)
-        running.callback(_end_jobs, cluster)
         yield cluster
