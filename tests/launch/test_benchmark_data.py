@@ -154,6 +154,7 @@ def measured(tmp_path_factory):
     return report, table, folder / "report"
 
 
+@pytest.mark.slow
 def test_a_report(measured):
     report, table, folder = measured
     assert report["benchmark"] == "data"
@@ -187,6 +188,7 @@ def test_a_report(measured):
     assert (folder / "data.png").stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_feeding(measured):
     report, table, _ = measured
     [entry] = report["feeding"]
@@ -196,12 +198,14 @@ def test_feeding(measured):
     assert "polaformerpp_b0" in table
 
 
+@pytest.mark.slow
 def test_a_saved_report_shows_the_same_table(measured, capsys):
     _, table, folder = measured
     assert data.main(["--show", str(folder / "data.json")]) == 0
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.slow
 def test_works_are_added_to_an_earlier_report(measured):
     report, _, _ = measured
     later = report | {"results": [report["results"][0] | {"work": "read", "images": 1}], "feeding": []}

@@ -45,6 +45,7 @@ def test_another_batch_than_the_first_is_refused(many, monkeypatch):
         resume.first_batch(many.folder, resume.state_at(7, many.folder), CPU)
 
 
+@pytest.mark.slow
 def test_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resume, "_PHOTOGRAPHS", 12)
     path = tmp_path / "new" / "resume.json"

@@ -143,11 +143,13 @@ def runs(forked, torchrun, environ, few, tmp_path_factory) -> dict[str, Any]:
     return {"whole": folder / "whole", "killed": folder / "killed", "state": state}
 
 
+@pytest.mark.slow
 def test_it_was_killed_in_the_middle_of_an_epoch(runs, few):
     samples = json.loads((few / "train" / "manifest.json").read_text())["samples"]
     assert runs["state"].loader["samples_seen"] % samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [checkpoint.MODEL_NAME, checkpoint.EMA_NAME])
 def test_weights_and_buffers_are_bit_identical(runs, file):
     whole, killed = (load_file(runs[name] / "checkpoints" / FINAL / file) for name in ("whole", "killed"))
@@ -155,6 +157,7 @@ def test_weights_and_buffers_are_bit_identical(runs, file):
     assert_equal_tree(whole, killed, file)
 
 
+@pytest.mark.slow
 def test_optimizer_state_is_bit_identical(runs):
     folders = [runs[name] / "checkpoints" / FINAL / "engine" for name in ("whole", "killed")]
     files = sorted(path.name for path in folders[0].iterdir())
@@ -163,12 +166,14 @@ def test_optimizer_state_is_bit_identical(runs):
         assert_equal_tree(*(torch.load(folder / name, weights_only=False) for folder in folders), name)
 
 
+@pytest.mark.slow
 def test_losses_rates_and_scores_are_equal(runs):
     whole, killed = metrics(runs["whole"]), metrics(runs["killed"])
     assert len([line for line in whole if "train/loss" in line]) == STEPS
     assert whole == killed
 
 
+@pytest.mark.slow
 def test_samples_are_equal_and_each_epoch_is_whole(runs, few):
     whole, killed = (records(Path(f"{runs[name]}-record")) for name in ("whole", "killed"))
     steps = {position: samples for position, samples in whole.items() if position < STEPS * 32}
@@ -178,6 +183,7 @@ def test_samples_are_equal_and_each_epoch_is_whole(runs, few):
     assert sorted(order[:count]) == list(range(count))
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept(runs):
     folder = runs["whole"] / "checkpoints"
     names = sorted(path.name for path in folder.glob("step-*"))
@@ -188,6 +194,7 @@ def test_only_the_newest_checkpoints_are_kept(runs):
     assert not list(folder.glob(".step*"))
 
 
+@pytest.mark.slow
 def test_started_again_a_finished_run_does_nothing(forked, runs, few):
     before = sorted((runs["whole"] / "checkpoints").iterdir())
     arguments = overrides(few, runs["whole"], "optimizer.clip=0.7")
@@ -201,11 +208,13 @@ def test_started_again_a_finished_run_does_nothing(forked, runs, few):
     assert sorted((runs["whole"] / "checkpoints").iterdir()) == before
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused(forked, runs, few):
     message = refusal(forked(1, TRAIN, *overrides(few, runs["whole"])))
     assert "the run's checkpoint has number of ranks 2, this start has 1" in message
 
 
+@pytest.mark.slow
 def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, few, tmp_path, free_port):
     """Two ranks of the deepspeed command; an EMA with decay 0 is the weights themselves, buffers included."""
     arguments = overrides(few, tmp_path, "engine.precision=bf16", "optimizer.ema_decay=0", "optimizer.epochs=0.4")
@@ -219,6 +228,7 @@ def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, few, tmp_pat
     assert all(torch.isfinite(value).all() for value in model.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path, stage):
     staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "optimizer.epochs=1", "log.eval_every_epochs=9"
@@ -294,6 +304,7 @@ def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, fe
     assert counts[-1] == 3
 
 
+@pytest.mark.slow
 def test_training_from_afar_is_training_from_a_folder(forked, runs, few, tmp_path):
     """Two ranks over one cache: to the last bit the losses and scores of the run on local disk.
 
@@ -375,6 +386,7 @@ def test_other_data_on_another_machine(forked, fashion, few, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_data_set_on_resume(forked, fashion, few, runs, tmp_path):
     pack(fashion, tmp_path / "train", replace(KEPT, seed=1))
     finished = forked(2, TRAIN, *overrides(few, runs["whole"], f"data.train={tmp_path / 'train'}"))
@@ -382,6 +394,7 @@ def test_another_data_set_on_resume(forked, fashion, few, runs, tmp_path):
     assert finished.stderr.count("the run began on a data set with manifest") == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model(forked, few, runs):
     finished = forked(2, TRAIN, *overrides(few, runs["whole"], "model.name=polaformerpp_b1"))
     wanted = "error: the run's checkpoint has model polaformerpp_b0, this start has polaformerpp_b1"

@@ -47,6 +47,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 TCPTimeout=100
 MessageTimeout=100
 BatchStartTimeout=3600

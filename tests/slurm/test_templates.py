@@ -163,6 +163,7 @@ def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
     assert (found["launcher"], found["group"], found["node"]) == ("python", [0, 1], cluster.nodes[0])
 
 
+@pytest.mark.slow
 def test_train_b4_trains_to_the_end_on_two_nodes(cluster, fashion_shards, tmp_path):
     run_folder = tmp_path / "run"
     settings = overrides(fashion_shards, run_folder)
