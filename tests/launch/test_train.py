@@ -280,6 +280,7 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every_steps", [1, 1000])
 def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, few, tmp_path, every_steps):
     """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""

@@ -54,7 +54,7 @@ BatchStartTimeout=3600
 EioTimeout=3600
 SlurmdTimeout=3600
 UnkillableStepTimeout=3600
-KillWait=3600
+KillWait=2
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[1]} CPUs=1
 NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[2]} CPUs=1
 PartitionName=main Nodes=ALL Default=YES State=UP
@@ -127,8 +127,15 @@ def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen]) -> None:
     raise RuntimeError(f"the Slurm cluster did not come up\n{outputs}")
 
 
+def _end_jobs(cluster: Cluster) -> None:
+    """Cancels what still runs, so that no test leaves a process."""
+    cluster.run("scancel", f"--user={getpass.getuser()}", folder=cluster.folder)
+    while cluster.run("squeue", "--noheader", folder=cluster.folder).stdout.strip():
+        time.sleep(0.2)
+
+
 def _kill_remaining(cluster: Cluster) -> None:
-    """Kills the cluster's processes that are left, those of jobs among them."""
+    """Kills what does not end by itself."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("SLURM_CONF") == cluster.environ["SLURM_CONF"]:
@@ -169,4 +176,5 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
         for node in NODES:
             daemons.append(running.enter_context(_daemon(cluster, f"slurmd-{node}", "slurmd", "-D", "-N", node)))
         _wait_until_idle(cluster, daemons)
+        running.callback(_end_jobs, cluster)
         yield cluster
