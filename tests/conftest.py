@@ -30,17 +30,25 @@ settings.load_profile("any machine")
 
 
 # Fixtures that take seconds, and more. Where several processes share the tests, one of them gets all that use one.
-EXPENSIVE = ("runs", "trained_run", "cluster", "outcomes", "measured", "emulate_sanitized", "emulate", "kernels", "rows")
+EXPENSIVE = {
+    "runs",
+    "trained_run",
+    "cluster",
+    "outcomes",
+    "measured",
+    "emulate_sanitized",
+    "emulate",
+    "kernels",
+    "rows",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            for name in EXPENSIVE:
-                if name in item.fixturenames:
-                    item.add_marker(pytest.mark.xdist_group(name))
-                    break
+            for name in sorted(EXPENSIVE.intersection(item.fixturenames))[:1]:
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 class SmallShards(PackOptions):
