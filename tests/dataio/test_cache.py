@@ -159,6 +159,7 @@ for _ in range(int(steps)):
 """
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache(http_server, far, cache, local, expected, cached):
     """Three, none of which waits for another: the fastest may be several windows ahead."""
     server = http_server(far)

@@ -156,6 +156,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "kind", "mib"),
     [

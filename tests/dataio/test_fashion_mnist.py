@@ -47,6 +47,7 @@ def test_files_hold_the_pixels(photographs, tmp_path):
             assert np.array_equal(np.asarray(image), pixels)
 
 
+@pytest.mark.slow
 def test_the_command_writes_all_and_keeps_what_is_complete(tmp_path, capsys):
     target = tmp_path / "fashion"
     assert main([str(target)]) == 0

@@ -94,7 +94,9 @@ def test_a_sample_is_cut_anew_in_each_epoch(manifest):
 SWITCHES = [1, 2, 1, 3, 1, 4, 1, 8, 1, 2, 3, 2, 4, 2, 8, 2, 3, 4, 3, 8, 3, 4, 8, 4]
 
 
-@pytest.mark.parametrize(("window_shards", "recipe"), [(None, "rand-augment"), (3, "simple")])
+@pytest.mark.parametrize(
+    ("window_shards", "recipe"), [pytest.param(None, "rand-augment", marks=pytest.mark.slow), (3, "simple")]
+)
 def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards, recipe):
     """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
     more = {"window_shards": window_shards, "options": dataclasses.replace(SMALL, recipe=recipe)}
@@ -273,6 +275,7 @@ def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite,
     assert (reasons[together[1]], reasons[together[2]]) == ("not an image", "its shard has no label behind it")
 
 
+@pytest.mark.slow
 def test_which_views_of_a_truncated_image_are_broken_does_not_depend_on_the_batch(shards, tmp_path, truncate):
     """Of a JPEG, the upper part can still be decoded: such crops stay, though others in their batch are replaced."""
     manifest = load_manifest(shutil.copytree(shards, tmp_path / "damaged"))

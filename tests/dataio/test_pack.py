@@ -574,6 +574,7 @@ def kill_at(event: int, source: Path, target: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_killed_at_every_step(photos, shards, tmp_path):
     """Between any two changes to the disk, in a process of its own; then packed to the end."""
     expected = contents(shards)

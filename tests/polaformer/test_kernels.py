@@ -261,6 +261,7 @@ def test_own_stream_and_cuda_graph():
     assert torch.equal(replayed, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_lesser_processors(capability):
     """Their kernels, and bfloat16 without bfloat16 products, in a process of their own. Golden vectors are left out:

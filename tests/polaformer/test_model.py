@@ -28,7 +28,9 @@ def count_polarity_attention(inputs, outputs) -> int:
     return batch * heads * tokens * (4 * head_width**2 + 4 * head_width)
 
 
-@pytest.mark.parametrize("preset", PARAMETERS)
+@pytest.mark.parametrize(
+    "preset", ["b0", "b1", "b2", "b3", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("b4", "b5"))]
+)
 def test_parameters_and_flops(preset):
     model = timm.create_model(f"polaformerpp_{preset}").eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[preset]
@@ -41,7 +43,7 @@ def test_parameters_and_flops(preset):
     assert round(counter.total() / 1e9, digits) == wanted
 
 
-@pytest.mark.parametrize(("preset", "size"), [("b0", (224, 224)), ("b4", (64, 96))])
+@pytest.mark.parametrize(("preset", "size"), [("b0", (224, 224)), pytest.param("b4", (64, 96), marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_golden(golden, official_state, relative_error, draw, preset, size, dtype, tolerance):
     arrays = golden(f"model_{preset}_{size[0]}x{size[1]}")
@@ -145,6 +147,7 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(plain, recomputed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_to_one_graph(autocast):
     """Forward and backward of training, without a break at the attention's kernels."""

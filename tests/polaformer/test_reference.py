@@ -31,6 +31,7 @@ def test_golden(golden, relative_error, vector, dtype, tolerance):
         assert relative_error(grad, arrays[f"d{name}"]) < tolerance, name
 
 
+@pytest.mark.slow
 def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *inputs: reference.polarity_attention(*inputs, 3, 5), random_inputs())
 
