@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# All of them in one process: what they look at takes long to make.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("damage")]
+pytestmark = pytest.mark.slow  # to make what they look at
 
 VARIANTS, PROCESSES, SEED = 1000, 2, 0
 DAMAGE = Path(__file__).with_name("damage.py")

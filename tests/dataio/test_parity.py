@@ -22,8 +22,6 @@ from dataio.parity import (
 )
 from dataio.recipes import AFFINE, RAND_AUGMENT, Kind
 
-pytestmark = pytest.mark.xdist_group("parity")  # its table is computed once then
-
 MEAN = {Kind.SHARPNESS: 0.4, Kind.EQUALIZE: 0.4, Kind.AUTO_CONTRAST: 0.01, Kind.COLOR: 0.002}  # of 255; others 0
 
 

@@ -5,8 +5,6 @@ import torch
 
 from polaformer import reference
 
-pytestmark = pytest.mark.xdist_group("emulator")  # which is compiled once then
-
 NAMES = ("out", "q", "k", "v", "same_logits", "opposite_logits")
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 5e-6}
 

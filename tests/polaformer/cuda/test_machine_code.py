@@ -20,8 +20,6 @@ from torch.utils import cpp_extension
 
 import polaformer
 
-pytestmark = pytest.mark.xdist_group("machine code")  # which is read once then
-
 WIDTHS = (32, 64, 96, 128)
 OPERANDS = ("bf16", "float32", "any float32", "any 16")  # of operands.cuh
 SLOW_OPERANDS = ("any float32", "any 16")  # which compute with a shift
