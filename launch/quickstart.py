@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -128,7 +129,15 @@ def training(overrides: list[str]) -> list[str]:
     batch = load_config(CONFIG, overrides).optimizer.global_batch
     gpus = [count for count in range(1, torch.cuda.device_count() + 1) if batch % count == 0]
     ranks = gpus[-1] if gpus else CPU_RANKS
-    return ["deepspeed", "--num_accelerators", str(ranks), "launch/train.py", "--config", CONFIG, *overrides]
+    # DeepSpeed's own port is always the same one, and two quickstarts may run on a machine.
+    launcher = [
+        "deepspeed",
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(secrets.choice(range(10_000, 30_000))),
+    ]
+    return [*launcher, "launch/train.py", "--config", CONFIG, *overrides]
 
 
 def evaluation(weights: Path, data: Path, out: Path) -> list[str]:
