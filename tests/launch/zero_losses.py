@@ -22,7 +22,7 @@ from launch.engine import build_model, seed_step, set_lr, start_engine
 from launch.plan import make_plan
 from launch.schedule import lr_at
 
-STEPS = 3
+STEPS = 5
 
 
 class PlainEngine:
