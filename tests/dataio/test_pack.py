@@ -537,6 +537,7 @@ def finished(target: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(many, uninterrupted, tmp_path):
     """SIGKILL after some shards, each time further on; no shard is written twice, and the bytes are the same."""
     target = tmp_path / "target"
@@ -736,6 +737,7 @@ def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, cap
     assert len(load_manifest(target)) == 48 * MANY
 
 
+@pytest.mark.slow
 def test_two_packs_at_once(many, uninterrupted, tmp_path, capsys):
     target = tmp_path / "target"
     command = pack_until(1, many, target)

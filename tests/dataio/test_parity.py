@@ -34,6 +34,7 @@ def numbers(table: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", table.replace(",", ""))]
 
 
+@pytest.mark.slow
 def test_the_committed_table_is_what_is_computed(rows):
     """DALI's and PIL's code for other processors may round another way: within 0.02 levels, or 5 % of the largest."""
     committed, computed = Path(parity.__file__).with_name("parity.md").read_text(), render(rows)
@@ -41,6 +42,7 @@ def test_the_committed_table_is_what_is_computed(rows):
     assert numbers(committed) == pytest.approx(numbers(computed), abs=0.02, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", range(len(RAND_AUGMENT)), ids=lambda place: RAND_AUGMENT[place].name)
 def test_differences_and_draws_are_within_bounds(rows, place):
     row = rows[place]
@@ -63,6 +65,7 @@ def test_other_draws_are_told_apart():
     assert chi_square(*lengths)[0] > 50
 
 
+@pytest.mark.slow
 def test_the_command_on_named_photographs(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(parity, "DRAWN", 500)
     paths = [str(photos / name) for name in ("cat/05.jpg", "coffee/06.jpg")]

@@ -199,6 +199,7 @@ def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
     assert "measuring" not in errors
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_rest_is_measured(run):
     from torch._inductor import config
 

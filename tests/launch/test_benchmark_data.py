@@ -127,6 +127,7 @@ def test_unequal_work_is_refused(task, work, wrong, message):
         compare(task, {"ours": right, "dali": replace(right, **wrong)}, (4, 4, 4))
 
 
+@pytest.mark.slow
 def test_processes_that_fail(task, monkeypatch):
     task = replace(task, work="read")
     with pytest.raises(UnequalWork, match=r"read: webdataset hands over 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):

@@ -15,6 +15,7 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_report(tmp_path, capsys):
     path = tmp_path / "new" / "pack.json"
     assert pack.main(["--images", "8", "--workers", "2", "--rounds", "1", "--output", str(path)]) == 0

@@ -237,6 +237,7 @@ def test_the_description(configure):
     assert 1e-5 / 8 < last < 0.01 * peak
 
 
+@pytest.mark.slow
 def test_the_command(command, small_config, tmp_path, capsys):
     plan = "--config", str(small_config), "--ranks", "4", f"output={tmp_path / 'run'}"
     finished = command("-m", "launch.plan", *plan, "optimizer.global_batch=32")

@@ -248,6 +248,7 @@ def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path
     assert_equal_tree(load_file(later[-1] / checkpoint.EMA_NAME), final, "ema")
 
 
+@pytest.mark.slow
 def test_the_moving_average_follows_once_in_a_step(forked, few, tmp_path):
     """One step of two micro-steps: half of the start, half of the end, for parameters and BatchNorm's statistics."""
     short = "optimizer.epochs=0.1", "optimizer.warmup_epochs=0", "optimizer.ema_decay=0.5"
@@ -270,6 +271,7 @@ def break_image(manifest: Manifest, sample: int) -> None:
         shard.write(bytes(int(row["bytes"])))
 
 
+@pytest.mark.slow
 def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_path):
     """Only one rank meets it; the run ends at once, and says where the image lies."""
     manifest = pack(fashion, tmp_path / "train", KEPT)
@@ -416,6 +418,7 @@ def test_what_cannot_work_is_refused(forked, few, tmp_path, override, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_kernels_that_are_required_and_missing(command, few, tmp_path):
     arguments = overrides(few, tmp_path / "run", "model.kernels=required")
     message = refusal(command(TRAIN, *arguments, POLAFORMER_KERNELS="none"))

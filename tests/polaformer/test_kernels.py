@@ -274,6 +274,7 @@ def test_lesser_processors(capability):
     assert " passed" in finished.stdout
 
 
+@pytest.mark.slow
 def test_without_kernels_the_reference_serves_and_says_so_once():
     code = (
         "import torch, polaformer.ops as ops; x = torch.ones(1, 1, 4, 2); s = torch.zeros(1, 4)\n"

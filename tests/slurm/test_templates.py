@@ -140,6 +140,7 @@ def test_started_without_sbatch_it_says_how():
 # --- The ranks, for real ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plain_srun_ranks_meet(cluster, tmp_path):
     """Without a template: `srun python`, where launch.distributed finds the address itself."""
     report_rank = ROOT / "tests/launch/report_rank.py"
@@ -153,6 +154,7 @@ def test_plain_srun_ranks_meet(cluster, tmp_path):
         assert (found["node"], found["master"][0]) == (node, cluster.nodes[0])
 
 
+@pytest.mark.slow
 def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
     """`python` in a batch script without srun: Slurm sets SLURM_PROCID and SLURM_NTASKS=2, yet there is one."""
     script = tmp_path / "job.sh"
