@@ -6,11 +6,13 @@ it was; `start` brings the rest to the one form that DeepSpeed and torch expect 
 """
 
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -104,6 +106,14 @@ def start(place: Placement, device_type: str, timeout: timedelta) -> torch.devic
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return device
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody listens on, below those that Linux gives to outgoing connections."""
+    while True:
+        port = secrets.choice(range(10_000, 32_768))
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 def stop() -> None:

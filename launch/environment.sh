@@ -37,7 +37,7 @@ find_installer() {
     echo pip
   elif command -v uv; then
     return
-  elif .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
+  elif setup "installing uv" >&2 && .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
     echo .venv/bin/uv
   elif [ "${POLAFORMER_INSTALLER-}" = uv ]; then
     setup_fail "uv is not on the PATH, and pip could not install it" .venv/uv.log
@@ -65,12 +65,14 @@ set_up() {
   setup "making .venv with $("$python" --version), on $(nproc) cores"
   "$python" -m venv .venv ||
     setup_fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
+  rm -f .venv/installed
   installer=$(find_installer)
 
   setup "installing PyTorch with $(basename "$installer"), 2.7 GB to download"
   began=$SECONDS
-  # shellcheck disable=SC2046  # each line is a word
-  install torch $(grep -E '^(torch|setuptools|wheel|ninja)==' requirements.txt)
+  # All that is imported while kernels are built, so that nothing of it is exchanged meanwhile.
+  grep -E '^(torch|numpy|fsspec|ninja|setuptools|wheel)==' requirements.txt >.venv/first.txt
+  install torch --requirement .venv/first.txt
   setup "PyTorch: $((SECONDS - began)) s"
 
   setup "building kernels, and meanwhile installing all other packages, 0.5 GB to download"
@@ -79,7 +81,7 @@ set_up() {
   build_kernels &
   build=$!
   set +m
-  trap 'kill -- -$build 2>/dev/null' EXIT
+  trap 'kill -- -$build 2>/dev/null || true' EXIT
   install packages --requirement requirements.txt
   setup "all other packages: $((SECONDS - began)) s"
   wait "$build" || setup_fail \

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import os
-import secrets
 import shlex
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from dataio.index import MANIFEST_NAME
 from dataio.remote import shown
 from launch.benchmark.report import describe_run, write_report
 from launch.config import load_config
+from launch.distributed import find_free_port
 from launch.monitor import METRICS_NAME
 
 CONFIG = "configs/quickstart.yaml"
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     stages.run("packing", *packing(photographs, shards), done=packed)
     places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
     use_ranks()
+    began = time.time()
     stages.run("training", training([*places, *(OWN_IMAGES if own else []), *arguments.overrides]))
     stages.run("export", module("launch.export", run))
     exported = run / "export" / "model.safetensors"
@@ -86,12 +87,16 @@ def main(argv: list[str] | None = None) -> int:
         top1[kind] = json.loads(out.read_text())["top1"]
     summary = describe_run("quickstart", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     summary |= {
+        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),  # of a rank
         "cores": len(os.sched_getaffinity(0)),
         "gpus": torch.cuda.device_count(),
         "arguments": [shown(word) for word in arguments.overrides],
+        "seconds": stages.seconds,
+        "speed": training_speed(run, began),
+        "top1": top1,
     }
-    summary |= {"seconds": stages.seconds, "top1": top1, "speed": training_speed(run)}
-    write_report(run / SUMMARY_NAME, summary)
+    if summary["speed"]:  # otherwise the run was finished before, and its summary is there
+        write_report(run / SUMMARY_NAME, summary)
     show(console, summary, {"run": run, "shards": shards, "exported EMA": exported})
     return 0
 
@@ -129,14 +134,8 @@ def training(overrides: list[str]) -> list[str]:
     batch = load_config(CONFIG, overrides).optimizer.global_batch
     gpus = [count for count in range(1, torch.cuda.device_count() + 1) if batch % count == 0]
     ranks = gpus[-1] if gpus else CPU_RANKS
-    # DeepSpeed's own port is always the same one, and two quickstarts may run on a machine.
-    launcher = [
-        "deepspeed",
-        "--num_accelerators",
-        str(ranks),
-        "--master_port",
-        str(secrets.choice(range(10_000, 30_000))),
-    ]
+    # DeepSpeed's own port is always the same, which another run on this machine may have.
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(find_free_port())]
     return [*launcher, "launch/train.py", "--config", CONFIG, *overrides]
 
 
@@ -150,16 +149,25 @@ def module(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
-def training_speed(run: Path) -> dict[str, float]:
-    """Of all training steps of a run: seconds, images per second, and the share of time spent waiting for data."""
+def training_speed(run: Path, began: float) -> dict[str, float] | None:
+    """Of a run's training steps: seconds, images per second, and the share of time spent waiting for data.
+
+    began: seconds since the epoch; earlier steps do not count. None if there are no others.
+    """
     lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
     batch = load_config(run / "config.yaml", []).optimizer.global_batch
-    seconds = waited = step = 0
+    images = seconds = waited = step = 0
     for line in lines:
-        if "speed/images_per_second" in line:
-            took = (line["step"] - step) * batch / line["speed/images_per_second"]
-            seconds, waited, step = seconds + took, waited + took * line["speed/waiting_for_data"], line["step"]
-    return {"seconds": seconds, "images_per_second": step * batch / seconds, "waiting_for_data": waited / seconds}
+        if "speed/images_per_second" not in line:
+            continue
+        computed, step = (line["step"] - step) * batch, line["step"]
+        if line["time"] >= began:
+            took = computed / line["speed/images_per_second"]
+            images, seconds = images + computed, seconds + took
+            waited += took * line["speed/waiting_for_data"]
+    if not images:
+        return None
+    return {"seconds": seconds, "images_per_second": images / seconds, "waiting_for_data": waited / seconds}
 
 
 def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> None:
@@ -177,7 +185,7 @@ def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> 
         table.add_row(
             stage, f"{known[stage]:.0f} s, {known[stage] / whole:.0%}" if stage in known else "was there already"
         )
-        if stage == "training":
+        if stage == "training" and speed:
             table.add_row(
                 "  of which steps",
                 f"{speed['seconds']:.0f} s at {speed['images_per_second']:,.0f} images/s,"

@@ -10,8 +10,9 @@ Started again with the same command, a run goes on from its newest whole checkpo
 import os
 import sys
 
+# The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
+# Which rank this is, `placement` knows better; it is not imported yet.
 if __name__ == "__main__" and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-    # The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
     print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
 import argparse
@@ -60,18 +61,19 @@ def main(argv: list[str] | None = None) -> int:
         place = placement(os.environ)
     except ValueError as error:  # of this rank alone: there is no group yet
         return refuse(error, rank=0)
-    rank, device_type = place.rank, default_device_type()
-    engine, fault = EngineSection(), None
+    rank, device_type, fault = place.rank, default_device_type(), None
     try:
         config = load_config(arguments.config, arguments.overrides)
-        engine = config.engine
-        announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
+        timeout = config.engine.timeout_minutes
     except (ValueError, OSError) as error:
         if place.ranks == 1:
             return refuse(error, rank)
-        fault = error  # launchers end all ranks as soon as one has ended: rank 0 must have said why by then
+        # Launchers end all ranks as soon as one has ended: they meet, so that rank 0 has said why by then.
+        fault, timeout = error, EngineSection().timeout_minutes
+    else:
+        announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
     try:
-        device = start(place, device_type, timedelta(minutes=engine.timeout_minutes))
+        device = start(place, device_type, timedelta(minutes=timeout))
     except RuntimeError as error:  # of this rank alone, too
         return refuse(error, rank=0)
     try:

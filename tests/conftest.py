@@ -24,12 +24,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Hypothesis fails what takes long, by itself.
+# By default, Hypothesis fails slow examples.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 
-# Fixtures that take seconds, and more. Where several processes share the tests, one of them gets all that use one.
+# Fixtures that take many seconds. Where several processes share the tests, all that use one go to the same process
+# (of those that use two, to that of the first by name), so that it is made once.
 EXPENSIVE = {
     "runs",
     "trained_run",

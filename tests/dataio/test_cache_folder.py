@@ -25,9 +25,6 @@ PATIENT = Patience(
     file_seconds=FOREVER,
     batch_seconds=FOREVER,
 )
-# For room, and for locks. What is free is taken at the first look, however slow the machine is.
-HASTY = replace(PATIENT, room_seconds=0.2)
-
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
@@ -61,12 +58,11 @@ def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_a
     """Another process holds them all; when it lets go, the same batch can be had."""
     table = (local.folder / SAMPLES_NAME).stat().st_size
     limit = table + sum(shard.bytes for shard in local.shards[:4])
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, HASTY))
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, replace(PATIENT)))
     holder, other = ShardCache(manifest), ShardCache(manifest)
     hold_and_read(holder, manifest, [0, 1, 2, 3])
-    with pytest.raises(
-        RuntimeError, match=r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
-    ):
+    fault = r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
+    with hasty(manifest), pytest.raises(RuntimeError, match=fault):
         hold_and_read(other, manifest, [9])
     hold_and_read(other, manifest, [0, 3])
     holder.close()
@@ -74,8 +70,17 @@ def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_a
     other.close()
 
 
+@contextmanager
+def hasty(manifest: Manifest) -> Iterator[None]:
+    """Inside, room and locks are waited for a moment only: too short for a slow machine where they must be had."""
+    patience = manifest.remote.cache.patience
+    object.__setattr__(patience, "room_seconds", 0.2)
+    yield
+    object.__setattr__(patience, "room_seconds", FOREVER)
+
+
 def in_time(manifest: Manifest, file_seconds: float) -> Manifest:
-    """The same data set, whose files may take so long."""
+    """The same data set with `file_seconds` for each file."""
     cache = manifest.remote.cache
     patience = replace(cache.patience, file_seconds=file_seconds)
     return replace(manifest, remote=replace(manifest.remote, cache=replace(cache, patience=patience)))
@@ -99,12 +104,13 @@ def test_another_process_that_stands_still_while_it_fetches(http_server, far, lo
 @pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
 def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, tmp_path, name, hold_and_read):
     """Of those that are held for a moment."""
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, replace(PATIENT)))
     shards = ShardCache(manifest)
     hold_and_read(shards, manifest, [0])
     shards.hold([])
     path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
-    with standing_still(path), pytest.raises(RuntimeError, match=f"^another process holds a lock on {path}; end it"):
+    fault = f"^another process holds a lock on {path}; end it"
+    with standing_still(path), hasty(manifest), pytest.raises(RuntimeError, match=fault):
         hold_and_read(shards, manifest, [1 if name == "lock" else 0])
     hold_and_read(shards, manifest, [0, 1])
     shards.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow  # to make what they look at
+pytestmark = pytest.mark.slow  # making the damaged folders takes a minute
 
 VARIANTS, PROCESSES, SEED = 1000, 2, 0
 DAMAGE = Path(__file__).with_name("damage.py")

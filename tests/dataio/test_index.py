@@ -100,7 +100,7 @@ SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 WINDOWS = st.integers(1, 14)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), sizes=SIZES, window=WINDOWS)
 def test_windowed_order_is_its_definition(seed, epoch, sizes, window):
     order = Order(seed, tuple(sizes), window)
@@ -123,7 +123,7 @@ def test_windowed_order_stays_what_it_was():
     assert order.samples_at(np.arange(24)).tolist() == first + second
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=SIZES, window=WINDOWS | st.none(), data=st.data())
 def test_any_positions_in_any_order(sizes, window, data):
     order = Order(7, tuple(sizes), window)
@@ -132,7 +132,7 @@ def test_any_positions_in_any_order(sizes, window, data):
     assert order.samples_at(np.array(positions)).tolist() == whole[positions].tolist()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(sizes=SIZES, window=WINDOWS | st.none(), first=st.integers(0, 200), length=st.integers(1, 40))
 def test_shards_ahead(sizes, window, first, length):
     """All that the stretch needs and the window after its first one, in the order of need, and no more than bounded."""

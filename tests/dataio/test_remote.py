@@ -30,7 +30,7 @@ NERVOUS = replace(HASTY, attempts=1000, silent_seconds=0.5)
 class WaitUntil(Wait):
     """A wait whose time is over when something has happened."""
 
-    over: Callable[[], bool] = bool
+    over: Callable[[], bool] = lambda: False
 
     @property
     def seconds_left(self) -> float:

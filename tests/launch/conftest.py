@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +16,7 @@ import yaml
 from torch.distributed import TCPStore
 
 from launch.config import Config, load_config
-from launch.distributed import placement, start, stop
+from launch.distributed import find_free_port, placement, start, stop
 
 ROOT = Path(__file__).parents[2]
 SMALL_RUN = """
@@ -62,11 +60,7 @@ def alone(no_launcher) -> Iterator[torch.device]:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port below those that Linux gives to outgoing connections: it stays free until it is used."""
-    while True:
-        port = secrets.choice(range(10_000, 32_768))
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
+    return find_free_port()
 
 
 @pytest.fixture(scope="session")
@@ -109,8 +103,8 @@ class Forks:
         output, errors = folder / "output", folder / "errors"
         output.touch()
         errors.touch()
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # lives here, as in torchrun's process
         if ranks > 1:
+            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # in this process, as torchrun's
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
             variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         start = {"ranks": ranks, "words": [*map(str, words)], "variables": variables}
@@ -130,7 +124,9 @@ class Forks:
                 start_new_session=True,
             )  # fmt: skip
         print(line, file=self._server.stdin, flush=True)
-        return int(self._server.stdout.readline())
+        if answer := self._server.stdout.readline():
+            return int(answer)
+        raise RuntimeError("forked_ranks.py has ended; its last words are among the captured errors")
 
     def close(self) -> None:
         if self._server is not None:
@@ -141,7 +137,11 @@ class Forks:
 
 @pytest.fixture(scope="session")
 def forked(environ, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Returns a function: the same as `torchrun`, or as `command` for one rank, without the seconds of imports."""
+    """Returns a function: the same as `torchrun`, or as `command` for one rank, without the seconds of imports.
+
+    How a process ends, and what hash seeds change, is not seen: the runs that are resumed, and those that try a
+    launcher, are real processes. It has no GPU, so that forking is safe.
+    """
     with contextlib.closing(Forks(environ | {"DS_ACCELERATOR": "cpu"}, tmp_path_factory)) as forks:
         yield forks
 

@@ -1,7 +1,8 @@
 """Python scripts and modules on one rank or more, as forks of this process: it has imported what takes them seconds.
 
 Reads a start from each line of standard input, as JSON: {"ranks", "words": what follows `python`, "variables": of the
-environment, "output", "errors": files}. Answers with the exit status, and like torchrun ends all ranks when one fails.
+environment, "output", "errors": files}. Answers with the exit status, and like torchrun ends all ranks when one fails
+(those that ignore SIGTERM are waited for).
 """
 
 import atexit
@@ -12,6 +13,9 @@ import signal
 import sys
 import traceback
 from typing import NoReturn
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what is imported may print
 
 import deepspeed  # noqa: F401
 import numpy as np
@@ -32,7 +36,7 @@ def become(rank: int, start: dict) -> NoReturn:
         run(start["words"])
         status = 0
     except SystemExit as end:
-        status = end.code
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         status = 1
@@ -73,4 +77,4 @@ for line in sys.stdin:
         if child == 0:
             become(rank, start)
         ranks.add(child)
-    print(wait(ranks), flush=True)
+    print(wait(ranks), file=answers, flush=True)

@@ -36,7 +36,7 @@ def test_the_scripts_are_clean():
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_made(project, variables, message):
-    command = ["bash", "launch/test.sh"]
+    command = ["bash", "-c", "source launch/environment.sh"]
     done = subprocess.run(command, cwd=project, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr

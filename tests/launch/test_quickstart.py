@@ -48,18 +48,20 @@ def test_a_folder_of_ones_own_becomes_a_model_and_is_reused(project, fashion):
     summary = json.loads((project / run / SUMMARY_NAME).read_text())
     assert re.search(rf"top-1 of the weights +│ {summary['top1']['weights']:.2f} %", finished.stdout)
     assert f"{summary['cores']} cores" in finished.stdout
+    assert "of which steps" in finished.stdout
     assert 0 < summary["speed"]["seconds"] < summary["seconds"]["training"]
     model = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=weights).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
-    newest = project / run / "checkpoints" / "latest"
-    before = newest.stat().st_mtime_ns
+    kept = [project / run / "checkpoints" / "latest", project / run / SUMMARY_NAME]
+    before = [path.stat().st_mtime_ns for path in kept]
     again = quickstart(project, "--data", fashion, *SHORT)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "was there already" in again.stdout
     assert "step 1" not in again.stdout
     assert len(commands(finished)) == 2 + len(commands(again))  # two of them packed
-    assert newest.stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert "of which steps" not in again.stdout
 
 
 def test_no_such_folder(tmp_path, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -76,8 +77,9 @@ def kill_in_the_middle(arguments: list[str], environ: dict[str, str], folder: Pa
                 assert process.poll() is None, Path(log.name).read_text()
                 time.sleep(0.02)
         finally:
-            for doomed in (process, *process.children(recursive=True)):
-                doomed.kill()
+            with suppress(psutil.NoSuchProcess):
+                for doomed in (process, *process.children(recursive=True)):
+                    doomed.kill()
             process.wait()
     newest, _ = checkpoint.newest(folder / "checkpoints")
     return newest
@@ -350,7 +352,7 @@ from launch import train
 
 def refuse(error, rank, refuse=train.refuse):
     if rank == 0:
-        time.sleep(1)  # in which the other rank would end, and this one be ended for it
+        time.sleep(1)  # for the other rank to exit, for which the launcher would end this one
     return refuse(error, rank)
 
 train.refuse = refuse

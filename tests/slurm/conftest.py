@@ -135,7 +135,7 @@ def _end_jobs(cluster: Cluster) -> None:
 
 
 def _kill_remaining(cluster: Cluster) -> None:
-    """Kills what does not end by itself."""
+    """Kills processes that outlived the cluster."""
     for process in psutil.process_iter():
         try:
             if process.environ().get("SLURM_CONF") == cluster.environ["SLURM_CONF"]:

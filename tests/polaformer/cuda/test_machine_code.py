@@ -20,10 +20,10 @@ from torch.utils import cpp_extension
 
 import polaformer
 
-WIDTHS = (32, 64, 96, 128)
-OPERANDS = ("bf16", "float32", "any float32", "any 16")  # of operands.cuh
 pytestmark = pytest.mark.slow
 
+WIDTHS = (32, 64, 96, 128)
+OPERANDS = ("bf16", "float32", "any float32", "any 16")  # of operands.cuh
 SLOW_OPERANDS = ("any float32", "any 16")  # which compute with a shift
 PRODUCTS = ("sum_keys", "attend", "differentiate_queries", "differentiate_keys")
 SHIFTED = ("attend_shifted", "differentiate_queries_shifted", "differentiate_keys_shifted")
