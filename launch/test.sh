@@ -11,7 +11,7 @@ apt_install slurm-wlm munge dataset-fashion-mnist
 workers=$(nproc)
 workers=$((workers < 4 ? workers : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / workers))} # more would only wait for each other
-# Tests wait for events, and only these limits end one that hangs, in a test or, by ending the process, after one: many
-# times what the slowest takes on a slow machine.
-exec python -m pytest --timeout 1800 -o faulthandler_timeout=2400 -o faulthandler_exit_on_timeout=true \
+# Tests wait for events. Only these limits end one that hangs, the second of them also after a test, by ending the process.
+# The slowest test takes a minute, and eight where four processes more want the two cores of the same machine.
+exec python -m pytest --timeout 3600 -o faulthandler_timeout=4000 -o faulthandler_exit_on_timeout=true \
   --numprocesses "$workers" --dist loadgroup "$@"

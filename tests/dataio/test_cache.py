@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=1)
 WINDOW = 3
 PLAN = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW)
-FOREVER = 3600  # seconds, longer than a test may take
+FOREVER = 7200  # seconds, longer than a test may take
 PATIENT = Patience(
     attempts=3,
     first_wait_seconds=FOREVER,

@@ -16,7 +16,7 @@ from dataio.files import sha256_of
 from dataio.index import SAMPLES_NAME, Manifest
 from dataio.remote import CacheOptions, Patience
 
-FOREVER = 3600  # seconds, longer than a test may take
+FOREVER = 7200  # seconds, longer than a test may take
 PATIENT = Patience(
     attempts=3,
     first_wait_seconds=0.01,

@@ -20,7 +20,7 @@ from dataio.remote import CacheOptions, Patience, Remote, TooLateError, Wait, fe
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-FOREVER = 3600  # seconds, longer than a test may take
+FOREVER = 7200  # seconds, longer than a test may take
 HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=FOREVER, file_seconds=FOREVER)
 # Where a server is silent. A slow machine may be taken for one that is, and is asked again.
 NERVOUS = replace(HASTY, attempts=1000, silent_seconds=0.5)
@@ -210,7 +210,7 @@ def test_what_came_before_the_end_of_its_time_is_told(http_server, folder, tmp_p
     server.faults["shard.tar"] = ["silent", *["drip"] * 9]
     patience = replace(NERVOUS, longer=", or ask your grandmother")
     wait = WaitUntil(FOREVER, over=lambda: len(server.requests) >= 2)
-    fault = r"it is not there after 3600 s, the server was too slow or silent \(.*\) before that, attempts: \d+; check"
+    fault = r"it is not there after 7200 s, the server was too slow or silent \(.*\) before that, attempts: \d+; check"
     with pytest.raises(RuntimeError, match=f"shard.tar: {fault} server .* shards .*, or ask your grandmother$"):
         fetch(remote(server.url, tmp_path, patience), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, wait)
 
@@ -278,7 +278,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path, monkeypatch):
         return WaitUntil(seconds, over=lambda: len(server.requests) > asked)
 
     monkeypatch.setattr("dataio.remote.Wait", until_asked)
-    fault = "shard.tar: it is not there after 3600 s, attempts: 1; check server and network, or pack smaller shards "
+    fault = "shard.tar: it is not there after 7200 s, attempts: 1; check server and network, or pack smaller shards "
     with pytest.raises(RuntimeError, match=fault):
         fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, until_asked(FOREVER))
     with pytest.raises(RuntimeError, match=fault):
