@@ -62,7 +62,7 @@ set_up() {
     setup_fail "POLAFORMER_INSTALLER is '$POLAFORMER_INSTALLER'; use uv or pip, or leave it out"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || setup_fail \
     "$python is missing or older than Python 3.10; install one and name it: PYTHON=/path/to/python3 bash $0"
-  setup "making .venv with $("$python" --version), on $(nproc) cores"
+  setup "making .venv with $("$python" --version), cores: $(nproc)"
   "$python" -m venv .venv ||
     setup_fail "$python cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"
   rm -f .venv/installed
