@@ -175,7 +175,7 @@ def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> 
     table = Table("", "", title="PolaFormer++ quickstart", show_header=False)
     device, speed = summary["device"]["name"], summary["speed"]
     table.add_row(
-        "machine", f"{summary['gpus']} × {device}" if summary["gpus"] else f"{device}; {summary['cores']} cores"
+        "machine", f"{summary['gpus']} × {device}" if summary["gpus"] else f"{device}; cores: {summary['cores']}"
     )
     for kind, top1 in summary["top1"].items():
         table.add_row(f"top-1 of the {kind}", f"{top1:.2f} %")

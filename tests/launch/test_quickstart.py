@@ -47,7 +47,7 @@ def test_a_folder_of_ones_own_becomes_a_model_and_is_reused(project, fashion):
         assert line in finished.stdout
     summary = json.loads((project / run / SUMMARY_NAME).read_text())
     assert re.search(rf"top-1 of the weights +│ {summary['top1']['weights']:.2f} %", finished.stdout)
-    assert f"{summary['cores']} cores" in finished.stdout
+    assert f"cores: {summary['cores']}" in finished.stdout
     assert "of which steps" in finished.stdout
     assert 0 < summary["speed"]["seconds"] < summary["seconds"]["training"]
     model = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=weights).eval()
