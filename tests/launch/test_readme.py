@@ -27,6 +27,30 @@ def span(values: dict[str, float], digits: int = 1) -> str:
     return f"{values['low']:.{digits}f}–{values['high']:.{digits}f}"
 
 
+def quickstart_rows() -> list[str]:
+    runs = report("quickstart")["runs"]
+
+    def minutes(*stages: str) -> str:
+        taken = [sum(run["seconds"][stage] for stage in stages or run["seconds"]) / 60 for run in runs]
+        return " · ".join(f"{each:.1f}" for each in taken)
+
+    def each(pattern: str, name: str) -> str:
+        return " · ".join(pattern.format(run["speed"][name]) for run in runs)
+
+    def reached(kind: str) -> str:
+        top1 = [run["top1"][kind] for run in runs]
+        return "–".join(f"{value:.2f}" for value in sorted({min(top1), max(top1)})) + " %"
+
+    machines = " · ".join(f"{run['cores']} {'core' if run['cores'] == 1 else 'cores'}" for run in runs)
+    [device] = {run["device"]["name"] for run in runs}
+    return [
+        f", {machines} of {device} | {minutes()} min, of which set-up {minutes('set-up')} min |",
+        f"top-1 of the weights · of the EMA, in both runs¹ | {reached('weights')} · {reached('EMA')} |",
+        f"| {each('{:,.0f}', 'images_per_second')} images/s, of which"
+        f" {each('{:.0%}', 'waiting_for_data').replace('%', ' %')} waiting for data |",
+    ]
+
+
 def feeding_rows() -> list[str]:
     results = entries("data", "work", "contender")
 
@@ -113,6 +137,8 @@ def kernel_rows() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("words", [*summary_rows(), *feeding_rows(), *packing_rows(), *kernel_rows()])
+@pytest.mark.parametrize(
+    "words", [*quickstart_rows(), *summary_rows(), *feeding_rows(), *packing_rows(), *kernel_rows()]
+)
 def test_figures_are_those_of_the_results(words):
     assert words in README
