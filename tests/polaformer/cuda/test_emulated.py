@@ -5,6 +5,8 @@ import torch
 
 from polaformer import reference
 
+pytestmark = pytest.mark.slow  # building the emulator
+
 NAMES = ("out", "q", "k", "v", "same_logits", "opposite_logits")
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 5e-6}
 
@@ -185,7 +187,6 @@ def test_empty_batch(emulate, dtype):
     assert not any(grad.any() for grad in found.grads)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "shape", "size", "scale"),
     [
