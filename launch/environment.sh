@@ -70,9 +70,10 @@ set_up() {
 
   setup "installing PyTorch with $(basename "$installer"), 2.7 GB to download"
   began=$SECONDS
-  # All that is imported while kernels are built, so that nothing of it is exchanged meanwhile.
-  grep -E '^(torch|numpy|fsspec|ninja|setuptools|wheel)==' requirements.txt >.venv/first.txt
-  install torch --requirement .venv/first.txt
+  # All that is imported while kernels are built, with all that it needs as requirements.txt pins it: what is exchanged
+  # meanwhile, the build may miss.
+  grep -E '^(torch|numpy|fsspec|ninja|packaging|setuptools|wheel)==' requirements.txt >.venv/first.txt
+  install torch --requirement .venv/first.txt --constraint requirements.txt
   setup "PyTorch: $((SECONDS - began)) s"
 
   setup "building kernels, and meanwhile installing all other packages, 0.5 GB to download"
