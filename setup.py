@@ -11,11 +11,14 @@ requirements.txt says which versions the tests run with. The kernels are built a
 PyTorch. The build says what it builds; it obeys these variables:
 
     POLAFORMER_KERNELS=none|cpu|all     all is the default, and builds what it can; none and cpu leave out the rest
-    TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for, as in PyTorch's own extensions; this is the default
+    TORCH_CUDA_ARCH_LIST="8.0;9.0"      the GPUs to build for, as in PyTorch's own extensions; by default 8.0, 9.0+PTX,
+                                        and 10.0 and 12.0 if the toolkit knows them
 """
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -77,6 +80,13 @@ def cuda_home() -> str | None:
     return None
 
 
+def architectures_of(home: str) -> str:
+    """The GPUs to build for: each generation from compute capability 8.0 on that the toolkit knows; PTX for others."""
+    listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = [f"{name[:-1]}.{name[-1]}" for name in re.findall(r"compute_(\d+)", listed)]
+    return ";".join(["8.0", "9.0+PTX", *(each for each in ("10.0", "12.0") if each in known)])
+
+
 def kernels() -> dict:
     """setup()'s arguments for the kernels that can be built here; says which ones, and why not the others."""
     wanted = os.environ.get("POLAFORMER_KERNELS", "all")
@@ -112,7 +122,8 @@ def kernels() -> dict:
         reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"
         print(f"polaformer: building no CUDA kernels: {reason if home or wanted == 'cpu' else 'no CUDA toolkit'}")
     else:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
         flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
         extensions.append(CUDAExtension("polaformer._cuda", cuda, include_dirs=include, extra_compile_args=flags))

@@ -1,8 +1,10 @@
 """The operators as PyTorch sees them: schema, implementations, fake tensors, autograd, FLOPs.
 
 The only file that names torch.ops. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so beside this
-file) register themselves for CPU and CUDA under the schema defined here; where there is none, the dispatcher falls
-through to the reference, which says so once.
+file) register themselves for CPU and CUDA under the schema defined here. Where there is none, the dispatcher falls
+through to the reference; what the CUDA kernels do not serve they hand to it themselves, as polaformer::reference:
+float64, D above 128 (above 96 where a block has little shared memory), GPUs before compute capability 8.0. The
+reference says once why it serves, of float64 nothing.
 """
 
 import functools
@@ -19,11 +21,12 @@ from polaformer import reference
 _library = torch.library.Library("polaformer", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
 _SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
-_library.define(f"polarity_attention({_INPUTS}, int height, int width) -> (Tensor out, {_SAVED})")
-_library.define(
-    f"polarity_attention_backward(Tensor grad_out, {_INPUTS}, {_SAVED}, int height, int width)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_FORWARD = f"{_INPUTS}, int height, int width", f"(Tensor out, {_SAVED})"
+_BACKWARD = f"Tensor grad_out, {_INPUTS}, {_SAVED}, int height, int width", "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+for _name, (_arguments, _results) in (("polarity_attention", _FORWARD), ("polarity_attention_backward", _BACKWARD)):
+    _library.define(f"{_name}({_arguments}) -> {_results}")
+for _name, (_arguments, _results) in (("reference", _FORWARD), ("reference_backward", _BACKWARD)):
+    _library.define(f"{_name}({_arguments}, str reason) -> {_results}")
 
 
 _FAULTS: dict[str, str] = {}  # device type → why its kernels are not there
@@ -58,8 +61,6 @@ def polarity_attention(
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
-    if q.is_cuda and q.dtype == torch.float64:  # the one dtype that no GPU kernel is built for
-        return reference.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)
     return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
 
 
@@ -78,9 +79,8 @@ def why_no_kernels(device_type: str) -> str:
 
 
 @functools.cache
-def _say_once(device_type: str) -> None:
-    if device_type in ("cpu", "cuda"):
-        warnings.warn(f"polarity attention runs in plain PyTorch, {why_no_kernels(device_type)}", stacklevel=2)
+def _say_once(reason: str) -> None:
+    warnings.warn(f"polarity attention runs in plain PyTorch: {reason}", stacklevel=2)
 
 
 def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,19 +94,33 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
-@torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
-def _forward(q, k, v, same_logits, opposite_logits, height, width):
-    _say_once(q.device.type)
+@torch.library.impl(_library, "reference", "CompositeExplicitAutograd")
+def _forward_reference(q, k, v, same_logits, opposite_logits, height, width, reason):
+    if reason:
+        _say_once(reason)
     out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
     return _tokens_first(out, q.dtype), *saved
 
 
-@torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
-def _backward(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
+@torch.library.impl(_library, "reference_backward", "CompositeExplicitAutograd")
+def _backward_reference(
+    grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width, _reason
+):
     inputs, saved = (q, k, v, same_logits, opposite_logits), (state, key_mean, key_shift)
     *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, saved, height, width)
     grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
+
+
+@torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
+def _forward(q, *arguments):
+    known = q.device.type in ("cpu", "cuda")  # of other devices nobody expects kernels
+    return _forward_reference(q, *arguments, why_no_kernels(q.device.type) if known else "")
+
+
+@torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
+def _backward(*arguments):
+    return _backward_reference(*arguments, "")
 
 
 @torch.library.register_fake("polaformer::polarity_attention", lib=_library)

@@ -242,7 +242,7 @@ def test_memory_of_forward_and_backward(device, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_own_stream_and_cuda_graph():
+def test_own_stream():
     inputs = [x.detach() for x in make_inputs((2, 2, 196, 64), torch.bfloat16, "cuda")]
     expected = ops.polarity_attention(*inputs, 14, 14)
     stream = torch.cuda.Stream()
@@ -253,12 +253,32 @@ def test_own_stream_and_cuda_graph():
         on_stream = ops.polarity_attention(*inputs_late, 14, 14)
     torch.cuda.synchronize()
     assert torch.equal(on_stream, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.skipif(
+    "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ,
+    reason="without PyTorch's caching allocator, as under compute-sanitizer, a capture cannot allocate",
+)
+def test_cuda_graph():
+    """Captured after a warm-up on a side stream, as PyTorch asks for; replayed on other values."""
+    inputs = [x.detach() for x in make_inputs((2, 2, 196, 64), torch.bfloat16, "cuda")]
+    warming = torch.cuda.Stream()
+    warming.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warming):
+        for _ in range(3):
+            ops.polarity_attention(*inputs, 14, 14)
+    torch.cuda.current_stream().wait_stream(warming)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed = ops.polarity_attention(*inputs, 14, 14)
+    others = make_inputs((2, 2, 196, 64), torch.bfloat16, "cuda", seed=1)
+    for x, other in zip(inputs, others, strict=True):
+        x.copy_(other.detach())
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(replayed, expected)
+    assert torch.equal(replayed, ops.polarity_attention(*inputs, 14, 14))
 
 
 @pytest.mark.slow
@@ -284,7 +304,7 @@ def test_without_kernels_the_reference_serves_and_says_so_once():
     environment = os.environ | {"POLAFORMER_KERNELS": "none"}
     finished = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("polarity attention runs in plain PyTorch, no compiled kernels for cpu") == 1
+    assert finished.stderr.count("polarity attention runs in plain PyTorch: no compiled kernels for cpu") == 1
 
 
 def test_has_compiled_kernels_knows_two_devices():

@@ -1,5 +1,8 @@
 """The operator: what PyTorch may assume of it, and that it computes what the reference computes."""
 
+import functools
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,6 +40,23 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(
         torch.ops.polaformer.polarity_attention_backward.default, (torch.ones_like(out), *saved, 3, 4)
     )
+
+
+def test_the_reference_is_an_operator_that_says_why_once(monkeypatch):
+    """The CUDA kernels call it for what they do not serve: float64 in silence, the rest with its reason."""
+    inputs = projected_inputs((2, 3, 12, 8), torch.bfloat16)
+    monkeypatch.setattr(ops, "_say_once", functools.cache(ops._say_once.__wrapped__))
+    arguments = (*inputs, 3, 4, "no GPU of that kind")
+    with pytest.warns(UserWarning, match="polarity attention runs in plain PyTorch: no GPU of that kind"):
+        torch.ops.polaformer.reference(*arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, *saved = torch.ops.polaformer.reference(*arguments)
+    torch.testing.assert_close(out, reference.polarity_attention(*inputs, 3, 4))
+    grads = torch.ops.polaformer.reference_backward(torch.ones_like(out), *inputs, *saved, 3, 4, "")
+    expected = torch.autograd.grad(reference.polarity_attention(*inputs, 3, 4).sum(), inputs)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=0.03, atol=1e-3)  # of bf16
 
 
 @pytest.mark.parametrize("device", DEVICES)

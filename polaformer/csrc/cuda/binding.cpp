@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <array>
@@ -23,13 +24,9 @@ namespace {
 using at::Tensor;
 
 Dtype dtype_of(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case at::kBFloat16: return Dtype::kBfloat16;
-    case at::kHalf: return Dtype::kHalf;
-    case at::kFloat: return Dtype::kFloat;
-    default: TORCH_CHECK_VALUE(false, "polarity attention's CUDA kernels do not compute in ", q.scalar_type(),
-                               "; pass float32, bfloat16 or float16");
-  }
+  return q.scalar_type() == at::kBFloat16 ? Dtype::kBfloat16
+         : q.scalar_type() == at::kHalf   ? Dtype::kHalf
+                                          : Dtype::kFloat;
 }
 
 // The shape of q after everything that comes with it has been compared with it.
@@ -37,10 +34,9 @@ Shape check_inputs(const Tensor& q, at::ArrayRef<Tensor> like_q, at::ArrayRef<Te
                    int64_t width) {
   TORCH_CHECK_VALUE(q.dim() == 4, "q has ", q.dim(), " axes; pass (B, H, N, D)");
   const int64_t heads = q.size(1), tokens = q.size(2), head_width = q.size(3);
-  TORCH_CHECK_VALUE(height >= 0 && tokens == height * width && tokens <= kMaxTokens, tokens, " tokens are not height ",
-                    height, " × width ", width, ", or more than ", kMaxTokens, "; pass the image's own size");
-  TORCH_CHECK_VALUE(head_width % 2 == 0 && head_width <= kMaxHeadWidth, "head width ", head_width,
-                    " is odd or above ", kMaxHeadWidth, "; call the reference");
+  TORCH_CHECK_VALUE(height >= 0 && tokens == height * width, tokens, " tokens are not height ", height, " × width ",
+                    width, "; pass the image's own size");
+  TORCH_CHECK_VALUE(head_width % 2 == 0, "head width ", head_width, " is odd; the two flows need an even one");
   for (const Tensor& x : like_q) {
     TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.device() == q.device(),
                       "q, k, v and the gradient must agree in shape, dtype and device");
@@ -49,8 +45,12 @@ Shape check_inputs(const Tensor& q, at::ArrayRef<Tensor> like_q, at::ArrayRef<Te
     TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef({heads, 2 * head_width}) && x.device() == q.device(),
                       "logits must be (H, 2D) and on q's device");
   }
-  return {q.size(0), static_cast<int>(heads), static_cast<int>(height), static_cast<int>(width),
-          static_cast<int>(head_width), dtype_of(q)};
+  return {q.size(0),
+          static_cast<int>(heads),
+          static_cast<int>(height),
+          static_cast<int>(width),
+          static_cast<int>(head_width),
+          dtype_of(q)};
 }
 
 // With a last stride of 1; a copy if it has another.
@@ -61,7 +61,11 @@ Strided strided(const Tensor& x) {
   return {x.const_data_ptr(), stride(0), stride(1), stride(2)};
 }
 
-Tensor in_float(const Tensor& x) { return x.to(at::kFloat).contiguous(); }
+// In rows of float32, aligned to 16 bytes.
+Tensor in_float(const Tensor& x) {
+  const Tensor rows = x.to(at::kFloat).contiguous();
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
+}
 Tensor floats(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kFloat)); }
 
 // Like q, with the memory of a contiguous (B, N, H, D).
@@ -82,10 +86,25 @@ void copy_angles(float (&angles)[kMaxHeadWidth / 2], int head_width) {
   std::copy_n(known[pairs].begin(), pairs, angles);
 }
 
-int count_multiprocessors(const Tensor& q) {
-  int count = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, q.get_device()));
-  return count;
+int device_attribute(const Tensor& q, cudaDeviceAttr attribute) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, q.get_device()));
+  return value;
+}
+
+// Why the reference computes instead of the kernels, or null. In float64 it always does, which is no reason to
+// complain.
+const char* why_reference(const Tensor& q, const Shape& shape) {
+  if (q.scalar_type() == at::kDouble) return "";
+  return why_not(shape, device_attribute(q, cudaDevAttrComputeCapabilityMajor),
+                 device_attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// The operator of that name from polaformer/ops.py: plain PyTorch, any dtype.
+template <class Results, class... Arguments>
+Results call_reference(const char* name, Arguments&&... arguments) {
+  const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+  return reference.typed<Results(Arguments...)>().call(std::forward<Arguments>(arguments)...);
 }
 
 // Gives the arguments room for their workspaces; it must live until the kernels are launched.
@@ -106,11 +125,17 @@ Tensor make_workspaces(Arguments& arguments, const Tensor& like) {
   return room;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                   const Tensor& same_logits, const Tensor& opposite_logits,
-                                                   int64_t height, int64_t width) {
+using Forwarded = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forwarded forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
+                  const Tensor& opposite_logits, int64_t height, int64_t width) {
   const Shape shape = check_inputs(q, {k, v}, {same_logits, opposite_logits}, height, width);
   const c10::cuda::CUDAGuard guard(q.device());
+  if (const char* reason = why_reference(q, shape)) {
+    return call_reference<Forwarded>("polaformer::reference", q, k, v, same_logits, opposite_logits, height, width,
+                                     c10::string_view(reason));
+  }
   const int64_t batch = shape.batch, heads = shape.heads, head_width = shape.head_width;
   const Tensor out = empty_tokens_first(q), state = floats(q, {batch, heads, 2 * head_width, head_width});
   const Tensor key_mean = floats(q, {batch, heads, 2 * head_width}), key_shift = floats(q, {batch, heads, head_width});
@@ -122,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
   arguments.shape = shape;
   arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
   const Path path = choose_path(shape, {arguments.q, arguments.k, arguments.v});
-  arguments.plan = make_plan(shape, path, count_multiprocessors(q));
+  arguments.plan = make_plan(shape, path, device_attribute(q, cudaDevAttrMultiProcessorCount));
   arguments.same_logits = same.const_data_ptr<float>();
   arguments.opposite_logits = opposite.const_data_ptr<float>();
   copy_angles(arguments.angles, shape.head_width);
@@ -136,11 +161,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor
   return {out, state, key_mean, key_shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Tensor& q, const Tensor& k,
-                                                            const Tensor& v, const Tensor& same_logits,
-                                                            const Tensor& opposite_logits, const Tensor& state,
-                                                            const Tensor& key_mean, const Tensor& key_shift,
-                                                            int64_t height, int64_t width) {
+Gradients backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
+                   const Tensor& opposite_logits, const Tensor& state, const Tensor& key_mean, const Tensor& key_shift,
+                   int64_t height, int64_t width) {
   const Shape shape = check_inputs(q, {k, v, grad_out}, {same_logits, opposite_logits}, height, width);
   for (const Tensor& x : {state, key_mean, key_shift}) {
     TORCH_CHECK_VALUE(x.device() == q.device(), "state, key_mean or key_shift is on ", x.device(), ", q on ",
@@ -151,6 +174,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
                         2 * key_shift.numel() == shape.all_heads() * shape.features(),
                     "state, key_mean or key_shift has another shape than forward gave; pass them on as they are");
   const c10::cuda::CUDAGuard guard(q.device());
+  if (const char* reason = why_reference(q, shape)) {
+    return call_reference<Gradients>("polaformer::reference_backward", grad_out, q, k, v, same_logits, opposite_logits,
+                                     state, key_mean, key_shift, height, width, c10::string_view(reason));
+  }
   const Tensor grad_q = empty_tokens_first(q), grad_k = empty_tokens_first(q), grad_v = empty_tokens_first(q);
   const auto like_logits = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };
   if (q.numel() == 0) return {grad_q, grad_k, grad_v, like_logits(same_logits), like_logits(opposite_logits)};
@@ -164,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
   arguments.grad_out = strided(grad_rows);
   arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
   const Path path = choose_path(shape, {arguments.grad_out, arguments.q, arguments.k, arguments.v});
-  arguments.plan = make_plan(shape, path, count_multiprocessors(q));
+  arguments.plan = make_plan(shape, path, device_attribute(q, cudaDevAttrMultiProcessorCount));
   arguments.same_logits = same.const_data_ptr<float>();
   arguments.opposite_logits = opposite.const_data_ptr<float>();
   arguments.state = saved_state.const_data_ptr<float>();

@@ -6,6 +6,7 @@
 #ifndef POLAFORMER_DEVICE_CUH
 #define POLAFORMER_DEVICE_CUH
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
@@ -26,19 +27,58 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// x, of which the compiler knows nothing: what follows from it is not computed ahead of a loop to occupy registers, and
+// it itself is not computed again and again within one.
+template <class T>
+__device__ __forceinline__ T opaque(T x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+template <class T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
+// A place in shared memory: one register, where a pointer takes two.
+struct SharedPointer {
+  uint32_t address;
+
+  __device__ __forceinline__ explicit SharedPointer(const void* pointer) : address(opaque(shared_address(pointer))) {}
+  __device__ __forceinline__ SharedPointer operator+(int bytes) const {
+    SharedPointer moved = *this;
+    moved.address += bytes;
+    return moved;
+  }
+};
+
+__device__ __forceinline__ uint4 load_words(SharedPointer place) {
+  uint4 words;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(place.address)
+               : "memory");
+  return words;
+}
+__device__ __forceinline__ void store_words(SharedPointer place, uint4 words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place.address), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
 // Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes each.
 // Receives elements (g, 2t) and (g, 2t + 1) of each matrix, low half first.
-__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_address(row)));
+               : "r"(row.address));
 }
 
 // The same, each matrix transposed: receives elements (2t, g) and (2t + 1, g).
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], SharedPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-               : "r"(shared_address(row)));
+               : "r"(row.address));
 }
 
 // sum += left (16×16, bf16) · right (16×8, bf16), accumulated in float32.
@@ -80,16 +120,71 @@ __device__ __forceinline__ uint32_t pack_bf16_finite(float low, float high) {
   return bits;
 }
 
-// x, of which the compiler knows nothing: what follows from it is not computed ahead of a loop to occupy registers.
-__device__ __forceinline__ int opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
+// Two bf16 in a register, the first in the low half.
+using Bf16x2 = uint32_t;
+
+// a·b + c, rounded once. Products alone and sums alone are made of it: sm_80 has no others.
+__device__ __forceinline__ Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
+  Bf16x2 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ Bf16x2 negate_bf16x2(Bf16x2 a) {
+  Bf16x2 d;
+  asm("neg.bf16x2 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ Bf16x2 absolute_bf16x2(Bf16x2 a) {
+  Bf16x2 d;
+  asm("abs.bf16x2 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+// The larger ones; of a number and NaN the number.
+__device__ __forceinline__ Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) {
+  Bf16x2 d;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// All ones in each half that is neither 0 nor −0. Compared as fp16, whose zeros have the same bits: sm_80 has no other
+// comparison.
+__device__ __forceinline__ uint32_t nonzero_bf16x2(Bf16x2 a) {
+  uint32_t mask;
+  asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(0u));
+  return mask;
+}
+
+// The low halves of a and b, or the high ones.
+__device__ __forceinline__ Bf16x2 low_halves(Bf16x2 a, Bf16x2 b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ Bf16x2 high_halves(Bf16x2 a, Bf16x2 b) { return __byte_perm(a, b, 0x7632); }
+// Of either, a half of ones where the sign bit is set. Not by __byte_perm, which knows nothing of replicated signs.
+__device__ __forceinline__ uint32_t low_signs(Bf16x2 a, Bf16x2 b) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %2, 0xdd99;" : "=r"(mask) : "r"(a), "r"(b));
+  return mask;
+}
+__device__ __forceinline__ uint32_t high_signs(Bf16x2 a, Bf16x2 b) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(mask) : "r"(a), "r"(b));
+  return mask;
+}
+
+// An 8×8 matrix of 16-bit elements, of which a thread has (g, 2t) and (g, 2t + 1), transposed: (2t, g) and (2t + 1, g).
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
+  return transposed;
 }
 
 // 2^x to 2^-22 of it, in one instruction.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -125,9 +220,8 @@ __device__ __forceinline__ void store_words(void* global, const uint32_t (&words
 }
 
 // Starts copying 16 bytes from global to shared memory, or zeros if not `valid`: nothing is read then.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async(SharedPointer shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.address), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 

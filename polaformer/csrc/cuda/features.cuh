@@ -5,16 +5,15 @@
 // opposite flow x⁻. So the opposite flow is the same flow of −x with other temperatures.
 #pragma once
 
-#include "tokens.cuh"
+#include "tf32.cuh"
 
 namespace polaformer {
 
-__device__ __forceinline__ float logistic(float x) { return 1.f / (1.f + expf(-x)); }
 __device__ __forceinline__ float excess(float exponent) { return fmaxf(exponent - kFreeExponent, 0.f); }
 
 // e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large.
 __device__ __forceinline__ float shifted_feature(float exponent, float shift) {
-  float feature = expm1_of_exponent(fminf(exponent, kFreeExponent)) * expf(-shift);
+  float feature = expm1_of_exponent(min_or_nan(exponent, kFreeExponent)) * expf(-shift);
   if (exponent > kFreeExponent) feature += expf(exponent - shift) - expf(kFreeExponent - shift);
   return feature;
 }
@@ -85,24 +84,11 @@ __device__ __forceinline__ void accumulate(Poles& sum, Pair<float> a, Pair<float
   (x.second > 0.f ? sum.first.second : sum.second.second) += a.second * b.second;
 }
 
-// What exponents are multiplied by before features_of takes them: bf16 operands make features of powers of two, to
-// 2^-15 of them, in a third of the instructions.
-template <class Operand>
-constexpr float kExponentUnit = Operand::kNarrow ? 1.44269504f : 1.f;
-
-// e^x − 1 for an exponent in units of ln 2: the power, or, where its last bits would be all that is left, a series.
-__device__ __forceinline__ float quick_feature(float exponent) {
-  const float series = exponent * (exponent * 0.240226507f + 0.693147181f);
-  return exponent < 0.0144f ? series : exp2_approximate(exponent) - 1.f;
-}
-
 // Features of exponents; `shift` is each one's.
-template <class Operand, bool kShifted>
+template <bool kShifted>
 __device__ __forceinline__ Pair<float> features_of(Pair<float> exponents, Pair<float> shift) {
   if constexpr (kShifted) {
     return {shifted_feature(exponents.first, shift.first), shifted_feature(exponents.second, shift.second)};
-  } else if constexpr (Operand::kNarrow) {
-    return {quick_feature(exponents.first), quick_feature(exponents.second)};
   } else {
     return {expm1_of_exponent(exponents.first), expm1_of_exponent(exponents.second)};
   }
@@ -140,48 +126,32 @@ __device__ __forceinline__ float shifted_epsilon(float token_shift) {
 // What the queries of one head are turned into features and normalizers with, in shared memory.
 template <int kWidth>
 struct alignas(16) HeadTables {
-  float2 temperatures[2][kWidth];  // of each flow, in exponents' units: first, second pole
+  float2 temperatures[2][kWidth];  // of each flow: first, second pole
   float2 means[kWidth];
   float2 shifts[kWidth / 2];  // of pairs
 
   // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
-  template <class Operand, class Arguments>
-  __device__ __forceinline__ bool load(const Arguments& f, const Item& item, int threads) {
-    constexpr float kUnit = kExponentUnit<Operand>;
+  template <class Arguments>
+  __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
     const int width = f.shape.head_width, features = 2 * width;
-    const float* mean = f.key_mean + int64_t{item.head} * features;
+    const float* mean = f.key_mean + int64_t{split.head} * features;
     for (int i = opaque(int(threadIdx.x)); i < kWidth; i += threads) {
       means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
       for (int flow = 0; flow < 2; ++flow) {
-        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{item.head_in_batch} * features;
+        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{split.head_in_batch} * features;
         temperatures[flow][i] = make_float2(0.f, 0.f);
         if (i >= width) continue;
-        temperatures[flow][i] = make_float2(kUnit * logistic(logits[i]), kUnit * logistic(logits[width + i]));
+        temperatures[flow][i] = make_float2(logistic(logits[i]), logistic(logits[width + i]));
       }
     }
     bool shifted = false;
     for (int i = opaque(int(threadIdx.x)); i < kWidth / 2; i += threads) {
-      const float* shift = f.key_shift + int64_t{item.head} * width + i;
+      const float* shift = f.key_shift + int64_t{split.head} * width + i;
       shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
       shifted |= shifts[i].x > 0.f || shifts[i].y > 0.f;
     }
     return shifted;
   }
 };
-
-// Over the lanes of one g, or of the warp; every lane receives the result.
-__device__ __forceinline__ float sum_over_members(float x) {
-  x += __shfl_xor_sync(kWholeWarp, x, 1);
-  return x + __shfl_xor_sync(kWholeWarp, x, 2);
-}
-__device__ __forceinline__ float max_over_members(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kWholeWarp, x, 2));
-}
-__device__ __forceinline__ float max_over_warp(float x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kWholeWarp, x, lanes));
-  return x;
-}
 
 }  // namespace polaformer

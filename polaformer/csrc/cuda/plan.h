@@ -4,8 +4,8 @@
 // columns; 2D features. A *head* below is one of the B·H.
 //
 // A plan is a pure function of the shape and of the number of multiprocessors: the same bits on every run, and on
-// every GPU of one kind. The tokens of a head are dealt to several *items*, one block each, so that the items fill the
-// chip; what they sum goes to a workspace and is added in order.
+// every GPU of one kind. The tokens of a head are dealt to several *splits*, one block each, so that the splits fill
+// the chip; what they sum goes to a workspace and is added in order.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace polaformer {
 
-constexpr int64_t kMaxTokens = 1 << 24;  // of a head: places in the table of turns are ints
+constexpr int64_t kMaxTokens = 1 << 24;  // of a head: places in the tables of turns have 32 bits
 
 enum class Dtype : int { kBfloat16, kHalf, kFloat };
 
@@ -29,6 +29,7 @@ struct Shape {
 
   POLAFORMER_INLINE int64_t all_heads() const { return batch * heads; }
   POLAFORMER_INLINE int tokens() const { return height * width; }
+  POLAFORMER_INLINE int even_tokens() const { return (tokens() + 1) / 2 * 2; }
   POLAFORMER_INLINE int64_t features() const { return 2 * head_width; }
   POLAFORMER_INLINE int64_t state_size() const { return features() * head_width; }  // of one head
   POLAFORMER_INLINE int padded_width() const { return (head_width + 31) / 32 * 32; }
@@ -48,7 +49,8 @@ struct Strided {
   }
 };
 
-// Which operands the kernels multiply: those of operands.cuh.
+// Which kernels serve: those of bf16.cuh, or a family of operands of tf32.cuh. fp16 has no packed kernels: it needs
+// three more mantissa bits than bf16 keeps of the features, and has not the range for them.
 enum class Path : int { kBfloat16, kFloat32, kAnyFloat32, kAny16 };
 
 inline Path choose_path(const Shape& shape, std::initializer_list<Strided> inputs) {
@@ -58,78 +60,118 @@ inline Path choose_path(const Shape& shape, std::initializer_list<Strided> input
   return aligned && shape.dtype == Dtype::kBfloat16 ? Path::kBfloat16 : Path::kAny16;
 }
 
-// How the tokens of every head are dealt to items.
-struct Split {
-  int items_per_head, tokens_per_item;
-  int64_t items;
+// Shared memory that a block may take: on cards of compute capability 8.6, 8.9 and 12.0, or on an A100, of which each
+// keeps 1 KB.
+constexpr int64_t most_shared_bytes(int padded_width) { return (padded_width <= 96 ? 99 : 163) * 1024; }
 
-  int64_t items_to_add() const { return items_per_head > 1 ? items : 0; }
+// Why no kernel serves a shape on a card, or null. Then the reference does.
+inline const char* why_not(const Shape& shape, int compute_capability_major, int64_t shared_bytes_per_block) {
+  if (compute_capability_major < 8) return "the kernels need a GPU of compute capability 8.0 or higher";
+  if (shape.head_width > kMaxHeadWidth) return "the kernels serve D up to 128";
+  if (int64_t{shape.height} * shape.width > kMaxTokens) return "the kernels serve up to 2^24 tokens";
+  if (shared_bytes_per_block < most_shared_bytes(shape.padded_width())) {
+    return "D above 96 needs more shared memory than a block of this GPU may take";
+  }
+  return nullptr;
+}
+
+// How the tokens of every head are dealt to splits.
+struct Splits {
+  int splits_per_head, tokens_per_split;
+  int64_t splits;
+
+  int64_t to_add() const { return splits_per_head > 1 ? splits : 0; }
 };
 
 struct Plan {
   Path path;
   int multiprocessors;
   float mean_weight;              // 1/N
-  Split keys, queries;            // forward: sums over keys; outputs of queries
-  Split query_grads, key_grads;   // backward, in the same roles
+  Splits keys, queries;           // forward: sums over keys; outputs of queries
+  Splits query_grads, key_grads;  // backward, in the same roles
 };
 
 // How a kernel uses a multiprocessor, in tokens and bytes.
 struct Load {
-  int tokens_per_step;  // an item has a multiple of this, but the last one of a head
+  int tokens_per_step;  // a split has a multiple of this, but the last one of a head
+  int least_tokens;     // of a split, if the head has so many
   int blocks_per_multiprocessor;
-  int64_t bytes_per_token, bytes_per_item;  // moved through memory
+  int64_t bytes_per_token, bytes_per_split;  // moved through memory
 };
 
 // The split of least estimated time: rounds of resident blocks, times what a block moves.
-inline Split split_tokens(const Shape& shape, const Load& load, int multiprocessors) {
+inline Splits deal_tokens(const Shape& shape, const Load& load, int multiprocessors) {
   const int64_t heads = std::max<int64_t>(shape.all_heads(), 1);
   const int64_t slots = int64_t{load.blocks_per_multiprocessor} * multiprocessors;
   const int64_t steps = std::max((shape.tokens() + load.tokens_per_step - 1) / load.tokens_per_step, 1);
-  const int64_t most = std::clamp<int64_t>(2 * slots / heads, 1, steps);
+  const int64_t most = std::clamp<int64_t>(
+      std::min<int64_t>(2 * slots / heads, shape.tokens() / std::max(load.least_tokens, load.tokens_per_step)), 1,
+      steps);
   int64_t best_steps = steps, best_cost = -1;
   for (int64_t parts = 1; parts <= most; ++parts) {
-    const int64_t steps_per_item = (steps + parts - 1) / parts;
-    const int64_t items = heads * ((steps + steps_per_item - 1) / steps_per_item);
-    const int64_t moved = steps_per_item * load.tokens_per_step * load.bytes_per_token + load.bytes_per_item;
-    const int64_t cost = (items + slots - 1) / slots * moved;
-    if (best_cost < 0 || cost < best_cost) best_cost = cost, best_steps = steps_per_item;
+    const int64_t steps_per_split = (steps + parts - 1) / parts;
+    const int64_t splits = heads * ((steps + steps_per_split - 1) / steps_per_split);
+    const int64_t moved = steps_per_split * load.tokens_per_step * load.bytes_per_token + load.bytes_per_split;
+    const int64_t cost = (splits + slots - 1) / slots * moved;
+    if (best_cost < 0 || cost < best_cost) best_cost = cost, best_steps = steps_per_split;
   }
-  const int items_per_head = static_cast<int>((steps + best_steps - 1) / best_steps);
-  return {items_per_head, static_cast<int>(best_steps * load.tokens_per_step), shape.all_heads() * items_per_head};
+  const int splits_per_head = static_cast<int>((steps + best_steps - 1) / best_steps);
+  return {splits_per_head, static_cast<int>(best_steps * load.tokens_per_step), shape.all_heads() * splits_per_head};
 }
 
 // Tokens that a block of each kernel works on at a time.
-constexpr int kKeyTokens = 32, kQueryTokens = 64, kQueryGradTokens = 16, kKeyGradTokens = 64;
+constexpr int kSumTokens = 32, kQueryTokens = 64, kQueryGradTokens = 16, kKeyGradTokens = 64;
 
 // Blocks of a kernel that share a multiprocessor, at W = 32, 64, 96, 128: registers and shared memory allow as many.
-struct Residents {
+struct BlocksPerSm {
   int bf16[4], tf32[4];
   constexpr int at(bool narrow, int padded_width) const { return (narrow ? bf16 : tf32)[padded_width / 32 - 1]; }
 };
 // Whether so many blocks of such shared memory do, of which every block takes 1 KB more: of an A100, which has 164 KB.
 constexpr bool fit(int blocks, int64_t shared_bytes) { return blocks * (shared_bytes + 1024) <= 164 * 1024; }
-constexpr Residents kKeyResidents = {{8, 3, 2, 1}, {6, 2, 1, 1}};
-constexpr Residents kQueryResidents = {{4, 3, 3, 2}, {2, 2, 2, 1}};
-constexpr Residents kQueryGradResidents = {{4, 2, 1, 1}, {2, 1, 1, 1}};
-constexpr Residents kKeyGradResidents = {{4, 3, 3, 2}, {2, 2, 1, 1}};
+constexpr BlocksPerSm kKeyBlocksPerSm = {{8, 3, 2, 1}, {6, 2, 1, 1}};
+constexpr BlocksPerSm kQueryBlocksPerSm = {{3, 2, 2, 2}, {2, 2, 2, 1}};
+constexpr BlocksPerSm kQueryGradBlocksPerSm = {{6, 3, 2, 1}, {2, 1, 1, 1}};
+constexpr BlocksPerSm kKeyGradBlocksPerSm = {{4, 3, 3, 2}, {2, 2, 1, 1}};
 
 inline Plan make_plan(const Shape& shape, Path path, int multiprocessors) {
   const int64_t token = shape.head_width * bytes_of(shape.dtype), state = 4 * shape.state_size();
-  const auto split = [&](int tokens, const Residents& residents, int64_t per_token, int64_t per_item) {
-    const int blocks = residents.at(path == Path::kBfloat16, shape.padded_width());
-    return split_tokens(shape, {tokens, blocks, per_token, per_item}, multiprocessors);
+  const bool is_bf16 = path == Path::kBfloat16;
+  const auto split = [&](int tokens, int least, const BlocksPerSm& blocks_per_sm, int64_t per_token,
+                         int64_t per_split) {
+    const int blocks = blocks_per_sm.at(is_bf16, shape.padded_width());
+    return deal_tokens(shape, {tokens, least, blocks, per_token, per_split}, multiprocessors);
   };
+  // Of what a split sums there are 8·D² bytes: with 2·D tokens no more than of the two bf16 inputs that it reads.
+  const int least = 2 * shape.head_width;
   return {
       .path = path,
       .multiprocessors = multiprocessors,
       .mean_weight = 1.f / static_cast<float>(shape.tokens()),
-      .keys = split(kKeyTokens, kKeyResidents, 2 * token, 2 * state),
-      .queries = split(kQueryTokens, kQueryResidents, 2 * token, state),
-      .query_grads = split(kQueryGradTokens, kQueryGradResidents, 3 * token, 3 * state),
-      .key_grads = split(kKeyGradTokens, kKeyGradResidents, 4 * token, state),
+      .keys = split(kSumTokens, least, kKeyBlocksPerSm, 2 * token, 2 * state),
+      .queries = split(kQueryTokens, 1, kQueryBlocksPerSm, 2 * token, state),
+      .query_grads = split(is_bf16 ? kSumTokens : kQueryGradTokens, least, kQueryGradBlocksPerSm,
+                           (is_bf16 ? 5 : 3) * token, 3 * state),
+      .key_grads = split(kKeyGradTokens, 1, kKeyGradBlocksPerSm, 4 * token, state),
   };
 }
+
+// Cosines and sines of two neighbouring pairs, two bf16 each. Tables of them have 16 columns of all positions together,
+// so that what a warp reads of eight neighbouring tokens lies side by side.
+struct alignas(8) CosSin {
+  uint32_t cosine, sine;
+};
+
+// Where a token's row and column lie in such a table, in bytes.
+struct alignas(8) RotaryPlace {
+  uint32_t by_row, by_column;
+};
+
+// What a query's gradient hands on to the sums over queries, of either flow: z·dz as the sum of two bf16, and 1/z.
+struct alignas(16) QueryWeights {
+  uint32_t grad_normalizers[2];
+  float inverses[2];
+};
 
 // Arguments of all forward kernels; (shape) of each buffer beside it, floats unless said otherwise.
 struct Forward {
@@ -139,26 +181,31 @@ struct Forward {
   const float *same_logits, *opposite_logits;  // (H, 2D)
   float angles[kMaxHeadWidth / 2];             // per unit of distance, for each of the D/2 pairs
 
-  void* out;          // (B, N, H, D) of the shape's dtype
-  float* state;       // (B·H, 2D, D)
-  float* key_mean;    // (B·H, 2D)
-  float* key_shift;   // (B·H, D)
+  void* out;         // (B, N, H, D) of the shape's dtype
+  float* state;      // (B·H, 2D, D)
+  float* key_mean;   // (B·H, 2D)
+  float* key_shift;  // (B·H, D)
 
   // Workspaces, of no meaning before or after.
-  float* turns;          // (height + width, W/2, 2): cosine and sine
-  float* item_state;     // (key items, 2D, D); with one item per head they are the state
-  float* item_mean;      // (key items, 2D); likewise
-  float* item_loudness;  // (key items): the largest |k|
-  float* item_spoiled;   // (query items): not 0 where exponents above the free ones were met
+  float* turns;                // (height + width, W/2, 2): cosine and sine
+  CosSin* packed_turns;        // (W/16, height + width, 4): the same of two pairs at a time, in bf16
+  RotaryPlace* rotary_places;  // (N, rounded up to an even number): where each token's row and column lie there
+  float* split_state;          // (key splits, 2D, D); with one split per head they are the state
+  float* split_mean;           // (key splits, 2D); likewise
+  float* split_max_abs;        // (key splits): the largest |k|
+  float* needs_shift;          // (query splits): not 0 where exponents above the free ones were met
 
   // Places the workspaces: `take` gives room for so many floats, aligned to 16 bytes.
   template <class Take>
   void take_workspaces(Take take) {
     turns = take(shape.turns_size());
-    item_state = take(plan.keys.items_to_add() * shape.state_size());
-    item_mean = take(plan.keys.items_to_add() * shape.features());
-    item_loudness = take(plan.keys.items);
-    item_spoiled = take(plan.queries.items);
+    const bool is_bf16 = plan.path == Path::kBfloat16;
+    packed_turns = reinterpret_cast<CosSin*>(take(is_bf16 ? shape.turns_size() / 2 : 0));
+    rotary_places = reinterpret_cast<RotaryPlace*>(take(is_bf16 ? 2 * int64_t{shape.even_tokens()} : 0));
+    split_state = take(plan.keys.to_add() * shape.state_size());
+    split_mean = take(plan.keys.to_add() * shape.features());
+    split_max_abs = take(plan.keys.splits);
+    needs_shift = take(plan.queries.splits);
   }
 };
 
@@ -170,26 +217,33 @@ struct Backward {
   const float *state, *key_mean, *key_shift;
   float angles[kMaxHeadWidth / 2];
 
-  void *grad_q, *grad_k, *grad_v;                          // (B, N, H, D) of the shape's dtype
-  float *grad_same_logits, *grad_opposite_logits;          // (H, 2D)
+  void *grad_q, *grad_k, *grad_v;                  // (B, N, H, D) of the shape's dtype
+  float *grad_same_logits, *grad_opposite_logits;  // (H, 2D)
 
-  float* turns;             // as in forward
-  float* grad_state;        // (B·H, 2D, D)
-  float* grad_mean;         // (B·H, 2D)
-  float* item_grad_state;   // (query items, 2D, D); with one item per head they are grad_state
-  float* item_grad_mean;    // (query items, 2 flows, 2D)
-  float* item_grad_logits;  // (query items, 2 flows, 2D)
-  float* item_spoiled;      // (query items)
+  float* turns;  // as in forward
+  CosSin* packed_turns;
+  RotaryPlace* rotary_places;
+  float* grad_state;            // (B·H, 2D, D)
+  float* grad_mean;             // (B·H, 2D)
+  float* split_grad_state;      // (query splits, 2D, D); with one split per head they are grad_state
+  float* split_grad_mean;       // (query splits, 2 flows, 2D)
+  float* split_grad_logits;     // (query splits, 2 flows, 2D)
+  float* needs_shift;           // (query splits)
+  QueryWeights* query_weights;  // (B·H, N), of aligned bf16
 
   template <class Take>
   void take_workspaces(Take take) {
     turns = take(shape.turns_size());
+    const bool is_bf16 = plan.path == Path::kBfloat16;
+    packed_turns = reinterpret_cast<CosSin*>(take(is_bf16 ? shape.turns_size() / 2 : 0));
+    rotary_places = reinterpret_cast<RotaryPlace*>(take(is_bf16 ? 2 * int64_t{shape.even_tokens()} : 0));
     grad_state = take(shape.all_heads() * shape.state_size());
     grad_mean = take(shape.all_heads() * shape.features());
-    item_grad_state = take(plan.query_grads.items_to_add() * shape.state_size());
-    item_grad_mean = take(plan.query_grads.items * 2 * shape.features());
-    item_grad_logits = take(plan.query_grads.items * 2 * shape.features());
-    item_spoiled = take(plan.query_grads.items);
+    split_grad_state = take(plan.query_grads.to_add() * shape.state_size());
+    split_grad_mean = take(plan.query_grads.splits * 2 * shape.features());
+    split_grad_logits = take(plan.query_grads.splits * 2 * shape.features());
+    needs_shift = take(plan.query_grads.splits);
+    query_weights = reinterpret_cast<QueryWeights*>(take(is_bf16 ? 4 * shape.all_heads() * shape.tokens() : 0));
   }
 };
 

@@ -12,6 +12,8 @@ struct TurnsTable {
   int pairs;  // W/2
   float angles[kMaxHeadWidth / 2];
   float* turns;
+  uint16_t* packed;  // null but of aligned bf16
+  RotaryPlace* places;
 };
 
 constexpr int kThreads = 128;
@@ -41,20 +43,37 @@ __device__ __forceinline__ float2 turn_of(float angle) {
 
 __global__ void __launch_bounds__(kThreads) fill_turns(const TurnsTable table) {
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (table.packed && index < table.shape.even_tokens()) {
+    constexpr unsigned kBytes = 4 * sizeof(CosSin);
+    const unsigned width = table.shape.width, row = static_cast<unsigned>(index) / width;
+    const unsigned column = static_cast<unsigned>(index) - row * width;
+    table.places[index] = {min(row, unsigned(table.shape.height) - 1) * kBytes, (table.shape.height + column) * kBytes};
+  }
   const int64_t place = index / table.pairs;
   const int pair = static_cast<int>(index - place * table.pairs);
   if (place >= table.shape.height + table.shape.width) return;
   const int position = static_cast<int>(place < table.shape.height ? place : place - table.shape.height);
   const float angle = 2 * pair < table.shape.head_width ? table.angles[pair] : 0.f;
-  reinterpret_cast<float2*>(table.turns)[index] = turn_of(static_cast<float>(position) * angle);
+  const float2 turn = turn_of(static_cast<float>(position) * angle);
+  reinterpret_cast<float2*>(table.turns)[index] = turn;
+  if (!table.packed) return;
+  // Of eight pairs, two to an entry: cosine, cosine, sine, sine.
+  const int64_t positions = table.shape.height + table.shape.width;
+  uint16_t* entry = table.packed + (pair / 8 * positions + place) * 16 + pair % 8 / 2 * 4 + pair % 2;
+  entry[0] = static_cast<uint16_t>(pack_bf16(turn.x, 0.f)), entry[2] = static_cast<uint16_t>(pack_bf16(turn.y, 0.f));
 }
 
 }  // namespace
 
-const char* make_turns(float* turns, const Shape& shape, const float (&angles)[kMaxHeadWidth / 2], void* stream) {
-  TurnsTable table{shape, shape.padded_width() / 2, {}, turns};
-  std::copy(std::begin(angles), std::end(angles), table.angles);
-  return launch(fill_turns, {(shape.turns_size() / 2 + kThreads - 1) / kThreads, kThreads, 0}, stream, table);
+template <class Arguments>
+const char* make_turns(const Arguments& f, void* stream) {
+  TurnsTable table{f.shape, f.shape.padded_width() / 2, {}, f.turns, nullptr, f.rotary_places};
+  if (f.plan.path == Path::kBfloat16) table.packed = reinterpret_cast<uint16_t*>(f.packed_turns);
+  std::copy(std::begin(f.angles), std::end(f.angles), table.angles);
+  const int64_t entries = std::max<int64_t>(f.shape.turns_size() / 2, f.shape.even_tokens());
+  return launch(fill_turns, {(entries + kThreads - 1) / kThreads, kThreads, 0}, stream, table);
 }
+template const char* make_turns(const Forward&, void*);
+template const char* make_turns(const Backward&, void*);
 
 }  // namespace polaformer

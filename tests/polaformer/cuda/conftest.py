@@ -27,7 +27,7 @@ class Emulated:
     key_shift: torch.Tensor
     grads: tuple[torch.Tensor, ...]
     path: str
-    items_per_head: tuple[int, int, int, int]  # keys, queries, gradients of queries, of keys
+    splits_per_head: tuple[int, int, int, int]  # keys, queries, gradients of queries, of keys
 
 
 @dataclass
@@ -100,13 +100,13 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multip
     def take_tokens():
         return take((batch, tokens, heads, head_width), q.dtype).transpose(1, 2)
 
-    path, *items = take((5,), torch.int32).tolist()
+    path, *splits = take((5,), torch.int32).tolist()
     out, state = take_tokens(), take((batch, heads, 2 * head_width, head_width), torch.float32)
     mean, shift = take((batch, heads, 2 * head_width), torch.float32), take((batch, heads, head_width), torch.float32)
     grads = ()
     if grad_out is not None:
         grads = *(take_tokens() for _ in range(3)), *(take((heads, 2 * head_width), torch.float32) for _ in range(2))
-    return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(items))
+    return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(splits))
 
 
 def make_emulator(tmp_path_factory, *options: str):

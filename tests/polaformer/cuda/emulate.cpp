@@ -81,10 +81,10 @@ int main(int, char** arguments) {
   forward.take_workspaces([&](int64_t floats) { return request.make<float>(floats); });
   check(run_forward(forward, nullptr));
   answer.write(&path, sizeof path);
-  answer.write(&forward.plan.keys.items_per_head, sizeof(int));
-  answer.write(&forward.plan.queries.items_per_head, sizeof(int));
-  answer.write(&forward.plan.query_grads.items_per_head, sizeof(int));
-  answer.write(&forward.plan.key_grads.items_per_head, sizeof(int));
+  answer.write(&forward.plan.keys.splits_per_head, sizeof(int));
+  answer.write(&forward.plan.queries.splits_per_head, sizeof(int));
+  answer.write(&forward.plan.query_grads.splits_per_head, sizeof(int));
+  answer.write(&forward.plan.key_grads.splits_per_head, sizeof(int));
   answer.write(forward.out, elements * bytes);
   answer.write(forward.state, state * sizeof(float));
   answer.write(forward.key_mean, features * sizeof(float));

@@ -314,8 +314,44 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row, bool transpo
       });
   std::copy(words.begin(), words.end(), fragment);
 }
-inline void load_matrices(uint32_t (&fragment)[4], const void* row) { load_matrices(fragment, row, false); }
-inline void load_matrices_transposed(uint32_t (&fragment)[4], const void* row) { load_matrices(fragment, row, true); }
+
+struct SharedPointer {
+  char* address;
+
+  explicit SharedPointer(const void* pointer) : address(static_cast<char*>(const_cast<void*>(pointer))) {
+    const emulator::Block& b = *emulator::block;
+    if (address < b.shared || address >= b.shared + b.shared_bytes) emulator::fail("a pointer is not of shared memory");
+  }
+  SharedPointer operator+(int bytes) const {
+    SharedPointer moved = *this;
+    moved.address += bytes;
+    return moved;
+  }
+};
+
+inline void load_matrices(uint32_t (&fragment)[4], SharedPointer row) { load_matrices(fragment, row.address, false); }
+inline void load_matrices_transposed(uint32_t (&fragment)[4], SharedPointer row) {
+  load_matrices(fragment, row.address, true);
+}
+inline uint4 load_words(SharedPointer place) {
+  check_aligned(place.address, "ld.shared.v4");
+  return *reinterpret_cast<const uint4*>(place.address);
+}
+inline void store_words(SharedPointer place, uint4 words) {
+  check_aligned(place.address, "st.shared.v4");
+  *reinterpret_cast<uint4*>(place.address) = words;
+}
+
+// PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and writing
+// the transposed elements to destination d"; fragments as of ldmatrix.
+inline uint32_t transpose_matrix(uint32_t fragment) {
+  return emulator::warp_instruction<uint32_t>("movmatrix", fragment, [](const auto& given, auto& received) {
+    const auto element = [&](int row, int column) { return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff; };
+    for (int lane = 0; lane < 32; ++lane) {
+      received[lane] = element(2 * (lane % 4), lane / 4) | element(2 * (lane % 4) + 1, lane / 4) << 16;
+    }
+  });
+}
 
 // One mma of shape 16×8×K. PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type" and "… mma.m16n8k8":
 //
@@ -409,12 +445,38 @@ inline uint32_t pack_bf16_finite(float low, float high) {
   return pack_bf16(limit(low), limit(high));
 }
 
+using Bf16x2 = uint32_t;
+
+// What `one` makes of the low halves, and of the high ones, as bf16.
+template <class One, class... Words>
+Bf16x2 each_half(One one, Words... words) {
+  return round_to_bf16(one(float_of(words << 16)...)) | uint32_t{round_to_bf16(one(float_of(words & 0xffff0000u)...))} << 16;
+}
+// Rounded once: a product of bf16 is exact in double, and a sum's double rounding would take 37 zeros or ones in a row.
+inline Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
+  return each_half([](float x, float y, float z) { return std::fma(x, y, z); }, a, b, c);
+}
+inline Bf16x2 negate_bf16x2(Bf16x2 a) { return a ^ 0x80008000u; }
+inline Bf16x2 absolute_bf16x2(Bf16x2 a) { return a & 0x7fff7fffu; }
+inline Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) { return each_half([](float x, float y) { return std::fmax(x, y); }, a, b); }
+inline uint32_t nonzero_bf16x2(Bf16x2 a) {
+  return (a & 0x7fffu ? 0xffffu : 0u) | (a & 0x7fff0000u ? 0xffff0000u : 0u);
+}
+inline Bf16x2 low_halves(Bf16x2 a, Bf16x2 b) { return (a & 0xffffu) | b << 16; }
+inline Bf16x2 high_halves(Bf16x2 a, Bf16x2 b) { return a >> 16 | (b & 0xffff0000u); }
+inline uint32_t low_signs(Bf16x2 a, Bf16x2 b) { return (a >> 15 & 1) * 0xffffu | (b >> 15 & 1) * 0xffff0000u; }
+inline uint32_t high_signs(Bf16x2 a, Bf16x2 b) { return low_signs(a >> 16, b >> 16); }
+
 template <class T>
 T opaque(T x) {
   return x;
 }
+// PTX ISA, lg2: "max absolute error 2^-22 when the input operand is in the range (0.5, 2); … relative error 2^-22".
+inline float log2_approximate(float x) { return static_cast<float>(std::log2(static_cast<double>(x)) * (1 + 0x1p-22)); }
 // "ex2.approx.ftz.f32 implements a fast approximation … max relative error 2^-22": so far off, either way.
+// Of ±0 it is 1 exactly.
 inline float exp2_approximate(float x) {
+  if (x == 0) return 1.f;
   const double error = std::bit_cast<uint32_t>(x) & 1 ? 0x1p-22 : -0x1p-22;
   return static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error));
 }
@@ -446,13 +508,14 @@ void store_words(void* global, const uint32_t (&words)[kCount]) {
   std::copy(words, words + kCount, static_cast<uint32_t*>(global));
 }
 
-inline void copy_async(void* shared, const void* global, bool valid) {
+inline void copy_async(SharedPointer target, const void* global, bool valid) {
+  char* const shared = target.address;
   check_aligned(shared, "cp.async");
   if (valid) check_aligned(global, "cp.async");
   std::memset(shared, 0xff, 16);
   emulator::Block& b = *emulator::block;
   b.fibers[b.current].copies.back().push_back(
-      {static_cast<char*>(shared), static_cast<const char*>(global), valid});
+      {shared, static_cast<const char*>(global), valid});
 }
 inline void commit_copies() {
   emulator::Block& b = *emulator::block;

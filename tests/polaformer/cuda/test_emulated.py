@@ -99,15 +99,44 @@ def test_layouts(emulate, dtype, arrange, path):
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
 def test_tokens_of_a_head_among_several_blocks(emulate, dtype):
-    """An odd number of tokens, the last items incomplete; one block a head gives the same to rounding."""
+    """An odd number of tokens, the last splits incomplete; one block a head gives the same to rounding."""
     inputs, size = make_inputs((1, 2, 281, 32), dtype), (281, 1)
     grad_out = make_grad_out(inputs[0])
     exact = compute_exact(inputs, size, grad_out)
     split, whole = (emulate(inputs, size, grad_out, multiprocessors=count) for count in (132, 1))
-    assert min(split.items_per_head) > 1
-    assert split.items_per_head > whole.items_per_head
+    assert min(split.splits_per_head) > 1
+    assert split.splits_per_head > whole.splits_per_head
     assert_near(split, exact, LIMITS[dtype])
     assert_near(whole, exact, LIMITS[dtype])
+
+
+def test_float32_stays_exact_over_many_tokens(emulate):
+    """One split has all tokens of b5's first stage, as with 128 images: 196 products are added up for each sum, which
+    tensor cores alone, rounding toward zero, would do to 3e-5."""
+    inputs, size = make_inputs((1, 1, 3136, 96), torch.float32), (56, 56)
+    grad_out = make_grad_out(inputs[0])
+    found = emulate(inputs, size, grad_out, multiprocessors=1)
+    assert found.splits_per_head[0] == found.splits_per_head[2] == 1
+    for name, actual, wanted in zip(
+        NAMES, (found.out, *found.grads), compute_exact(inputs, size, grad_out), strict=True
+    ):
+        assert (actual.double() - wanted).norm() < 2e-6 * wanted.norm(), name
+
+
+@pytest.mark.parametrize("head_width", [16, 32, 64, 80, 96, 128])
+def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_width):
+    """Packed features and turns lose no more than the plain formulas in bf16 do."""
+    inputs, size = make_inputs((1, 2, 143, head_width), torch.bfloat16), (11, 13)
+    grad_out = make_grad_out(inputs[0])
+    found = emulate(inputs, size, grad_out)
+    assert found.path == "bfloat16"
+    wanted = compute_exact(inputs, size, grad_out)
+    plain = [x.detach().requires_grad_() for x in inputs]
+    out = reference.plain(*plain, *size)
+    eager = (out, *torch.autograd.grad(out, plain, grad_out))
+    for name, actual, of_eager, exact in zip(NAMES, (found.out, *found.grads), eager, wanted, strict=True):
+        error, allowed = ((x.detach().double() - exact).norm() / exact.norm() for x in (actual, of_eager))
+        assert error < 1.2 * allowed, name
 
 
 @pytest.mark.parametrize("scale", [1, 30])
@@ -155,7 +184,7 @@ def test_finite_whatever_comes(emulate, dtype, largest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_one_loud_head_does_not_touch_its_neighbours(emulate, dtype):
-    """The shift is one head's and one item's: the other head has the bits that it has without it."""
+    """The shift is one head's and one split's: the other head has the bits that it has without it."""
     inputs, size = make_inputs((1, 2, 85, 32), dtype), (5, 17)
     loud = [x.clone() for x in inputs]
     loud[1][:, 1, 3] *= 40
@@ -177,6 +206,34 @@ def test_rows_whose_normalizer_is_zero(emulate, dtype):
     found = emulate(inputs, (2, 3), grad_out.to(dtype))
     assert exact[0].abs().max() > 0.1  # divided by epsilon alone
     assert_near(found, exact, LIMITS[dtype], of_order=1e-3)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@pytest.mark.parametrize("scale", [1, 30])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_not_a_number_stays_one(emulate, dtype, scale, index):
+    """A NaN among q, k or v, with a shift and without one: where results of the reference are NaN, these are."""
+    inputs, size = make_inputs((1, 2, 35, 32), dtype, scale), (5, 7)
+    inputs[index][0, 1, 20, 3] = torch.nan
+    grad_out = make_grad_out(inputs[0])
+    found, exact = emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out)
+    for name, actual, wanted in zip(NAMES[:4], (found.out, *found.grads[:3]), exact[:4], strict=True):
+        spoiled = wanted.isnan().any(dim=-1)  # of tokens: of those at least as many
+        assert (actual.isnan().any(dim=-1) | ~spoiled).all(), name
+        assert actual[0, 0].isfinite().all(), name
+
+
+@pytest.mark.parametrize("tiny", [1e-3, 1e-5, 1e-7, 0])
+@pytest.mark.parametrize("index", [0, 1])
+def test_tiny_queries_and_keys(emulate, tiny, index):
+    """Features of bf16 are off by 2^-22: exact for numbers down to 1e-4, and finite for all that are smaller."""
+    inputs, size = make_inputs((1, 2, 35, 32), torch.bfloat16), (5, 7)
+    inputs[index][:, :, 3:] *= tiny
+    grad_out = make_grad_out(inputs[0])
+    found = emulate(inputs, size, grad_out)
+    if tiny == 1e-3:
+        assert_near(found, compute_exact(inputs, size, grad_out), LIMITS[torch.bfloat16])
+    assert all(x.isfinite().all() for x in (found.out, *found.grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

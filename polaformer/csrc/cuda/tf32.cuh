@@ -1,0 +1,220 @@
+// Matrices of float32 that the tensor cores multiply in tf32, spread over a warp: A fragments of 16 × 16, B fragments
+// of 16 × 8 and accumulators of 16 × 8, each for two mma.m16n8k8. Of float32 inputs, upper·upper + upper·lower +
+// lower·upper parts, three times as many: close to float32's accuracy.
+//
+// With g = lane / 4 and t = lane % 4 a thread has of
+//   A            rows {g, g + 8}, columns {2t, 2t + 1, 2t + 8, 2t + 9}
+//   B            rows {2t, 2t + 1, 2t + 8, 2t + 9}, column g
+//   accumulator  rows {g, g + 8}, columns {2t, 2t + 1}: entries (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// as of mma.m16n8k16. tf32 instructions number the inner index otherwise; it is summed over, so numbering it alike on
+// both sides is enough.
+#pragma once
+
+#include <type_traits>
+
+#include "tokens.cuh"
+
+namespace polaformer {
+
+// A family of operands: aligned rows are loaded by vectors of 16 bytes, others element by element.
+template <bool kAligned, bool kThreeProducts>
+struct Tensor32 {
+  static constexpr bool kVectors = kAligned, kFloatInputs = kThreeProducts;
+  static constexpr int kPadding = 4;  // of a row in shared memory: rows start in different banks
+
+  template <int kCount>
+  struct Neighbours {
+    float values[kCount];
+    __device__ __forceinline__ float operator[](int i) const { return values[i]; }
+    __device__ __forceinline__ void drop_four() {
+      for (int i = 0; i + 4 < kCount; ++i) values[i] = values[i + 4];
+    }
+  };
+
+  struct FragmentA {
+    float values[2][4];  // of each of two instructions: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+    __device__ __forceinline__ void set(int lower_row, int upper, float first, float second) {
+      values[upper][lower_row] = first, values[upper][lower_row + 2] = second;
+    }
+    __device__ __forceinline__ void set_one(int lower_row, int upper, int odd, float x) {
+      values[upper][lower_row + 2 * odd] = x;
+    }
+    __device__ __forceinline__ void set(const Neighbours<8> (&rows)[2], int half) {
+      for (int i = 0; i < 8; ++i) values[i / 4][i % 4] = rows[i % 2].values[4 * half + i / 4 * 2 + i % 4 / 2];
+    }
+  };
+  struct FragmentB {
+    float values[2][2];  // of each of two instructions: (t, g), (t + 4, g)
+  };
+
+  static __device__ __forceinline__ Dtype dtype(Dtype given) { return kThreeProducts ? Dtype::kFloat : given; }
+
+  static __device__ __forceinline__ void load(FragmentB (&b)[2], const float* corner, int stride) {
+    __syncwarp();  // keeps loads of later operands from being moved up here, where they would occupy registers
+    const float* column = corner + 2 * lane_member() * stride + lane_group();
+    for (int i = 0; i < 8; ++i) {
+      b[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
+    }
+  }
+  static __device__ __forceinline__ void load_transposed(FragmentB (&b)[2], const float* corner, int stride) {
+    __syncwarp();
+    const float* row = corner + lane_group() * stride + 2 * lane_member();
+    for (int i = 0; i < 4; ++i) {
+      auto& pair = b[i / 2].values[i % 2];
+      const auto both = *reinterpret_cast<const float2*>(row + i / 2 * 8 * stride + i % 2 * 8);
+      pair[0] = both.x, pair[1] = both.y;
+    }
+  }
+
+  // Adds a·b to two accumulators side by side.
+  static __device__ __forceinline__ void multiply(Accumulator& first, Accumulator& second, const FragmentA& a,
+                                                  const FragmentB (&b)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t a_upper[4], a_lower[4];
+      split(a_upper, a_lower, a.values[i]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        Accumulator& sum = j ? second : first;
+        uint32_t b_upper[2], b_lower[2];
+        split(b_upper, b_lower, b[j].values[i]);
+        if constexpr (kThreeProducts) {
+          multiply_tf32(sum, a_upper, b_lower);
+          multiply_tf32(sum, a_lower, b_upper);
+        }
+        multiply_tf32(sum, a_upper, b_upper);
+      }
+    }
+  }
+
+  // The same for sums over many tokens. Tensor cores round each sum toward zero, which a thousand times is more than
+  // float32 may lose; so products of 16 tokens are added by ordinary additions.
+  static __device__ __forceinline__ void add_product(Accumulator& first, Accumulator& second, const FragmentA& a,
+                                                     const FragmentB (&b)[2]) {
+    if constexpr (!kThreeProducts) return multiply(first, second, a, b);
+    Accumulator product[2] = {};
+    multiply(product[0], product[1], a, b);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) first[i] += product[0][i], second[i] += product[1][i];
+    __syncwarp();  // keeps later products from being begun before, where they would occupy registers
+  }
+
+ private:
+  // Numbers as the sums of two of tf32.
+  template <int kCount>
+  static __device__ __forceinline__ void split(uint32_t (&upper)[kCount], uint32_t (&lower)[kCount],
+                                               const float (&x)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      upper[i] = round_to_tf32(x[i]);
+      lower[i] = round_to_tf32(x[i] - __builtin_bit_cast(float, upper[i]));
+    }
+  }
+};
+
+using Float32 = Tensor32<true, true>;      // aligned float32
+using AnyFloat32 = Tensor32<false, true>;  // float32, one element at a time
+using Any16 = Tensor32<false, false>;      // fp16 or bf16, one element at a time; they fit tf32: one product is enough
+
+// Starts copying kRows tokens from `first` on into a tile of rows of W + padding elements; zeros from `end` on.
+template <class Operand, int kRows, int kWidth>
+__device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloatInputs>& rows, bool halves, int first,
+                                          int end, int thread, int threads) {
+  constexpr int kStride = kWidth + Operand::kPadding;
+  if constexpr (Operand::kVectors) {
+#pragma unroll
+    for (int i = thread; i < kRows * kWidth / 4; i += threads) {
+      const int row = i / (kWidth / 4), padded = i % (kWidth / 4) * 4;
+      const int column = column_of<kWidth>(padded, rows.head_width, halves);
+      const bool valid = first + row < end && column >= 0;
+      copy_async(SharedPointer(tile + row * kStride + padded), valid ? rows.at(first + row, column) : rows.data, valid);
+    }
+  } else {
+    for (int i = thread; i < kRows * kWidth; i += threads) {
+      const int row = i / kWidth, padded = i % kWidth;
+      const int column = column_of<kWidth>(padded, rows.head_width, halves);
+      const bool valid = first + row < end && column >= 0;
+      tile[row * kStride + padded] = valid ? rows.load(first + row, column) : 0.f;
+    }
+  }
+}
+
+// Four or eight neighbouring elements of a token's row, zeros beyond its width.
+template <class Operand, int kCount>
+__device__ __forceinline__ typename Operand::template Neighbours<kCount> load_neighbours(
+    const Rows<Operand::kFloatInputs>& rows, int token, int column) {
+  typename Operand::template Neighbours<kCount> x = {};
+  if constexpr (!Operand::kVectors) {
+    column = opaque(column);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x.values[i] = column + i < rows.head_width ? rows.load(token, column + i) : 0.f;
+  } else if (column < rows.head_width) {
+    const char* place = rows.at(token, column);
+#pragma unroll
+    for (int i = 0; i < kCount; i += 4) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(place) + i / 4);
+      x.values[i] = four.x, x.values[i + 1] = four.y, x.values[i + 2] = four.z, x.values[i + 3] = four.w;
+    }
+  }
+  return x;
+}
+
+// Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside. Numbers beyond the largest of the
+// tensor's type become that.
+template <class Operand, int kCount>
+__device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
+                                               Dtype given) {
+  count = opaque(count);
+  const Dtype dtype = Operand::dtype(given);
+  const float most = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (i >= count) continue;
+    const float x = max_or_nan(min_or_nan(values[i], most), -most);
+    if (dtype == Dtype::kFloat) {
+      static_cast<float*>(tensor)[index + i] = x;
+    } else {
+      const uint32_t bits = dtype == Dtype::kHalf ? float_to_half(x) : pack_bf16_finite(x, 0.f);
+      static_cast<uint16_t*>(tensor)[index + i] = static_cast<uint16_t>(bits);
+    }
+  }
+}
+
+// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half
+// of them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
+template <class Operand, int kWidth, class RowOrder, class ColumnOrder>
+__device__ __forceinline__ void load_state(float* tile, const float* state, int head_width, int threads, bool halves,
+                                           RowOrder row_order, ColumnOrder column_order) {
+  constexpr int kStride = kWidth + Operand::kPadding;
+#pragma unroll 4
+  for (int i = opaque(int(threadIdx.x)); i < 2 * kWidth * kWidth / 2; i += threads) {
+    const int row = i / (kWidth / 2), padded = i % (kWidth / 2) * 2;
+    const int pole = row / kWidth, feature = row % kWidth;
+    const float* source = state + static_cast<int64_t>(pole * head_width + feature) * head_width;
+    float pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const int column = column_of<kWidth>(padded + j, head_width, halves);
+      pair[j] = feature < head_width && column >= 0 ? __ldg(source + column) : 0.f;
+    }
+    const int place = (pole * kWidth + row_order(feature)) * kStride + column_order(padded);
+    *reinterpret_cast<float2*>(tile + place) = make_float2(pair[0], pair[1]);
+  }
+}
+
+// Calls visit(operand family, padded width) with those of a plan for tf32, or of what computes with a shift.
+template <class Visitor>
+const char* visit_operand(const Plan& plan, int padded_width, Visitor visit) {
+  return visit_width(padded_width, [&](auto width) {
+    return plan.path == Path::kFloat32      ? visit(Float32(), width)
+           : plan.path == Path::kAnyFloat32 ? visit(AnyFloat32(), width)
+                                            : visit(Any16(), width);
+  });
+}
+template <class Visitor>
+const char* visit_shifted_operand(const Shape& shape, Visitor visit) {
+  return visit_width(shape.padded_width(), [&](auto width) {
+    return shape.dtype == Dtype::kFloat ? visit(AnyFloat32(), width) : visit(Any16(), width);
+  });
+}
+
+}  // namespace polaformer

@@ -1,0 +1,93 @@
+"""What the host decides before it launches CUDA kernels: splits, workspaces, and what is left to the reference."""
+
+import itertools
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[3] / "polaformer/csrc/cuda"
+BFLOAT16, HALF, FLOAT = range(3)  # of plan.h's Dtype
+H100 = (132, 9, 227 << 10)  # multiprocessors, compute capability, shared memory that a block may take
+RTX_4090 = (128, 8, 99 << 10)
+RTX_2080 = (46, 7, 64 << 10)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """workspaces: bytes forward and backward; splits: (per head, tokens of each) of the four kernels with them."""
+
+    workspaces: tuple[int, int]
+    splits: list[tuple[int, int]]
+    why_not: str
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Returns a function: shapes (B, H, height, width, D, dtype), a card → `Planned` for each."""
+    program = tmp_path_factory.mktemp("plan") / "plan"
+    subprocess.run(
+        ["g++", "-std=c++20", f"-I{KERNELS}", Path(__file__).with_name("plan.cpp"), "-o", program], check=True
+    )
+
+    def run(shapes, card=H100):
+        lines = "\n".join(" ".join(map(str, (*shape, *card))) for shape in shapes)
+        printed = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
+        for line in printed:
+            *numbers, reason = line.split(" ", 10)
+            forward, backward, *splits = map(int, numbers)
+            yield Planned((forward, backward), list(zip(splits[::2], splits[1::2], strict=True)), reason)
+
+    return run
+
+
+def test_workspaces_are_no_larger_than_the_inputs(plan):
+    """Sums of splits are the larger part: on a card of 132 multiprocessors two images would otherwise have 98 each."""
+    sizes = [(14, 14), (28, 28), (56, 56), (113, 57), (256, 256), (1, 4000)]
+    shapes = list(itertools.product((1, 2, 16, 128), (1, 2), sizes, (32, 64, 96, 128), (BFLOAT16, FLOAT)))
+    shapes = [(batch, heads, *size, head_width, dtype) for batch, heads, size, head_width, dtype in shapes]
+    for shape, planned in zip(shapes, plan(shapes), strict=True):
+        batch, heads, height, width, head_width, dtype = shape
+        tokens = batch * heads * height * width
+        inputs = 2 * tokens * head_width * (4 if dtype == FLOAT else 2)  # k and v, or q and the gradient of out
+        sums = inputs * (1 + 4 / head_width)  # of splits: (2D, D), and a few more for each of 2D
+        tables = (height + width) * head_width * 6 + height * width * 8
+        forward, backward = planned.workspaces
+        assert forward <= sums + tables + 4096, shape
+        gradients = batch * heads * 2 * head_width * (head_width + 5) * 4  # of S and m of every head
+        assert backward <= sums + gradients + 16 * tokens + tables + 4096, shape
+
+
+def test_splits_cover_every_token(plan):
+    shapes = [(batch, 3, height, 7, 96, BFLOAT16) for batch in (1, 5, 64) for height in (1, 5, 64, 600)]
+    for (batch, _, height, *_), planned in zip(shapes, plan(shapes), strict=True):
+        for count, tokens in planned.splits:
+            assert (count - 1) * tokens < height * 7 <= count * tokens, (batch, height)
+
+
+def test_splits_fill_the_card(plan):
+    """b5's first stage with 128 images: a little less than two blocks for each of 132 multiprocessors."""
+    [planned] = plan([(128, 1, 56, 56, 96, BFLOAT16)])
+    keys, queries, query_grads, key_grads = (128 * count for count, _ in planned.splits)
+    assert 240 < keys <= 264
+    assert 240 < query_grads <= 264
+    assert queries > 240
+    assert key_grads > 240
+
+
+@pytest.mark.parametrize(
+    ("card", "head_width", "reason"),
+    [
+        (H100, 96, ""),
+        (H100, 128, ""),
+        (RTX_4090, 96, ""),
+        (RTX_4090, 98, "D above 96 needs more shared memory than a block of this GPU may take"),
+        (RTX_2080, 32, "the kernels need a GPU of compute capability 8.0 or higher"),
+        (H100, 130, "the kernels serve D up to 128"),
+    ],
+)
+def test_what_is_left_to_the_reference(plan, card, head_width, reason):
+    for dtype in (BFLOAT16, HALF, FLOAT):
+        [planned] = plan([(1, 1, 4, 4, head_width, dtype)], card)
+        assert planned.why_not == reason
