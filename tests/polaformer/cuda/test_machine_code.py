@@ -13,7 +13,8 @@ import torch
 from torch.utils import cpp_extension
 
 from launch.benchmark import machine_code
-from launch.benchmark.machine_code import WIDTHS, WORK, Kernel, cost
+from launch.benchmark.kernel_costs import WORK, cost
+from launch.benchmark.machine_code import WIDTHS, Kernel
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,196 @@
+"""Warp instructions that 16 tokens of one head cost in each CUDA kernel for bf16, from its machine code.
+
+`cost` weights every instruction by how often its loops run for 16 tokens, by all warps that share these tokens. How
+often that is stands in WORK, written as the source is; it is checked against the code, in which the HMMA instructions
+must come to as many as the mathematics takes.
+
+Assumed: every warp takes every branch (a copy made by one warp of six counts six times). What is before and after the
+loop over tokens, such as loading S, belongs to a block and is not counted.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import product
+
+from launch.benchmark.machine_code import CLASSES, Kernel, Loop, UnexplainedLoops
+
+TILE_TOKENS = 16  # that costs are counted for
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A loop of the source and those in it. trips: of one run of what is around it, by padded width."""
+
+    name: str
+    trips: Callable[[int], int | Fraction]
+    inner: tuple["Nest", ...] = ()
+    multiplies: bool = True  # whether there are products in it
+
+    def nested(self) -> Iterator["Nest"]:
+        """All loops in this one."""
+        for nest in self.inner:
+            yield nest
+            yield from nest.nested()
+
+    def describe(self, width: int) -> str:
+        inside = f" ({', '.join(nest.describe(width) for nest in self.inner)})" if self.inner else ""
+        return f"{self.name} × {self.trips(width)}{inside}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a bf16 kernel does with 16 tokens of one head, by padded width W.
+
+    rows: of D elements that it reads and writes for each token. warps: that share the 16 tokens and run `loop`, of all
+    blocks that do. loop: that over tokens, which runs so often for 16 of them. products: HMMA.16816 that the
+    mathematics takes, all warps together. extra: those beyond it, each by what it is for.
+    """
+
+    rows: int
+    warps: Callable[[int], int]
+    loop: Nest
+    products: Callable[[int], int]
+    extra: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+
+    def all_products(self, width: int) -> int:
+        return self.products(width) + sum(count(width) for count in self.extra.values())
+
+
+# As forward_bf16.cu and backward_bf16.cu are written; `Nest.trips` counts as if nothing were unrolled: what the
+# compiler unrolls or peels is found out from the HMMAs in the code.
+WORK = {
+    "sum_keys": Work(
+        rows=2,  # k, v
+        warps=lambda w: w // 16,
+        loop=Nest("32 tokens", lambda w: Fraction(1, 2), (Nest("16 tokens", lambda w: 2),)),
+        products=lambda w: 2 * (w // 16) * (w // 8),
+        extra={"means": lambda w: 2 * (w // 16)},
+    ),
+    "attend": Work(
+        rows=2,  # q, out
+        warps=lambda w: 1,
+        loop=Nest(
+            "32 tokens, above W = 96 16",
+            lambda w: Fraction(1, 2) if w <= 96 else 1,
+            (Nest("16 columns", lambda w: w // 16),),
+        ),
+        products=lambda w: 2 * 2 * (w // 16) * (w // 16),
+        extra={"normalizers": lambda w: 2 * 2 * (w // 16)},
+    ),
+    "differentiate_queries": Work(
+        rows=3,  # q, dout, dq
+        warps=lambda w: 1,
+        loop=Nest(
+            "16 tokens",
+            lambda w: 1,
+            (Nest("16 columns of S dout", lambda w: w // 16), Nest("16 columns of dq", lambda w: w // 16)),
+        ),
+        products=lambda w: 2 * 2 * (w // 16) * (w // 16),
+        extra={
+            "normalizers": lambda w: 2 * 2 * (w // 16),
+            "dots": lambda w: 2 * (w // 16),
+            "logits": lambda w: 2 * 2 * (w // 16),
+        },
+    ),
+    "sum_queries": Work(
+        rows=2,  # q, dout
+        warps=lambda w: w // 16,
+        loop=Nest("32 tokens", lambda w: Fraction(1, 2), (Nest("16 tokens", lambda w: 2),)),
+        products=lambda w: 2 * 2 * (w // 16) * (w // 16),
+        extra={"means": lambda w: 2 * 2 * (w // 16)},
+    ),
+    "differentiate_keys": Work(
+        rows=4,  # k, v, dk, dv
+        warps=lambda w: 1,
+        loop=Nest("16 tokens", lambda w: 1, (Nest("16 columns", lambda w: w // 16),)),
+        products=lambda w: 2 * (2 * (w // 16) * (w // 8)),  # dS v and R(φ) dS
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Warp instructions for 16 tokens of one head, by class; clocks of one multiprocessor's shared memory for them."""
+
+    warps: int
+    trips: dict[int, Fraction]  # per 16 tokens, of each loop by its address
+    classes: dict[str, float]
+    shared_clocks: float
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.classes.values())
+
+
+def cost(kernel: Kernel, work: Work | None = None) -> Cost:
+    """What 16 tokens cost in one of WORK's kernels. Raises UnexplainedLoops if its code contradicts WORK."""
+    work = work or WORK[kernel.name]
+    loop, trips = _settle_trips(kernel, work)
+    warps = work.warps(kernel.width)
+    classes, shared_clocks = dict.fromkeys(CLASSES, Fraction()), Fraction()
+    for each in loop.nested():
+        for instruction in each.instructions:
+            classes[instruction.kind] += trips[each.begin] * warps
+            shared_clocks += trips[each.begin] * warps * instruction.shared_clocks
+    return Cost(warps, trips, {name: float(count) for name, count in classes.items()}, float(shared_clocks))
+
+
+def _settle_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:
+    """The loop over tokens, and how often it and each loop in it runs per 16 tokens, by address."""
+    loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
+    needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
+    found = {}  # what the compiler must have changed: ways to read the code so
+    for tiles in (1, 2, 4):  # of the source's loop over tokens in one of the code's
+        for changes, inner in _readings(loop, work.loop, kernel.width):
+            trips = {loop.begin: Fraction(work.loop.trips(kernel.width)) / tiles}
+            _multiply_out(loop, inner, trips)
+            if sum(trips[each.begin] * each.products for each in loop.nested()) == needed:
+                ways = found.setdefault((tiles, changes), [])
+                ways += [trips] if trips not in ways else []
+    best = found[min(found)] if found else []
+    if len(best) == 1:
+        return loop, best[0]
+    fault = "several trip counts" if best else "no trip counts"
+    wanted = " + ".join(
+        [str(work.products(kernel.width)), *(f"{n(kernel.width)} ({x})" for x, n in work.extra.items())]
+    )
+    raise UnexplainedLoops(
+        f"{kernel}: {fault} of its loop over tokens give the {wanted} HMMAs that {work.warps(kernel.width)} warps need"
+        f" for {TILE_TOKENS} tokens; declared is {work.loop.describe(kernel.width)}, the code has {loop};"
+        " correct WORK in launch/benchmark/kernel_costs.py"
+    )
+
+
+def _multiply_out(loop: Loop, inner: Mapping[int, int], trips: dict[int, Fraction]) -> None:
+    """Fills in the trips of the loops in `loop`, from those of each in one run of what is around it."""
+    for each in loop.inner:
+        trips[each.begin] = trips[loop.begin] * inner[each.begin]
+        _multiply_out(each, inner, trips)
+
+
+def _readings(loop: Loop, nest: Nest, width: int) -> Iterator[tuple[int, dict[int, int]]]:
+    """The ways to take the loops in `loop` for such in `nest`: changes by the compiler, and trips by address."""
+    for choice in product(*(_readings_of_one(each, loop, nest, width) for each in loop.inner)):
+        trips = {address: count for _, some in choice for address, count in some.items()}
+        yield sum(changes for changes, _ in choice), trips
+
+
+def _readings_of_one(loop: Loop, around: Loop, nest: Nest, width: int) -> list[tuple[int, dict[int, int]]]:
+    """Likewise for `loop` itself, which may be unrolled in part or have its first or last run outside of it."""
+    found = []
+    for candidate in nest.nested():
+        declared = candidate.trips(width)
+        for unrolled in range(1, declared + 1):
+            if declared % unrolled or candidate.multiplies != loop.multiplies:
+                continue
+            for peeled in (0, 1):
+                trips = declared // unrolled - peeled
+                copies = peeled * sum(each.products for each in loop.nested())
+                if trips < 2 or around.products < copies:
+                    continue
+                skipped = candidate not in nest.inner  # a loop around it is unrolled
+                for changes, inner in _readings(loop, candidate, width):
+                    changed = changes + (unrolled > 1) + peeled + skipped
+                    found.append((changed, inner | {loop.begin: trips}))
+    return found
