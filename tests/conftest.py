@@ -1,15 +1,14 @@
-"""Real photographs for all tests, small and made once a session; and Ctrl-C for those that send it."""
+"""Real photographs for all tests, small and made once a session; and Ctrl-C for those that send it.
+
+What photographs need is imported by their fixtures: the kernels' tests run where neither dataio's requirements nor
+those of the other tests are installed.
+"""
 
 import signal
 from pathlib import Path
 
 import pytest
-import skimage
 from hypothesis import HealthCheck, settings
-from PIL import Image
-
-from dataio.fashion_mnist import Photographs, read_photographs, write_photographs
-from dataio.pack import PackOptions, pack
 
 PHOTOGRAPHS = {
     "astronaut": "astronaut.png",
@@ -52,18 +51,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.xdist_group(name))
 
 
-class SmallShards(PackOptions):
-    """Shards of 60 kB; the command's are of 1 MiB and more."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "shard_mib", 70 / 1024)
-
-
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Class folder of 48 crops of 4 photographs, 160 to 508 pixels a side: JPEG, and one each of PNG (with alpha),
     WebP, grey, CMYK and progressive JPEG, and a JPEG whose EXIF asks for a rotation by 90 degrees.
     """
+    import skimage
+    from PIL import Image
+
     root = tmp_path_factory.mktemp("photos")
     for name, file in PHOTOGRAPHS.items():
         folder = root / name
@@ -80,6 +75,8 @@ def photos(tmp_path_factory) -> Path:
 
 
 def _vary_formats(root: Path) -> None:
+    from PIL import Image
+
     def replace(file: str, ending: str, mode: str, **options) -> None:
         old = root / file
         with Image.open(old) as opened:
@@ -100,6 +97,8 @@ def _vary_formats(root: Path) -> None:
 @pytest.fixture(scope="session")
 def shards(photos, tmp_path_factory) -> Path:
     """`photos`, packed into several shards."""
+    from dataio.pack import PackOptions, pack
+
     target = tmp_path_factory.mktemp("shards") / "photos"
     pack(photos, target, PackOptions(shard_mib=1))
     return target
@@ -108,6 +107,8 @@ def shards(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
     """Class folder of 400 photographs of Fashion-MNIST, 10 classes, 28×28 grey PNG."""
+    from dataio.fashion_mnist import Photographs, read_photographs, write_photographs
+
     root = tmp_path_factory.mktemp("fashion")
     photographs = read_photographs()["val"]
     write_photographs(root, Photographs(photographs.pixels[:400], photographs.classes[:400]))
@@ -117,6 +118,8 @@ def fashion(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fashion_shards(fashion, tmp_path_factory) -> Path:
     """Folder with `train` and `val`: three quarters and one quarter of `fashion`, packed."""
+    from dataio.pack import PackOptions, pack
+
     root = tmp_path_factory.mktemp("fashion_shards")
     pack(fashion, root / "train", PackOptions(hold_out=25, part="kept"))
     pack(fashion, root / "val", PackOptions(hold_out=25, part="held-out"))
@@ -126,6 +129,10 @@ def fashion_shards(fashion, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def many_shards(fashion, tmp_path_factory) -> Path:
     """`fashion`, packed into shards of about 24 images."""
+    from dataio.pack import PackOptions, pack
+
     target = tmp_path_factory.mktemp("many_shards") / "fashion"
-    pack(fashion, target, SmallShards())
+    options = PackOptions()
+    object.__setattr__(options, "shard_mib", 70 / 1024)  # the command's are of 1 MiB and more
+    pack(fashion, target, options)
     return target

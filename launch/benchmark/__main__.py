@@ -1,4 +1,4 @@
-"""python -m launch.benchmark COMMAND …: hands over to the module of that name, which is imported only then."""
+"""python -m launch.benchmark COMMAND …: hands over to that command's module, which is imported only then."""
 
 import argparse
 import sys
@@ -9,13 +9,17 @@ COMMANDS = {
     "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
     "pack": "dataio.pack against cp -r, tar and webdataset's ShardWriter",
     "resume": "the first batch after a resume against that after a fresh start; how well an epoch is shuffled",
-    "gpu": "on a machine with a GPU: its tests, compute-sanitizer and all benchmarks that use it, into one folder",
+    "gpu": "on a machine with a GPU: checks, tests, benchmarks, counters, sanitizers, into one folder",
+    "step": "whole training steps of b5 and b4 beside ViT-B, ConvNeXt-B and CAFormer-M36 of timm",
+    "profile": "the time of every kernel of polarity attention, or of every operator of a training step",
+    "sass": "what the compiler made of the CUDA kernels: instructions, bounds, predicted times; needs no GPU",
 }
+_MODULES = {"profile": "profiling"}  # a profile.py here would hide Python's own from `python launch/benchmark …`
 
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return import_module(f"launch.benchmark.{argv[0]}").main(argv[1:])
+        return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
     listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark",

@@ -36,26 +36,10 @@ class Errors:
 
 
 def check(attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Errors]]:
-    """Errors of the last image's output and gradients against the reference in float64: by tensor, then by size.
-
-    The whole batch is computed, as it will be when it is timed. The gradients of all images but the last are zero,
-    so that those of the logits are that image's too.
-    Raises WrongResult if an error exceeds what `FACTORS` and `FLOOR` allow.
-    """
-    inputs = make_inputs(shape, dtype, device)
-    inputs.grad_out[:-1] = 0
-    last = Inputs(
-        tuple(x.detach()[-1:].requires_grad_() for x in inputs.tensors[:3]) + inputs.tensors[3:],
-        inputs.grad_out[-1:],
-        inputs.size,
-    )
-    computed = zip(
-        FACTORS, _last(_compute(attention, inputs)), _compute(reference.plain, last), _exact(last), strict=True
-    )
-    errors = {}
-    for name, ours, eager, exact in computed:
-        errors[name] = {size: _errors(of, ours, eager, exact, FACTORS[name]) for size, of in _SIZES.items()}
-        for size, found in errors[name].items():
+    """The errors of the last image. Raises WrongResult if one exceeds what `FACTORS` and `FLOOR` allow."""
+    errors = find_errors(attention, shape, dtype, device)
+    for name, sizes in errors.items():
+        for size, found in sizes.items():
             if found.exceed:
                 raise WrongResult(
                     f"{name} of {shape} in {str(dtype).removeprefix('torch.')} is wrong: {size} error {found.ours:.1e},"
@@ -64,14 +48,37 @@ def check(attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.
     return errors
 
 
+def find_errors(
+    attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.device, image: int = -1
+) -> dict[str, dict[str, Errors]]:
+    """Errors of one image's output and gradients against the reference in float64: by tensor, then by size.
+
+    The whole batch is computed, as it will be when it is timed. The gradients of all other images are zero, so that
+    those of the logits are that image's too.
+    """
+    inputs = make_inputs(shape, dtype, device)
+    image %= shape.batch
+    chosen = slice(image, image + 1)
+    inputs.grad_out[:image] = 0
+    inputs.grad_out[image + 1 :] = 0
+    alone = Inputs(
+        tuple(x.detach()[chosen].requires_grad_() for x in inputs.tensors[:3]) + inputs.tensors[3:],
+        inputs.grad_out[chosen],
+        inputs.size,
+    )
+    ours = _compute(attention, inputs)
+    ours = [x[chosen] for x in ours[:4]] + ours[4:]  # the logits' gradients have no batch
+    computed = zip(FACTORS, ours, _compute(reference.plain, alone), _exact(alone), strict=True)
+    return {
+        name: {size: _errors(of, own, eager, exact, FACTORS[name]) for size, of in _SIZES.items()}
+        for name, own, eager, exact in computed
+    }
+
+
 def _compute(attention: Attention, inputs: Inputs) -> list[Tensor]:
     entrant = Entrant(attention, inputs)
     out = entrant.forward()
     return [out.detach(), *entrant.backward(out)]
-
-
-def _last(computed: list[Tensor]) -> list[Tensor]:
-    return [x[-1:] for x in computed[:4]] + computed[4:]  # the logits' gradients have no batch
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:

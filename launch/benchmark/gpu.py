@@ -1,116 +1,215 @@
-"""Everything that needs a GPU, in one command: tests, compute-sanitizer where it is installed, benchmarks but for pack.
+"""Everything that needs a GPU, in one command: build, checks, tests, benchmarks, counters, sanitizers.
 
 python -m launch.benchmark gpu
-python -m launch.benchmark gpu --quick --output runs/gpu
+python -m launch.benchmark gpu --minutes 7 --output runs/gpu --archive runs/gpu.tar.gz
+python -m launch.benchmark gpu --parts check kernels
 
-It writes one folder: summary.json (what ran, how it ended, how many tests), the benchmarks' own JSON, and a log of each
-step. A step that fails does not keep the next ones from running; it makes the exit status 1.
+Its parts run one after the other, those first that tell most; a part that fails or exceeds its time limit keeps none of
+the others from running, and makes the exit status 1. --minutes leaves out what would not fit any more. It needs torch,
+timm, einops, pytest and hypothesis; a part that needs more is skipped, with its reason, where that is not installed.
+
+It writes one folder: for each part a folder with log.txt, part.json (what ran, how it ended, its result) and the
+command's own files, and summary.json of all parts, renewed after each, so that what was measured survives what comes
+next.
 """
 
 import argparse
+import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
-import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from launch.benchmark.report import ROOT, default_path, describe_run, write_report
+from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
+from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output
 
-_GPU_TESTS = ("-m", "pytest", "-m", "gpu")
-_OPERATOR_TESTS = ("tests/polaformer/test_ops.py", "tests/polaformer/test_kernels.py")
-_SANITIZERS = ("memcheck", "racecheck")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command to run, or the reason why there is none."""
-
-    name: str
-    command: tuple[str, ...] = ()
-    skipped: str | None = None
+PASSED, FAILED, ENDED, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
+_KILL_AFTER_SECONDS = 5
+_ENDED_BY_TIMEOUT = (124, 137)  # by SIGTERM; by SIGKILL, where that did not suffice
+_HEADLINE_WIDTH = 110
 
 
-def plan_steps(folder: Path, quick: bool) -> list[Step]:
-    """All of them, in order. quick: the benchmarks' usual choice instead of everything."""
-    python = sys.executable
-    steps = [Step("tests", (python, *_GPU_TESTS, f"--junitxml={folder / 'tests.xml'}"))]
-    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{cuda}/bin")
-    for tool in _SANITIZERS:
-        if sanitizer is None:
-            steps.append(Step(tool, skipped="compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin"))
-            continue
-        checked = (sanitizer, "--tool", tool, "--error-exitcode", "1", python, *_GPU_TESTS, *_OPERATOR_TESTS)
-        steps.append(Step(tool, checked))
-    kernel, data, resume = (
-        (python, "-m", "launch.benchmark", name, "--device", "cuda", "--output", str(folder / f"{name}.json"))
-        for name in ("kernel", "data", "resume")
+def run_parts(
+    parts: Sequence[Part], folder: Path, seconds: float, report: dict[str, Any], archive: Path | None
+) -> None:
+    """Runs what fits into so many seconds; adds an entry for each part to `report`, and writes that after each."""
+    began = time.monotonic()
+    report["parts"] = []
+    for part in parts:
+        left = seconds - (time.monotonic() - began)
+        no_kernels = part.needs_kernels and any(
+            entry["name"] == "build" and entry["outcome"] != PASSED for entry in report["parts"]
+        )
+        if reason := part.missing or ("no kernels that run here, see build" if no_kernels else ""):
+            entry = {"name": part.name, "outcome": SKIPPED, "headline": reason}
+        elif part.usual_seconds > left:
+            reason = f"takes about {part.usual_seconds:.0f} s, and {max(left, 0):.0f} s are left"
+            entry = {"name": part.name, "outcome": LEFT_OUT, "headline": reason}
+        else:
+            print(f"{part.name} …", flush=True)
+            entry = run_part(part, folder / part.name, min(part.limit_seconds, left))
+            entry.pop("result")  # part.json has it
+        print(f"{part.name}: {entry['outcome']}, {entry['headline']}", flush=True)
+        report["parts"].append(entry)
+        _write(folder / "summary.json", report)
+        if archive:
+            _archive(folder, archive)
+
+
+def run_part(part: Part, folder: Path, limit_seconds: float) -> dict[str, Any]:
+    """What part.json says of a part that was run: how it ended, its result, and the headline of that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)  # of an earlier run
+    entry = {"name": part.name, "command": list(part.command), "limit_seconds": round(limit_seconds, 1)}
+    _write(folder / "part.json", entry | {"outcome": "running"})
+    began = time.monotonic()
+    with open(folder / LOG, "wb") as log:
+        status = _run_within(limit_seconds, part, log)
+    entry["seconds"] = round(time.monotonic() - began, 1)
+    entry["exit_status"] = status
+    ended = status in _ENDED_BY_TIMEOUT and entry["seconds"] > limit_seconds - 0.2
+    entry["outcome"] = PASSED if status == 0 else ENDED if ended else FAILED
+    try:
+        entry["result"], entry["headline"] = part.digest(folder)
+    except Exception as error:  # whatever a command that did not end well, or not as foreseen, has left
+        entry["result"], entry["headline"] = last_line(folder)
+        if status == 0:
+            entry["outcome"] = FAILED
+            entry["headline"] = f"no result: {type(error).__name__}: {error}"
+    _write(folder / "part.json", entry)
+    return entry
+
+
+def _run_within(limit_seconds: float, part: Part, log: Any) -> int:
+    """Its exit status. If it exceeds the limit, it is ended with the processes that it started.
+
+    `timeout` sees to that, even if this process is killed meanwhile.
+    """
+    environ = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environ)
+    limited = ("timeout", f"--kill-after={_KILL_AFTER_SECONDS}", f"{limit_seconds:.3f}", *part.command)
+    process = subprocess.Popen(
+        limited, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
     )
-    return [
-        *steps,
-        Step("kernel", kernel if quick else (*kernel, "--full")),
-        Step("data", data if quick else (*data, "--images", "8192", "--batch", "128")),
-        Step("resume", resume),
-    ]
+    try:
+        status = process.wait()
+        return status if status >= 0 else 128 - status  # as a shell says it of a signal
+    finally:
+        if process.poll() is None:  # interrupted: it hands the signal on
+            process.terminate()
+            process.wait()
 
 
-def run_step(step: Step, folder: Path) -> dict[str, Any]:
-    """What the summary says of a step; its output goes to a log in the folder."""
-    if step.skipped is not None:
-        return {"name": step.name, "skipped": step.skipped}
-    # Without PyTorch's cache of freed memory, so that the sanitizer sees where each tensor ends.
-    environ = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if step.name in _SANITIZERS else {})
-    began = time.perf_counter()
-    with open(folder / f"{step.name}.log", "wb") as log:
-        status = subprocess.run(step.command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT).returncode
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    """Writes JSON so that no half-written file is ever seen. NaN and infinite numbers may occur."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
+    unfinished.replace(path)
+
+
+def _archive(folder: Path, path: Path) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with tarfile.open(unfinished, "w:gz") as archive:
+        archive.add(folder, arcname=folder.name)
+    unfinished.replace(path)
+
+
+def describe_gpu() -> dict[str, Any]:
+    """What tells one card and its state from another of the same name."""
+    properties = torch.cuda.get_device_properties()
+    asked = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    command = ("nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split(",")
+    except (OSError, subprocess.SubprocessError):
+        answer = []
     return {
-        "name": step.name,
-        "command": list(step.command),
-        "exit_status": status,
-        "seconds": round(time.perf_counter() - began, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_cache_bytes": properties.L2_cache_size,
+        **dict(zip(asked, map(str.strip, answer), strict=False)),
     }
 
 
-def count_tests(path: Path) -> dict[str, int]:
-    """How many tests ran, failed and so on, from pytest's junitxml."""
-    suite = ElementTree.parse(path).getroot().find("testsuite")
-    return {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+def format_summary(entries: Iterable[dict[str, Any]]) -> str:
+    """The table at the end: part, outcome, seconds, headline."""
+    rows = [
+        (entry["name"], entry["outcome"], f"{entry['seconds']:.0f}" if "seconds" in entry else "", entry["headline"])
+        for entry in entries
+    ]
+    cut = [(*row[:3], row[3][:_HEADLINE_WIDTH]) for row in rows]
+    return format_table(("part", "outcome", "s", "headline"), cut, left=4)
+
+
+def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
+    """Those of these names, or all. Raises ValueError if there is no part of a name."""
+    known = [part.name for part in parts]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"there is no part {name!r}; use some of {', '.join(known)}")
+    return [part for part in parts if names is None or part.name in names]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     summary, _, rest = __doc__.partition("\n\n")
+    listed = ", ".join(part.name for part in plan_parts(Path()))
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark gpu",
         description=summary,
-        epilog=f"examples:\n{rest}",
+        epilog=f"examples:\n{rest}\nparts: {listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
-    parser.add_argument("--quick", action="store_true", help="benchmarks at 224 pixels only")
+    add = parser.add_argument
+    add("--output", type=Path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
+    add(
+        "--minutes",
+        type=float,
+        metavar="MINUTES",
+        help="total time; parts that no longer fit are left out (default: run all, over an hour)",
+    )
+    add("--parts", nargs="+", metavar="PART", help="only these; one that cannot run is an error then")
+    add("--archive", type=Path, metavar="FILE.tar.gz", help="also pack the folder into this file, after every part")
     return parser.parse_args(argv)
+
+
+def _stop(_signal: int, _frame: Any) -> NoReturn:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    if not torch.cuda.is_available():
-        print("error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one", file=sys.stderr)
-        return 2
     folder = (arguments.output or default_path("gpu").with_suffix("")).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    report = describe_run("gpu", torch.device("cuda")) | {"steps": []}
-    for step in plan_steps(folder, arguments.quick):
-        print(f"{step.name} …", flush=True)
-        entry = run_step(step, folder)
-        print(f"  {entry.get('skipped') or entry['exit_status']}", flush=True)
-        report["steps"].append(entry)
-        if step.name == "tests" and (folder / "tests.xml").exists():
-            report["tests"] = count_tests(folder / "tests.xml")
-        write_report(folder / "summary.json", report)  # what was measured survives what comes next
-    print(f"written to {folder}")
-    return int(any(entry.get("exit_status") for entry in report["steps"]))
+    try:
+        parts = choose_parts(plan_parts(folder), arguments.parts)
+        if arguments.archive and folder in arguments.archive.resolve().parents:
+            raise ValueError(f"--archive {arguments.archive} is in the folder that it packs; put it elsewhere")
+        if arguments.minutes is not None and not arguments.minutes > 0:
+            raise ValueError(f"--minutes is {arguments.minutes}; give a number above 0")
+        if not torch.cuda.is_available():
+            raise ValueError("PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one")
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.archive:
+            prepare_output(arguments.archive)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _stop)  # a part's command is ended, too
+    report = describe_run("gpu", torch.device("cuda")) | {"minutes": arguments.minutes}
+    report["device"] |= describe_gpu()
+    seconds = 60 * arguments.minutes if arguments.minutes else float("inf")
+    run_parts(parts, folder, seconds, report, arguments.archive)
+    print(f"\n{format_summary(report['parts'])}\nwritten to {folder}")
+    bad = (FAILED, ENDED, SKIPPED) if arguments.parts else (FAILED, ENDED)
+    return int(any(entry["outcome"] in bad for entry in report["parts"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from launch.benchmark.check import WrongResult
 from launch.benchmark.contenders import CONTENDERS, Shape, model_shapes, parse_shape
 from launch.benchmark.contest import Contest, Rules
 from launch.benchmark.kernel_report import describe, dtype_name, growth_ratios, show
-from launch.benchmark.report import default_path, describe_run, read_report, write_report
+from launch.benchmark.report import default_path, describe_run, prepare_output, read_report, write_report
 from launch.distributed import default_device_type
 from polaformer import ops
 from polaformer.model import TOTAL_STRIDE
@@ -145,8 +145,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         rules = settle_rules(arguments)
         shapes = settle_shapes(arguments, rules.device.type)
-        path = arguments.output or default_path("kernel")
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
+        path = prepare_output(arguments.output or default_path("kernel"))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,16 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from launch.benchmark.contenders import FLOOR_ELEMENTS, flops
 from launch.benchmark.contest import Rates, Result
 from launch.benchmark.measure import PASSES
+from launch.benchmark.report import format_table
 
 _Column = Callable[[dict[str, Any]], str]  # an entry's cell
-_TABLE_WIDTH = 300  # wider than the widest, so that nothing is cut
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -82,17 +79,15 @@ def growth_ratios(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(report: dict[str, Any], markdown: bool) -> None:
     """Prints a report, for people."""
-    console = Console(width=_TABLE_WIDTH)
-    lines = box.MARKDOWN if markdown else box.SIMPLE_HEAD
-    console.print(_heading(report), highlight=False)
+    print(_heading(report))
     for title, key, columns in (
         ("side by side", "results", {**_COLUMNS, **_RIVAL_COLUMNS}),
         ("growth", "growth", _COLUMNS),
     ):
         if report[key]:
-            console.print(_table(title, report[key], columns, lines))
+            print(title, _table(report[key], columns, markdown), sep="\n\n", end="\n\n")
     for line in (*_skipped_lines(report), *map(_growth_line, report["growth_ratios"])):
-        console.print(line, highlight=False, soft_wrap=True)
+        print(line)
 
 
 def _heading(report: dict[str, Any]) -> str:
@@ -125,16 +120,12 @@ def _growth_line(ratio: dict[str, Any]) -> str:
     )
 
 
-def _table(title: str, entries: list[dict[str, Any]], columns: dict[str, _Column], lines: box.Box) -> Table:
-    table = Table(title=title, title_justify="left", box=lines)
-    for name in ("B,H,height×width,D", "dtype", "contender"):
-        table.add_column(name, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+def _table(entries: list[dict[str, Any]], columns: dict[str, _Column], markdown: bool) -> str:
+    rows = []
     for entry in entries:
         cells = (cell(entry) for cell in columns.values()) if "passes" in entry else ("skipped",)
-        table.add_row(entry["shape"], entry["dtype"], entry["contender"], *cells)
-    return table
+        rows.append((entry["shape"], entry["dtype"], entry["contender"], *cells))
+    return format_table(("B,H,height×width,D", "dtype", "contender", *columns), rows, left=3, markdown=markdown)
 
 
 def _milliseconds(name: str) -> _Column:

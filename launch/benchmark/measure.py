@@ -11,14 +11,13 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 PASSES = ("forward", "backward", "both")
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-_FLUSHED_BYTES = 512 << 20  # several times the L2 cache of any GPU, and longer than a launch takes the host
+_FLUSHING_BYTES = 1 << 30  # several times the L2 cache of any GPU, and read for longer than a launch takes the host
 _COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -51,7 +50,8 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._flushed = torch.empty(_FLUSHED_BYTES if self._is_cuda else 0, dtype=torch.uint8, device=device)
+        self._flushing = torch.zeros(_FLUSHING_BYTES // 4 if self._is_cuda else 0, device=device)
+        self._sum = torch.zeros((), device=device)
 
     def time(self, run: Callable[[], Any], repetitions: int) -> list[float]:
         """Seconds of each repetition."""
@@ -83,7 +83,10 @@ class Clock:
         return times
 
     def _begin(self) -> Any:
-        self._flushed.zero_()  # meanwhile the host gets ahead of a GPU: launches are not what is measured
+        if self._is_cuda:
+            # Evicts from the L2 cache what was there, by reading: lines that were written would still have to go to
+            # memory while the clock runs. Meanwhile the host gets ahead of the GPU: launches are not what is measured.
+            torch.sum(self._flushing, dim=0, out=self._sum)
         return self._mark()
 
     def _mark(self) -> Any:
@@ -149,12 +152,13 @@ def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Spread:
 
 def free_bytes() -> int:
     """Main memory that this process can still take: what the machine has left, or its control group, if less."""
-    free = psutil.virtual_memory().available
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    [free] = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     try:
         [own] = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
         folder = Path("/sys/fs/cgroup", own.lstrip("/"))
         limit = (folder / "memory.max").read_text().strip()
         used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["anon"]
-    except (OSError, ValueError, KeyError):  # another system, or control groups of the first version
+    except (OSError, ValueError, KeyError):  # no control groups, or those of the first version
         return free
     return free if limit == "max" else min(free, int(limit) - int(used))

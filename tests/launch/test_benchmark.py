@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shlex
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
@@ -318,30 +317,3 @@ def test_the_command(command):
     unknown = command("-m", "launch.benchmark", "nothing")
     assert unknown.returncode == 2
     assert "invalid choice: 'nothing'" in unknown.stderr
-
-
-def test_steps_of_the_gpu_command(tmp_path, monkeypatch):
-    (tmp_path / "compute-sanitizer").touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with_sanitizer = gpu.plan_steps(tmp_path, quick=False)
-    assert [step.name for step in with_sanitizer] == ["tests", "memcheck", "racecheck", "kernel", "data", "resume"]
-    assert with_sanitizer[1].command[0] == str(tmp_path / "compute-sanitizer")
-    assert (gpu.ROOT / with_sanitizer[1].command[-1]).exists()
-    assert "--full" in with_sanitizer[3].command
-    assert "--full" not in gpu.plan_steps(tmp_path, quick=True)[3].command
-    assert __main__.COMMANDS.keys() - {"gpu", "pack"} == {step.name for step in with_sanitizer[3:]}  # each that uses it
-
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    assert gpu.plan_steps(tmp_path, quick=True)[1].skipped.startswith("compute-sanitizer is neither on the PATH nor")
-
-
-def test_a_step_of_the_gpu_command(tmp_path):
-    tests = tmp_path / "test_three.py"
-    tests.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('so')\n")
-    step = gpu.Step("tests", (sys.executable, "-m", "pytest", str(tests), f"--junitxml={tmp_path / 'tests.xml'}"))
-    entry = gpu.run_step(step, tmp_path)
-    assert (entry["name"], entry["exit_status"]) == ("tests", 1)
-    assert "1 failed, 1 passed, 1 skipped" in (tmp_path / "tests.log").read_text()
-    assert gpu.count_tests(tmp_path / "tests.xml") == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-    assert gpu.run_step(gpu.Step("memcheck", skipped="so"), tmp_path) == {"name": "memcheck", "skipped": "so"}

@@ -1,0 +1,486 @@
+"""The command for machines with a GPU: its plan, its limits, what it leaves behind, and where it starts at all.
+
+Parts are small Python commands here; those that need a GPU are only planned, and their own parsers read their options.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.benchmark import (
+    __main__,
+    build_kernels,
+    check_kernels,
+    contenders,
+    gpu,
+    gpu_parts,
+    measure,
+    profiling,
+    step,
+)
+from launch.benchmark.gpu_parts import Part, last_line
+from launch.benchmark.report import ROOT, format_table
+
+#: What a machine for measurements may lack: all but torch, timm, einops, pytest, hypothesis and what those need.
+ABSENT = (
+    *("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage", "xdist", "pytest_timeout"),
+    *("torchmetrics", "tensorboard", "psutil", "rich", "matplotlib", "fsspec.implementations.http", "aiohttp", "moto"),
+)
+THIN = f"""
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == absent or name.startswith(absent + ".") for absent in {ABSENT}):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, ".")
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def make_part(name, code, usual=0.0, limit=60.0, digest=last_line, **options):
+    return Part(name, (sys.executable, "-c", code), usual, limit, digest, needs_kernels=name != "build", **options)
+
+
+def run(parts, folder, seconds=float("inf"), archive=None):
+    """{name: its entry in the summary}"""
+    report = {"benchmark": "gpu"}
+    gpu.run_parts(parts, folder, seconds, report, archive)
+    assert json.loads((folder / "summary.json").read_text()) == report
+    return {entry["name"]: entry for entry in report["parts"]}
+
+
+def outcomes(entries):
+    return {name: entry["outcome"] for name, entry in entries.items()}
+
+
+def read_part(folder, name):
+    return json.loads((folder / name / "part.json").read_text())
+
+
+def test_a_part_that_passes(tmp_path):
+    answer = Path(tmp_path, "counted", "answer")
+    code = f"import os; print(os.environ['WORD']); open({str(answer)!r}, 'w').write('42')"
+    digest = lambda folder: (int((folder / "answer").read_text()), "counted")  # noqa: E731
+    entries = run([make_part("counted", code, digest=digest, environ={"WORD": "said"})], tmp_path)
+    assert (entries["counted"]["outcome"], entries["counted"]["headline"]) == ("passed", "counted")
+    written = read_part(tmp_path, "counted")
+    assert written["result"] == 42
+    assert written["command"] == [sys.executable, "-c", code]
+    assert (written["exit_status"], written["outcome"]) == (0, "passed")
+    assert 0 <= written["seconds"] < 60
+    assert (tmp_path / "counted" / "log.txt").read_text() == "said\n"
+
+
+def test_a_part_that_fails_keeps_none_from_running(tmp_path):
+    unread = lambda folder: (json.loads((folder / "report.json").read_text()), "")  # noqa: E731
+    parts = [
+        make_part("failing", "print('why'); raise SystemExit(3)"),
+        make_part("killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+        make_part("silent", "", digest=unread),
+        Part("nowhere", ("/nowhere/command",), 0, 60, last_line),
+        make_part("missing", "", missing="not installed: x"),
+        make_part("last", "print('still ran')"),
+    ]
+    entries = run(parts, tmp_path)
+    assert outcomes(entries) == {
+        **dict.fromkeys(("failing", "killed", "silent", "nowhere"), "failed"),
+        "missing": "skipped",
+        "last": "passed",
+    }
+    assert (entries["failing"]["exit_status"], entries["failing"]["headline"]) == (3, "why")
+    assert entries["killed"]["exit_status"] == 137
+    assert entries["silent"]["headline"].startswith("no result: FileNotFoundError: ")
+    assert "No such file" in entries["nowhere"]["headline"]
+    assert entries["missing"]["headline"] == "not installed: x"
+    assert entries["last"]["headline"] == "still ran"
+    (tmp_path / "silent" / "report.json").write_text("[1]")  # of an earlier run into the same folder
+    assert outcomes(run([parts[2]], tmp_path)) == {"silent": "failed"}
+    table = gpu.format_summary(entries.values())
+    assert [line.split()[0] for line in table.splitlines()[2:]] == list(entries)
+
+
+def is_running(pid):
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def await_end(pid):
+    while is_running(pid):
+        time.sleep(0.05)
+
+
+def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_KILL_AFTER_SECONDS", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); "
+    child = deaf + "time.sleep(1000)"
+    parent = deaf + f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    parent += "print(c.pid, flush=True); c.wait()"
+    parts = [make_part("hanging", parent, limit=3), make_part("obedient", "import time; time.sleep(1000)", limit=0.5)]
+    entries = run([*parts, make_part("last", "")], tmp_path)
+    assert outcomes(entries) == {
+        "hanging": "exceeded its limit",
+        "obedient": "exceeded its limit",
+        "last": "passed",
+    }
+    assert entries["hanging"]["seconds"] >= 3
+    words = (tmp_path / "hanging" / "log.txt").read_text().split()
+    await_end(next(word for word in words if word.isdecimal()))
+
+
+def test_what_fits_into_the_time(tmp_path):
+    """A part may begin if it usually fits into what is left, and never runs for longer than that."""
+    parts = [
+        make_part("first", "import time; time.sleep(0.5)", usual=1),
+        make_part("long", "", usual=20),
+        make_part("short", "", usual=1),
+        make_part("longer than usual", "import time; time.sleep(1000)", usual=1, limit=1000),
+        make_part("late", "", usual=1),
+    ]
+    entries = run(parts, tmp_path, seconds=6)
+    assert outcomes(entries) == {
+        "first": "passed",
+        "long": "left out",
+        "short": "passed",
+        "longer than usual": "exceeded its limit",
+        "late": "left out",
+    }
+    assert entries["long"]["headline"].startswith("takes about 20 s, and ")
+    assert entries["late"]["headline"] == "takes about 1 s, and 0 s are left"
+    assert not (tmp_path / "late").exists()
+
+
+def test_without_kernels_only_what_needs_none_runs(tmp_path):
+    parts = [make_part("build", "raise SystemExit(1)"), make_part("needs them", "")]
+    free = Part("needs none", (sys.executable, "-c", ""), 0, 60, last_line, needs_kernels=False)
+    entries = run([*parts, free], tmp_path)
+    assert outcomes(entries) == {"build": "failed", "needs them": "skipped", "needs none": "passed"}
+    assert entries["needs them"]["headline"] == "no kernels that run here, see build"
+
+
+def test_advice_is_no_headline(tmp_path):
+    error = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    advice = "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable it.\n"
+    (tmp_path / "log.txt").write_text(f"Traceback\n{error}\n{advice}\n")
+    assert last_line(tmp_path) == (None, error)
+
+
+@pytest.mark.parametrize(
+    ("program", "fault", "printed"),
+    [
+        ("print('kernels run')", "", "kernels run\n"),
+        ("import os; print('one failed', flush=True); os.abort()", "", "one failed\n"),
+        ("raise SystemExit('they were not built')", "they were not built", ""),
+        ("import os; os.abort()", "exit status -6", ""),
+        ("import time; time.sleep(100)", "", "kernels are there, but the first run of one took more than 2 s\n"),
+    ],
+)
+def test_what_another_build_would_mend(monkeypatch, capfd, program, fault, printed):
+    """Kernels that are not there or not for this GPU; not those that fail or hang."""
+    monkeypatch.setattr(build_kernels, "_TRY", program)
+    monkeypatch.setattr(build_kernels, "_LONGEST_SECONDS", 2)
+    assert build_kernels.find_fault() == fault
+    assert capfd.readouterr().out == printed
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from launch.benchmark import gpu
+from launch.benchmark.gpu_parts import Part, last_line
+signal.signal(signal.SIGTERM, gpu._stop)
+folder, archive = map(Path, sys.argv[1:])
+endless = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+parts = [
+    Part("first", (sys.executable, "-c", "print('measured')"), 0, 60, last_line),
+    Part("second", (sys.executable, "-c", endless), 0, 3, last_line),
+]
+gpu.run_parts(parts, folder, float("inf"), {"benchmark": "gpu"}, archive)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_what_was_measured_survives_a_kill(tmp_path, number):
+    """And what was running ends: at once, or where nobody is left who could end it, at its limit."""
+    folder, archive, log = tmp_path / "results", tmp_path / "results.tar.gz", tmp_path / "results/second/log.txt"
+    command = [sys.executable, "-c", INTERRUPTED, str(folder), str(archive)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait() != 0
+    assert read_part(folder, "first")["headline"] == "measured"
+    assert read_part(folder, "second")["outcome"] == "running"
+    assert [entry["name"] for entry in json.loads((folder / "summary.json").read_text())["parts"]] == ["first"]
+    with tarfile.open(archive) as packed:
+        assert {"results/summary.json", "results/first/part.json", "results/first/log.txt"} <= set(packed.getnames())
+    await_end(int(log.read_text()))
+
+
+# --- What is planned ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(tmp_path):
+    return {part.name: part for part in gpu_parts.plan_parts(tmp_path)}
+
+
+def test_the_plan(planned):
+    order = "build check check-awkward kernels tests kernel step counters memcheck racecheck compiled operators"
+    order += " compiled-step all-tests data resume full"
+    assert list(planned) == order.split()
+    assert all(0 < part.usual_seconds < part.limit_seconds for part in planned.values())
+    within = gpu.choose_parts(list(planned.values()), ["kernels", "check"])
+    assert [part.name for part in within] == ["check", "kernels"]
+    first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "step")
+    assert sum(planned[name].usual_seconds for name in first) < 6 * 60
+    started = {part.command[3] for part in planned.values() if part.command[2] == "launch.benchmark"}
+    assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "sass"}  # all that use a GPU
+
+
+def test_commands_understand_their_options(planned, tmp_path):
+    for name, part in planned.items():
+        module, command, *arguments = *part.command[2:], ""
+        if module != "launch.benchmark":
+            continue
+        options = import_module(f"launch.benchmark.{__main__._MODULES.get(command, command)}").parse(arguments[:-1])
+        assert options.output == tmp_path / name / "report.json"
+        assert options.device == "cuda"
+    assert check_kernels.parse(list(planned["check"].command[3:])).output == tmp_path / "check" / "report.json"
+    for name, mode in {"counters": "profiled", "memcheck": "tiny", "racecheck": "tiny"}.items():
+        begin = planned[name].command.index("launch.benchmark.check_kernels")
+        assert check_kernels.parse(list(planned[name].command[begin + 1 :])).mode == mode
+    for path in planned["tests"].command[-2:]:
+        assert (ROOT / path).exists()
+
+
+def test_tools_of_the_toolkit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    (tmp_path / "compute-sanitizer").touch(mode=0o755)
+    planned = {part.name: part for part in gpu_parts.plan_parts(tmp_path)}
+    assert planned["memcheck"].command[0] == str(tmp_path / "compute-sanitizer")
+    assert planned["memcheck"].missing == ""
+    assert planned["counters"].missing == "ncu is neither on the PATH nor in CUDA_HOME/bin"
+    assert gpu_parts.lacking("torch", "nowhere.at_all", "json.nothing") == "not installed: nowhere.at_all, json.nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--parts check nothing", "there is no part 'nothing'; use some of build, check, check-awkward, kernels, "),
+        ("--minutes 0", "--minutes is 0.0; give a number above 0"),
+        (
+            "--output a --archive a/b/c.tar.gz",
+            "--archive a/b/c.tar.gz is in the folder that it packs; put it elsewhere",
+        ),
+        pytest.param(
+            "",
+            "PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_refusals(capsys, arguments, message):
+    assert gpu.main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: {message}")
+
+
+# --- What the parts' files say --------------------------------------------------------------------------------
+
+
+def test_counts_of_tests(tmp_path):
+    tests = tmp_path / "test_three.py"
+    tests.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('so')\n")
+    command = [sys.executable, "-m", "pytest", "-q", str(tests), f"--junitxml={tmp_path / 'tests.xml'}"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+    counts, headline = gpu_parts.digest_tests(tmp_path)
+    assert counts == {
+        "tests": 3,
+        "failures": 1,
+        "errors": 0,
+        "skipped": 1,
+        "passed": 1,
+        "failed": ["test_three.test_b"],
+    }
+    assert headline == "1 passed, 1 failures, 1 skipped"
+
+
+@pytest.fixture
+def small_yardsticks(monkeypatch):
+    """Rates of the device need no gigabytes here."""
+    monkeypatch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 128})
+
+
+def test_headlines_of_reports(tmp_path, small_yardsticks):
+    """Of what the commands write here, on the CPU; and of a shape and a model that failed."""
+    output = ("--device", "cpu", "--output", str(tmp_path / "report.json"))
+    shapes = ("--shapes", "1,1,4x4,8", "1,2,3x5,8", "--runs", "2")
+    assert profiling.main([*shapes, *output]) == 0
+    report, headline = gpu_parts.digest_profile(tmp_path)
+    assert re.fullmatch(r"1,1,4x4,8 \d+ \+ \d+ µs; 1,2,3x5,8 \d+ \+ \d+ µs", headline)
+    assert gpu_parts._headline_of_profile({"results": [{"shape": "1,1,4x4,8", "skipped": "so"}]}) == "1,1,4x4,8 failed"
+
+    small = ("--batch", "2", "--resolution", "32")
+    assert profiling.main(["--model", "polaformerpp_b0", *small, "--runs", "1", *output]) == 0
+    report, headline = gpu_parts.digest_operators(tmp_path)
+    assert re.fullmatch(r"polaformerpp_b0: \d+ ms a step; (\S+ \d+ %, ){2}\S+ \d+ %", headline)
+
+    models = ("--models", "polaformerpp_b0", "--modes", "eager", *small)
+    assert step.main([*models, "--seconds", "0.01", *output]) == 0
+    report, headline = gpu_parts.digest_steps(tmp_path)
+    assert re.fullmatch(r"images/s: polaformerpp_b0 \d+", headline)
+    assert gpu_parts._headline_of_steps({"results": [{"model": "b5", "skipped": "so"}]}) == "images/s: b5 failed"
+
+
+def test_counters(tmp_path):
+    """The form that Nsight Compute's manual shows."""
+    header = '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size",'
+    header += '"Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"'
+    row = '"{}","7","python3","127.0.0.1","void polaformer::{}(Forward)","1","7","(192, 1, 1)","(128, 1, 1)","0","9.0"'
+    row += ',"Command line profiler metrics","{}","{}","{}"'
+    rows = [
+        row.format(0, "sum_keys<96, 2>", "gpu__time_duration.sum", "nsecond", "53,216"),
+        row.format(0, "sum_keys<96, 2>", "dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "71.25"),
+        row.format(1, "attend", "gpu__time_duration.sum", "nsecond", "92,784"),
+    ]
+    lines = ["==PROF== Connected to process 7", header, *rows, "==PROF== Disconnected from process 7"]
+    (tmp_path / "counters.csv").write_text("\n".join(lines) + "\n")
+    launches, headline = gpu_parts.digest_counters(tmp_path)
+    assert [launch["kernel"] for launch in launches] == [
+        "void polaformer::sum_keys<96, 2>(Forward)",
+        "void polaformer::attend(Forward)",
+    ]
+    assert launches[0]["metrics"] == {
+        "gpu__time_duration.sum": 53216.0,
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed": 71.25,
+    }
+    assert headline == "2 launches, 146 µs"
+    (tmp_path / "counters.csv").write_text("==WARNING== No kernels were profiled.\n")
+    with pytest.raises(ValueError, match="no launch of a kernel of ours"):
+        gpu_parts.digest_counters(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("summary", "counts"),
+    [
+        ("ERROR SUMMARY: 0 errors", {"error": 0}),
+        ("ERROR SUMMARY: 1 error", {"error": 1}),
+        ("RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)", {"hazard": 2, "error": 1, "warning": 1}),
+    ],
+)
+def test_summary_of_a_sanitizer(tmp_path, summary, counts):
+    (tmp_path / "log.txt").write_text(f"========= COMPUTE-SANITIZER\nran\n========= {summary}\n")
+    assert gpu_parts.digest_sanitizer(tmp_path) == (counts, summary.partition(": ")[2])
+
+
+def test_tables():
+    rows = [("a", "1", "2"), ("longer", "skipped")]
+    assert format_table(("name", "x", "y"), rows).splitlines() == [
+        "name          x  y",
+        "──────  ───────  ─",
+        "a             1  2",
+        "longer  skipped",
+    ]
+    assert format_table(("name", "x", "y"), rows, markdown=True).splitlines() == [
+        "| name   |       x | y |",
+        "| ------ | ------: | : |",
+        "| a      |       1 | 2 |",
+        "| longer | skipped |   |",
+    ]
+
+
+# --- The check ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_cases(monkeypatch):
+    monkeypatch.setattr(check_kernels, "AWKWARD", (("2,3,7x9,16", "bfloat16"), ("1,1,5x3,6", "float32")))
+
+
+def check_on_cpu(folder):
+    output = folder / "report.json"
+    status = check_kernels.main(["errors", "--shapes", "awkward", "--device", "cpu", "--output", str(output)])
+    return status, json.loads(output.read_text())["checks"], gpu_parts.digest_checks(folder)[1]
+
+
+def test_the_check(two_cases, tmp_path, capsys):
+    status, checks, headline = check_on_cpu(tmp_path)
+    assert status == 0
+    assert headline == "2 of 2 right and bit-identical"
+    assert [list(entry["errors"]) for entry in checks] == [["0", "1"], ["0"]]  # of the first and the last image
+    for entry in checks:
+        for sizes in entry["errors"]["0"].values():
+            assert all(0 <= error["ours"] <= error["allowed"] for error in sizes.values())
+    assert capsys.readouterr().out.count("the same bits") == 2
+
+
+def test_the_check_finds_what_is_wrong(two_cases, tmp_path, monkeypatch):
+    right, calls = contenders.ops.polarity_attention, []
+
+    def unsteady(*inputs):
+        calls.append(inputs)
+        return right(*inputs) * (1 if len(calls) % 2 else float("nan"))
+
+    monkeypatch.setattr(contenders.ops, "polarity_attention", unsteady)
+    status, checks, headline = check_on_cpu(tmp_path)
+    assert status == 1
+    assert "; wrong: 2,3,7x9,16 bfloat16" in headline
+    assert checks[0]["bit_identical"] is False
+    assert checks[0]["too_large"][0].startswith("out of image 1: largest error nan, allowed ")
+
+
+def test_tiny_runs(monkeypatch, capsys):
+    monkeypatch.setattr(check_kernels, "TINY", (("1,1,1x1,6", "float32"), ("2,1,3x5,8", "bfloat16")))
+    assert check_kernels.main(["tiny", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count(": ran\n") == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_is_checked_without_a_gpu(capsys):
+    assert check_kernels.main(["errors"]) == 2
+    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; use --device cpu\n"
+    assert check_kernels.main(["profiled", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == "error: Nsight Compute profiles GPUs alone; leave --device out\n"
+    assert build_kernels.main() == 2
+    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n"
+
+
+# --- Where little is installed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("launch.benchmark", "gpu", "--help"),
+        ("launch.benchmark", "kernel", "--help"),
+        ("launch.benchmark", "profile", "--help"),
+        ("launch.benchmark.check_kernels", "--help"),
+        ("pytest", "--collect-only", "-q", "-m", "gpu", *gpu_parts._KERNEL_TESTS),
+        ("launch.benchmark", "kernel", "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--growth",
+         "--contenders", "ours", "eager", "--seconds", "0.01"),
+    ],
+    ids=["gpu", "kernel", "profile and step", "check_kernels", "tests", "a measurement"],
+)  # fmt: skip
+def test_starts_with_torch_and_timm_alone(command, tmp_path, arguments):
+    if "--device" in arguments:
+        arguments += ("--output", str(tmp_path / "report.json"))
+    done = command("-c", THIN, *arguments, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert done.returncode == 0, done.stdout + done.stderr
