@@ -7,6 +7,7 @@ import shlex
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from launch.benchmark import __main__, measure, step
 from launch.benchmark.step import Batch, Training, count_flops, create_model, describe_error
@@ -157,12 +158,12 @@ def test_a_step_trains():
 def test_a_compiled_model(tmp_path):
     path = tmp_path / "step.json"
     options = ("--device", "cpu", "--models", "test_convnext", "--output", str(path))
+    counters.clear()
     assert step.main([*BRIEF, *options]) == 0
     eager, compiled = json.loads(path.read_text())["results"]
     assert (eager["mode"], compiled["mode"]) == ("eager", "compiled")
     assert eager["flops"] == compiled["flops"]
-    assert compiled["first_step_seconds"] > eager["first_step_seconds"]
-    assert compiled["seconds"]["median"] < compiled["first_step_seconds"]
+    assert counters["stats"]["unique_graphs"] > 0
 
 
 def test_reasons_are_one_line():
