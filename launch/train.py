@@ -50,7 +50,7 @@ from launch.evaluate import evaluate
 from launch.flops import measure_rates
 from launch.monitor import Monitor
 from launch.plan import Plan, describe, make_plan
-from launch.schedule import ends_interval, lr_at
+from launch.schedule import ema_decay_at, ends_interval, lr_at
 
 REFUSED = 2  # exit status: the run was given something that cannot work; nothing was lost
 
@@ -118,7 +118,7 @@ def train(run: "Run", augment: Augment) -> None:
             engine.step()  # updates at the boundary only
             monitor.add(loss.detach(), len(images))  # stays on the device
         average_buffers(engine.module)
-        run.average.update(engine)
+        run.average.update(engine, ema_decay_at(step, config.optimizer))
 
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
@@ -204,7 +204,7 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
         state.check_continues(beginning)
         loader.restore(state.loader)
         model = build_model(config, plan, device)
-    average = MovingAverage(model, config.optimizer.ema_decay)
+    average = MovingAverage(model)
     engine = start_engine(config, plan, model)
     if found is not None:
         checkpoint.load(found, engine, average)

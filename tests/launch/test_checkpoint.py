@@ -116,7 +116,7 @@ def test_settings_are_the_configurations_and_not_the_checkpoints(alone, configur
         config = configure(f"engine.zero_stage={stage}", *overrides)
         plan = make_plan(config, 0, 1)
         model = build_model(config, plan, alone)
-        average = MovingAverage(model, 0.9)
+        average = MovingAverage(model)
         return start_engine(config, plan, model), average
 
     engine, average = start("optimizer.clip=1.0", "optimizer.weight_decay=0.05")
@@ -133,7 +133,7 @@ def test_files_of_a_rank_that_are_not_there(alone, configure, tmp_path):
     config = configure()
     plan = make_plan(config, 0, 1)
     model = build_model(config, plan, alone)
-    average = MovingAverage(model, 0.9)
+    average = MovingAverage(model)
     engine = start_engine(config, plan, model)
     state = RunState(1, "polaformerpp_b0", 10, 2, 1, {}, 0.0)
     with pytest.raises(Refusal, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
