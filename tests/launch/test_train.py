@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dataio.index import Manifest, Order
 from dataio.pack import PackOptions, pack
-from launch import checkpoint
+from launch import checkpoint, train
 from launch.config import load_config, parse_config
 from launch.engine import build_model
 from launch.plan import make_plan
@@ -118,6 +118,13 @@ def assert_equal_tree(left, right, where: str) -> None:
             assert_equal_tree(*pair, f"{where}[{number}]")
     elif isinstance(left, str | int | float | bool | None):
         assert left == right, where
+
+
+def test_which_weights_to_take():
+    assert train.which_is_better(50.0, 50.0).startswith(
+        "the EMA is as good or better (50.00 % against 50.00 %): launch"
+    )
+    assert train.which_is_better(50.01, 50.0).endswith("(50.01 % against 50.00 %): take them with --kind model")
 
 
 def refusal(finished: subprocess.CompletedProcess) -> str:
