@@ -1,12 +1,16 @@
 """The lock on a run's folder with real processes: who is refused, and which dead owners are no owners."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import psutil
@@ -105,6 +109,34 @@ def test_killed_it_is_followed_at_once(hold, folder, reaped):
 def test_a_later_process_of_the_same_id_is_not_the_owner(folder):
     leave_lock(folder, born=this_process().born - 1)
     acquire(folder, pause=never).release()
+
+
+def try_to_acquire(folder: Path, together: Barrier, verdicts: Queue) -> None:
+    lock = None
+    together.wait()
+    with suppress(RuntimeError):
+        lock = acquire(folder, pause=lambda seconds: None)
+    together.wait()  # until all have it or were refused
+    has_it = False
+    with suppress(RuntimeError):
+        if lock is not None:
+            lock.check()
+            has_it = True
+    verdicts.put(has_it)
+
+
+def test_of_many_that_follow_a_dead_one_at_once_one_has_it(folder):
+    forks = multiprocessing.get_context("fork")
+    for _ in range(10):
+        leave_lock(folder, born=0)
+        together, verdicts = forks.Barrier(4), forks.Queue()
+        processes = [forks.Process(target=try_to_acquire, args=(folder, together, verdicts)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert sorted(verdicts.get() for _ in processes) == [False, False, False, True]
+        (folder / LOCK_NAME).unlink()
 
 
 def test_a_released_lock_leaves_nothing(tmp_path):
