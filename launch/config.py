@@ -107,6 +107,7 @@ class OptimizerSection(Section):
     eps: Positive = 1e-8
     clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
     ema_decay: BelowOne = 0.99982
+    ema_warmup: bool = True  # a smaller decay while the run has few steps: see launch/schedule.py
 
     @model_validator(mode="after")
     def check(self):

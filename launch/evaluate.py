@@ -1,6 +1,7 @@
 """Top-1 and top-5 accuracy of weights on packed images, every image exactly once on any number of ranks.
 
 python -m launch.evaluate --weights RUN --data SHARDS
+python -m launch.evaluate --weights RUN/checkpoints/best --kind model --data SHARDS
 torchrun --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
 """
 
@@ -24,7 +25,6 @@ from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader
 from dataio.remote import shown
 from dataio.views import ImageOptions
-from launch import checkpoint
 from launch.card import Card, make_card, read_card
 from launch.distributed import (
     Refusal,
@@ -37,6 +37,7 @@ from launch.distributed import (
     stop,
     together,
 )
+from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 from launch.plan import cache_options
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
@@ -91,21 +92,6 @@ class _Scores:
         return {**percent, "loss": self._loss.compute().item()}
 
 
-def find_weights(path: Path, kind: str) -> Path:
-    """The file that `path` means: itself, or the `kind` ("ema" or "model") weights of a run's newest checkpoint.
-
-    Raises FileNotFoundError or ValueError if there is none.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}; give a run's folder, a .safetensors file, or an official .pth")
-    if not path.is_dir():
-        return path
-    newest, _ = checkpoint.newest(path / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"{path} is a folder without checkpoints; give a run's folder or a file of weights")
-    return newest / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     summary, _, examples = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -115,11 +101,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
+    add("--weights", type=Path, required=True, help=WHAT_CAN_BE_NAMED)
     add("--data", required=True, help="a folder written by python -m dataio.pack, or the URL of a copy")
     add("--cache", type=Path, help="this machine's folder for remote shards (default: one of your own)")
     add("--cache-gib", type=float, default=64, help="size that it may reach (default 64)")
-    add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
+    add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run or checkpoint (default ema)")
     add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
     add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
     add("--batch", type=int, default=64, help="images per rank at a time (default 64)")
@@ -204,9 +190,18 @@ def main(argv: list[str] | None = None) -> int:
         report |= {"data": shown(arguments.data), "samples": len(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(text + "\n")
+        return 0 if arguments.out is None else _write(arguments.out, text + "\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> int:
+    """The command's exit status; what cannot be written has been printed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        print(f"error: cannot write --out {path}: {error.strerror}; the JSON is above", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -16,9 +16,9 @@ from torch import nn
 from dataio.index import load_manifest
 from dataio.loader import Batch
 from dataio.pack import PackOptions, pack
-from launch import checkpoint
 from launch.card import make_card, read_card
-from launch.evaluate import evaluate, find_weights, main
+from launch.evaluate import evaluate, main
+from launch.find_weights import find_weights
 from launch.plan import image_options
 from polaformer.weights import official_name, save_weights
 
@@ -220,15 +220,11 @@ def test_official_weights_on_more_ranks_than_images(forked, official):
     assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
 
 
-def test_which_file_is_meant(trained_run, ema, tmp_path):
-    newest, _ = checkpoint.newest(trained_run / "checkpoints")
-    assert find_weights(trained_run, "ema") == newest / checkpoint.EMA_NAME
-    assert find_weights(trained_run, "model") == newest / checkpoint.MODEL_NAME
-    assert find_weights(ema, "model") == ema
-    with pytest.raises(FileNotFoundError, match="no weights at .*/nothing; give a run's folder, "):
-        find_weights(tmp_path / "nothing", "ema")
-    with pytest.raises(FileNotFoundError, match="is a folder without checkpoints; give a run's folder or a file"):
-        find_weights(tmp_path, "ema")
+def test_a_report_that_cannot_be_written(score, trained_run, val):
+    status, report, errors = score("--weights", trained_run, "--data", val, "--out", "/dev/full")
+    assert status == 2
+    assert report["samples"] == 97
+    assert errors == "error: cannot write --out /dev/full: No space left on device; the JSON is above\n"
 
 
 @pytest.mark.parametrize(
@@ -240,13 +236,13 @@ def test_which_file_is_meant(trained_run, ema, tmp_path):
         (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
         (("--data", "{packed}"), "class 0 is Ankle_boot in {ema} and Bag in {packed}; give data with the classes of"),
         (("--data", "{empty}"), "no manifest.json in {empty}; write shards there with: python -m dataio.pack"),
-        (("--weights", "{empty}"), "{empty} is a folder without checkpoints; give a run's folder or a file of weights"),
+        (("--weights", "{empty}"), "{empty} is a folder without checkpoints; give a run's folder, one of its checkp"),
         (("--weights", "{official}"), "{official} does not say which model it is of; add --model polaformerpp_b0"),
         (
             ("--weights", "{official}", "--model", "polaformerpp_b0"),
             "the official checkpoint does not fit this model: head.weight is (2, 2048), the model needs (10, 2048);",
         ),
-        (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, a"),
+        (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, o"),
     ],
 )
 def test_what_does_not_fit_is_refused(score, ema, val, official, tmp_path, arguments, message):
