@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataio.cache import open_data, open_shards
+from dataio.images import patient_pil
 from dataio.index import Manifest, load_manifest, samples_at
 from dataio.remote import CacheOptions, is_url, shown
 
@@ -41,7 +42,8 @@ def stored_pictures(manifest: Manifest, samples: np.ndarray) -> list[Picture]:
             row = manifest.samples[sample]
             shards.hold([int(row["shard"])])
             try:
-                pixels = np.asarray(Image.open(io.BytesIO(shards.read(sample))).convert("RGB"))
+                with patient_pil():
+                    pixels = np.asarray(Image.open(io.BytesIO(shards.read(sample))).convert("RGB"))
             except Exception as error:  # PIL raises whatever its plugins raise
                 raise RuntimeError(f"cannot draw {manifest.describe(sample)}: {error}; {manifest.remedy}") from error
             title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
