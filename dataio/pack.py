@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync
+from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync, user_path
 from dataio.images import CHECKS, SHRINK_VERSION, Shrink
 from dataio.index import (
     FORMAT_VERSION,
@@ -332,11 +332,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        type=Path,
+        type=user_path,
         help="a folder with a folder of images per class; a zip or (uncompressed) tar of one; a WebDataset: a folder"
         " of .tar shards, one of them, or a pattern in quotes like 'shard-{000000..000041}.tar'",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, new or empty")
+    parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write, new or empty")
     parser.add_argument(
         "--shard-mib",
         type=int,
@@ -378,7 +378,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--classes",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="names of a WebDataset's classes, one a line, from class 0 on (default: those of its manifest.json, or"
         " what its .cls members say)",
