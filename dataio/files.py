@@ -18,6 +18,11 @@ class BusyError(RuntimeError):
     """Another process is writing the same folder."""
 
 
+def user_path(text: str) -> Path:
+    """The path that a command was given, with a `~` or `~user` at its beginning expanded as shells do."""
+    return Path(os.path.expanduser(text))
+
+
 def printable(path: str) -> str:
     """The path with bytes that are no UTF-8, which Python keeps as lone surrogates, written as \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")

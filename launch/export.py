@@ -6,6 +6,11 @@ timm.create_model("polaformerpp_b5", checkpoint_path="runs/b5/export/model.safet
 timm.create_model("local-dir:runs/b5/export", pretrained=True)
 """
 
+from launch.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 import argparse
 import json
 import shutil
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import timm
 
+from dataio.files import user_path
 from launch.card import read_card
 from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 from polaformer.weights import load_weights
@@ -58,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help=WHAT_CAN_BE_NAMED)
-    parser.add_argument("--to", type=Path, help="where to write (default RUN/export, or beside a file)")
+    parser.add_argument("run", type=user_path, help=WHAT_CAN_BE_NAMED)
+    parser.add_argument("--to", type=user_path, help="where to write (default RUN/export, or beside a file)")
     parser.add_argument("--kind", choices=("ema", "model"), default="ema", help="which weights (default ema)")
     arguments = parser.parse_args(argv)
     try:

@@ -1,7 +1,7 @@
 """Trains PolaFormer++: the story of a run, top to bottom.
 
     deepspeed launch/train.py --config configs/X.yaml [key=value …]
-    torchrun --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
+    torchrun --standalone --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
 Started again with the same command, a run goes on from its newest whole checkpoint, in the middle of an epoch too.
@@ -10,10 +10,14 @@ Started again with the same command, a run goes on from its newest whole checkpo
 import os
 import sys
 
+from launch.interrupt import exit_on_interrupt
+
 # The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
 # Which rank this is, `placement` knows better; it is not imported yet.
-if __name__ == "__main__" and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-    print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
+if __name__ == "__main__":
+    exit_on_interrupt("; the same command goes on from the last checkpoint, if there is one")
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
 import argparse
 import contextlib
@@ -29,7 +33,7 @@ import yaml
 from timm.loss import SoftTargetCrossEntropy
 
 from dataio.augment import Augment
-from dataio.files import replace_file
+from dataio.files import replace_file, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.remote import shown
 from launch import checkpoint
@@ -48,7 +52,7 @@ from launch.distributed import (
     stop,
     together,
 )
-from launch.engine import build_model, plain_model, seed_step, set_lr, start_engine
+from launch.engine import build_model, check_engine, plain_model, seed_step, set_lr, start_engine
 from launch.evaluate import evaluate
 from launch.flops import measure_rates
 from launch.monitor import Monitor
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
     try:
         device = start(place, device_type, timedelta(minutes=timeout))
-    except RuntimeError as error:  # of this rank alone, too
+    except (ValueError, RuntimeError) as error:  # of this rank alone, too
         return refuse(error, rank=0)
     try:
         with together():
@@ -88,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         announce(f"opening {shown(config.data.train)} and {shown(config.data.val)}", rank)
         with together():
             plan = make_plan(config, rank, place.ranks, ranks_here)
+            check_engine(config, plan)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
         with locked(config.output, partial(announce, rank=rank)) as check_lock:
             run = prepare(config, plan, device, check_lock)
@@ -156,7 +161,8 @@ class Run:
         """Scores weights and EMA on all validation images after `step`, counted from 0; the better top-1, percent."""
         plan, batches, average = self.plan, self.plan.batches, self.average.module
         device = next(average.parameters()).device
-        loader = EvalLoader(plan.val, plan.images, batches.batch, batches.rank, batches.ranks, device)
+        rank, ranks = batches.rank, batches.ranks
+        loader = EvalLoader(plan.val, plan.images, batches.batch, rank, ranks, device, plan.val_label_map)
         models = plain_model(self.engine, average), average
         of_weights, of_ema = evaluate(models, loader, plan.classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
@@ -324,7 +330,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml")
+    parser.add_argument(
+        "--config", type=user_path, required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(argv)
