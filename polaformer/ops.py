@@ -168,24 +168,29 @@ def _vmap(operator, info, in_dims, *arguments):
     return tuple(unfolded), axes
 
 
+def _below_autograd(operator, keys, arguments):
+    """What the dispatcher would call next: a level of torch.func, which needs gradients switched on, or a kernel."""
+    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
 class _Attention(_SingleLevelFunction):
     """The operator for autograd, at every level of torch.func; what it saves for backward has no gradient."""
 
     @staticmethod
-    def forward(*arguments):
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return _forward_operator(*arguments)
+    def forward(keys, *arguments):
+        return _below_autograd(_forward_operator, keys, arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.height, ctx.width = inputs
+        _keys, *tensors, ctx.height, ctx.width = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
     def backward(ctx, grad_out, *_grads_of_saved):
-        return *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
+        return None, *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
 
 class _AttentionBackward(_SingleLevelFunction):
@@ -195,13 +200,12 @@ class _AttentionBackward(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(*arguments):
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            return _backward_operator(*arguments)
+    def forward(keys, *arguments):
+        return _below_autograd(_backward_operator, keys, arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad_out, q, k, v, same_logits, opposite_logits, *_saved, ctx.height, ctx.width = inputs
+        _keys, grad_out, q, k, v, same_logits, opposite_logits, *_saved, ctx.height, ctx.width = inputs
         ctx.save_for_backward(grad_out, q, k, v, same_logits, opposite_logits)
 
     @staticmethod
@@ -212,13 +216,14 @@ class _AttentionBackward(_SingleLevelFunction):
             return tuple(grad.to(x.dtype) for grad, x in zip(first, inputs, strict=True))
 
         _, pull_back = torch.func.vjp(differentiate, *ctx.saved_tensors)
-        return *pull_back(grads), *(None,) * 5
+        return None, *pull_back(grads), *(None,) * 5
 
 
 for _operator, _function in ((_forward_operator, _Attention), (_backward_operator, _AttentionBackward)):
     # torch.library.register_autograd makes an autograd.Function, which torch.func cannot differentiate inside an
     # operator. These are differentiated as PyTorch's own operators are: level by level.
-    torch.library.impl(_library, _operator.name(), "Autograd")(enable_single_level_autograd_function()(_function.apply))
+    _apply = enable_single_level_autograd_function()(_function.apply)
+    _library.impl(_operator.name(), _apply, "Autograd", with_keyset=True)
     torch.library.register_vmap(_operator, functools.partial(_vmap, _operator), lib=_library)
 
 

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from dataio.files import user_path
 from launch.benchmark.check import find_errors
 from launch.benchmark.contenders import Entrant, Shape, implementation, make_inputs, parse_shape
-from launch.benchmark.report import describe_run, prepare_output, write_report
+from launch.benchmark.report import describe_run, prepare_output, user_path, write_report
 from polaformer import ops
 
 #: Sizes that fill no tile, one head width that no vector divides, and the widest. One token alone is not among them:

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataio.files import user_path
 from dataio.index import Manifest, load_manifest
 from dataio.workers import available_cores
 from launch.benchmark.data_report import DESCRIPTIONS, describe, draw, show
@@ -33,7 +32,7 @@ from launch.benchmark.feed import Feeding, measure_feeding
 from launch.benchmark.loaders import WORKS, Task
 from launch.benchmark.loading import CONTENDERS, UnequalWork, hold_contest, require_tools
 from launch.benchmark.photographs import DESCRIPTION, pack_photographs
-from launch.benchmark.report import default_path, describe_run, read_report, write_report
+from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
 from launch.distributed import default_device_type
 from polaformer import PRESETS
 

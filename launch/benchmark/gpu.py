@@ -27,9 +27,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from dataio.files import user_path
 from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
-from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output
+from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output, user_path
 
 PASSED, FAILED, ENDED, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
 _KILL_AFTER_SECONDS = 5

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from dataio.files import user_path
 from launch.benchmark.check import WrongResult
 from launch.benchmark.contenders import CONTENDERS, Shape, model_shapes, parse_shape
 from launch.benchmark.contest import Contest, Rules
 from launch.benchmark.kernel_report import describe, dtype_name, growth_ratios, show
-from launch.benchmark.report import default_path, describe_run, prepare_output, read_report, write_report
+from launch.benchmark.report import default_path, describe_run, prepare_output, read_report, user_path, write_report
 from launch.distributed import default_device_type
 from polaformer import ops
 from polaformer.model import TOTAL_STRIDE

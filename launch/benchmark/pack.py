@@ -29,11 +29,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dataio.files import user_path
 from dataio.workers import available_cores
 from launch.benchmark.measure import spread
 from launch.benchmark.photographs import DESCRIPTION, make_photographs
-from launch.benchmark.report import default_path, describe_run, read_report, write_report
+from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
 
 _IMAGES = 6000
 _BASELINE = "cp -r"
@@ -41,7 +40,6 @@ _WEBDATASET = """
 import sys
 from pathlib import Path
 from webdataset import ShardWriter
-from dataio.files import user_path
 
 source, target = map(Path, sys.argv[1:])
 target.mkdir()

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dataio.files import user_path
 from launch.benchmark.contenders import FLOOR_ELEMENTS, Entrant, Shape, implementation, make_inputs, parse_shape
 from launch.benchmark.measure import Clock, Spread, copy_rate, spread
 from launch.benchmark.report import (
@@ -38,6 +37,7 @@ from launch.benchmark.report import (
     format_table,
     prepare_output,
     read_report,
+    user_path,
     write_report,
 )
 from launch.benchmark.step import Batch, Training, describe_error, settle_batch, settle_device

@@ -27,6 +27,11 @@ def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
     }
 
 
+def user_path(text: str) -> Path:
+    """dataio.files.user_path, for benchmarks that need nothing of dataio."""
+    return Path(text).expanduser()
+
+
 def commit() -> str | None:
     """The commit of these sources, with "+changes" if files differ from it.
 

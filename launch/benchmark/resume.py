@@ -27,14 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataio.files import user_path
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, Order, load_manifest, read_manifest_file
 from dataio.loader import TrainLoader, TrainPlan
 from dataio.views import ImageOptions
 from dataio.workers import available_cores, ctrl_c_held_back
 from launch.benchmark.measure import spread
 from launch.benchmark.photographs import DESCRIPTION, pack_photographs
-from launch.benchmark.report import default_path, describe_run, read_report, write_report
+from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
 from launch.distributed import default_device_type
 
 _PHOTOGRAPHS = 128  # one shard of them

@@ -32,10 +32,9 @@ from typing import Any
 
 import torch
 
-from dataio.files import user_path
 from launch.benchmark.kernel_costs import TILE_TOKENS, WORK, Cost, cost
 from launch.benchmark.machine_code import CLASSES, WIDTHS, Kernel, UnexplainedLoops, find_extension, read_kernels
-from launch.benchmark.report import describe_run, format_table, prepare_output, write_report
+from launch.benchmark.report import describe_run, format_table, prepare_output, user_path, write_report
 
 BYTES_PER_ELEMENT = 2  # bf16
 LAUNCH_SECONDS = 3e-6

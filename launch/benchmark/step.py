@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, aten, conv_flop_count
 
-from dataio.files import user_path
 from launch.benchmark.measure import Clock, Spread, product_rate, rounds_within, spread
 from launch.benchmark.report import (
     default_path,
@@ -36,6 +35,7 @@ from launch.benchmark.report import (
     format_table,
     prepare_output,
     read_report,
+    user_path,
     write_report,
 )
 from launch.distributed import default_device_type

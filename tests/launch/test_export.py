@@ -88,7 +88,7 @@ def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
     assert export(run, tmp_path / "out", "ema").read_bytes() == (older / checkpoint.EMA_NAME).read_bytes()
 
 
-@pytest.mark.parametrize("named", ["best", "latest", "step-00000039", "step-00000078/ema.safetensors"])
+@pytest.mark.parametrize("named", ["best", "latest", "step-00000038", "step-00000075/ema.safetensors"])
 def test_the_command_takes_a_checkpoint(trained_run, tmp_path, capsys, named):
     """And writes beside the run's checkpoints, as for the run."""
     run = shutil.copytree(trained_run, tmp_path / "run")
@@ -98,7 +98,7 @@ def test_the_command_takes_a_checkpoint(trained_run, tmp_path, capsys, named):
 
 
 def test_a_file_elsewhere_is_exported_beside_it(trained_run, tmp_path, capsys):
-    weights = shutil.copy(trained_run / "checkpoints" / "step-00000078" / "ema.safetensors", tmp_path)
+    weights = shutil.copy(trained_run / "checkpoints" / "step-00000075" / "ema.safetensors", tmp_path)
     assert main([weights]) == 0
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == Path(weights).read_bytes()
 

@@ -12,7 +12,7 @@ from launch.checkpoint import EMA_NAME, MODEL_NAME
 from launch.export import export
 from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 
-OLDER, NEWER = "step-00000039", "step-00000078"
+OLDER, NEWER = "step-00000038", "step-00000075"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_an_exported_folder(run, tmp_path):
 
 
 def test_a_checkpoint_that_was_moved_elsewhere(run, tmp_path):
-    """Under another name, as `cp -r RUN/checkpoints/step-00000078 b0` makes it."""
+    """Under another name, as `cp -r RUN/checkpoints/step-00000075 b0` makes it."""
     shutil.copytree(run / "checkpoints" / NEWER, tmp_path / "b0")
     assert find_weights(tmp_path / "b0", "ema") == tmp_path / "b0" / EMA_NAME
 
