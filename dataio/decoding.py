@@ -10,7 +10,7 @@ import dataclasses
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dataio.cache import ShardCache, open_shards
+from dataio.images import patient_pil
 from dataio.index import Manifest
 from dataio.pipeline import FAILURES, graph_inputs, make_graph, make_resizer, to_torch
 from dataio.shards import BrokenSampleError, ShardFiles
@@ -256,8 +257,7 @@ class _Bench:
         try:
             control = _blank(row["width"], row["height"])
             failed = self._first_failure(sample, [control], view)
-            with suppress(Image.DecompressionBombError):  # PIL's limit, whatever the memory
-                _decode_with_pil(control)
+            _decode_with_pil(control)
         except Exception as error:  # PIL raises whatever its plugins raise
             failed = 0, str(error) or type(error).__name__
         if failed:
@@ -290,7 +290,8 @@ def _part(views: Views, places: slice | list[int]) -> Views:
 def _header_fault(encoded: np.ndarray, width: int, height: int) -> str | None:
     """What is wrong with an image as far as its header tells, which should name this width and height."""
     try:
-        found = Image.open(io.BytesIO(encoded.tobytes())).size
+        with patient_pil():
+            found = Image.open(io.BytesIO(encoded.tobytes())).size
     except UnidentifiedImageError:
         return "not an image"
     except Exception:  # PIL raises whatever its plugins raise, for want of memory too
@@ -309,7 +310,8 @@ def _blank(width: int, height: int) -> np.ndarray:
 
 
 def _decode_with_pil(encoded: np.ndarray) -> None:
-    Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
+    with patient_pil():
+        Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
 
 
 def _as_array(encoded: bytes) -> np.ndarray:

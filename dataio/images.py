@@ -6,6 +6,8 @@ source.py says where the bytes are, shard_writer.py writes them.
 import io
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +35,7 @@ _MODES = {
 _FOREIGN_PIXELS = {"BGR;15": "15 bits a pixel", "BGR;16": "16 bits a pixel", "RGBa": "premultiplied transparency"}
 #: What the names of image files end with, in lower case.
 ENDINGS = (
-    *(".bmp", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".bmp", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
 #: How thoroughly an image is looked at. Width and height are read at each level; a file that has none is broken.
@@ -56,6 +58,8 @@ _UNDO_ROTATION = {
     8: Image.Transpose.ROTATE_270,
 }
 _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+#: Bytes 4 to 12 of a HEIC file: a box and its brand.
+_HEIC = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")}
 _JPEG_END = b"\xff\xd9"
 
 
@@ -78,33 +82,61 @@ class Shrink:
     quality: int
 
 
-def check_image(data: bytes, check: str) -> Header:
-    """The header of an image that passes `check`, one of CHECKS.
+def check_image(data: bytes, check: str, max_megapixels: int | None = None) -> Header:
+    """The header of an image that passes `check`, one of CHECKS, and has at most so many megapixels.
 
     Raises ValueError with the reason if it does not, or is of a kind that DALI does not decode to the same pixels.
     """
     if not data:
         raise ValueError("the file is empty")
     if check == "none" and (header := _jpeg_header(data)) is not None:
+        _require_megapixels(header, max_megapixels)
         return header
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata and large images are no fault
+        with patient_pil():
             image = Image.open(io.BytesIO(data))
-            foreign = _foreign_kind(image, data)
-            if foreign is None:
-                header = _header(image)
-                if check != "none":
-                    _check_end(image.format, data)
-                if check == "decode":
-                    image.load()
+            if foreign := _foreign_kind(image, data):
+                raise _UnfitError(f"it is a {foreign}, which DALI does not decode; convert it to JPEG or PNG")
+            header = _header(image)
+            _require_megapixels(header, max_megapixels)
+            if check != "none":
+                _check_end(image.format, data)
+            if check == "decode":
+                image.load()
+    except _UnfitError:
+        raise
     except Image.UnidentifiedImageError as error:
+        if data[4:12] in _HEIC:
+            raise ValueError("it is HEIC, as phones write it, whatever its name; convert it to JPEG or PNG") from error
         raise ValueError("it is no image, or of an unknown format") from error
     except Exception as error:  # PIL's decoders raise a dozen kinds on garbage
         raise ValueError(f"it cannot be decoded: {error}") from error
-    if foreign is not None:
-        raise ValueError(f"it is a {foreign}, which DALI does not decode; convert it to JPEG or PNG")
     return header
+
+
+class _UnfitError(ValueError):
+    """An image that can be decoded, and is not to be."""
+
+
+def _require_megapixels(header: Header, most: int | None) -> None:
+    pixels = header.width * header.height
+    if most is not None and pixels > most * 10**6:
+        raise _UnfitError(
+            f"it has {header.width}×{header.height} pixels, more than the {most} million of --max-megapixels; allow"
+            f" {-(-pixels // 10**6)}, or make it smaller"
+        )
+
+
+@contextmanager
+def patient_pil() -> Iterator[None]:
+    """PIL without its warnings of odd metadata, and without its limit of pixels: ours is --max-megapixels."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
@@ -154,8 +186,7 @@ def shrink_image(data: bytes, header: Header, shrink: Shrink) -> tuple[bytes, He
     size = tuple(round(side * shrink.side / short) for side in (header.width, header.height))
     out = io.BytesIO()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with patient_pil():
             image = Image.open(io.BytesIO(data))
             # libjpeg may scale by 1/2, 1/4 or 1/8 as it decodes; twice the size is left for the filter
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
@@ -194,8 +225,7 @@ def _asks_for_rotation(data: bytes) -> bool:
         return False
     exif = Image.Exif()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with patient_pil():
             exif.load(data)
             return exif.get(_ORIENTATION) in _ROTATIONS
     except Exception:  # metadata that cannot be read is no fault

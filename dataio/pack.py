@@ -20,7 +20,7 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync
-from dataio.images import CHECKS, SHRINK_VERSION, Shrink
+from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync, user_path
+from dataio.images import SHRINK_VERSION
 from dataio.index import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -44,12 +44,12 @@ from dataio.index import (
     philox,
 )
 from dataio.journal import UNFINISHED, FinishedShard, Journal
+from dataio.pack_options import PARTS, PackOptions, add_options
 from dataio.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
 from dataio.source import ImageFile, Source, find_images
 from dataio.terminal import progress_bar, status
 from dataio.workers import available_cores, worker_pool
 
-PARTS = ("held-out", "kept")  # of --hold-out
 REPORT_NAME = "report.json"
 
 _SMALLEST_SHARD = 16 * 2**20  # bytes; a small source is cut into shards of this size …
@@ -57,48 +57,6 @@ _SHARDS_WANTED = 64  # … or into so many, so that all workers have their share
 _INDEX_BYTES = 128  # of an image, at most, in its .idx and samples.npy
 _BROKEN_SHOWN, _NAMES_SHOWN = 20, 3
 _SYNCED_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """What the command's options say. `hold_out` is a percentage, `part` is "kept" or "held-out"."""
-
-    shard_mib: int = 256
-    workers: int = 0  # 0: one per available core
-    seed: int = 0
-    check: str = "decode"
-    resize: int | None = None  # pixels of the short side
-    quality: int | None = None  # of the JPEGs that --resize writes; None: 90
-    skip_broken: bool = False
-    hold_out: float | None = None
-    part: str | None = None
-    classes: Path | None = None
-
-    def __post_init__(self):
-        if self.shard_mib < 1:
-            raise ValueError(f"--shard-mib is {self.shard_mib}; use 1 or more (128 to 512 suits most disks)")
-        if self.workers < 0:
-            raise ValueError(f"--workers is {self.workers}; use 1 or more, or 0 for one per core")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}; use a number from 0 to 2**63 - 1")
-        if self.check not in CHECKS:
-            raise ValueError(f'--check is "{self.check}"; use {", ".join(CHECKS)}')
-        if self.resize is not None and self.resize < 1:
-            raise ValueError(f"--resize is {self.resize}; use the pixels that the short side should have")
-        if self.quality is not None and self.resize is None:
-            raise ValueError("--quality is for the images that --resize makes smaller; give both or neither")
-        if self.quality is not None and not 1 <= self.quality <= 100:
-            raise ValueError(f"--quality is {self.quality}; use a number from 1 to 100 (above 95 gains nothing)")
-        if (self.hold_out is None) != (self.part is None):
-            raise ValueError("--hold-out and --part belong together; give both or neither")
-        if self.hold_out is not None and not 0 < self.hold_out < 100:
-            raise ValueError(f"--hold-out is {self.hold_out}; use a percentage between 0 and 100")
-        if self.part not in (None, *PARTS):
-            raise ValueError(f'--part is "{self.part}"; use {" or ".join(PARTS)}')
-
-    @property
-    def shrink(self) -> Shrink | None:
-        return None if self.resize is None else Shrink(self.resize, self.quality or 90)
 
 
 def pack(source: str | Path, target: str | Path, options: PackOptions | None = None) -> Manifest:
@@ -114,39 +72,65 @@ def pack(source: str | Path, target: str | Path, options: PackOptions | None = N
         raise ValueError(f"{target} lies inside {source}; choose a folder beside it, or it would become a class")
     with new_folder(target, resume=True) as folder:
         with status(f"listing {source}"):
-            found = _part_of(find_images(source, options.classes), options)
+            found = find_images(source, options.classes)
+        parts = None if options.hold_out is None else split(found, options.hold_out)
+        if parts is not None:  # a file that is no image lies in the kept part
+            broken = found.broken if options.part == "kept" else []
+            found = replace(found, images=parts[options.part], broken=broken)
+        for line in _remarks(found):
+            print(line, file=sys.stderr)
         if found.broken and not options.skip_broken:
             raise _broken_error(found, found.broken[0])
         tasks = _plan(found, folder.parent, options)
         with worker_pool(min(options.workers or available_cores(), len(tasks))) as pool:
             shards = _write_shards(found, tasks, folder, pool, options)
-        _write_tables(folder, found, shards, options)
+        report = _report(found, parts, [shard.written for shard in shards], options)
+        _write_tables(folder, found, shards, options, report)
     return load_manifest(target)
 
 
-def _part_of(found: Source, options: PackOptions) -> Source:
-    """The part of the source that is to be packed: --hold-out decides by a hash of each image's path."""
-    if options.hold_out is None:
-        return found
-    bound = options.hold_out / 100 * 2**64
-
-    def is_held_out(path: str) -> bool:
-        return int.from_bytes(hashlib.sha256(os.fsencode(path)).digest()[:8], "big") < bound
-
-    parts: dict[str, list[ImageFile]] = {part: [] for part in PARTS}
-    for image in found.images:
-        parts["held-out" if is_held_out(image.path) else "kept"].append(image)
+def _remarks(found: Source) -> Iterator[str]:
+    """What a source holds and its user may not expect."""
+    plain = sorted(found.classes)
+    pairs = enumerate(zip(found.classes, plain, strict=True))
+    different = next((number for number, names in pairs if names[0] != names[1]), None)
+    if found.natural and different is not None:
+        yield (
+            f'classes are in natural order, as in timm: class {different} is "{found.classes[different]}", where'
+            f' torchvision has "{plain[different]}"; --classes FILE, with a name in each line, gives them another order'
+        )
     used = {image.label for image in found.images}
-    for (part, images), change in zip(parts.items(), ("larger", "smaller"), strict=True):
-        missing = sorted(used - {image.label for image in images})
-        if missing:
-            raise ValueError(
-                f'class "{found.classes[missing[0]]}" has no image in the {part} part with --hold-out'
-                f" {options.hold_out:g}; use a {change} percentage"
-            )
-    wanted = options.part == "held-out"
-    broken = [file for file in found.broken if is_held_out(file.file) == wanted]
-    return replace(found, images=parts[options.part], broken=broken)
+    unused = [name for number, name in enumerate(found.classes) if number not in used]
+    if unused:
+        yield f"classes without images: {len(unused)} ({_first_of(unused)})"
+    if found.ignored:
+        yield f"texts and tables among the images, ignored: {found.ignored}"
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return ", ".join([*names[:_NAMES_SHOWN], *(["…"] if len(names) > _NAMES_SHOWN else [])])
+
+
+def split(found: Source, percent: float) -> dict[str, list[ImageFile]]:
+    """The images of each of PARTS. Of every class that percentage is held out, at least one image and never all.
+
+    A class of one image is kept. Which ones are held out is decided by a hash of their paths, so that further images
+    move no more than one of each class. Raises ValueError if no class has two.
+    """
+    classes: dict[int, list[ImageFile]] = {}
+    for image in found.images:
+        classes.setdefault(image.label, []).append(image)
+    held_out = set()
+    for images in classes.values():
+        images.sort(key=lambda image: hashlib.sha256(os.fsencode(image.path)).digest())
+        wanted = max(1, int(len(images) * percent / 100 + 0.5))
+        held_out.update(image.path for image in images[: min(wanted, len(images) - 1)])
+    if not held_out:
+        raise ValueError(f"no class of {found.name} has two images, so that one could be held out; add some")
+    return {
+        "held-out": [image for image in found.images if image.path in held_out],
+        "kept": [image for image in found.images if image.path not in held_out],
+    }
 
 
 def _plan(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
@@ -170,6 +154,7 @@ def _plan(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
                 check=options.check,
                 shrink=options.shrink,
                 skip_broken=options.skip_broken,
+                max_megapixels=options.max_megapixels,
             )
         )
         start = end
@@ -212,9 +197,11 @@ def _request(found: Source, options: PackOptions) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "source (its files, their sizes and times of change)": found.stamp,
         "classes": list(found.classes),
+        "choice of images": hashlib.sha256(os.fsencode("\n".join(image.path for image in found.images))).hexdigest(),
         "--shard-mib": options.shard_mib,
         "--seed": options.seed,
         "--check": options.check,
+        "--max-megapixels": options.max_megapixels,
         "--resize": options.resize,
         "--quality": options.shrink and options.shrink.quality,
         "version of Pillow": options.shrink and SHRINK_VERSION,
@@ -254,13 +241,15 @@ def _broken_error(found: Source, broken: Broken) -> ValueError:
     )
 
 
-def _write_tables(folder: Path, found: Source, finished: list[FinishedShard], options: PackOptions) -> None:
+def _write_tables(
+    folder: Path, found: Source, finished: list[FinishedShard], options: PackOptions, report: "Report"
+) -> None:
     """samples.npy, report.json and manifest.json; and waits until all that is in the folder is on disk."""
     written = [shard.written for shard in finished]
     rows = [shard.rows for shard in written if len(shard.rows)]
     samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *rows])
     lost = {image.label for image in found.images} - set(np.unique(samples["label"]).tolist())
-    if lost:
+    if lost and options.part != "held-out":  # of which some classes have no image at all
         empty(folder)  # the source must change, and then all shards are others
         name = found.classes[min(lost)]
         raise ValueError(f'class "{name}" has only broken images; repair one or remove {found.name}/{name}')
@@ -280,7 +269,7 @@ def _write_tables(folder: Path, found: Source, finished: list[FinishedShard], op
         broken=tuple(replace(file, file=printable(file.file)) for file in sorted(broken, key=lambda file: file.file)),
     )
     (folder / SAMPLES_NAME).write_bytes(table.getvalue())
-    (folder / REPORT_NAME).write_bytes(_json(asdict(_report(written, options))))
+    (folder / REPORT_NAME).write_bytes(_json(asdict(report)))
     text = _json(asdict(manifest))
     parse_manifest(text, str(folder / MANIFEST_NAME))  # nothing is published that cannot be read
     (folder / MANIFEST_NAME).write_bytes(text)
@@ -303,9 +292,13 @@ class Report:
     resized: int  # images that were made smaller
     cmyk: list[str]
     rotated: list[str]  # their EXIF asks for a rotation or a flip
+    parts: dict[str, int] | None = None  # with --hold-out: how many images each of PARTS has
+    ignored: int = 0  # texts and tables among the images
 
 
-def _report(written: list[WrittenShard], options: PackOptions) -> Report:
+def _report(
+    found: Source, parts: dict[str, list[ImageFile]] | None, written: list[WrittenShard], options: PackOptions
+) -> Report:
     shrink = options.shrink
     return Report(
         check=options.check,
@@ -315,6 +308,8 @@ def _report(written: list[WrittenShard], options: PackOptions) -> Report:
         resized=sum(shard.shrunk for shard in written),
         cmyk=sorted(path for shard in written for path in shard.cmyk),
         rotated=sorted(path for shard in written for path in shard.rotated),
+        parts=parts and {part: len(images) for part, images in parts.items()},
+        ignored=found.ignored,
     )
 
 
@@ -332,56 +327,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        type=Path,
+        type=user_path,
         help="a folder with a folder of images per class; a zip or (uncompressed) tar of one; a WebDataset: a folder"
         " of .tar shards, one of them, or a pattern in quotes like 'shard-{000000..000041}.tar'",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, new or empty")
-    parser.add_argument(
-        "--shard-mib",
-        type=int,
-        default=256,
-        help="largest size of a shard (default: 256 MiB); a small SOURCE makes smaller ones, 64 of 16 MiB or more",
-    )
-    parser.add_argument("--workers", type=int, default=0, help="number of processes (default: one per core)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the order of storage (default: 0)")
-    parser.add_argument(
-        "--check",
-        choices=CHECKS,
-        default="decode",
-        help="how each image is checked (default: decode). " + "; ".join(f"{name}: {CHECKS[name]}" for name in CHECKS),
-    )
-    parser.add_argument(
-        "--resize",
-        type=int,
-        metavar="PIXELS",
-        help="scale images whose short side is longer down to it, and store them as JPEG without metadata; all"
-        " others are stored as they are",
-    )
-    parser.add_argument("--quality", type=int, metavar="1-100", help="of the JPEGs that --resize writes (default: 90)")
-    parser.add_argument(
-        "--skip-broken",
-        action="store_true",
-        help="leave out and list files that are no images or do not pass the check; without it they are an error",
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=float,
-        metavar="PERCENT",
-        help="split SOURCE in two by a hash of each image's path and pack one --part: for a folder without a"
-        " validation set, run twice with the same percentage",
-    )
+    parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write, new or empty")
+    add_options(parser)
     parser.add_argument(
         "--part",
         choices=PARTS,
-        help="which part to pack: held-out has PERCENT of the images, kept the others",
-    )
-    parser.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="names of a WebDataset's classes, one a line, from class 0 on (default: those of its manifest.json, or"
-        " what its .cls members say)",
+        help="which part of a split to pack: held-out has PERCENT of each class, kept the others",
     )
     return parser.parse_args(argv)
 

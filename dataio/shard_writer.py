@@ -30,6 +30,7 @@ class ShardTask:
     check: str
     shrink: Shrink | None
     skip_broken: bool
+    max_megapixels: int | None = None
 
 
 @dataclass
@@ -97,7 +98,7 @@ def _read(task: ShardTask, image: ImageFile, written: WrittenShard) -> tuple[byt
         raise ValueError(f"it cannot be read: {error.strerror or error}") from error
     if len(data) != image.bytes:
         raise RuntimeError(f"{image.path} was changed while it was being packed; pack again when nothing changes it")
-    header = check_image(data, task.check)
+    header = check_image(data, task.check, task.max_megapixels)
     if task.shrink is not None:
         stored, header = shrink_image(data, header, task.shrink)
         written.shrunk += stored is not data

@@ -6,8 +6,11 @@ reads zip and tar. pack.py makes shards of it all.
 
 import hashlib
 import os
+import re
 import stat
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,10 +19,11 @@ from typing import NamedTuple, Protocol
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from dataio.archives import Member, TarReader, ZipReader
+from dataio.archives import Member, TarReader
 from dataio.files import printable
 from dataio.images import ENDINGS
 from dataio.index import MANIFEST_NAME, Broken, read_manifest_file
+from dataio.layout import find_classes, is_image, is_visible, levels_of, open_archive, read_members, split_archive
 
 LABEL_ENDING = "cls"
 
@@ -27,6 +31,10 @@ _LOOKED_AT = 100  # members of a tar file, to tell a WebDataset from a class fol
 _MOST_CLASSES = 2**20  # without names
 _NO_CLASS_FOLDER = "it lies in no class folder"
 _OTHER_ENDING = f"its name ends with none of {' '.join(ENDINGS)}"
+#: Images that others decode and DALI does not.
+_FOREIGN = (".avif", ".gif", ".heic", ".heif", ".ico", ".jxl", ".psd", ".svg", ".tga")
+#: What is often kept beside images: annotations, tables, texts.
+_COMPANIONS = (".aae", ".csv", ".html", ".ini", ".json", ".md", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml")
 _UNREADABLE = "it is a link to nothing, or no regular file"
 
 
@@ -50,7 +58,8 @@ class ImageFile(NamedTuple):
 class Source:
     """What there is to pack, in a fixed order. `broken` are the files that need not be opened to tell.
 
-    stamp: a hash of all paths, sizes and times of change.
+    stamp: a hash of all paths, sizes and times of change. ignored: texts and tables among the images. natural: whether
+    the classes are in natural order, since neither a file nor numbers say another.
     """
 
     name: str  # as the command has it
@@ -59,6 +68,8 @@ class Source:
     broken: list[Broken]
     stamp: str
     reader: Reader
+    ignored: int = 0
+    natural: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,37 +89,49 @@ class FolderReader:
 def find_images(source: str | Path, class_names: Path | None = None) -> Source:
     """The classes and images of `source`. Each format has its own:
 
-    A class folder, or a zip or tar of one: a visible folder is a class, the files in and below it its images. Hidden
-    files are ignored, and so are files beside the class folders unless they are images. A file inside a class whose
-    name does not end like an image's is listed as broken.
+    A class folder, or a zip or tar of one: a visible folder is a class, the files in and below it its images. Folders
+    around all classes are passed through. Hidden files and those of operating systems are ignored, and so are files
+    beside the class folders unless they are images. In a class, texts and tables are counted as ignored; any other
+    file whose name does not end like an image's is listed as broken.
     A WebDataset: a folder, brace pattern or file of tar shards, whose samples have an image and a class (.cls).
-    `class_names` is for this alone: a file with a name in each line, or None where the shards say enough.
-    Raises ValueError if there is no class, a class has no image, or a sample is not whole.
+    class_names: a file with a name in each line, in the order of the classes; some may have no images. Without it,
+    names are in natural order (2 before 10), and a WebDataset's as its numbers or its manifest say.
+    Raises ValueError if there is no class, the file lacks one, one has no images (and there is no file), the folders
+    are parts of a data set (train, val), or a sample is not whole.
     """
     path = Path(source)
+    archive, inside = split_archive(path)
+    if archive is None and path.is_dir():
+        path = find_classes(path)
+        archive, inside = split_archive(path)
+    if archive is not None and (inside or zipfile.is_zipfile(archive) or not _has_labels(archive)):
+        return _find_in_archive(archive, inside, class_names)
     shards = _shards_of(path)
-    if not shards and class_names is not None:
-        raise ValueError(f"--classes names the classes of a WebDataset; in {source} the folders name them")
     if shards:
         return _find_samples(path, shards, class_names)
     if path.is_dir():
-        return _find_in_folder(path)
-    return _find_in_archive(path)
+        return _find_in_folder(path, class_names)
+    raise ValueError(
+        f"{path} is not there; name a folder that holds a folder of images for each class, a zip or tar of one,"
+        f" or the shards of a WebDataset"
+    )
 
 
 # Class folders
 
 
-def _find_in_folder(path: Path) -> Source:
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+def _find_in_folder(path: Path, class_names: Path | None) -> Source:
+    entries = sorted(entry for entry in path.iterdir() if is_visible(entry.name))
     classes = [entry.name for entry in entries if entry.is_dir()]
-    files = [Member(entry.name) for entry in entries if not entry.is_dir()]
+    files = [
+        Member(entry.name, fault=None if entry.exists() else _UNREADABLE) for entry in entries if not entry.is_dir()
+    ]
     stamp = hashlib.sha256()
     for name in classes:
         for member, changed in sorted(_files_below(path, name)):
             stamp.update(b"%b\0%d\0%d\n" % (os.fsencode(member.name), member.bytes, changed))
             files.append(member)
-    return _of_class_folder(path, classes, files, stamp.hexdigest(), FolderReader(str(path)))
+    return _of_class_folder(path, classes, files, class_names, stamp.hexdigest(), FolderReader(str(path)))
 
 
 def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
@@ -123,89 +146,113 @@ def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
         with os.scandir(top / folder) as entries:
             for entry in entries:
                 inside = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    waiting.append(inside)
+                if not is_visible(entry.name):
                     continue
                 try:
                     facts = entry.stat()
-                except FileNotFoundError:
+                except OSError:  # a link to nothing, or to itself
                     facts = None
-                if facts is None or not stat.S_ISREG(facts.st_mode):
+                if facts is not None and stat.S_ISDIR(facts.st_mode):
+                    waiting.append(inside)
+                elif facts is None or not stat.S_ISREG(facts.st_mode):
                     yield Member(inside, fault=_UNREADABLE), 0
                 else:
                     yield Member(inside, facts.st_size, (inside,)), facts.st_mtime_ns
 
 
-def _find_in_archive(path: Path) -> Source:
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is not there; name a folder that holds a folder of images for each class, a zip or tar of one,"
-            f" or the shards of a WebDataset"
-        )
-    zipped = zipfile.is_zipfile(path)
-    reader = ZipReader(path) if zipped else TarReader((path,))
-    members = list(reader.members() if zipped else reader.members(0))
-    _require_unique(path, members)
-    members = _from_the_classes_on([member for member in members if _is_visible(member.name)])
+def _find_in_archive(archive: Path, inside: str, class_names: Path | None) -> Source:
+    reader = open_archive(archive)
+    members = read_members(reader)
+    _require_unique(archive, members)
+    levels = levels_of(members)
+    if inside not in levels:
+        raise ValueError(f"{archive} holds no folder {inside}; name one that it holds, or the archive alone")
+    path = find_classes(archive / inside, lambda place: levels[split_archive(place)[1]])
+    top = "".join(f"{folder}/" for folder in path.relative_to(archive).parts)
+    members = [
+        member._replace(name=member.name.removeprefix(top))
+        for member in members
+        if member.name.startswith(top) and member.name != top and is_visible(member.name)
+    ]
     classes = sorted({member.name.partition("/")[0] for member in members if "/" in member.name})
     files = sorted((member for member in members if not member.name.endswith("/")), key=_by_class)
-    return _of_class_folder(path, classes, files, _stamp_of([path]), reader)
-
-
-def _is_visible(name: str) -> bool:
-    parts = name.removeprefix("./").split("/")
-    return not any(part.startswith(".") or part == "__MACOSX" for part in parts)
-
-
-def _from_the_classes_on(members: list[Member]) -> list[Member]:
-    """The members without the folders around all classes, with which many archives begin: each alone in its own."""
-    while True:
-        members = [member._replace(name=member.name.removeprefix("./")) for member in members]
-        folders = {member.name.partition("/")[0] for member in members if "/" in member.name}
-        inside = [member._replace(name=member.name.partition("/")[2]) for member in members if "/" in member.name]
-        if len(folders) != 1 or not any("/" in member.name for member in inside):
-            return [member for member in members if member.name]
-        members = inside
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(ENDINGS)
+    return _of_class_folder(path, classes, files, class_names, _stamp_of([archive]), reader)
 
 
 def _by_class(member: Member) -> tuple[str, ...]:
     return member.name.partition("/")
 
 
-def _of_class_folder(path: Path, classes: list[str], files: Iterable[Member], stamp: str, reader: Reader) -> Source:
-    """The source of these files, in this order; those of a class are called CLASS/…"""
-    if not classes:
+def _of_class_folder(
+    path: Path, folders: list[str], files: Iterable[Member], class_names: Path | None, stamp: str, reader: Reader
+) -> Source:
+    """The source of these files, in this order; those of a class are called FOLDER/…"""
+    classes, labels = _label_folders(path, folders, class_names)
+    images, broken, others, ignored = [], [], Counter(), 0
+    for file in files:
+        folder, slash, _ = file.name.partition("/")
+        fault = file.fault or _fault_of_name(file.name)
+        if not slash:
+            if file.fault or is_image(file.name):
+                broken.append(Broken(file.name, file.fault or _NO_CLASS_FOLDER))
+        elif fault is None:
+            images.append(ImageFile(file.name, labels[folder], file.bytes, file.place))
+        else:
+            others[folder] += 1
+            if file.name.lower().endswith(_COMPANIONS):
+                ignored += 1
+            else:
+                broken.append(Broken(file.name, fault))
+    used = {image.label for image in images}
+    for folder in folders if class_names is None or not images else ():
+        if labels[folder] not in used:
+            kinds = f" ({others[folder]} files of other kinds)" if others[folder] else ""
+            raise ValueError(
+                f'class "{folder}" has no images{kinds}; add some to {path / folder}, remove that folder, or name all'
+                f" classes in a file for --classes"
+            )
+    return Source(str(path), tuple(classes), images, broken, stamp, reader, ignored, natural=class_names is None)
+
+
+def _label_folders(path: Path, folders: list[str], class_names: Path | None) -> tuple[list[str], dict[str, int]]:
+    """(the classes' names, the number of each folder's class)."""
+    if not folders:
         raise ValueError(
             f"{path} holds no class folders; put the images of each class into a folder of their own, like"
             f" {path / 'CLASS' / 'IMAGE'}"
         )
-    for name in classes:
-        if name != printable(name):
-            raise ValueError(f'the name of class "{printable(name)}" in {path} is not UTF-8; rename the folder')
-    labels = {name: label for label, name in enumerate(classes)}
-    images, broken, others = [], [], [0] * len(classes)
-    for file in files:
-        name, slash, _ = file.name.partition("/")
-        is_image = _is_image(file.name)
-        if slash and is_image and file.fault is None:
-            images.append(ImageFile(file.name, labels[name], file.bytes, file.place))
-        elif slash:
-            others[labels[name]] += 1
-            broken.append(Broken(file.name, file.fault if is_image else _OTHER_ENDING))
-        elif is_image:
-            broken.append(Broken(file.name, _NO_CLASS_FOLDER))
-    for label in sorted(set(range(len(classes))) - {image.label for image in images}):
-        files = f" ({others[label]} files of other kinds)" if others[label] else ""
-        raise ValueError(
-            f'class "{classes[label]}" has no images{files}; add some to {path / classes[label]} or remove that folder'
-        )
-    return Source(str(path), tuple(classes), images, broken, stamp, reader)
+    names: dict[str, str] = {}
+    for folder in folders:
+        if folder != printable(folder):
+            raise ValueError(f'the name of class "{printable(folder)}" in {path} is not UTF-8; rename the folder')
+        if "\n" in folder or "\r" in folder:
+            raise ValueError(f"the name of class {folder!r} in {path} has a line break; rename the folder")
+        name = unicodedata.normalize("NFC", folder)  # Macs take accents apart, and copies to other systems do not
+        if name in names:
+            raise ValueError(f"{path} holds two folders {name}, written with other Unicode characters; rename one")
+        names[name] = folder
+    classes = sorted(names, key=natural_key) if class_names is None else _read_names(class_names)
+    numbers = {name: number for number, name in enumerate(classes)}
+    for name in names:
+        if name not in numbers:
+            raise ValueError(
+                f'{class_names} names {len(classes)} classes, and none is "{name}", a folder in {path}; add it there,'
+                f" or remove the folder"
+            )
+    return classes, {folder: numbers[name] for name, folder in names.items()}
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts names as timm's reader of class folders does: by numbers where they have some, small letters or not."""
+    pieces = re.split(r"(\d+)", name.lower())
+    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], name
+
+
+def _fault_of_name(name: str) -> str | None:
+    if is_image(name):
+        return None
+    ending = os.path.splitext(name)[1].lower()
+    return f"DALI does not decode {ending} files; convert it to JPEG or PNG" if ending in _FOREIGN else _OTHER_ENDING
 
 
 # WebDatasets
@@ -215,7 +262,7 @@ def _shards_of(path: Path) -> list[Path]:
     """The tar files of a WebDataset; none if `path` is something else. Raises ValueError if one is missing."""
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
-        folders = any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir())
+        folders = any(entry.is_dir() and is_visible(entry.name) for entry in path.iterdir())
         return [] if folders else tars
     if path.is_file():
         return [path] if not zipfile.is_zipfile(path) and _has_labels(path) else []
@@ -246,16 +293,17 @@ def _find_samples(path: Path, shards: list[Path], class_names: Path | None) -> S
     for number, shard in enumerate(shards):
         for image, label in _samples(shard, list(reader.members(number))):
             images.append(image._replace(name=f"{shard.name}/{image.name}"))
-            labels.append(reader.read(label.bytes, label.place).decode(errors="replace").strip())
+            text = reader.read(label.bytes, label.place).decode(errors="replace").strip()
+            labels.append(unicodedata.normalize("NFC", text))
             if not labels[-1]:
                 raise ValueError(f"{shard}: {label.name} is empty; write the class's number or name into it")
     if not images:
         raise ValueError(f"{path} holds no samples: no member of its tar files ends with .{LABEL_ENDING}")
-    classes, numbers = _classes(path, labels, class_names)
+    classes, numbers, natural = _classes(path, labels, class_names)
     files = [
         ImageFile(image.name, number, image.bytes, image.place) for image, number in zip(images, numbers, strict=True)
     ]
-    return Source(str(path), tuple(classes), files, [], _stamp_of(shards), reader)
+    return Source(str(path), tuple(classes), files, [], _stamp_of(shards), reader, natural=natural)
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member]]:
@@ -283,9 +331,11 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
         yield images[0], label
 
 
-def _classes(path: Path, labels: list[str], class_names: Path | None) -> tuple[list[str], list[int]]:
-    """(the classes' names, the number of each sample's class)."""
-    names = _names(path, class_names)
+def _classes(path: Path, labels: list[str], class_names: Path | None) -> tuple[list[str], list[int], bool]:
+    """(the classes' names, the number of each sample's class, whether the names are in natural order)."""
+    names = None if class_names is None else _read_names(class_names)
+    if names is None and (path / MANIFEST_NAME).is_file():  # of shards that dataio.pack wrote
+        names = list(read_manifest_file(path)[0].classes)
     if all(label.isascii() and label.isdigit() for label in labels):
         numbers = [int(label) for label in labels]
         highest = max(numbers)
@@ -296,22 +346,20 @@ def _classes(path: Path, labels: list[str], class_names: Path | None) -> tuple[l
                 f"{path} has class {highest}, and names are known for {len(names or [])} from 0 on; give a file"
                 f" with {highest + 1} lines to --classes"
             )
-        return names, numbers
-    known = {name: number for number, name in enumerate(names or sorted(set(labels)))}
+        return names, numbers, False
+    known = {name: number for number, name in enumerate(names or sorted(set(labels), key=natural_key))}
     for label in labels:
         if label not in known:
             raise ValueError(f'{path} has class "{label}", which is none of the {len(known)} names; add it to these')
-    return list(known), [known[label] for label in labels]
+    return list(known), [known[label] for label in labels], names is None
 
 
-def _names(path: Path, class_names: Path | None) -> list[str] | None:
-    """Of the file, or of the manifest that lies beside shards which dataio.pack wrote."""
-    if class_names is None:
-        return list(read_manifest_file(path)[0].classes) if (path / MANIFEST_NAME).is_file() else None
+def _read_names(file: Path) -> list[str]:
     names: dict[str, None] = {}
-    for number, name in enumerate(class_names.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
+        name = unicodedata.normalize("NFC", line)
         if not name.strip() or name in names:
-            raise ValueError(f'{class_names}: line {number} is "{name}", empty or there twice; write a name a line')
+            raise ValueError(f'{file}: line {number} is "{name}", empty or there twice; write a name a line')
         names[name] = None
     return list(names)
 

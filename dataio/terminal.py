@@ -13,7 +13,7 @@ def status(text: str) -> Iterator[None]:
         return
     from rich.console import Console  # here, because most commands of a script never show anything
 
-    with Console(stderr=True).status(text):
+    with Console(stderr=True, markup=False, emoji=False).status(text):
         yield
 
 

@@ -134,6 +134,7 @@ def test_a_broken_image_of_any_size_is_replaced(tmp_path, truncate, monkeypatch,
     plan = TrainPlan(seed=0, global_batch=2, max_broken=1)
     batch = next(TrainLoader(manifest, ImageOptions(image_size=32), plan, CPU))
     assert [(met.sample, met.by) for met in batch.replaced] == [(broken, 1 - broken)]
+    assert "unrecognized data stream" in batch.replaced[0].reason
 
 
 SCARCE = """

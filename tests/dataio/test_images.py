@@ -330,3 +330,27 @@ def test_an_image_that_breaks_when_it_is_made_smaller(photograph):
     data = encoded(photograph, "JPEG")[:3000]
     with pytest.raises(ValueError, match="it cannot be decoded: image file is truncated"):
         shrink_image(data, check_image(data, "none"), Shrink(100, 90))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_limit_of_pixels_is_ours(check, photograph, monkeypatch):
+    """PIL's own, here of 100 pixels, never speaks."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        data = encoded(photograph.resize((1500, 1000)), kind)
+        header = check_image(data, check, max_megapixels=2)
+        assert shrink_image(data, header, Shrink(100, 90))[1] == Header("jpg", 150, 100)
+        with pytest.raises(
+            ValueError, match="it has 1500×1000 pixels, more than the 1 million of --max-megapixels; al"
+        ):
+            check_image(data, check, max_megapixels=1)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_phones_format_under_another_name(check):
+    data = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(1000)
+    with pytest.raises(
+        ValueError, match="it is HEIC, as phones write it, whatever its name; convert it to JPEG or PNG"
+    ):
+        check_image(data, check)

@@ -22,12 +22,15 @@ import pytest
 import webdataset
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
+from torchvision.datasets import ImageFolder
 from wds2idx import IndexCreator
 
 from dataio.files import partial_folder
 from dataio.images import FORMATS
 from dataio.index import SAMPLES_NAME, Broken, load_manifest
-from dataio.pack import PackOptions, main, pack, read_report
+from dataio.loader import check_same_classes
+from dataio.pack import PackOptions, main, pack, read_report, split
+from dataio.source import find_images
 from dataio.verify import verify
 
 
@@ -162,7 +165,7 @@ def broken_files(jpeg: Path, png: Path) -> dict[str, tuple[bytes, str]]:
         "empty.jpg": (b"", "the file is empty"),
         "text.jpg": (b"not an image", "it is no image, or of an unknown format"),
         "gif.jpg": (gif.getvalue(), "it is a GIF, which DALI does not decode; convert it to JPEG or PNG"),
-        "notes.txt": (b"about coffee", r"its name ends with none of \.bmp .* \.webp"),
+        "notes": (b"about coffee", r"its name ends with none of \.bmp .* \.webp"),
     }
 
 
@@ -231,7 +234,7 @@ def test_skip_broken_closes_the_gap_of_a_shard_without_images(source, shards, tm
     ("name", "message"),
     [
         ("rex.jpg", "has only broken images; repair one or remove .*/dog"),
-        ("rex.gif", r"has no images \(1 files of other kinds\); add some to .*/dog or remove that folder"),
+        ("rex.gif", r"has no images \(1 files of other kinds\); add some to .*/dog, remove that folder"),
     ],
 )
 def test_a_class_of_broken_files_only(name, message, source, tmp_path):
@@ -282,14 +285,7 @@ def test_target_inside_the_source(source):
             ["--hold-out", "100", "--part", "kept"],
             "--hold-out is 100.0; use a percentage between 0 and 100",
         ),
-        (
-            ["--hold-out", "0.01", "--part", "kept"],
-            'class "astronaut" has no image in the held-out part with --hold-out 0.01; use a larger percentage',
-        ),
-        (
-            ["--hold-out", "99.99", "--part", "held-out"],
-            'class "astronaut" has no image in the kept part with --hold-out 99.99; use a smaller percentage',
-        ),
+        (["--max-megapixels", "0"], "--max-megapixels is 0; use 1 or more"),
     ],
 )
 def test_options_that_cannot_be(options, message, photos, tmp_path, capsys):
@@ -330,10 +326,111 @@ def test_too_little_space(source, tmp_path, capsys):
 def test_hold_out_splits_the_images(fashion, fashion_shards, tmp_path):
     kept, held_out = packed_images(fashion_shards / "train"), packed_images(fashion_shards / "val")
     assert kept + held_out == images_by_class(fashion.glob("*/*"))
-    assert 60 < held_out.total() < 140  # 100 of 400 on average, deviation 9
+    for name, images in by_class(fashion).items():
+        assert sum(count for (of, _), count in held_out.items() if of == name) == int(len(images) / 4 + 0.5)
     assert load_manifest(fashion_shards / "train").classes == load_manifest(fashion_shards / "val").classes
+    report = read_report(fashion_shards / "val")
+    assert report.parts == {"kept": kept.total(), "held-out": held_out.total()}
     pack(fashion, tmp_path / "val", PackOptions(hold_out=25, part="held-out", seed=9))
     assert packed_images(tmp_path / "val") == held_out  # the seed moves no image to the other part
+
+
+def by_class(folder: Path) -> dict[str, list[Path]]:
+    return {one.name: sorted(one.iterdir()) for one in folder.iterdir()}
+
+
+@pytest.fixture
+def few(source, tmp_path) -> Path:
+    """Classes of 1, 2, 3 and 12 images."""
+    for name, count in (("astronaut", 1), ("cat", 2), ("coffee", 3)):
+        for file in sorted((source / name).iterdir())[count:]:
+            file.unlink()
+    return source
+
+
+@pytest.mark.parametrize(
+    ("percent", "expected"), [(0.01, [1, 1, 1]), (10, [1, 1, 1]), (50, [1, 2, 6]), (99.99, [1, 2, 11])]
+)
+def test_each_class_of_two_images_has_one_in_both_parts(percent, expected, few, tmp_path, capsys):
+    """A class of one image is trained on."""
+    for part in ("kept", "held-out"):
+        assert main([str(few), str(tmp_path / part), "--hold-out", str(percent), "--part", part]) == 0
+    kept, held_out = (packed_images(tmp_path / part) for part in ("kept", "held-out"))
+    assert kept + held_out == images_by_class(few.glob("*/*"))
+    assert Counter(name for name, _ in held_out.elements()) == dict(
+        zip(("cat", "coffee", "rocket"), expected, strict=True)
+    )
+    assert "classes without images: 1 (astronaut)\n" in capsys.readouterr().err
+    assert verify(tmp_path / "held-out") == []
+
+
+def test_a_further_image_moves_no_other(source):
+    before = {image.path for image in split(find_images(source), 25)["held-out"]}
+    shutil.copy(source / "cat" / "00.jpg", source / "cat" / "new.jpg")
+    after = {image.path for image in split(find_images(source), 25)["held-out"]}
+    assert len(after ^ before) <= 2  # the new one may take the place of another of its class
+    moved = source.rename(source.with_name("moved"))
+    assert {image.path for image in split(find_images(moved), 25)["held-out"]} == after
+
+
+def test_nothing_to_hold_out(source, tmp_path):
+    for file in source.glob("*/*"):
+        if file.stem != "00":
+            file.unlink()
+    with pytest.raises(ValueError, match="no class of .* has two images, so that one could be held out; add some"):
+        pack(source, tmp_path / "target", PackOptions(hold_out=10, part="kept"))
+
+
+def test_the_only_image_held_out_of_a_class_is_broken(few, tmp_path, capsys):
+    """The class is left without one; in the part that is trained on that would be an error."""
+    (file,) = (image.path for image in split(find_images(few), 10)["held-out"] if image.path.startswith("cat/"))
+    (few / file).unlink()
+    (few / file).write_bytes(b"no image")
+    (few / "cat" / "notes").write_bytes(b"of the kept part")
+    assert main([str(few), str(tmp_path / "val"), "--hold-out=10", "--part=held-out", "--skip-broken"]) == 0
+    manifest = load_manifest(tmp_path / "val")
+    assert [broken.file for broken in manifest.broken] == [file]
+    assert [manifest.classes[label] for label in sorted(set(manifest.samples["label"]))] == ["coffee", "rocket"]
+    pack(few, tmp_path / "train", PackOptions(hold_out=10, part="kept", skip_broken=True))
+    assert [broken.file for broken in load_manifest(tmp_path / "train").broken] == ["cat/notes"]
+
+
+# The order of classes
+
+
+@pytest.fixture
+def numbered(source) -> Path:
+    """Classes 0 to 11."""
+    for number in range(12):
+        (source / f"{number}").mkdir()
+        (source / "rocket" / f"{number:02d}.{'webp' if number == 2 else 'jpg'}").rename(source / f"{number}" / "0.img")
+        (source / f"{number}" / "0.img").rename(source / f"{number}" / "0.jpg")
+    for name in ("astronaut", "cat", "coffee", "rocket"):
+        shutil.rmtree(source / name)
+    return source
+
+
+def test_natural_order_is_said(numbered, tmp_path, capsys):
+    assert main([str(numbered), str(tmp_path / "target")]) == 0
+    assert load_manifest(tmp_path / "target").classes == tuple(map(str, range(12)))
+    said = capsys.readouterr().err
+    assert 'classes are in natural order, as in timm: class 2 is "2", where torchvision has "10"; --classes' in said
+
+
+def test_torchvisions_order_can_be_had(numbered, tmp_path, capsys):
+    """And data in one order does not go with data in the other."""
+    (tmp_path / "names").write_text("\n".join(sorted(os.listdir(numbered))))
+    assert main([str(numbered), str(tmp_path / "target"), "--classes", str(tmp_path / "names")]) == 0
+    classes = tuple(ImageFolder(numbered).classes)
+    manifest = load_manifest(tmp_path / "target")
+    assert manifest.classes == classes != tuple(map(str, range(12)))
+    assert "natural order" not in capsys.readouterr().err
+    assert packed_images(tmp_path / "target") == images_by_class(numbered.glob("*/*"))
+    again = pack(tmp_path / "target", tmp_path / "again")
+    assert again.classes == classes
+    natural = pack(numbered, tmp_path / "natural")
+    with pytest.raises(ValueError, match=f'class 2 is "10" in {tmp_path}/target and "2" in {tmp_path}/natural'):
+        check_same_classes(manifest, natural)
 
 
 # Other sources and ways to store
@@ -433,6 +530,37 @@ def test_resize(photos, tmp_path):
     assert finer.samples["bytes"].sum() > manifest.samples["bytes"].sum()
 
 
+def test_texts_are_counted_and_links_are_not_lost(source, tmp_path, capsys):
+    (source / "cat" / "00.txt").write_text("about this cat")
+    (source / "lost").symlink_to(source / "nowhere")
+    assert main([str(source), str(tmp_path / "target")]) == 2
+    assert "error: broken image" in (said := capsys.readouterr().err)
+    assert f"{source}/lost: it is a link to nothing" in said
+    (source / "lost").unlink()
+    assert main([str(source), str(tmp_path / "target")]) == 0
+    assert capsys.readouterr().err.startswith("texts and tables among the images, ignored: 1\n")
+    assert read_report(tmp_path / "target").ignored == 1
+
+
+def test_large_images(source, tmp_path, capsys):
+    """PIL's limit of 179 megapixels, which is a DecompressionBombError, does not count; ours does."""
+    Image.new("L", (14000, 13000)).save(source / "cat" / "large.png")
+    message = (
+        f"error: broken image {source}/cat/large.png: it has 14000×13000 pixels, more than the 100 million of"
+        " --max-megapixels; allow 182, or make it smaller;"
+    )
+    for options in (["--check=none"], ["--check=header", "--resize=200"]):
+        assert main([str(source), str(tmp_path / "target"), "--max-megapixels=100", *options]) == 2
+        assert capsys.readouterr().err.startswith(message)
+    large = {"resize": {"resize": 200}, "header": {"check": "header"}}
+    for name, options in large.items():
+        manifest = pack(source, tmp_path / name, PackOptions(**options))
+        assert (manifest.samples["width"].max() == 14000) == (name == "header")
+    assert main([str(source), str(tmp_path / "target"), "--max-megapixels=181", "--skip-broken"]) == 0
+    assert [file.file for file in load_manifest(tmp_path / "target").broken] == ["cat/large.png"]
+    assert Image.MAX_IMAGE_PIXELS < 182e6  # PIL's is as it was for everybody else
+
+
 def test_odd_images_are_reported(source, tmp_path, capsys):
     for number in range(4):
         shutil.copy(source / "rocket" / "01.jpg", source / "cat" / f"turned{number}.jpg")
@@ -457,7 +585,7 @@ LONG_PACK = ["--shard-mib", "2", "--workers", "2"]
 def many(photos, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("many") / "many"
     for number in range(MANY):
-        shutil.copytree(photos, folder / "all" / f"copy{number}", copy_function=os.link)
+        shutil.copytree(photos, folder / f"copy{number:02d}", copy_function=os.link)
     return folder
 
 
@@ -669,10 +797,15 @@ def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
         (["--seed", "1"], "--seed"),
         (["--shard-mib", "3", "--resize", "1000"], "--shard-mib, --resize, --quality, version of Pillow"),
         (["--check", "none"], "--check"),
+        (["--max-megapixels", "1"], "--max-megapixels"),
+        (["--classes", "names"], "classes"),
+        (["--hold-out", "50", "--part", "kept"], "choice of images, --hold-out, --part"),
     ],
 )
-def test_other_options_start_anew(options, changed, many, tmp_path, capsys):
+def test_other_options_start_anew(options, changed, many, tmp_path, capsys, monkeypatch):
     target = tmp_path / "target"
+    monkeypatch.chdir(tmp_path)
+    Path("names").write_text("\n".join(sorted(os.listdir(many), reverse=True)))
     interrupted_pack(many, target)
     assert main([str(many), str(target), *LONG_PACK, *options]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
@@ -688,7 +821,7 @@ def test_a_changed_source_starts_anew(many, source, tmp_path, capsys):
     first, *_ = capsys.readouterr().err.splitlines()
     assert first == (
         f"starting anew: the unfinished pack in {partial_folder(target)} had another source (its files, their sizes"
-        " and times of change), classes, --shard-mib"
+        " and times of change), classes, choice of images, --shard-mib"
     )
     assert packed_images(target) == images_by_class(source.glob("*/*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
@@ -698,7 +831,7 @@ def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys):
     """The shards before the broken image are kept, and used when it is to be skipped."""
     folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
     for number in range(8):  # some shard other than the first ones has one of them first
-        (folder / "all" / f"broken{number}.jpg").write_bytes(b"no image")
+        (folder / "copy00" / f"broken{number}.jpg").write_bytes(b"no image")
     target = tmp_path / "target"
     for seed in map(str, range(20)):
         shutil.rmtree(partial_folder(target), ignore_errors=True)
@@ -723,17 +856,17 @@ def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys):
 def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, capsys):
     folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
     for number in range(40):
-        (folder / "all" / f"broken{number}.jpg").write_bytes(b"no image")
+        (folder / "copy00" / f"broken{number}.jpg").write_bytes(b"no image")
     target = tmp_path / "target"
     killed_pack(8, folder, target, "--skip-broken")
     assert main([str(folder), str(target), *LONG_PACK]) == 2
     going_on, error, _ = capsys.readouterr().err.splitlines()
     assert going_on.startswith("going on: ")
-    assert re.match(rf"error: broken image {folder}/all/broken\d+.jpg: it is no image", error)
+    assert re.match(rf"error: broken image {folder}/copy00/broken\d+.jpg: it is no image", error)
     assert main([str(folder), str(target), *LONG_PACK, "--skip-broken"]) == 0
     broken = load_manifest(target).broken
     assert len(broken) == 40
-    assert broken[0] == Broken("all/broken0.jpg", "it is no image, or of an unknown format")
+    assert broken[0] == Broken("copy00/broken0.jpg", "it is no image, or of an unknown format")
     assert len(load_manifest(target)) == 48 * MANY
 
 
@@ -779,6 +912,7 @@ def test_help_explains_each_option(capsys):
         "--hold-out",
         "--part",
         "--classes",
+        "--max-megapixels",
     ):
         assert re.search(rf"^  {option}\b.*", text, re.MULTILINE), option
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.utils import natural_key as timm_key
 
 from dataio.index import load_manifest
 from dataio.source import Source, find_images
@@ -55,10 +57,107 @@ def test_images_without_class_folders(photos):
 
 def test_empty_class(source):
     (source / "dog").mkdir()
-    with pytest.raises(ValueError, match='class "dog" has no images; add some to .*/dog or remove that folder'):
+    with pytest.raises(ValueError, match='class "dog" has no images; add some to .*/dog, remove that folder, or name'):
         find_images(source)
     (source / "dog" / "rex.gif").write_bytes(b"")
     with pytest.raises(ValueError, match=r'class "dog" has no images \(1 files of other kinds\); add some'):
+        find_images(source)
+
+
+# Numbers, letters of both kinds, and names that differ in zeros or capitals alone, whose order timm leaves open.
+ODD_NAMES = ["10", "9", "100", "09", "b2", "b10", "B1", "a", "A", "Z", "b", "x-1.5", "x-1.25", "é", "٣", "1 a", "1b"]
+
+
+def test_classes_are_ordered_as_timm_does(photos, tmp_path):
+    for name in ODD_NAMES:
+        (tmp_path / name).mkdir()
+        shutil.copy(photos / "cat" / "00.jpg", tmp_path / name)
+    found = find_images(tmp_path)
+    _, classes = find_images_and_targets(str(tmp_path))
+    assert [timm_key(name) for name in found.classes] == [timm_key(name) for name in classes]
+    assert sorted(found.classes) == sorted(ODD_NAMES)
+    assert found.natural
+
+
+def test_a_file_gives_the_order_of_folders(source, tmp_path):
+    """And further classes, without images. Windows ends lines and begins files in its own way."""
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffrocket\r\ncoffee\r\ntea\r\ncat\r\nastronaut\r\n".encode())
+    found = find_images(source, names)
+    assert (found.classes, found.natural) == (("rocket", "coffee", "tea", "cat", "astronaut"), False)
+    assert read(found).keys() == read(find_images(source)).keys()
+    write_zip(tmp_path / "photos.zip", source, "")
+    assert find_images(tmp_path / "photos.zip", names).classes == found.classes
+    (source / "tea").mkdir()
+    assert find_images(source, names).classes == found.classes
+    (source / "milk").mkdir()
+    with pytest.raises(ValueError, match='names.txt names 5 classes, and none is "milk", a folder in .*; add it there'):
+        find_images(source, names)
+    names.write_text("tea\nmilk\n")
+    for folder in ("rocket", "coffee", "cat", "astronaut"):
+        shutil.rmtree(source / folder)
+    with pytest.raises(ValueError, match='class "milk" has no images'):
+        find_images(source, names)
+
+
+def test_accents_that_are_written_in_two_ways(source):
+    """By macOS in two characters, by others in one."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    (source / "coffee").rename(source / apart)
+    found = find_images(source)
+    assert composed in found.classes
+    assert all((source / image.path).is_file() for image in found.images)
+    shutil.copytree(source / "cat", source / composed)
+    with pytest.raises(ValueError, match="holds two folders caf., written with other Unicode characters; rename one"):
+        find_images(source)
+
+
+STRAY = ["Thumbs.db", "desktop.ini", "ehthumbs.db", ".DS_Store", "._00.jpg", "Icon\r", "@eaDir/00.jpg/THUMB_M.jpg"]
+STRAY += ["__MACOSX/._00.jpg", ".ipynb_checkpoints/00-checkpoint.jpg", "lost+found/1.jpg", "Picasa.ini"]
+
+
+@pytest.mark.parametrize("place", ["", "cat", "cat/indoors"])
+def test_files_of_systems_and_viewers_are_ignored(place, source):
+    expected = find_images(source)
+    for name in STRAY:
+        file = source / place / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"of a system")
+    found = find_images(source)
+    assert (found.classes, found.images, found.broken, found.ignored) == (expected.classes, expected.images, [], 0)
+
+
+def test_other_files_in_a_class(source):
+    """Texts and tables are counted, images that DALI does not decode and everything else are broken."""
+    for name in ("notes.txt", "00.JSON", "00.xml", "labels.csv", "a.gif", "b.HEIC", "movie.mp4", "no_ending"):
+        (source / "cat" / name).write_bytes(b"")
+    for name in ("c.jfif", "d.JPE", "e.JPEG", "f.Jpg"):
+        shutil.copy(source / "cat" / "00.jpg", source / "cat" / name)
+    found = find_images(source)
+    assert (found.ignored, len(found.images)) == (4, 48 + 4)
+    reasons = {file.file: file.reason for file in found.broken}
+    assert reasons.keys() == {f"cat/{name}" for name in ("a.gif", "b.HEIC", "movie.mp4", "no_ending")}
+    assert reasons["cat/a.gif"] == "DALI does not decode .gif files; convert it to JPEG or PNG"
+    assert reasons["cat/b.HEIC"] == "DALI does not decode .heic files; convert it to JPEG or PNG"
+    assert reasons["cat/movie.mp4"].startswith("its name ends with none of .bmp")
+
+
+def test_a_class_that_is_a_link(source, tmp_path):
+    """One that leads nowhere would be a class less."""
+    (source / "cat").rename(tmp_path / "elsewhere")
+    (source / "cat").symlink_to(tmp_path / "elsewhere")
+    (source / "rocket" / "itself.jpg").symlink_to("itself.jpg")
+    found = find_images(source)
+    assert found.classes == ("astronaut", "cat", "coffee", "rocket")
+    assert [file.file for file in found.broken] == ["rocket/itself.jpg"]
+    (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    (source / "rocket" / "itself.jpg").unlink()
+    assert [(file.file, file.reason[:20]) for file in find_images(source).broken] == [("cat", "it is a link to noth")]
+
+
+def test_a_class_with_a_line_break(source):
+    (source / "cat").rename(source / "c\nat")
+    with pytest.raises(ValueError, match=r"the name of class 'c\\nat' in .* has a line break; rename the folder"):
         find_images(source)
 
 
@@ -101,14 +200,14 @@ def test_archives_are_like_the_folder(write, above, source, tmp_path):
     (source / "cat" / "03.jpg").rename(source / "cat" / "indoors" / "photo.jpg")
     (source / "stray.jpg").write_bytes(b"image")
     (source / "README.txt").write_text("about these photographs")
-    (source / "cat" / "notes.txt").write_text("about cats")
+    (source / "cat" / "notes").write_text("about cats")
     (source / "cat" / ".DS_Store").write_text("of a Mac")
     (source / "__MACOSX" / "cat").mkdir(parents=True)
     (source / "__MACOSX" / "cat" / "._00.jpg").write_text("of a Mac")
     write(tmp_path / "archive", source, above)
     shutil.rmtree(source / "__MACOSX")
     found, expected = find_images(tmp_path / "archive"), find_images(source)
-    assert sorted(file.file for file in found.broken) == ["cat/notes.txt", "stray.jpg"]
+    assert sorted(file.file for file in found.broken) == ["cat/notes", "stray.jpg"]
     assert {*found.broken} == {*expected.broken}
     assert found.classes == expected.classes
     assert read(found) == read(expected)
@@ -124,7 +223,7 @@ def test_faults_of_class_folders_in_archives(write, source, tmp_path):
         find_images(tmp_path / "flat")
     (source / "dog").mkdir()
     write(tmp_path / "empty", source, "")
-    with pytest.raises(ValueError, match='class "dog" has no images; add some to .*empty/dog or remove that folder'):
+    with pytest.raises(ValueError, match='class "dog" has no images; add some to .*empty/dog, remove that folder'):
         find_images(tmp_path / "empty")
 
 
@@ -151,11 +250,6 @@ def test_a_compressed_tar_file(photos, tmp_path):
 def test_nothing_there(tmp_path):
     with pytest.raises(ValueError, match="none is not there; name a folder that holds a folder of images for each"):
         find_images(tmp_path / "none")
-
-
-def test_class_names_for_a_class_folder(photos, tmp_path):
-    with pytest.raises(ValueError, match="--classes names the classes of a WebDataset; in .* the folders name them"):
-        find_images(photos, tmp_path / "names.txt")
 
 
 # WebDatasets
@@ -206,6 +300,14 @@ def test_a_webdataset_with_numbers(samples, tmp_path):
     found = find_images(tmp_path, names)
     assert found.classes == ("rocket", "dog", "cat", "coffee", "tea", "astronaut", "moon")
     assert images_of(found) == samples
+
+
+def test_named_classes_are_in_natural_order(samples, tmp_path):
+    names = {"rocket": "class 10", "cat": "class 9", "coffee": "class 100", "astronaut": "Class 1"}
+    write_shards(tmp_path / "%03d.tar", [{"jpg": data, "cls": names[name]} for name, data in samples])
+    found = find_images(tmp_path)
+    assert (found.classes, found.natural) == (("Class 1", "class 9", "class 10", "class 100"), True)
+    assert images_of(found) == [(names[name], data) for name, data in samples]
 
 
 def test_names_decide_the_order_of_named_classes(samples, tmp_path):

@@ -1,0 +1,191 @@
+"""How a data set of class folders is laid out: which folders are its parts, and which its classes.
+
+    photos/cat                                 classes; validation images are held out of them
+    photos/train/cat, photos/val/cat           parts, by any of the usual names, in capitals or not
+    photos/train/cat                           a training part alone
+    download/photos/train/cat                  any of these below folders that hold nothing else
+
+The same inside a zip or tar, and a part may be one: photos/train.zip. `archive/folder` is the path of a folder in an
+archive. source.py lists the images of one part; launch/quickstart.py packs all that there are.
+"""
+
+import os
+import shlex
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from dataio.archives import Member, TarReader, ZipReader
+from dataio.images import ENDINGS
+
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there is the validation part
+
+#: What operating systems, viewers and file servers leave among images, in lower case.
+_STRAY = {
+    *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
+    *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"),
+}
+_ARCHIVES = (".zip", ".tar")
+
+
+def is_visible(path: str) -> bool:
+    """Whether no part of a path is hidden, or left there by a program."""
+    return not any(name.startswith(".") or name.lower() in _STRAY for name in path.removeprefix("./").split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is called like an image that can be packed."""
+    return name.lower().endswith(ENDINGS)
+
+
+class Level(NamedTuple):
+    """What lies directly in a folder: the names of visible folders, and whether an image does."""
+
+    folders: list[str]
+    images: bool
+
+
+#: The path of a folder → what lies in it.
+Look = Callable[[Path], Level]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The folders of a data set's parts. val: None where validation images must be held out of `train`.
+
+    unused: what lies beside the two.
+    """
+
+    train: Path
+    val: Path | None = None
+    unused: tuple[Path, ...] = ()
+
+
+def look(path: Path) -> Level:
+    """Looks into a folder on the disk or in an archive. Without folders, archives stand for them."""
+    archive, inside = split_archive(path)
+    if archive is not None:
+        facts = archive.stat()
+        return _levels_of_archive(archive, facts.st_mtime_ns, facts.st_size).get(inside, Level([], images=False))
+    with os.scandir(path) as found:
+        entries = [entry for entry in found if is_visible(entry.name)]
+    folders = [entry.name for entry in entries if entry.is_dir()] or [
+        entry.name for entry in entries if entry.name.lower().endswith(".zip") or _part_name(entry.name) != entry.name
+    ]
+    return Level(sorted(folders), any(is_image(entry.name) for entry in entries))
+
+
+def find_layout(path: Path, look: Look = look) -> Layout:
+    """The parts of the data set at `path`; where there are none, `train` is the folder that holds the classes.
+
+    Raises ValueError if two folders are the same part, or there are several and none is for training.
+    """
+    while True:
+        layout = _parts_in(path, look)
+        if layout is not None:
+            return layout
+        level = look(path)
+        if len(level.folders) != 1 or level.images:
+            return Layout(path)
+        inner = path / level.folders[0]
+        if not look(inner).folders:
+            return Layout(path)
+        path = inner
+
+
+def find_classes(path: Path, look: Look = look) -> Path:
+    """The folder that holds the classes. Raises ValueError if there are such for training and for validation."""
+    while (layout := find_layout(path, look)).train != path:
+        if layout.val is not None:
+            commands = " and ".join(
+                f"python -m dataio.pack {shlex.quote(str(part))} TARGET/{name}"
+                for name, part in (("train", layout.train), ("val", layout.val))
+            )
+            raise ValueError(
+                f"{path} holds {layout.train.name} and {layout.val.name}, which are parts of a data set and no"
+                f" classes; pack each by itself: {commands}"
+            )
+        path = layout.train
+    return path
+
+
+def _parts_in(path: Path, look: Look) -> Layout | None:
+    """The parts that lie in one folder; None if the folders there are no parts."""
+    folders = look(path).folders
+    known: dict[str, str] = {}
+    for folder in folders:
+        name = _part_name(folder)
+        if name in known:
+            raise ValueError(f"{path} holds {known[name]} and {folder}; rename one of them")
+        if name in TRAIN_NAMES + VAL_NAMES:
+            known[name] = folder
+    trains, vals = ([path / known[name] for name in names if name in known] for names in (TRAIN_NAMES, VAL_NAMES))
+    others = [path / folder for folder in folders if folder not in known.values()]
+    are_classes = any(_holds_images(folder, look) for folder in others)
+    if not trains:
+        if len(vals) > 1 and not are_classes:
+            names = ", ".join(folder.name for folder in vals)
+            raise ValueError(f"{path} holds {names} and nothing to train on; call that part train")
+        return None
+    if are_classes and (not vals or look(trains[0]).images):  # one of the classes is called train
+        return None
+    return Layout(trains[0], vals[0] if vals else None, (*trains[1:], *vals[1:], *others))
+
+
+def _part_name(folder: str) -> str:
+    """What a part's folder is called, or an archive that stands for one; other names stay as they are."""
+    stem, ending = os.path.splitext(folder.lower())
+    name = stem if ending in _ARCHIVES else folder.lower()
+    return name if name in TRAIN_NAMES + VAL_NAMES else folder
+
+
+def _holds_images(path: Path, look: Look) -> bool:
+    """Whether an image lies in a folder or anywhere below it."""
+    level = look(path)
+    return level.images or any(_holds_images(path / folder, look) for folder in level.folders)
+
+
+def split_archive(path: Path) -> tuple[Path | None, str]:
+    """(the archive that `path` is or lies in, the folder inside it, "" being all); None for what lies on the disk."""
+    for place in (path, *path.parents):
+        if place.exists():
+            return (place, "/".join(path.relative_to(place).parts)) if place.is_file() else (None, "")
+    return None, ""
+
+
+def read_members(reader: ZipReader | TarReader) -> list[Member]:
+    """All members of an archive, without the ./ that names may begin with. Raises ValueError if it is damaged."""
+    members = reader.members() if isinstance(reader, ZipReader) else reader.members(0)
+    return [member._replace(name=member.name.removeprefix("./")) for member in members]
+
+
+def open_archive(archive: Path) -> ZipReader | TarReader:
+    return ZipReader(archive) if zipfile.is_zipfile(archive) else TarReader((archive,))
+
+
+def levels_of(members: Iterable[Member]) -> dict[str, Level]:
+    """What lies in each folder of an archive, by its path in there."""
+    folders, with_images = {""}, set()
+    for member in members:
+        if not is_visible(member.name):
+            continue
+        folder, _, name = member.name.rpartition("/")
+        if is_image(name):
+            with_images.add(folder)
+        while folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    inside: dict[str, list[str]] = {folder: [] for folder in folders}
+    for folder in sorted(folders - {""}):
+        above, _, name = folder.rpartition("/")
+        inside[above].append(name)
+    return {folder: Level(names, folder in with_images) for folder, names in inside.items()}
+
+
+@lru_cache(maxsize=8)
+def _levels_of_archive(archive: Path, changed_ns: int, size: int) -> dict[str, Level]:
+    return levels_of(read_members(open_archive(archive)))
