@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from timm.models import get_pretrained_cfg
 
 from dataio.views import ImageOptions
+from polaformer.model import TOTAL_STRIDE
 
 _KEY = "polaformer"
 
@@ -38,10 +40,12 @@ class Card:
         return ImageOptions(**fields, threads=threads)
 
     def timm_config(self) -> dict[str, Any]:
-        """The config.json that makes a folder loadable as timm's `local-dir:FOLDER`."""
+        """The config.json that makes a folder loadable as timm's `local-dir:FOLDER`, for other classes too."""
+        registered = get_pretrained_cfg(self.model)
         return {
             "architecture": self.model,
             "num_classes": len(self.classes),
+            "global_pool": "avg",
             "label_names": list(self.classes),
             "pretrained_cfg": {
                 "num_classes": len(self.classes),
@@ -51,6 +55,10 @@ class Card:
                 "crop_mode": "squash" if self.eval_resize == "squash" else "center",
                 "mean": list(self.mean),
                 "std": list(self.std),
+                "fixed_input_size": False,
+                "pool_size": [self.image_size // TOTAL_STRIDE] * 2,
+                "first_conv": registered.first_conv,  # what timm adapts to other channels
+                "classifier": registered.classifier,  # what timm drops for other classes
             },
         }
 

@@ -5,13 +5,16 @@
 """
 
 import re
+import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.models import load_state_dict as read_state_dict
+from safetensors.torch import load_file, save_file
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from polaformer.layers import rotary_angles
@@ -28,12 +31,12 @@ _OFFICIAL_NAMES = (
 _OFFICIAL_MARK = "patch_embed."
 _ANGLES = re.compile(r"^layers\.\d\.RoPE(_linear)?\.angle$")
 _PART = re.compile(r"layers\.\d\.(downsample\.)?|[^.]+\.?")  # what timm prunes or keeps as one, by official names
-_PRUNABLE = {"proj.", "norm.", "head."} | {
-    f"layers.{stage}.{part}" for stage in range(4) for part in ("", "downsample.")
-}
+_STAGES = tuple(f"layers.{stage}." for stage in range(4))
+_PRUNABLE = {"proj.", "norm.", "head.", *_STAGES, *(f"{stage}downsample." for stage in _STAGES)}
 _COUNTER = "num_batches_tracked"  # absent from old files; nothing is computed from it
 _CLASSIFIER = "head."
 _FIRST_CONVOLUTION = "stem.0.weight"
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what timm takes, in its order
 
 
 def official_name(name: str) -> str:
@@ -70,17 +73,119 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
     """Loads an official `.pth` or our safetensors strictly; EMA weights win where a file holds both.
 
     new_head: keep the model's own, freshly drawn classifier instead of the file's, for another set of classes.
-    Raises FileNotFoundError, or RuntimeError naming every missing, unexpected or misshapen entry.
+    Raises FileNotFoundError; ValueError if the file holds no state dict that can be read safely; or RuntimeError
+    naming every missing, unexpected or misshapen entry.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; give an official .pth or a .safetensors file")
-    try:
-        state = read_state_dict(str(path))
-    except SafetensorError as error:
-        raise RuntimeError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     if new_head:
-        state |= {name: value for name, value in model.state_dict().items() if name.startswith("head.")}
+        state |= {name: value for name, value in model.state_dict().items() if name.startswith(_CLASSIFIER)}
     model.load_state_dict(state)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save.
+
+    Objects of other packages beside it (configurations, numpy's numbers) are read as stand-ins: nothing of these
+    packages is imported, let alone run.
+    """
+    _check_container(path)
+    foreign: set[str] = set()
+    try:
+        if zipfile.is_zipfile(path):
+            foreign.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        checkpoint = _load_with_stand_ins(path, foreign)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes the unpickler fail in any way
+        if foreign:
+            raise ValueError(
+                f"{path} holds objects of {_shorten(foreign)}, which cannot be left out;"
+                " save the model's state_dict() alone, with torch.save, where it was trained"
+            ) from error
+        reason = str(error).splitlines()[0] if str(error) else "its end is missing"
+        raise ValueError(
+            f"{path} is truncated, or no checkpoint of torch.save ({reason}); copy or download it again"
+        ) from error
+    return _pick_state(checkpoint, path, foreign)
+
+
+def _load_with_stand_ins(path: Path, foreign: set[str]) -> object:
+    """torch.load with stand-ins for the classes `foreign`; adds those that only turn up on the way."""
+    while True:
+        stand_ins = [(_NumpyStandIn if name.startswith("numpy.") else _StandIn, name) for name in foreign]
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            named = re.search(r"GLOBAL (\S+)", str(error))
+            name = named and (named[1] if "." in named[1] else f"builtins.{named[1]}")
+            if name is None or name in foreign:
+                raise
+            foreign.add(name)
+
+
+def _check_container(path: Path) -> None:
+    """Raises ValueError if a file's first bytes and its end are not those that torch.save writes."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    if not start:
+        raise ValueError(f"{path} is empty; copy or download it again")
+    if start.startswith(b"PK\x03\x04"):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is truncated after {path.stat().st_size:,} bytes; copy or download it again")
+    elif not start.startswith(b"\x80"):  # a pickle, as torch.save wrote before PyTorch 1.6
+        raise ValueError(
+            f"{path} is not a checkpoint: it begins with {start.decode(errors='replace')!r};"
+            " download the file itself, not a page about it, under its own name"
+        )
+
+
+class _StandIn:
+    """What a class of another package becomes in a checkpoint: a dict, since the unpickler fills no subclass."""
+
+    def __new__(cls, *_arguments) -> OrderedDict:
+        return OrderedDict()
+
+
+class _NumpyStandIn:
+    """The same for numpy, whose objects have tuples for their state."""
+
+    def __init__(self, *_arguments) -> None:
+        pass
+
+    def __setstate__(self, _state: tuple) -> None:
+        pass
+
+
+def _pick_state(checkpoint: object, path: Path, foreign: set[str]) -> dict[str, Tensor]:
+    state = checkpoint
+    if isinstance(checkpoint, dict):
+        state = next((checkpoint[key] for key in _STATE_DICT_KEYS if checkpoint.get(key) is not None), checkpoint)
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        instead = f" but objects of {_shorten(foreign)}" if foreign else ""
+        raise ValueError(f"{path} holds no state dict{instead}; save the model's state_dict() with torch.save")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path} holds no tensor under {name}, but {type(value).__name__};"
+                " save the model's state_dict() alone, with torch.save"
+            )
+    return clean_state_dict(state)
+
+
+def _shorten(classes: set[str]) -> str:
+    shown = ", ".join(sorted(classes)[:3])
+    return f"{shown} and {len(classes) - 3} more" if len(classes) > 3 else shown
 
 
 def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:

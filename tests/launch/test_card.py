@@ -46,6 +46,10 @@ def test_timm_reads_it(eval_resize, crop_mode):
         ["a", "b"],
     )
     model = timm.create_model("polaformerpp_b0", num_classes=2, pretrained_cfg=written["pretrained_cfg"])
+    assert model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[2:] == (2, 2)
+    assert written["pretrained_cfg"]["pool_size"] == [2, 2]
+    assert {"stem.0.weight", "head.weight"} < model.state_dict().keys()
+    assert [written["pretrained_cfg"][key] for key in ("first_conv", "classifier")] == ["stem.0", "head"]
     resolved = timm.data.resolve_model_data_config(model)
     assert resolved == {
         "input_size": [3, 64, 64],

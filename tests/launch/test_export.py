@@ -39,6 +39,26 @@ def test_timm_loads_the_file_and_the_folder_alike(exported, trained_run):
     assert by_folder.num_classes == 10
 
 
+def test_timm_adapts_the_folder_to_other_classes_and_channels(exported):
+    trained = load_file(exported / "model.safetensors")
+
+    def load(**options) -> dict[str, torch.Tensor]:
+        model = timm.create_model(f"local-dir:{exported}", pretrained=True, **options)
+        return getattr(model, "model", model).state_dict()
+
+    for options in ({"num_classes": 7}, {"num_classes": 0}, {"features_only": True}):
+        state = load(**options)
+        assert not any(torch.equal(state[name], trained[name]) for name in state if name.startswith("head."))
+        assert all(torch.equal(state[name], trained[name]) for name in state if not name.startswith("head."))
+    summed = trained["stem.0.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(load(in_chans=1)["stem.0.weight"], summed)
+    overlaid = timm.create_model(
+        f"local-dir:{exported}", pretrained=True, pretrained_cfg_overlay={"crop_pct": 0.5}, global_pool=""
+    )
+    assert timm.data.resolve_model_data_config(overlaid)["crop_pct"] == 0.5
+    assert torch.equal(overlaid.head.weight, trained["head.weight"])
+
+
 def test_timm_knows_how_its_images_are_prepared(exported, fashion):
     model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     resolved = timm.data.resolve_model_data_config(model)

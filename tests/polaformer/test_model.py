@@ -244,6 +244,34 @@ def test_vmap():
     torch.testing.assert_close(torch.func.vmap(model)(images)[:, 0], model(images[:, 0]), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_each_sample():
+    model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    images = torch.randn(2, 3, 32, 64)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, (parameters, buffers), image[None]).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, images)
+    for number, image in enumerate(images):
+        for name, expected in torch.func.grad(loss)(parameters, image).items():
+            torch.testing.assert_close(mapped[name][number], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript():
+    model = timm.create_model("polaformerpp_b0", num_classes=4, scriptable=True).eval()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    for size in ((64, 64), (32, 96)):
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(scripted(image), model(image))
+    with pytest.raises(torch.jit.Error, match="image height 33 is not a multiple of 32; use 32 or 64"):
+        scripted(torch.randn(1, 3, 33, 32))
+
+
 def test_the_whole_model_in_a_file():
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
     file = io.BytesIO()

@@ -1,10 +1,16 @@
-"""Official checkpoints and safetensors, in and out; strict either way."""
+"""Official checkpoints and safetensors, in and out; strict either way. Files that are neither."""
 
+import argparse
+import collections
+import os
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from yacs.config import CfgNode
 
 from polaformer.weights import load_weights, official_name, save_weights
 
@@ -130,6 +136,94 @@ def test_pretrained_is_strict(official, tmp_path, naming, num_classes):
     torch.save(state | {"surprise": torch.zeros(1)}, tmp_path / "wrong.pth")
     with pytest.raises(RuntimeError, match="missing norm.bias; unexpected surprise"):
         create(tmp_path / "wrong.pth", num_classes=num_classes)
+
+
+def foreign_object(folder: Path) -> object:
+    """An object of a class whose module is gone by the time that a file with it is read."""
+    (folder / "vanished.py").write_text("class Config:\n    def __init__(self):\n        self.depth = 3\n")
+    sys.path.insert(0, str(folder))
+    try:
+        return __import__("vanished").Config()
+    finally:
+        sys.path.remove(str(folder))
+
+
+class RunsCommand:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+class Evaluates(RunsCommand):
+    def __reduce__(self):
+        return eval, (f"open({str(self.marker)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_beside_the_weights_are_left_out(official, tmp_path, zipped):
+    beside = {
+        "args": argparse.Namespace(lr=1.0, folder=Path("runs")),
+        "config": CfgNode({"MODEL": {"DEPTHS": (2, 2), "NAME": "b0"}}),
+        "max_accuracy": np.float64(76.9),
+        "history": np.arange(3),
+        "vanished": foreign_object(tmp_path),
+        "scores": collections.defaultdict(list, top1=[1.0]),
+        "evaluated": Evaluates(tmp_path / "ran"),
+    }
+    torch.save({"model": official} | beside, tmp_path / "rich.pth", _use_new_zipfile_serialization=zipped)
+    del sys.modules["vanished"]
+    model = timm.create_model("polaformerpp_b0")
+    load_weights(model, tmp_path / "rich.pth")
+    assert_holds(model, official)
+    assert "vanished" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+
+
+def test_objects_that_cannot_be_left_out(official, tmp_path):
+    model, path = timm.create_model("polaformerpp_b0"), tmp_path / "objects.pth"
+
+    def refuse(content: object, message: str) -> None:
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, path)
+
+    refuse({"model": official, "x": RunsCommand(tmp_path / "ran")}, "objects of posix.system, which cannot be left out")
+    assert not (tmp_path / "ran").exists()
+    refuse({"model": official, "x": collections.deque([1])}, "objects of collections.deque, which cannot be left out")
+    refuse(official | {"epoch": 3}, "objects.pth holds no tensor under epoch, but int; save the model's state_dict")
+    refuse([official], "objects.pth holds no state dict; save the model's state_dict")
+    refuse(
+        model, r"holds no state dict but objects of polaformer\.attention\.\w+, .* more; save the model's state_dict"
+    )
+
+
+def test_files_that_are_no_checkpoint(official, tmp_path):
+    model, path = timm.create_model("polaformerpp_b0"), tmp_path / "file.pth"
+
+    def refuse(content: bytes, message: str, path: Path = path) -> None:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_weights(model, path)
+
+    refuse(
+        b"<!DOCTYPE html><p>Sign in", "file.pth is not a checkpoint: it begins with '<!DOCTYPE html>.*; download the"
+    )
+    refuse(b"", "file.pth is empty; copy or download it again")
+    for zipped, message in (
+        (True, r"file.pth is truncated after [\d,]+ bytes"),
+        (False, "file.pth is truncated, or no"),
+    ):
+        torch.save(official, path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        refuse(whole[: len(whole) // 2], f"{message}.*; copy or download it again")
+    np.savez(tmp_path / "file.npz", x=np.zeros(3))
+    refuse((tmp_path / "file.npz").read_bytes(), "is truncated, or no checkpoint of torch.save .*not in a subdirectory")
+    safetensors = tmp_path / "page.safetensors"
+    refuse(
+        b"<!DOCTYPE html><p>Sign in", "page.safetensors is not a safetensors file .*; copy or export it", safetensors
+    )
 
 
 def test_no_such_file(tmp_path):
