@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataio.files import new_folder
+from dataio.files import new_folder, user_path
 from dataio.workers import available_cores, worker_pool
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dataio.fashion_mnist",
         description="Writes the 60,000 + 10,000 photographs of Fashion-MNIST as class folders of PNG files.",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write; kept if it is complete")
+    parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write; kept if it is complete")
     target = parser.parse_args(argv).target
     start = time.monotonic()
     if is_complete(target):

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -16,6 +16,11 @@ _LOCK_SECONDS = 2.0  # for the last processes of a killed command to end
 
 class BusyError(RuntimeError):
     """Another process is writing the same folder."""
+
+
+def user_path(text: str) -> Path:
+    """The path that a command was given, with a `~` or `~user` at its beginning expanded as shells do."""
+    return Path(os.path.expanduser(text))
 
 
 def printable(path: str) -> str:
@@ -110,6 +115,19 @@ def write_file(path: Path, content: bytes) -> None:
     """Writes a file, and waits until its content is on disk; for its name, sync its folder."""
     path.write_bytes(content)
     sync(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Gives a file this content; until all of it is on disk, and if it cannot be written, the file is what it was."""
+    aside = path.with_name(f".{path.name}")
+    try:
+        write_file(aside, content)
+        aside.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    sync(path.parent)
 
 
 def sync(path: Path, keep_cached: bool = True) -> None:

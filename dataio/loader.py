@@ -9,6 +9,7 @@ stands for it, with its own label, and it is counted: by each rank for the image
 in each epoch.
 """
 
+import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -224,8 +225,9 @@ class EvalLoader:
     """Every sample once over all ranks, in stored order; can be iterated again and again.
 
     Each rank has one contiguous share, equal to the others within one sample. Its last batch may be shorter, and
-    it has no batch at all if there are fewer samples than ranks. Raises RuntimeError as TrainLoader does, ValueError if
-    the cache is too small for a remote data set even where no other rank shares it.
+    it has no batch at all if there are fewer samples than ranks. label_map: of `map_labels`, where batches are to have
+    other labels than were packed. Raises RuntimeError as TrainLoader does, ValueError if the cache is too small for a
+    remote data set even where no other rank shares it.
     """
 
     def __init__(
@@ -236,6 +238,7 @@ class EvalLoader:
         rank: int,
         ranks: int,
         device: torch.device,
+        label_map: np.ndarray | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"the evaluation batch is {batch}; use at least 1")
@@ -244,6 +247,7 @@ class EvalLoader:
         self.manifest, self.options, self.batch, self.device = manifest, options.plain, batch, device
         if manifest.remote:
             require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch)})
+        self._label_map = None if label_map is None else torch.from_numpy(label_map).to(device)
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)
 
     @staticmethod
@@ -257,7 +261,8 @@ class EvalLoader:
         return -(-len(self._share) // self.batch)
 
     def __iter__(self) -> Iterator[Batch]:
-        return _batches(self.manifest, self.options, self._requests(), self.batch, self.device)
+        for batch in _batches(self.manifest, self.options, self._requests(), self.batch, self.device):
+            yield batch if self._label_map is None else batch._replace(labels=self._label_map[batch.labels])
 
     def _requests(self) -> Iterator[Request]:
         for first in self._share[:: self.batch]:
@@ -283,22 +288,32 @@ def _batches(
 
 
 def check_labels(manifest: Manifest, num_classes: int) -> None:
-    """Raises ValueError if a label of the data set has no output in a model of `num_classes`."""
-    highest = int(manifest.samples["label"].max())
-    if highest >= num_classes:
+    """Raises ValueError if a class of the data set has no output in a model of `num_classes`."""
+    classes = len(manifest.classes)
+    if classes > num_classes:
         raise ValueError(
-            f"{manifest.place} has {len(manifest.classes)} classes and label {highest}, the model has"
-            f" {num_classes} outputs; set num_classes to {len(manifest.classes)}"
+            f"{manifest.place} has {classes} classes, the model has {num_classes} outputs; set model.num_classes to"
+            f" {classes}, or leave it out"
         )
 
 
-def check_same_classes(train: Manifest, val: Manifest) -> None:
-    """Raises ValueError, naming the first difference, if a label does not mean the same class in both."""
-    pairs = itertools.zip_longest(train.classes, val.classes)
-    for label, names in enumerate(pairs):
-        if names[0] != names[1]:
-            in_train, in_val = ("missing" if name is None else f'"{name}"' for name in names)
+def map_labels(val: Manifest, classes: tuple[str, ...], place: str) -> np.ndarray:
+    """(classes of `val`,) int64: for each its label among `classes`, those of training or of weights at `place`.
+
+    Names decide, so `val` may have fewer classes, in any order. A class without images may have any name.
+    Raises ValueError, naming the first, if it has images of a class that is not among them.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    for name in (val.classes[label] for label in np.unique(val.samples["label"])):
+        if name not in labels:
+            near = difflib.get_close_matches(name, classes, n=3) or classes[:3]
             raise ValueError(
-                f"class {label} is {in_train} in {train.place} and {in_val} in {val.place};"
-                f" pack both from folders with the same classes"
+                f'class "{name}" of {val.place} is not among the {len(classes)} classes of {place}, such as'
+                f" {', '.join(near)}; leave it out of the one, or have it in both"
             )
+    return np.array([labels.get(name, -1) for name in val.classes], dtype=np.int64)
+
+
+def count_classes(manifest: Manifest) -> int:
+    """How many classes have images in a data set."""
+    return len(np.unique(manifest.samples["label"]))

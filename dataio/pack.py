@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync
+from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync, user_path
 from dataio.images import SHRINK_VERSION
 from dataio.index import (
     FORMAT_VERSION,
@@ -327,11 +327,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        type=Path,
+        type=user_path,
         help="a folder with a folder of images per class; a zip or (uncompressed) tar of one; a WebDataset: a folder"
         " of .tar shards, one of them, or a pattern in quotes like 'shard-{000000..000041}.tar'",
     )
-    parser.add_argument("target", metavar="TARGET", type=Path, help="folder to write, new or empty")
+    parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write, new or empty")
     add_options(parser)
     parser.add_argument(
         "--part",

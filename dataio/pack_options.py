@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from dataio.files import user_path
 from dataio.images import CHECKS, Shrink
 
 PARTS = ("held-out", "kept")  # of --hold-out
@@ -111,7 +112,7 @@ def add_options(parser: argparse._ActionsContainer) -> None:
     )
     parser.add_argument(
         "--classes",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="names of the classes, one a line, from class 0 on; there may be more than have images (default: the"
         " folders' names in natural order, 2 before 10; of a WebDataset, those of its manifest.json, or what its .cls"

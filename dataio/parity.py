@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
-from dataio.files import write_file
+from dataio.files import user_path, write_file
 from dataio.index import draws_at
 from dataio.operations import change_images
 from dataio.recipes import DRAWS, RAND_AUGMENT, Kind, Operations, RandAugment, rand_amounts, rand_augment
@@ -244,8 +244,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dataio.parity",
         description="Compares each operation of RandAugment with timm's, in pixels and in draws, and writes a table.",
     )
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="*", help="photographs (default: scikit-image's)")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument(
+        "images", metavar="IMAGE", type=user_path, nargs="*", help="photographs (default: scikit-image's)"
+    )
+    parser.add_argument("--out", metavar="FILE", type=user_path, required=True, help="Markdown file to write")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="that does our operations")
     arguments = parser.parse_args(argv)
     try:

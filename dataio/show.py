@@ -7,6 +7,7 @@ may be a URL: its shards are fetched into --cache.
 
 import argparse
 import io
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataio.cache import open_data, open_shards
+from dataio.files import user_path
 from dataio.images import patient_pil
 from dataio.index import Manifest, load_manifest, samples_at
 from dataio.remote import CacheOptions, is_url, shown
@@ -141,8 +143,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m dataio.show",
         description="Draws a grid of packed samples with their classes: the first that a run with this seed sees.",
     )
-    parser.add_argument("target", metavar="TARGET", help="folder with a manifest.json, or the URL of a copy")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture to write, like grid.png")
+    parser.add_argument(
+        "target", metavar="TARGET", type=os.path.expanduser, help="folder with a manifest.json, or the URL of a copy"
+    )
+    parser.add_argument("--out", metavar="FILE", type=user_path, required=True, help="picture to write, like grid.png")
     parser.add_argument(
         "--augmented",
         action="store_true",
@@ -151,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--size", type=int, default=224, help="pixels of an augmented image's side (default: 224)")
     parser.add_argument("--seed", type=int, default=0, help="the run's seed (default: 0)")
-    parser.add_argument("--cache", metavar="FOLDER", type=Path, help="for what is fetched, where TARGET is a URL")
+    parser.add_argument("--cache", metavar="FOLDER", type=user_path, help="for what is fetched, where TARGET is a URL")
     parser.add_argument("--cache-gib", metavar="N", type=float, default=64, help="size it may reach (default: 64)")
     arguments = parser.parse_args(argv)
     cache = CacheOptions(arguments.cache, int(arguments.cache_gib * 2**30)) if arguments.cache else None

@@ -6,6 +6,7 @@ against the same sha256. What only costs a look, load_manifest checks at the sta
 """
 
 import argparse
+import os
 import sys
 import tarfile
 import time
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Checks a folder that dataio.pack wrote: every file's size and sha256, and that shards, indices"
         " and sample table fit together. Exit status 1 if anything is wrong.",
     )
-    parser.add_argument("target", metavar="TARGET", help="folder with a manifest.json")
+    parser.add_argument("target", metavar="TARGET", type=os.path.expanduser, help="folder with a manifest.json")
     parser.add_argument("--decode", action="store_true", help="decode every image too, to the last pixel")
     parser.add_argument("--workers", type=int, default=0, help="number of processes (default: one per core)")
     arguments = parser.parse_args(argv)

@@ -31,13 +31,15 @@ class MovingAverage:
     `module` is a model of its own, in evaluation mode.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._ema = ModelEmaV3(model, decay=decay)
+    def __init__(self, model: nn.Module) -> None:
+        self._ema = ModelEmaV3(model)
 
     @property
     def module(self) -> nn.Module:
         return self._ema.module
 
-    def update(self, engine) -> None:
+    def update(self, engine, decay: float) -> None:
+        """Keeps `decay` of what it is, and takes the rest from the engine's model. Every rank calls it."""
+        self._ema.decay = decay
         with full_parameters(engine):
             self._ema.update(engine.module)

@@ -12,23 +12,30 @@ from runs that you trust; the two safetensors are safe to load for anybody.
 """
 
 import json
+import os
 import re
+import secrets
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from dataio.files import sha256_of, sync
+from dataio.files import replace_file, sha256_of, sync
 from launch.averages import MovingAverage
-from launch.distributed import together
+from launch.distributed import Refusal, from_rank_zero, together
 from launch.engine import full_parameters, kept_settings
 from polaformer.weights import load_weights, save_weights
 
 MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
 MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"
+POINTERS = LATEST, BEST = "latest", "best"
 _ENGINE_TAG = "engine"
+_SMALL_FILES_BYTES = 2**20  # of a checkpoint, and more
 _CHECKPOINT = re.compile(r"step-(\d{8})")
 
 
@@ -60,30 +67,54 @@ class RunState:
                 )
 
 
-def save(folder: Path, engine, average: MovingAverage, state: RunState, metadata: dict[str, str]) -> Path:
+def save(
+    folder: Path,
+    engine,
+    average: MovingAverage,
+    state: RunState,
+    metadata: dict[str, str],
+    check_lock: Callable[[], None] = lambda: None,
+) -> Path:
     """Writes a checkpoint below `folder` and points `latest` to it; every rank calls it. Returns its folder.
 
-    metadata: for the headers of the safetensors. Raises Refusal on every rank if rank 0's files cannot be written or
-    another rank's are not there; what DeepSpeed raises for a rank's own file ends that rank. What was there stays.
+    metadata: for the headers of the safetensors. check_lock: raises RuntimeError if the run's folder is another's.
+    Raises Refusal on every rank if some rank's files cannot be written or are not there, and says so if the disk is
+    full. What was there stays, and nothing is left of the new one.
     """
     target = folder / f"step-{state.step:08d}"
-    staging = folder / f".{target.name}"
+    staging = folder / f".{target.name}-{from_rank_zero(secrets.token_hex(4))}"  # no process that wakes up has it too
     rank = dist.get_rank()
     with together():
         if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
-            staging.mkdir(parents=True)
-    engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
-    with together(), full_parameters(engine):
-        if rank == 0:
-            save_weights(engine.module.state_dict(), staging / MODEL_NAME, metadata)
-            save_weights(average.module.state_dict(), staging / EMA_NAME, metadata)
-            (staging / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
+            check_lock()
+            folder.mkdir(exist_ok=True)
+            _remove_leftovers(folder)
+            require_room(folder, average)
+            (staging / _ENGINE_TAG).mkdir(parents=True)
+    try:
+        _write(staging, engine, average, state, metadata)
+    except Refusal as refusal:
+        with together():
+            if rank == 0:
+                fault = _explain(staging, average, str(refusal).splitlines()[0])
+                shutil.rmtree(staging, ignore_errors=True)
+                raise RuntimeError(fault) from refusal
     with together():  # by now every rank's files are there
         if rank == 0:
             _require_files(staging, state)
+            check_lock()
             _publish(staging, target)
     return target
+
+
+def require_room(folder: Path, average: MovingAverage) -> None:
+    """Raises RuntimeError if the disk of an existing folder cannot hold one more checkpoint of such a model."""
+    free, needed = shutil.disk_usage(folder).free, _expected_bytes(average)
+    if free < needed:
+        raise RuntimeError(
+            f"no space for a checkpoint in {folder}: it needs {_mib(needed)}, {_mib(free)} are free; make room, or"
+            " choose an output on a larger disk"
+        )
 
 
 def retain(saved: Path, is_best: bool, keep: int) -> None:
@@ -94,7 +125,7 @@ def retain(saved: Path, is_best: bool, keep: int) -> None:
     with together():
         if dist.get_rank() == 0:
             if is_best:
-                _point(saved.parent / "best", saved.name)
+                replace_file(saved.parent / BEST, f"{saved.name}\n".encode())
             _remove_others(saved, keep)
 
 
@@ -123,14 +154,47 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
+def check_pointers(folder: Path) -> None:
+    """Raises ValueError if `best` or `latest` has become a folder, as which some programs copy what a name leads to."""
+    for pointer in (folder / name for name in POINTERS):
+        if pointer.is_dir() and not pointer.is_symlink():
+            raise ValueError(
+                f"{pointer} is a folder, where a run keeps a file with the name of a checkpoint; move it away"
+            )
+
+
 def read_state(checkpoint: Path) -> RunState:
-    return RunState(**json.loads((checkpoint / STATE_NAME).read_text()))
+    """Raises ValueError if it is not of this version."""
+    try:
+        return RunState(**json.loads((checkpoint / STATE_NAME).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint / STATE_NAME} is of another version ({error}); go on with the one that wrote it"
+        ) from error
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one, or what is left of one."""
+    return _CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).is_file()
+
+
+def follow(pointer: Path) -> Path:
+    """The checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    there = ", ".join(path.name for path in _checkpoints(pointer.parent)) or "none"
+    if not _CHECKPOINT.fullmatch(name):
+        raise ValueError(f"{pointer} holds {name!r} instead of the name of a checkpoint; there are: {there}")
+    if not (pointer.parent / name).is_dir():
+        raise FileNotFoundError(f"{pointer} names {name}, which is not there; there are: {there}")
+    return pointer.parent / name
 
 
 def find_fault(checkpoint: Path) -> str | None:
     """The first thing in which a checkpoint's files differ from its manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST_NAME).read_text())
+        if missing := {MODEL_NAME, EMA_NAME, STATE_NAME}.difference(files):
+            return f"{checkpoint / MANIFEST_NAME} does not name {', '.join(sorted(missing))}"
         for name, expected in files.items():
             path = checkpoint / name
             if path.stat().st_size != expected["bytes"]:
@@ -142,8 +206,94 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
+def _write(staging: Path, engine, average: MovingAverage, state: RunState, metadata: dict[str, str]) -> None:
+    """All files, the manifest last. Every rank calls it. Raises Refusal on every rank if one cannot write its own."""
+    rank = dist.get_rank()
+    with together(), _in_the_systems_words(staging, average), _faults_afterwards(engine.checkpoint_engine):
+        engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
+    with together(), full_parameters(engine), _in_the_systems_words(staging, average):
+        if rank == 0:
+            save_weights(engine.module.state_dict(), staging / MODEL_NAME, metadata)
+            save_weights(average.module.state_dict(), staging / EMA_NAME, metadata)
+            (staging / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
+            for name in (MODEL_NAME, EMA_NAME):  # which safetensors lets nobody but their owner read
+                shutil.copymode(staging / STATE_NAME, staging / name)
+            _write_manifest(staging)
+
+
+@contextmanager
+def _faults_afterwards(files) -> Iterator[None]:
+    """Inside, a file that DeepSpeed's `files` cannot write ends nothing; the first fault is raised at the end.
+
+    Otherwise the rank that met it would leave the others in the barriers of save_checkpoint.
+    """
+    faults, save = [], files.save
+
+    def try_to_save(state_dict: dict[str, Any], path: str) -> None:
+        try:
+            save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            faults.append(error)
+
+    files.save = try_to_save
+    try:
+        yield
+    finally:
+        files.save = save
+    if faults:
+        raise faults[0]
+
+
+@contextmanager
+def _in_the_systems_words(staging: Path, average: MovingAverage) -> Iterator[None]:
+    """Raises RuntimeError in one line where writing fails inside.
+
+    torch and safetensors keep the system's reason to themselves ("unexpected pos"): it is asked for as much again.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if not isinstance(error, OSError):
+            try:
+                with open(staging / f".probe-{dist.get_rank()}", "wb") as probe:
+                    os.posix_fallocate(probe.fileno(), 0, _expected_bytes(average))
+            except OSError as found:
+                reason = found.strerror
+        raise RuntimeError(reason) from error
+
+
+def _explain(staging: Path, average: MovingAverage, reason: str) -> str:
+    """What is said of a checkpoint that could not be written, while its files are there."""
+    needed, free = _expected_bytes(average), shutil.disk_usage(staging).free
+    free += sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
+    found = _checkpoints(staging.parent)
+    return (
+        f"cannot write a checkpoint in {staging.parent}: {reason}; it needs {_mib(needed)}, {_mib(free)} are free. Make"
+        f" room and start again: the run goes on from {found[-1].name if found else 'its beginning'}"
+    )
+
+
+def _expected_bytes(average: MovingAverage) -> int:
+    """About what a checkpoint takes.
+
+    Weights three times (ours, their average, DeepSpeed's), AdamW's two moments, and ZeRO's copy for the optimizer.
+    """
+    return 6 * sum(value.nbytes for value in average.module.state_dict().values()) + _SMALL_FILES_BYTES
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed run was writing or removing."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name))
+    return sorted(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
 
 def _require_files(staging: Path, state: RunState) -> None:
@@ -156,7 +306,8 @@ def _require_files(staging: Path, state: RunState) -> None:
         )
 
 
-def _publish(staging: Path, target: Path) -> None:
+def _write_manifest(staging: Path) -> None:
+    """Describes what is there, and waits until all of it is on disk."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     manifest = {
         str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
@@ -164,28 +315,23 @@ def _publish(staging: Path, target: Path) -> None:
     (staging / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1))
     for path in (*files, staging / MANIFEST_NAME, staging / _ENGINE_TAG, staging):
         sync(path)
+
+
+def _publish(staging: Path, target: Path) -> None:
     if target.exists():  # a broken one of the same step, which the run resumed before
         shutil.rmtree(target)
     staging.rename(target)
     sync(target.parent)
-    _point(target.parent / "latest", target.name)
+    replace_file(target.parent / LATEST, f"{target.name}\n".encode())
 
 
 def _remove_others(saved: Path, keep: int) -> None:
-    checkpoints, best = _checkpoints(saved.parent), saved.parent / "best"
+    checkpoints, best = _checkpoints(saved.parent), saved.parent / BEST
     kept = [path.name for path in checkpoints if path.name <= saved.name][-keep:]
     if best.is_file():
-        kept.append(best.read_text().strip())
+        kept.append(best.read_text(errors="replace").strip())
     for path in checkpoints:
         if path.name not in kept:
             doomed = path.with_name(f".{path.name}")  # so that a killed removal leaves no half checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
-
-
-def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_name(f".{pointer.name}")
-    temporary.write_text(f"{name}\n")
-    sync(temporary)
-    temporary.replace(pointer)
-    sync(pointer.parent)

@@ -1,23 +1,38 @@
 """The configuration of a run: one validated schema, filled from a YAML file and then from `key=value`.
 
 Everything that can be known to be wrong without looking at data or devices is refused here. What a field does is said
-beside it, and nowhere else.
+beside it, and nowhere else. Names and paths are taken as they are written, a `~` at the beginning of a path aside;
+typed_yaml.py reads the rest.
 """
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from launch.typed_yaml import field_type, read_value, read_yaml
 from polaformer import PRESETS
+
+
+def _expand(path: str | Path) -> str | Path:
+    """The path or URL with a `~` at its beginning expanded."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("utf8", "not UTF-8; rename the folder") from error
+    return type(path)(os.path.expanduser(path))
+
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
-Place = Annotated[str, Field(min_length=1)]
+UserPath = Annotated[Path, AfterValidator(_expand)]
+Place = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
 
 
@@ -29,7 +44,29 @@ _DERIVED = {
     "gradient_clipping": "optimizer.clip",
     "optimizer": "the optimizer section",
     "scheduler": "the optimizer section",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "amp": "engine.precision",
+    "torch_autocast.enabled": "engine.precision",
+    "torch_autocast.dtype": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
 }
+#: What our loop, optimizer or checkpoints exclude, and why. DeepSpeed would stop late, when a run is resumed, or not.
+_EXCLUDED = {
+    "managed_gradient_accumulation": "micro-steps are counted by DeepSpeed here",
+    "checkpoint.load_universal": "checkpoints are not universal ones",
+    "zero_optimization.elastic_checkpoint": "a run goes on with as many ranks as it had",
+    "zero_optimization.cpu_offload": "it is deepspeed.zero_optimization.offload_optimizer now",
+    "zero_optimization.zenflow": "it needs DeepSpeed's own optimizer, and this is PyTorch's AdamW",
+}
+#: The rest of DeepSpeed's keys that a run here has a use for. It ignores those that it does not know.
+_USABLE = (
+    *("zero_optimization", "torch_autocast", "zero_force_ds_cpu_optimizer", "communication_data_type", "data_types"),
+    *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather", "checkpoint"),
+    *("aio", "activation_checkpointing", "compile", "flops_profiler", "wall_clock_breakdown", "memory_breakdown"),
+    *("comms_logger", "timers", "tensorboard", "csv_monitor", "wandb", "comet", "dump_state"),
+    *("disable_python_gc", "zero_allow_untested_optimizer"),
+)
 
 
 class Section(BaseModel):
@@ -40,7 +77,7 @@ class ModelSection(Section):
     name: str = "polaformerpp_b4"
     num_classes: Count | None = None  # null: as many as the training shards name
     drop_path_rate: Fraction | None = None  # null: the preset's
-    weights: Path | None = None  # start from these: an official .pth or a .safetensors of ours
+    weights: UserPath | None = None  # start from these: an official .pth or a .safetensors of ours
     new_head: bool = False  # keep a fresh classifier when starting from weights of other classes
     grad_checkpointing: bool = False  # compute activations again in backward: less memory, about 1.3× the time
     kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention would not run compiled
@@ -68,7 +105,7 @@ class DataSection(Section):
     val: Place  # the same, for evaluation
     order: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
     window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
-    cache: Path | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
+    cache: UserPath | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
     max_broken: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
@@ -107,6 +144,7 @@ class OptimizerSection(Section):
     eps: Positive = 1e-8
     clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
     ema_decay: BelowOne = 0.99982
+    ema_warmup: bool = True  # a smaller decay while the run has few steps: see launch/schedule.py
 
     @model_validator(mode="after")
     def check(self):
@@ -139,7 +177,7 @@ class LogSection(Section):
 
 
 class Config(Section):
-    output: Path  # the run's folder: checkpoints, metrics, TensorBoard; started again, the run goes on from there
+    output: UserPath  # the run's folder: checkpoints, metrics, TensorBoard; started again, the run goes on from there
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection = ModelSection()
     data: DataSection
@@ -151,16 +189,39 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check(self):
-        for key, home in _DERIVED.items():
-            if key in self.deepspeed:
-                raise ValueError(f"deepspeed.{key} is derived; set {home} instead")
-        if "stage" in self.deepspeed.get("zero_optimization", {}):
-            raise ValueError("deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead")
+        _check_deepspeed(self.deepspeed)
         return self
 
 
+def _check_deepspeed(section: dict[str, Any]) -> None:
+    """Raises ValueError for what a run cannot use in the raw section; values' types are left to DeepSpeed."""
+    given = {
+        *section,
+        *(f"{key}.{inner}" for key in section if isinstance(section[key], dict) for inner in section[key]),
+    }
+    for key, home in _DERIVED.items():
+        if key in given:
+            raise ValueError(f"deepspeed.{key} is derived; set {home} instead")
+    for key, reason in _EXCLUDED.items():
+        if key in given:
+            raise ValueError(f"deepspeed.{key} cannot be used: {reason}; leave it out")
+    for key in section:
+        if key not in _USABLE:
+            near = difflib.get_close_matches(key, _USABLE, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"known are {', '.join(_USABLE)}"
+            raise ValueError(f"deepspeed.{key} is nothing that a run here can use; {remedy}")
+    for key in ("zero_optimization", "torch_autocast", "timers"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"deepspeed.{key} is {section[key]!r}; it is a section, set keys in it")
+    if "zero_optimization.offload_optimizer" in given and section.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError(
+            "deepspeed.zero_optimization.offload_optimizer is for DeepSpeed's own optimizer, and this is PyTorch's"
+            " AdamW; leave it out, or set deepspeed.zero_force_ds_cpu_optimizer=false as well, which is slow"
+        )
+
+
 def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """The configuration in a YAML file with `section.key=value` overrides, whose values are YAML too.
+    """The configuration in a YAML file with `section.key=value` overrides: names and paths as typed, other values YAML.
 
     Raises FileNotFoundError, or ValueError with one line for each fault.
     """
@@ -168,7 +229,7 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
     if not path.is_file():
         near = ", ".join(sorted(str(other) for other in path.parent.glob("*.yaml"))) or "none in that folder"
         raise FileNotFoundError(f"no configuration at {path}; there are: {near}")
-    tree = _read_yaml(path.read_bytes(), str(path))
+    tree = read_yaml(path.read_bytes(), Config, str(path))
     if not isinstance(tree, dict | None):
         raise ValueError(f"{path} holds no sections but {tree!r}; write for example output: runs/b4")
     tree = tree or {}
@@ -190,23 +251,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(text: str | bytes, origin: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
-
-
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; write for example optimizer.lr=1e-3")
+    if text.startswith("="):
+        raise ValueError(f"override {override!r} has two =; write {key}={text.lstrip('=')}")
     *sections, last = key.split(".")
+    schema: Any = Config
     for section in sections:
-        tree = tree.setdefault(section, {})
+        tree, schema = tree.setdefault(section, {}), field_type(schema, section)
         if not isinstance(tree, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    tree[last] = _read_yaml(text, f"override {override!r}")
+    tree[last] = read_value(text, field_type(schema, last), f"override {override!r}")
 
 
 def _explain(fault: dict[str, Any]) -> str:
@@ -216,7 +273,8 @@ def _explain(fault: dict[str, Any]) -> str:
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
         return f"unknown key {where}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
-    if fault["type"] == "missing" and isinstance(fault["loc"][-1], str):  # a key, not an item of a list
+    empty = fault["input"] is None and fault["type"] in ("path_type", "string_type")
+    if empty or (fault["type"] == "missing" and isinstance(fault["loc"][-1], str)):  # a key, not an item of a list
         return f"{where} is not set; set it in the file or on the command line as {where}=…"
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])

@@ -84,8 +84,8 @@ def start(place: Placement, device_type: str, timeout: timedelta) -> torch.devic
     environment holds what DeepSpeed and torch read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
     DS_ACCELERATOR.
 
-    Raises ValueError for another device type, RuntimeError if no GPU is left for this rank or rank 0's
-    host is unknown.
+    Raises ValueError for another device type or half an address, RuntimeError if no GPU is left for this rank,
+    rank 0's host is unknown, its port is taken, or the ranks do not meet.
     """
     if device_type not in _BACKENDS:
         raise ValueError(f'the device is "{device_type}"; use "cpu" or "cuda"')
@@ -99,12 +99,16 @@ def start(place: Placement, device_type: str, timeout: timedelta) -> torch.devic
         WORLD_SIZE=str(place.ranks),
         DS_ACCELERATOR=device_type,
     )
+    _check_meeting_point(os.environ)
     import deepspeed
 
     # On CPUs, DeepSpeed would now compile an all-reduce that only inference uses: most of a minute, and an
     # error where there is no compiler or ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except RuntimeError as error:
+        raise RuntimeError(_why_not_met(place, timeout, error)) from error
     return device
 
 
@@ -162,6 +166,39 @@ def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
         # below the ports that Linux gives to outgoing connections, and another one for the next job
         "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ["SLURM_JOB_ID"]) % 20000),
     }
+
+
+def _check_meeting_point(environ: Mapping[str, str]) -> None:
+    """Raises ValueError or RuntimeError if the ranks cannot meet there, for which PyTorch would wait or not say why."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environ.get(name):
+            raise ValueError(f"{name} is not set although other variables of a launcher are; {_REMEDY}")
+    host, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
+    if not (port.isdecimal() and int(port) < 2**16):
+        raise ValueError(f'MASTER_PORT is "{port}", which is no port; use a number from 1 to {2**16 - 1}')
+    try:
+        socket.getaddrinfo(host, int(port))
+    except (OSError, UnicodeError) as error:
+        raise RuntimeError(
+            f"MASTER_ADDR is {host}, which this machine cannot resolve ({error}); set it to the address of rank 0's"
+        ) from error
+
+
+def _why_not_met(place: Placement, timeout: timedelta, error: RuntimeError) -> str:
+    """One line in place of PyTorch's, with the remedy that this launcher has."""
+    host, port, fault = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(error).partition("\n")[0]
+    if "EADDRINUSE" in fault:
+        free = find_free_port()
+        remedy = f"set MASTER_PORT to another, like {free}"
+        if place.launcher == "srun":
+            remedy = f"export MASTER_PORT={free} before srun or sbatch"
+        elif "CROSS_RANK" in os.environ:  # deepspeed's
+            remedy = f"start it with deepspeed --master_port {free}"
+        return f"port {port} is taken, by another run perhaps; {remedy}"
+    return (
+        f"rank {place.rank} did not meet the other ranks at {host}, port {port}, within {timeout} ({fault}); check that"
+        f" all {place.ranks} were started, and that this machine reaches that one"
+    )
 
 
 def _first_host(nodelist: str) -> str:

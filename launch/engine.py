@@ -5,12 +5,14 @@ DeepSpeed's configuration is derived from ours by a pure function, so that a tes
 
 import contextlib
 import copy
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -69,6 +71,24 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},  # true waits for the device in every micro-step
     }
     return _merge(derived, config.deepspeed)
+
+
+def check_engine(config: Config, plan: Plan) -> None:
+    """Raises ValueError if DeepSpeed does not accept its configuration. Nothing is allocated, on no rank."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # see start_engine
+
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
+        enabled = _merge({section: {"enabled": False}}, config.deepspeed)[section]["enabled"]
+        if enabled and importlib.util.find_spec(package) is None:
+            raise ValueError(f"deepspeed.{section} needs the package {package}; install it, or leave the section out")
+    try:
+        DeepSpeedConfig(deepspeed_config(config, plan))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"in the deepspeed section, {where} is {first['input']!r}: {first['msg']}") from error
+    except Exception as error:  # of any kind: DeepSpeed takes the values as they come
+        raise ValueError(f"DeepSpeed does not accept the deepspeed section ({error}); correct it") from error
 
 
 def start_engine(config: Config, plan: Plan, model: nn.Module):

@@ -1,8 +1,14 @@
 """Top-1 and top-5 accuracy of weights on packed images, every image exactly once on any number of ranks.
 
 python -m launch.evaluate --weights RUN --data SHARDS
-torchrun --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
+python -m launch.evaluate --weights RUN/checkpoints/best --kind model --data SHARDS
+torchrun --standalone --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
 """
+
+from launch.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
 
 import argparse
 import json
@@ -20,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataio.cache import open_data, require_room
+from dataio.files import user_path
 from dataio.index import Manifest
-from dataio.loader import Batch, EvalLoader
+from dataio.loader import Batch, EvalLoader, count_classes, map_labels
 from dataio.remote import shown
 from dataio.views import ImageOptions
-from launch import checkpoint
 from launch.card import Card, make_card, read_card
 from launch.distributed import (
     Refusal,
@@ -37,6 +43,7 @@ from launch.distributed import (
     stop,
     together,
 )
+from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 from launch.plan import cache_options
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
@@ -91,21 +98,6 @@ class _Scores:
         return {**percent, "loss": self._loss.compute().item()}
 
 
-def find_weights(path: Path, kind: str) -> Path:
-    """The file that `path` means: itself, or the `kind` ("ema" or "model") weights of a run's newest checkpoint.
-
-    Raises FileNotFoundError or ValueError if there is none.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}; give a run's folder, a .safetensors file, or an official .pth")
-    if not path.is_dir():
-        return path
-    newest, _ = checkpoint.newest(path / "checkpoints")
-    if newest is None:
-        raise FileNotFoundError(f"{path} is a folder without checkpoints; give a run's folder or a file of weights")
-    return newest / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     summary, _, examples = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -115,18 +107,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=Path, required=True, help="a run's folder, a .safetensors file, or an official .pth")
-    add("--data", required=True, help="a folder written by python -m dataio.pack, or the URL of a copy")
-    add("--cache", type=Path, help="this machine's folder for remote shards (default: one of your own)")
+    add("--weights", type=user_path, required=True, help=WHAT_CAN_BE_NAMED)
+    data = "a folder written by python -m dataio.pack, or the URL of a copy"
+    add("--data", type=os.path.expanduser, required=True, help=data)
+    add("--cache", type=user_path, help="this machine's folder for remote shards (default: one of your own)")
     add("--cache-gib", type=float, default=64, help="size that it may reach (default 64)")
-    add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run's folder (default ema)")
+    add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run or checkpoint (default ema)")
     add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
     add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
     add("--batch", type=int, default=64, help="images per rank at a time (default 64)")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="autocast or not (default fp32)")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     add("--threads", type=int, default=4, help="decoding threads of each rank (default 4)")
-    add("--out", type=Path, help="write the JSON there as well")
+    add("--out", type=user_path, help="write the JSON there as well")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(argv)
 
@@ -144,15 +137,17 @@ def prepare(
     if manifest.remote:
         require_room(cache, {manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})
     card = _settle_card(arguments, path, manifest)
+    label_map = map_labels(manifest, card.classes, str(path))
     model = timm.create_model(card.model, num_classes=len(card.classes))
     load_weights(model, path)
     images = card.image_options(arguments.threads)
-    loader = EvalLoader(manifest, images, arguments.batch, dist.get_rank(), dist.get_world_size(), device)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device, label_map)
     return model.to(device, memory_format=torch.channels_last).eval(), loader, card
 
 
 def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) -> Card:
-    """What the file at `path` says of itself, or else the arguments and the data; they must not contradict it."""
+    """What the file at `path` says of itself, or else the arguments and the data; arguments must not contradict it."""
     card = read_card(path)
     if card is None:
         if arguments.model is None:
@@ -160,13 +155,6 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         card = make_card(arguments.model, manifest.classes, ImageOptions())
     if arguments.model not in (None, card.model):
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
-    for label, packed in enumerate(manifest.classes):  # the model may have further outputs
-        trained = card.classes[label] if label < len(card.classes) else "missing"
-        if trained != packed:
-            raise ValueError(
-                f"class {label} is {trained} in {path} and {packed} in {manifest.place};"
-                " give data with the classes of the training"
-            )
     if arguments.image_size is None:
         return card
     if arguments.image_size % TOTAL_STRIDE:
@@ -201,12 +189,22 @@ def main(argv: list[str] | None = None) -> int:
     stop()
     if place.rank == 0:
         report = {"weights": str(path), "model": card.model, "image_size": card.image_size}
-        report |= {"data": shown(arguments.data), "samples": len(loader.manifest), **scores}
+        report |= {"data": shown(arguments.data), "samples": len(loader.manifest)}
+        report |= {"classes": len(card.classes), "classes_with_samples": count_classes(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)
-        if arguments.out is not None:
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(text + "\n")
+        return 0 if arguments.out is None else _write(arguments.out, text + "\n")
+    return 0
+
+
+def _write(path: Path, text: str) -> int:
+    """The command's exit status; what cannot be written has been printed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        print(f"error: cannot write --out {path}: {error.strerror}; the JSON is above", file=sys.stderr)
+        return 2
     return 0
 
 

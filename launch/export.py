@@ -1,9 +1,15 @@
 """The weights of a run as a folder that timm loads: model.safetensors and config.json.
 
 python -m launch.export runs/b5
+python -m launch.export runs/b5/checkpoints/best --to best
 timm.create_model("polaformerpp_b5", checkpoint_path="runs/b5/export/model.safetensors")
 timm.create_model("local-dir:runs/b5/export", pretrained=True)
 """
+
+from launch.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
 
 import argparse
 import json
@@ -13,26 +19,41 @@ from pathlib import Path
 
 import timm
 
+from dataio.files import user_path
 from launch.card import read_card
-from launch.evaluate import find_weights
+from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 from polaformer.weights import load_weights
 
 
 def export(run: Path, target: Path, kind: str) -> Path:
-    """Writes a run's newest "ema" or "model" weights to the folder `target`, once they load. Returns their file.
+    """Writes the "ema" or "model" weights that `run` means to the folder `target`, once they load. Returns their file.
 
-    Raises FileNotFoundError or ValueError if the run has no whole checkpoint, RuntimeError if it does not load.
+    run: whatever `find_weights` takes. Raises FileNotFoundError or ValueError if there is no whole checkpoint,
+    RuntimeError if it does not load, OSError if the folder cannot be written to; what was in it stays then.
     """
     source = find_weights(run, kind)
     card = read_card(source)
     if card is None:
-        raise ValueError(f"{source} is not of a run of ours; give the folder of a run")
+        raise ValueError(f"{source} is not of a run of ours; give a run's folder or one of its checkpoints")
     load_weights(timm.create_model(card.model, num_classes=len(card.classes)), source)
     target.mkdir(parents=True, exist_ok=True)
     (target / "config.json").write_text(json.dumps(card.timm_config(), indent=1, ensure_ascii=False) + "\n")
     weights = target / "model.safetensors"
-    shutil.copyfile(source, weights.with_suffix(".part"))
-    return weights.with_suffix(".part").rename(weights)
+    part = weights.with_suffix(".part")
+    try:
+        shutil.copyfile(source, part)
+        return part.rename(weights)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def default_target(run: Path) -> Path:
+    """`export` in the folder of the run of which this is a checkpoint or a file, else beside the file."""
+    if "checkpoints" in run.parts:
+        end = len(run.parts) - 1 - run.parts[::-1].index("checkpoints")
+        return Path(*run.parts[:end], "export")
+    return (run.parent if run.is_file() else run) / "export"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,12 +64,12 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="a run's folder")
-    parser.add_argument("--to", type=Path, help="where to write (default RUN/export)")
+    parser.add_argument("run", type=user_path, help=WHAT_CAN_BE_NAMED)
+    parser.add_argument("--to", type=user_path, help="where to write (default RUN/export, or beside a file)")
     parser.add_argument("--kind", choices=("ema", "model"), default="ema", help="which weights (default ema)")
     arguments = parser.parse_args(argv)
     try:
-        print(export(arguments.run, arguments.to or arguments.run / "export", arguments.kind))
+        print(export(arguments.run, arguments.to or default_target(arguments.run), arguments.kind))
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,16 +1,21 @@
 """What a run tells: a progress bar or lines, TensorBoard, and the same scalars as lines of metrics.jsonl.
 
-Everything measured stays on the device until `write`, the only place where the host waits for it.
+Everything measured stays on the device until `write`, the only place where the host waits for it. A disk that takes no
+more of it is named once, and ends no training.
 """
 
 import json
 import math
+import os
 import resource
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+from dataio.files import replace_file
 from launch.distributed import Refusal
 from launch.flops import Rates
 
@@ -42,9 +48,10 @@ class Monitor:
         if not self._writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        drop_later_lines(folder / METRICS_NAME, first_step)
-        self._lines = open(folder / METRICS_NAME, "a", buffering=1)  # noqa: SIM115  (closed by close())
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        replaced = drop_later_lines(folder / METRICS_NAME, first_step)
+        self._lines = open(folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        self._others_hook, threading.excepthook = threading.excepthook, self._hook
+        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(markup=False, emoji=False, highlight=False)
         self._bar = None
         if self._console.is_terminal:
@@ -58,6 +65,10 @@ class Monitor:
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("", total=steps, completed=first_step)
             self._bar.start()
+        if replaced is not None:
+            self.say(
+                f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {replaced}"
+            )
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -130,21 +141,21 @@ class Monitor:
         if not self._writes:
             return
         known = {name: value for name, value in values.items() if value is not None}
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **known}) + "\n")
+        self._add_line(json.dumps({"step": step, "time": round(time.time(), 3), **known}).encode() + b"\n")
         for name, value in known.items():
-            self._board.add_scalar(name, value, step)
+            self._draw("add_scalar", name, value, step)
 
     def images(self, images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """One grid of up to 64 normalised (B, 3, S, S) training images as the model sees them."""
         if self._writes:
             scale, shift = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (std, mean))
             pixels = (images[:64].float() * scale + shift).clamp(0, 1)
-            self._board.add_image("train/images", make_grid(pixels.cpu(), nrow=8), 0)
+            self._draw("add_image", "train/images", make_grid(pixels.cpu(), nrow=8), 0)
 
     def text(self, name: str, text: str) -> None:
         """Puts a text on TensorBoard as it is."""
         if self._writes:
-            self._board.add_text(name, f"```\n{text}\n```")
+            self._draw("add_text", name, f"```\n{text}\n```")
 
     def warn(self, line: str) -> None:
         """A line for people from any rank, on standard error; once, however often its cause is met."""
@@ -164,23 +175,60 @@ class Monitor:
 
     def close(self) -> None:
         if self._writes:
-            self._board.close()
+            self._draw("close")
+            threading.excepthook = self._others_hook
             self._lines.close()
             if self._bar:
                 self._bar.stop()
 
+    def _add_line(self, line: bytes) -> None:
+        """A whole line or none: the next one may find room again."""
+        end = self._lines.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._lines.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._lines.truncate(end)
+            self.warn(f"cannot write to {self._lines.name}: {error.strerror}; training goes on, with steps missing")
 
-def drop_later_lines(path: Path, step: int) -> None:
-    """Removes what a killed run wrote after the checkpoint that it goes on from."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if _is_whole(line) and json.loads(line)["step"] <= step]
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-        temporary.replace(path)
+    def _draw(self, method: str, *arguments: Any) -> None:
+        """Something for TensorBoard, whose own thread writes it, and ends where it cannot."""
+        try:
+            if self._board is not None:
+                getattr(self._board, method)(*arguments)
+        except OSError as error:
+            folder, self._board = self._board.log_dir, None
+            self.warn(f"cannot write to {folder}: {error.strerror}; training goes on, without TensorBoard")
+
+    def _hook(self, fault: threading.ExceptHookArgs) -> None:
+        """Of threads that end with an exception: what TensorBoard's met, `_draw` meets again and says."""
+        if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
+            self._others_hook(fault)
 
 
-def _is_whole(line: str) -> bool:
-    return line.startswith("{") and line.endswith("}")
+def drop_later_lines(path: Path, step: int) -> Path | None:
+    """Removes what a killed run wrote after the checkpoint that it goes on from.
+
+    If that is none, its checkpoints may have been lost: all lines are kept in a file of their own, which is returned.
+    """
+    if not path.is_file():
+        return None
+    lines = path.read_bytes().split(b"\n")
+    replaced = None
+    if step == 0 and (steps := [found for found in map(_step_of, lines) if found < math.inf]):
+        replaced = path.with_name(f"{path.stem}-to-step-{max(steps):08.0f}{path.suffix}")
+        shutil.copyfile(path, replaced)
+    replace_file(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+    return replaced
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite for what is no whole line of ours."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _peak_memory() -> int:

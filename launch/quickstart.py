@@ -4,6 +4,11 @@ Started by quickstart.sh. Each stage is a command of the project's own, printed 
 its result is there already. The summary, with the machine and what each stage took, is kept in the run's folder.
 """
 
+from launch.interrupt import exit_on_interrupt
+
+if __name__ == "__main__":
+    exit_on_interrupt()
+
 import argparse
 import hashlib
 import json
@@ -19,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from dataio.files import user_path
 from dataio.index import MANIFEST_NAME
 from dataio.remote import shown
 from launch.benchmark.report import describe_run, write_report
@@ -202,7 +208,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--data",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="images of your own: FOLDER/class/image, or FOLDER/train and FOLDER/val",
     )

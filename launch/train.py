@@ -1,7 +1,7 @@
 """Trains PolaFormer++: the story of a run, top to bottom.
 
     deepspeed launch/train.py --config configs/X.yaml [key=value …]
-    torchrun --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
+    torchrun --standalone --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
 Started again with the same command, a run goes on from its newest whole checkpoint, in the middle of an epoch too.
@@ -10,15 +10,21 @@ Started again with the same command, a run goes on from its newest whole checkpo
 import os
 import sys
 
+from launch.interrupt import exit_on_interrupt
+
 # The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
 # Which rank this is, `placement` knows better; it is not imported yet.
-if __name__ == "__main__" and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-    print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
+if __name__ == "__main__":
+    exit_on_interrupt("; the same command goes on from the last checkpoint, if there is one")
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
 import argparse
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +33,7 @@ import yaml
 from timm.loss import SoftTargetCrossEntropy
 
 from dataio.augment import Augment
+from dataio.files import replace_file, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.remote import shown
 from launch import checkpoint
@@ -45,12 +52,13 @@ from launch.distributed import (
     stop,
     together,
 )
-from launch.engine import build_model, plain_model, seed_step, set_lr, start_engine
+from launch.engine import build_model, check_engine, plain_model, seed_step, set_lr, start_engine
 from launch.evaluate import evaluate
 from launch.flops import measure_rates
 from launch.monitor import Monitor
 from launch.plan import Plan, describe, make_plan
-from launch.schedule import ends_interval, lr_at
+from launch.run_lock import locked
+from launch.schedule import ema_decay_at, ends_interval, lr_at
 
 REFUSED = 2  # exit status: the run was given something that cannot work; nothing was lost
 
@@ -74,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         announce(f"starting {config.model.name}, world size {place.ranks} ({device_type}): loading DeepSpeed", rank)
     try:
         device = start(place, device_type, timedelta(minutes=timeout))
-    except RuntimeError as error:  # of this rank alone, too
+    except (ValueError, RuntimeError) as error:  # of this rank alone, too
         return refuse(error, rank=0)
     try:
         with together():
@@ -84,10 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         announce(f"opening {shown(config.data.train)} and {shown(config.data.val)}", rank)
         with together():
             plan = make_plan(config, rank, place.ranks, ranks_here)
+            check_engine(config, plan)
             augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
-        run = prepare(config, plan, device)
-        with contextlib.closing(run.monitor), contextlib.closing(run.loader):
-            train(run, augment)
+        with locked(config.output, partial(announce, rank=rank)) as check_lock:
+            run = prepare(config, plan, device, check_lock)
+            with contextlib.closing(run.monitor), contextlib.closing(run.loader):
+                train(run, augment)
     except Refusal as refusal:
         status = refuse(refusal, rank)
         torch.distributed.barrier()
@@ -118,7 +128,7 @@ def train(run: "Run", augment: Augment) -> None:
             engine.step()  # updates at the boundary only
             monitor.add(loss.detach(), len(images))  # stays on the device
         average_buffers(engine.module)
-        run.average.update(engine)
+        run.average.update(engine, ema_decay_at(step, config.optimizer))
 
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
@@ -145,12 +155,14 @@ class Run:
     loader: TrainLoader
     monitor: Monitor
     state: RunState  # as last saved, or at the beginning
+    check_lock: Callable[[], None]  # raises RuntimeError if another run writes to the folder
 
     def evaluate(self, step: int) -> float:
         """Scores weights and EMA on all validation images after `step`, counted from 0; the better top-1, percent."""
         plan, batches, average = self.plan, self.plan.batches, self.average.module
         device = next(average.parameters()).device
-        loader = EvalLoader(plan.val, plan.images, batches.batch, batches.rank, batches.ranks, device)
+        rank, ranks = batches.rank, batches.ranks
+        loader = EvalLoader(plan.val, plan.images, batches.batch, rank, ranks, device, plan.val_label_map)
         models = plain_model(self.engine, average), average
         of_weights, of_ema = evaluate(models, loader, plan.classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
@@ -161,6 +173,8 @@ class Run:
             f"epoch {epochs:.2f}  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
             f"  top-5 {scores['eval/top5']:.2f} % (EMA {scores['eval_ema/top5']:.2f} %)"
         )
+        if step + 1 == plan.steps:
+            self.monitor.say(which_is_better(scores["eval/top1"], scores["eval_ema/top1"]))
         return max(scores["eval/top1"], scores["eval_ema/top1"])
 
     def save(self, step: int, top1: float) -> None:
@@ -172,11 +186,12 @@ class Run:
         is_best = top1 > self.state.best_top1
         self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
         card = make_card(self.config.model.name, self.plan.class_names, self.plan.images)
-        saved = checkpoint.save(checkpoints_of(self.config), self.engine, self.average, self.state, card.metadata())
+        folder = checkpoints_of(self.config)
+        saved = checkpoint.save(folder, self.engine, self.average, self.state, card.metadata(), self.check_lock)
         checkpoint.retain(saved, is_best, self.config.checkpoint.keep)
 
 
-def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
+def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
     """Everything that a run is made of, on its device, as the newest whole checkpoint left it if there is one.
 
     Raises Refusal on every rank if checkpoint, weights or kernels are not what the configuration asks for, or ranks
@@ -195,25 +210,40 @@ def prepare(config: Config, plan: Plan, device: torch.device) -> Run:
         loader=loader.state(),
         best_top1=0.0,
     )
-    with together():
-        found, faults = checkpoint.newest(checkpoints_of(config)) if plan.batches.rank == 0 else (None, [])
-    found = from_rank_zero(found)
+    found, faults = find_checkpoint(checkpoints_of(config), plan.batches.rank)
     announce(f"building {config.model.name} and its engine", plan.batches.rank)
     with together():
         state = beginning if found is None else checkpoint.read_state(found)
         state.check_continues(beginning)
         loader.restore(state.loader)
         model = build_model(config, plan, device)
-    average = MovingAverage(model, config.optimizer.ema_decay)
+    average = MovingAverage(model)
+    with together():
+        if plan.batches.rank == 0 and state.step < plan.steps:
+            checkpoint.require_room(config.output, average)
     engine = start_engine(config, plan, model)
     if found is not None:
         checkpoint.load(found, engine, average)
     rates = measure_rates(config, plan, device)
     with together():
+        check_lock()
         every, allowed = config.log.every_steps, config.data.max_broken
         monitor = Monitor(config.output, state.step, plan.steps, every, rates, allowed)
         introduce(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
-    return Run(config, plan, engine, average, loader, monitor, state)
+    return Run(config, plan, engine, average, loader, monitor, state, check_lock)
+
+
+def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
+    """The newest whole one, on all ranks the one that rank 0 sees, and what is wrong with newer ones.
+
+    Raises Refusal on every rank if none is whole, or the folder is not one for a run to go on with.
+    """
+    found = None, []
+    with together():
+        if rank == 0:
+            checkpoint.check_pointers(folder)
+            found = checkpoint.newest(folder)
+    return from_rank_zero(found)
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
@@ -232,11 +262,22 @@ def introduce(config: Config, plan: Plan, monitor: Monitor, news: list[str]) -> 
     path = config.output / "config.yaml"
     if plan.batches.rank == 0:
         if path.is_file():
-            news = [*news, *changes(yaml.safe_load(path.read_text()), yaml.safe_load(text))]
-        path.write_text(text)
+            news = [*news, *changes_since(path, text)]
+        replace_file(path, text.encode())
     monitor.text("configuration", text)
     for line in (text, *(f"{name}: {value}" for name, value in describe(config, plan).items()), *news):
         monitor.say(line)
+
+
+def changes_since(path: Path, text: str) -> list[str]:
+    """What is another configuration now than in the file of the last start, which people may have edited."""
+    try:
+        before = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        before = " ".join(str(error).split())
+    if isinstance(before, dict):
+        return changes(before, yaml.safe_load(text))
+    return [f"{path} held no configuration ({before}); written anew, what changed since the last start is unknown"]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
@@ -249,6 +290,13 @@ def changes(before: dict[str, Any], now: dict[str, Any], section: str = "") -> l
         elif old != new:
             lines.append(f"changed since the last start: {section}{key}: {old} → {new}")
     return lines
+
+
+def which_is_better(weights: float, ema: float) -> str:
+    """Advice on what to evaluate and export, by their top-1 in percent."""
+    if ema >= weights:
+        return f"the EMA is as good or better ({ema:.2f} % against {weights:.2f} %): launch.evaluate and export take it"
+    return f"the weights are better than the EMA ({weights:.2f} % against {ema:.2f} %): take them with --kind model"
 
 
 def checkpoints_of(config: Config) -> Path:
@@ -282,7 +330,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml")
+    parser.add_argument(
+        "--config", type=user_path, required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
     return parser.parse_args(argv)

@@ -5,20 +5,21 @@ Axes: B batch, H heads, N = height·width tokens, D head width, C = H·D channel
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from polaformer import ops
 from polaformer.layers import DepthwiseConv, rotate
+from polaformer.ops import polarity_attention
 
 Rotary = Tensor | None  # layers.rotary_turns for width D; polarity attention needs none
+
+torch.fx.wrap("polarity_attention")  # one node of a traced graph
 
 
 class GatedAttention(nn.Module):
     """What both share: one projection to q, k, v and gate, a local 5×5 convolution of v, a gated output.
 
     The gate is not activated. Subclasses say how tokens mix:
-    `mix(q, k, v, size, rotary)` with q, k, v (B, H, N, D) and size (height, width) → (B, H, N, D).
+    `mix(q, k, v, height, width, rotary)` with q, k, v (B, H, N, D) → (B, H, N, D).
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -30,12 +31,15 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """x: (B, height, width, C) → the same."""
-        height, width = x.shape[1:3]
+        height, width = x.shape[1], x.shape[2]
         q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
-        heads = (rearrange(part, "b y x (h d) -> b h (y x) d", h=self.heads) for part in (q, k, v))  # views
-        mixed = self.mix(*heads, (height, width), rotary)
-        mixed = rearrange(mixed, "b h (y x) d -> b y x (h d)", y=height)
+        mixed = self.mix(self.split(q), self.split(k), self.split(v), height, width, rotary)
+        mixed = mixed.transpose(1, 2).flatten(2).unflatten(1, (height, width))
         return self.proj((mixed + self.lepe(v)) * gate)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, height, width, C) → a view (B, H, N, D)."""
+        return x.unflatten(-1, (self.heads, -1)).flatten(1, 2).transpose(1, 2)
 
 
 class PolarityAttention(GatedAttention):
@@ -47,12 +51,13 @@ class PolarityAttention(GatedAttention):
         self.same_logits = nn.Parameter(torch.zeros(heads, features))
         self.opposite_logits = nn.Parameter(torch.zeros(heads, features))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], rotary: Rotary) -> Tensor:
-        return ops.polarity_attention(q, k, v, self.same_logits, self.opposite_logits, *size)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
+        return polarity_attention(q, k, v, self.same_logits, self.opposite_logits, height, width)
 
 
 class SoftmaxAttention(GatedAttention):
     """Softmax attention of rotated queries and keys."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int], rotary: Rotary) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
+        assert rotary is not None  # TorchScript needs to be told
         return F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v)

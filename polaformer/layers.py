@@ -1,6 +1,6 @@
 """The parts between the attentions: rotary turns, channels-last convolutions, stem, downsampling, feed-forward.
 
-Inside the stages an activation is (B, height, width, C) and contiguous, so that linear layers and norms work on the
+Inside a stage an activation is (B, height, width, C) and contiguous, so that linear layers and norms work on the
 last axis and a convolution sees the very same memory as a channels-last image.
 """
 
@@ -44,7 +44,8 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # TorchScript knows no super()
+        return x.permute(0, 2, 3, 1)
 
 
 class Stem(nn.Sequential):
@@ -63,7 +64,7 @@ class Stem(nn.Sequential):
 
 
 class Downsample(nn.Module):
-    """(B, height, width, C) → (B, height / 2, width / 2, channels)."""
+    """(B, C, height, width) → (B, channels, height / 2, width / 2)."""
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        return self.norm(self.reduction(x))
 
 
 class FeedForward(nn.Module):

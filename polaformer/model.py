@@ -4,12 +4,13 @@ An image passes stem → four stages of blocks, a downsampling after each of the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
+from timm.models._manipulate import MATCH_PREV_GROUP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,10 @@ from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rota
 
 MLP_RATIO = 3.5
 TOTAL_STRIDE = 32
+POOLINGS = ("avg", "max", "avgmax", "")  # "" does not pool
+
+torch.fx.wrap("_channels_last")  # leaves of a traced graph: sizes are known when it runs
+torch.fx.wrap("rotary_turns")
 
 
 @dataclass(frozen=True)
@@ -69,38 +74,45 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution and width, then the way to the next stage."""
+    """Blocks of one resolution and width; `downsample`, which the model calls, leads to the next stage."""
 
     def __init__(self, preset: Preset, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
         channels, heads = preset.channels[stage], preset.heads[stage]
-        self.attention = PolarityAttention if stage < 2 else SoftmaxAttention
+        attention = PolarityAttention if stage < 2 else SoftmaxAttention
+        self.rotates = attention is SoftmaxAttention
         self.head_width = channels // heads
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
-            Block(self.attention(channels, heads), channels, preset.layer_scale[stage], drop_path)
+            Block(attention(channels, heads), channels, preset.layer_scale[stage], drop_path)
             for drop_path in drop_paths
         )
+        self.features = nn.Identity()  # a name for the output: to torch.fx, `downsample` is the stage's last part
         last = stage == len(preset.channels) - 1
         self.downsample = nn.Identity() if last else Downsample(channels, preset.channels[stage + 1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, height, width, C) → the same; the caller applies `downsample`."""
-        rotary = None
-        if self.attention is SoftmaxAttention:
+        """(B, C, height, width) in channels-last memory → the same."""
+        x = x.permute(0, 2, 3, 1)
+        rotary: Rotary = None
+        if self.rotates:
             rotary = rotary_turns(x.shape[1], x.shape[2], self.head_width, x)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
-        return x
+        return self.features(x.permute(0, 3, 1, 2))
 
 
 class PolaFormerPP(nn.Module):
     """The backbone with its classifier, with timm's methods.
 
     drop_path_rate: None takes the preset's. num_classes 0 gives pooled features (B, preset.head_width).
+    global_pool: one of POOLINGS; "" gives logits or features (B, …, h / 32, w / 32) of every place.
+    img_size: a size, or height and width, for timm to record; the model takes all others as well.
+    Raises ValueError, before anything is allocated, for another pooling, an image size that no image of this model
+    can have, or an output_stride other than 32.
     """
 
     def __init__(
@@ -110,9 +122,20 @@ class PolaFormerPP(nn.Module):
         in_chans: int = 3,
         drop_path_rate: float | None = None,
         drop_rate: float = 0.0,
+        global_pool: str = "avg",
+        img_size: int | tuple[int, int] | None = None,
+        output_stride: int = TOTAL_STRIDE,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        if img_size is not None:
+            _check_size(*to_2tuple(img_size))
+        if output_stride != TOTAL_STRIDE:
+            raise ValueError(f"output_stride {output_stride} is not offered; leave it out: it is {TOTAL_STRIDE}")
+        self.global_pool = _pooling(global_pool)
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
         self.num_features = preset.channels[-1]
         self.head_hidden_size = preset.head_width
         rate = preset.drop_path if drop_path_rate is None else drop_path_rate
@@ -120,7 +143,7 @@ class PolaFormerPP(nn.Module):
         self.stem = Stem(in_chans, preset.channels[0])
         self.stages = nn.ModuleList(Stage(preset, stage, drop_paths[stage]) for stage in range(4))
         self.feature_info = [
-            {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}"}
+            {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}.features"}
             for stage, channels in enumerate(preset.channels)
         ]
         self.proj = nn.Conv2d(preset.channels[-1], preset.head_width, 1)
@@ -130,17 +153,23 @@ class PolaFormerPP(nn.Module):
         self.reset_classifier(num_classes)
         self.apply(_initialise)
         self.register_load_state_dict_pre_hook(weights.accept_official)
+        if device is not None or dtype is not None:
+            self.to(device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, h, w), h and w multiples of 32 → logits (B, num_classes).
 
+        Without pooling, logits of every place (B, num_classes, h / 32, w / 32).
         Raises ValueError for another size, naming the nearest two that work.
         """
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, h, w) → the last stage's (B, C, h / 32, w / 32)."""
-        return self.forward_intermediates(x, indices=1)[0]
+        x = self.stem(_channels_last(x))
+        for stage in self.stages:
+            x = stage.downsample(stage(x))
+        return x
 
     def forward_intermediates(
         self,
@@ -157,23 +186,24 @@ class PolaFormerPP(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt} is not offered; use NCHW")
-        _check_size(*x.shape[-2:])
         taken, last = feature_take_indices(len(self.stages), indices)
         stages = self.stages[: last + 1] if stop_early else self.stages
-        x = self.stem(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = self.stem(_channels_last(x))
         intermediates = []
         for number, stage in enumerate(stages):
             x = stage(x)
             if number in taken:
-                intermediates.append(x.permute(0, 3, 1, 2))
+                intermediates.append(x)
             if number < len(stages) - 1:
                 x = stage.downsample(x)
-        return intermediates if intermediates_only else (x.permute(0, 3, 1, 2), intermediates)
+        return intermediates if intermediates_only else (x, intermediates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """The last stage's output → logits (B, num_classes), or the classifier's input (B, head_width)."""
-        x = F.adaptive_avg_pool2d(self.act(self.norm(self.proj(x))), 1).flatten(1)
-        return x if pre_logits else self.head(self.head_drop(x))
+        x = self.global_pool(self.act(self.norm(self.proj(x))))
+        if pre_logits:
+            return x
+        return self.head(self.head_drop(x).movedim(1, -1)).movedim(-1, 1)  # of every place, if nothing was pooled
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -182,21 +212,34 @@ class PolaFormerPP(nn.Module):
         taken, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         self.stages[-1].downsample = nn.Identity()
-        if prune_head:
-            self.proj = self.norm = self.act = self.head = nn.Identity()
-            self.num_classes = 0
+        if prune_head or last < 3:  # the head takes the last stage's channels
+            self.proj = self.norm = self.act = nn.Identity()
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.reset_classifier(0, "")
         return taken
 
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last linear layer; 0 removes it. The pooling is part of the model and stays."""
-        if global_pool not in (None, "avg"):
-            raise ValueError(f"global_pool {global_pool} is not offered; the head averages")
+        """Replaces the last linear layer, and the pooling unless it is None; 0 classes remove the layer."""
+        if global_pool is not None:
+            self.global_pool = _pooling(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        _initialise_convolution(self.head)
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.stem[0].weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            _initialise_convolution(self.head)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's: patterns that sort parameters by depth, for rates that decay by layer; coarse goes by stages."""
+        blocks = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.downsample", MATCH_PREV_GROUP),  # as deep as the block before
+            (r"^(?:proj|norm)\.", MATCH_PREV_GROUP),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keeps only the blocks' inputs for backward and computes the rest again."""
@@ -217,25 +260,42 @@ def _initialise_convolution(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _check_size(height: int, width: int) -> None:
+def _pooling(global_pool: str) -> nn.Module:
+    if global_pool not in POOLINGS:
+        offered = ", ".join(repr(name) for name in POOLINGS)
+        raise ValueError(f"global_pool {global_pool!r} is not offered; use one of {offered}")
+    return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Images (B, in_chans, h, w) in channels-last memory. Raises ValueError for a size that does not work."""
+    _check_size(images.shape[-2], images.shape[-1])
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap knows no memory format
+
+
+def _check_size(height: int, width: int, multiple: int = TOTAL_STRIDE) -> None:
     for name, length in (("height", height), ("width", width)):
-        if length % TOTAL_STRIDE or length == 0:
-            below = length // TOTAL_STRIDE * TOTAL_STRIDE
-            nearest = f"{below} or {below + TOTAL_STRIDE}" if below else f"{TOTAL_STRIDE} or {2 * TOTAL_STRIDE}"
-            raise ValueError(f"image {name} {length} is not a multiple of {TOTAL_STRIDE}; use {nearest}")
+        if length % multiple != 0 or length == 0:
+            below = max(length // multiple, 1) * multiple
+            raise ValueError(
+                f"image {name} {length} is not a multiple of {multiple}; use {below} or {below + multiple}"
+            )
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    if kwargs.get("feature_cls") in ("list", "dict"):
+        raise ValueError(f"feature_cls {kwargs['feature_cls']} is not offered; use getter (the default), fx or hook")
     model = build_model_with_cfg(
         PolaFormerPP,
         variant,
         pretrained,
+        pretrained_filter_fn=weights.checkpoint_filter_fn,
         preset=PRESETS[variant],
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **kwargs,
     )
     if kwargs.get("features_only"):
-        model.register_load_state_dict_pre_hook(weights.accept_classifier)
+        model.register_load_state_dict_pre_hook(weights.accept_whole_model)
     return model
 
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from polaformer import reference
@@ -21,12 +24,15 @@ from polaformer import reference
 _library = torch.library.Library("polaformer", "DEF")
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
 _SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
-_FORWARD = f"{_INPUTS}, int height, int width", f"(Tensor out, {_SAVED})"
-_BACKWARD = f"Tensor grad_out, {_INPUTS}, {_SAVED}, int height, int width", "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SIZE = "SymInt height, SymInt width"
+_FORWARD = f"{_INPUTS}, {_SIZE}", f"(Tensor out, {_SAVED})"
+_BACKWARD = f"Tensor grad_out, {_INPUTS}, {_SAVED}, {_SIZE}", "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 for _name, (_arguments, _results) in (("polarity_attention", _FORWARD), ("polarity_attention_backward", _BACKWARD)):
     _library.define(f"{_name}({_arguments}) -> {_results}")
 for _name, (_arguments, _results) in (("reference", _FORWARD), ("reference_backward", _BACKWARD)):
     _library.define(f"{_name}({_arguments}, str reason) -> {_results}")
+_forward_operator = torch.ops.polaformer.polarity_attention.default
+_backward_operator = torch.ops.polaformer.polarity_attention_backward.default
 
 
 _FAULTS: dict[str, str] = {}  # device type → why its kernels are not there
@@ -58,9 +64,10 @@ def polarity_attention(
     q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
     Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
     Keeps q, k, v, a (B, H, 2D, D) state and (B, H, 3D) numbers for backward.
-    Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
+    Differentiable any number of times (the second and higher derivatives in plain PyTorch), by torch.func as well.
+    The operator itself raises ValueError, on every device and in every graph, if N != height * width, D is odd, or
+    shapes, dtypes or devices disagree.
     """
-    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
 
 
@@ -94,19 +101,23 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
 
 
-@torch.library.impl(_library, "reference", "CompositeExplicitAutograd")
+# CompositeImplicitAutograd: called by itself, autograd differentiates its formulas.
+@torch.library.impl(_library, "reference", "CompositeImplicitAutograd")
 def _forward_reference(q, k, v, same_logits, opposite_logits, height, width, reason):
+    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     if reason:
         _say_once(reason)
     out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
     return _tokens_first(out, q.dtype), *saved
 
 
-@torch.library.impl(_library, "reference_backward", "CompositeExplicitAutograd")
+@torch.library.impl(_library, "reference_backward", "CompositeImplicitAutograd")
 def _backward_reference(
     grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width, _reason
 ):
     inputs, saved = (q, k, v, same_logits, opposite_logits), (state, key_mean, key_shift)
+    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    reference.check_saved(grad_out, q, saved)
     *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, saved, height, width)
     grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
@@ -123,35 +134,96 @@ def _backward(*arguments):
     return _backward_reference(*arguments, "")
 
 
-@torch.library.register_fake("polaformer::polarity_attention", lib=_library)
+@torch.library.register_fake(_forward_operator, lib=_library)
 def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
-    batch, heads, _, head_width = q.shape
-    per_head = (2 * head_width, head_width), (2 * head_width,), (head_width,)  # state, key_mean, key_shift
-    kept = torch.promote_types(q.dtype, torch.float32)
-    return _empty_tokens_first(q), *(q.new_empty(batch, heads, *shape, dtype=kept) for shape in per_head)
+    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    shapes, dtype = reference.saved_shapes(q), reference.compute_dtype(q)
+    return _empty_tokens_first(q), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake("polaformer::polarity_attention_backward", lib=_library)
+@torch.library.register_fake(_backward_operator, lib=_library)
 def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
+    reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
+    reference.check_saved(grad_out, q, (state, key_mean, key_shift))
     logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
     return *(_empty_tokens_first(x) for x in (q, k, v)), *logits
 
 
-def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.height, ctx.width = inputs
-    _, *saved = output
-    ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(*tensors, *saved)
+def _vmap(operator, info, in_dims, *arguments):
+    """vmap's rule for both operators: mapped calls become further heads, since no head knows of another.
+
+    The heads' axis is 0 in logits (H, 2D) and their gradients, 1 in everything else.
+    """
+    calls = info.batch_size
+
+    def fold(x: Tensor, dim: int | None) -> Tensor:
+        axis = 0 if x.dim() - (dim is not None) == 2 else 1
+        x = x.unsqueeze(axis).expand(*x.shape[:axis], calls, *x.shape[axis:]) if dim is None else x.movedim(dim, axis)
+        return x.flatten(axis, axis + 1)
+
+    tensors = zip(arguments[:-2], in_dims[:-2], strict=True)
+    results = operator(*(fold(x, dim) for x, dim in tensors), *arguments[-2:])
+    axes = tuple(0 if x.dim() == 2 else 1 for x in results)
+    unfolded = (x.unflatten(axis, (calls, x.shape[axis] // calls)) for x, axis in zip(results, axes, strict=True))
+    return tuple(unfolded), axes
 
 
-def _differentiate(ctx, grad_out, *_grads_of_saved):
-    operator = torch.ops.polaformer.polarity_attention_backward
-    return *operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
+class _Attention(_SingleLevelFunction):
+    """The operator for autograd, at every level of torch.func; what it saves for backward has no gradient."""
+
+    @staticmethod
+    def forward(*arguments):
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return _forward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.height, ctx.width = inputs
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_out, *_grads_of_saved):
+        return *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
 
-torch.library.register_autograd(
-    "polaformer::polarity_attention", _differentiate, setup_context=_save_for_backward, lib=_library
-)
+class _AttentionBackward(_SingleLevelFunction):
+    """The gradient's operator for autograd, itself differentiated through the reference.
+
+    What forward saved counts as the function of the inputs that it is, not as an input of its own.
+    """
+
+    @staticmethod
+    def forward(*arguments):
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return _backward_operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad_out, q, k, v, same_logits, opposite_logits, *_saved, ctx.height, ctx.width = inputs
+        ctx.save_for_backward(grad_out, q, k, v, same_logits, opposite_logits)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        def differentiate(grad_out, *inputs):
+            _, *saved = reference.forward(*inputs, ctx.height, ctx.width)
+            first = reference.backward(grad_out, inputs, saved, ctx.height, ctx.width)
+            return tuple(grad.to(x.dtype) for grad, x in zip(first, inputs, strict=True))
+
+        _, pull_back = torch.func.vjp(differentiate, *ctx.saved_tensors)
+        return *pull_back(grads), *(None,) * 5
+
+
+for _operator, _function in ((_forward_operator, _Attention), (_backward_operator, _AttentionBackward)):
+    # torch.library.register_autograd makes an autograd.Function, which torch.func cannot differentiate inside an
+    # operator. These are differentiated as PyTorch's own operators are: level by level.
+    torch.library.impl(_library, _operator.name(), "Autograd")(enable_single_level_autograd_function()(_function.apply))
+    torch.library.register_vmap(_operator, functools.partial(_vmap, _operator), lib=_library)
+
+
+# For exporters that take operators apart (torch.onnx); torch.compile and torch.export keep the operator whole.
+register_decomposition(_forward_operator)(reference.forward)
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polaformer.layers import rotary_turns, rotate
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-6
 FREE_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
 LEAST_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
@@ -23,21 +24,64 @@ LARGEST_NORMALIZER_GRADIENT = 1e25
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor], height: int, width: int) -> None:
-    """Raises ValueError unless the shapes and dtypes are those that `polarity_attention` describes."""
+    """Raises ValueError unless shapes, dtypes and devices are those that `polarity_attention` describes.
+
+    csrc/checks.h asks the same of those who call the compiled operators.
+    """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape (B, H, N, D)"
         )
     _, heads, tokens, head_width = q.shape
-    if tokens != height * width:
+    if height < 0 or width < 0 or tokens != height * width:
         raise ValueError(f"{tokens} tokens are not height {height} × width {width}; pass the image's own size")
     if head_width % 2:
         raise ValueError(f"head width {head_width} is odd; the two flows need an even one")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
-    for name, logit in zip(("same_logits", "opposite_logits"), logits, strict=True):
+    named = {"q": q, "k": k, "v": v, "same_logits": logits[0], "opposite_logits": logits[1]}
+    for name, logit in list(named.items())[3:]:
         if logit.shape != (heads, 2 * head_width):
             raise ValueError(f"{name} has shape {tuple(logit.shape)}, needs (H, 2D) = ({heads}, {2 * head_width})")
+    for name, x in named.items():
+        _check_kind(name, x, q)
+
+
+def check_saved(grad_out: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Raises ValueError unless grad_out is like q, and `saved` (state, key_mean, key_shift) as `forward` gives them."""
+    if grad_out.shape != q.shape or grad_out.dtype != q.dtype:
+        raise ValueError(
+            f"grad_out is {tuple(grad_out.shape)} in {grad_out.dtype}, q {tuple(q.shape)} in {q.dtype}; they must agree"
+        )
+    _check_kind("grad_out", grad_out, q)
+    for name, x, shape in zip(("state", "key_mean", "key_shift"), saved, saved_shapes(q), strict=True):
+        dtype = compute_dtype(q)
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(
+                f"{name} is {tuple(x.shape)} in {x.dtype}, needs {shape} in {dtype}; pass on what forward gave"
+            )
+        _check_kind(name, x, q)
+
+
+def saved_shapes(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of state (B, H, 2D, D), key_mean (B, H, 2D) and key_shift (B, H, D) for q (B, H, N, D)."""
+    batch, heads, _, head_width = q.shape
+    per_head = (2 * head_width, head_width), (2 * head_width,), (head_width,)
+    return tuple((batch, heads, *shape) for shape in per_head)
+
+
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _check_kind(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype not in DTYPES or x.layout != torch.strided:
+        raise ValueError(
+            f"{name} is {x.dtype}, {x.layout}; pass a dense tensor of float64, float32, bfloat16 or float16"
+        )
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device")
 
 
 def polarity_attention(
@@ -184,7 +228,9 @@ def _per_feature(pairs: Tensor) -> Tensor:
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """In the compute dtype, and with a last stride of 1, without which pairs cannot be seen as complex numbers."""
+    x = x.to(compute_dtype(x))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _poles(x: Tensor, swap: bool = False) -> Tensor:

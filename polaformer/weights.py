@@ -1,10 +1,11 @@
 """Weights in and out: the names of official checkpoints, strict loading, safetensors.
 
-`Model.load_state_dict` (and so timm's `checkpoint_path`) accepts both naming schemes through the hooks below.
+`Model.load_state_dict` (and so timm's `checkpoint_path`) accepts both naming schemes through the hooks below, timm's
+`pretrained=True` through its filter of state dicts.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,7 +27,13 @@ _OFFICIAL_NAMES = (
 )
 _OFFICIAL_MARK = "patch_embed."
 _ANGLES = re.compile(r"^layers\.\d\.RoPE(_linear)?\.angle$")
-_HEAD = ("proj.", "norm.", "head.")
+_PART = re.compile(r"layers\.\d\.(downsample\.)?|[^.]+\.?")  # what timm prunes or keeps as one, by official names
+_PRUNABLE = {"proj.", "norm.", "head."} | {
+    f"layers.{stage}.{part}" for stage in range(4) for part in ("", "downsample.")
+}
+_COUNTER = "num_batches_tracked"  # absent from old files; nothing is computed from it
+_CLASSIFIER = "head."
+_FIRST_CONVOLUTION = "stem.0.weight"
 
 
 def official_name(name: str) -> str:
@@ -46,7 +53,7 @@ def from_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
     for ours, theirs in ((name, official_name(name)) for name in wanted):
         value = remaining.pop(theirs, None)
         if value is None:
-            if not ours.endswith("num_batches_tracked"):  # absent from old files; nothing is computed from it
+            if not ours.endswith(_COUNTER):
                 faults.append(f"missing {theirs}")
         elif _essential_shape(value) != _essential_shape(wanted[ours]):
             faults.append(f"{theirs} is {tuple(value.shape)}, the model needs {tuple(wanted[ours].shape)}")
@@ -84,22 +91,55 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
 def accept_official(model: nn.Module, state: dict[str, Tensor], prefix: str, *_hook_arguments) -> None:
     """A load_state_dict pre-hook: puts an official state dict under our names, leaves ours alone."""
     theirs = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
-    if any(name.startswith(_OFFICIAL_MARK) for name in theirs):
+    if _is_official(theirs):
         official = {name: state.pop(full_name) for name, full_name in theirs.items()}
         for name, value in from_official(official, model.state_dict()).items():
             state[prefix + name] = value
 
 
-def accept_classifier(features: nn.Module, state: dict[str, Tensor], *_hook_arguments) -> None:
-    """The same for timm's `features_only` wrapper: takes a whole model's weights and leaves out what was pruned."""
-    if any(name.startswith("model.") for name in state):
+def accept_whole_model(features: nn.Module, state: dict[str, Tensor], *_hook_arguments) -> None:
+    """The same for timm's `features_only` wrappers: takes a whole model's weights, leaves out what was pruned."""
+    own = features.state_dict()
+    prefix = next(iter(own)).split(".")[0] + "."  # "model.", or another name by the kind of wrapper
+    if any(name.startswith(prefix) for name in state):
         return
-    kept = len(features.model.stages)
-    pruned = (*_HEAD, *(f"{name}.{stage}." for name in ("stages", "layers") for stage in range(kept, 4)))
-    last = tuple(f"{name}.{kept - 1}.downsample." for name in ("stages", "layers"))
-    whole = dict(state)
+    own = {name.removeprefix(prefix): value for name, value in own.items()}
+    pruned = _PRUNABLE - {_part(name) for name in own}
+    kept = {name: value for name, value in state.items() if _part(name) not in pruned}
+    if _is_official(kept):
+        kept = from_official(kept, own)
     state.clear()
-    state |= {f"model.{name}": value for name, value in whole.items() if not name.startswith(pruned + last)}
+    state |= {prefix + name: value for name, value in kept.items()}
+
+
+def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's filter for `pretrained=True`: a state dict under our names, for timm to fit to classes and channels.
+
+    model: the whole model to load into. Raises RuntimeError for entries that are missing or unexpected; classifier
+    and first convolution are left to timm, which adapts or drops them.
+    """
+    classifier = {name: value for name, value in state.items() if name.startswith(_CLASSIFIER)}
+    rest = {name: value for name, value in state.items() if name not in classifier}
+    wanted = {name: value for name, value in model.state_dict().items() if not name.startswith(_CLASSIFIER)}
+    if _is_official(rest):
+        first = rest.get(official_name(_FIRST_CONVOLUTION))
+        if first is not None:
+            wanted[_FIRST_CONVOLUTION] = first
+        classifier = {name: value.flatten(1) if value.dim() > 1 else value for name, value in classifier.items()}
+        return from_official(rest, wanted) | classifier
+    faults = [f"missing {name}" for name in wanted if name not in rest and not name.endswith(_COUNTER)]
+    faults += [f"unexpected {name}" for name in rest if name not in wanted]
+    if faults:
+        raise RuntimeError(f"the weights do not fit this model: {'; '.join(faults)}")
+    return rest | classifier
+
+
+def _is_official(names: Iterable[str]) -> bool:
+    return any(name.startswith(_OFFICIAL_MARK) for name in names)
+
+
+def _part(name: str) -> str:
+    return _PART.match(official_name(name))[0]
 
 
 def _essential_shape(tensor: Tensor) -> tuple[int, ...]:

@@ -40,9 +40,10 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
     [[ -n $NCCL_SOCKET_IFNAME ]] || unset NCCL_SOCKET_IFNAME
     [[ -n $NCCL_IB_HCA ]] || unset NCCL_IB_HCA
 
-    # Task 0 runs on the first node. The port lies below those that Linux gives to outgoing connections.
+    # Task 0 runs on the first node. The port lies below those that Linux gives to outgoing connections; export
+    # MASTER_PORT before sbatch if it is taken.
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
     export MASTER_ADDR MASTER_PORT
     export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # this checkout's code, whatever is installed
     export PYTHONUNBUFFERED=1                         # a killed task's last words reach the log

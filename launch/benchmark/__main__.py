@@ -4,6 +4,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from launch.interrupt import INTERRUPTED
+
 COMMANDS = {
     "kernel": "polarity attention against eager, compiled eager and softmax attention",
     "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
@@ -19,7 +21,11 @@ _MODULES = {"profile": "profiling"}  # a profile.py here would hide Python's own
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
+        try:
+            return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
+        except KeyboardInterrupt:  # its processes have ended
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
     listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark",

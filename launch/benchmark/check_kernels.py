@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dataio.files import user_path
 from launch.benchmark.check import find_errors
 from launch.benchmark.contenders import Entrant, Shape, implementation, make_inputs, parse_shape
 from launch.benchmark.report import describe_run, prepare_output, write_report
@@ -168,7 +169,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("mode", choices=("errors", "tiny", "profiled"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", choices=("all", "awkward", "real"), default="all", help="of errors (default: all)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="of errors")
+    parser.add_argument("--output", type=user_path, metavar="FILE.json", help="of errors")
     return parser.parse_args(argv)
 
 

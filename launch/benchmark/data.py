@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataio.files import user_path
 from dataio.index import Manifest, load_manifest
 from dataio.workers import available_cores
 from launch.benchmark.data_report import DESCRIPTIONS, describe, draw, show
@@ -134,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(WORKS)} (default: all)")  # fmt: skip
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME",
         help=f"of {', '.join(CONTENDERS)} (default: all)")  # fmt: skip
-    add("--data", type=Path, metavar="FOLDER", help="packed by dataio.pack (default: photographs made for this run)")
+    add("--data", type=user_path, metavar="FOLDER", help="packed by dataio.pack (default: photographs made for this)")
     add("--images", type=int, help=f"so many photographs are made (default {_IMAGES})")
     add("--batch", type=int, default=64, help="images (default 64)")
     add("--size", type=int, default=224, metavar="PIXELS", help="height and width of what is handed over (default 224)")
@@ -142,10 +143,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="epochs timed of each contender (default 5)")
     models = "whether ours feeds them (default: polaformerpp_b4 polaformerpp_b5 on a GPU, none on the CPU)"
     add("--models", nargs="*", choices=tuple(PRESETS), metavar="MODEL", help=models)
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--add", action="store_true", help="keep what the output's file says of other works")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=Path, metavar="FILE.json", help="print the table of this file and measure nothing")
+    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
     return parser.parse_args(argv)
 
 

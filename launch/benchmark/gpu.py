@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dataio.files import user_path
 from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
 from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output
 
@@ -173,7 +174,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--output", type=Path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
+    add("--output", type=user_path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
     add(
         "--minutes",
         type=float,
@@ -181,7 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="total time; parts that no longer fit are left out (default: run all, over an hour)",
     )
     add("--parts", nargs="+", metavar="PART", help="only these; one that cannot run is an error then")
-    add("--archive", type=Path, metavar="FILE.tar.gz", help="also pack the folder into this file, after every part")
+    add(
+        "--archive", type=user_path, metavar="FILE.tar.gz", help="also pack the folder into this file, after every part"
+    )
     return parser.parse_args(argv)
 
 

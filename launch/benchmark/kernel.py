@@ -14,11 +14,11 @@ A contender that has no room in memory or time, or does not run, has an entry th
 import argparse
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dataio.files import user_path
 from launch.benchmark.check import WrongResult
 from launch.benchmark.contenders import CONTENDERS, Shape, model_shapes, parse_shape
 from launch.benchmark.contest import Contest, Rules
@@ -98,9 +98,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=10, help="to measure one shape, about; at least 5 rounds (default 10)")
     add("--limit", type=float, default=5, help="a contender that takes longer once is skipped, seconds (default 5)")
     add("--threads", type=int, help="of the CPU (default: PyTorch's choice)")
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=Path, metavar="FILE.json", help="print the table of this file and measure nothing")
+    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
     return parser.parse_args(argv)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 import torch
 
+from dataio.workers import ctrl_c_held_back
 from launch.benchmark import loaders
 from launch.benchmark.loaders import RECIPES, Delivery, Loader, Task
 
@@ -238,7 +239,8 @@ class Contestant:
         context = multiprocessing.get_context("spawn")  # with nothing of this process, DALI's threads least of all
         self._connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, name, task, classes))
-        self.process.start()
+        with ctrl_c_held_back():
+            self.process.start()
         other.close()
         self._epochs = 0
 

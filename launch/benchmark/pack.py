@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dataio.files import user_path
 from dataio.workers import available_cores
 from launch.benchmark.measure import spread
 from launch.benchmark.photographs import DESCRIPTION, make_photographs
@@ -40,6 +41,7 @@ _WEBDATASET = """
 import sys
 from pathlib import Path
 from webdataset import ShardWriter
+from dataio.files import user_path
 
 source, target = map(Path, sys.argv[1:])
 target.mkdir()
@@ -187,9 +189,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=int, default=_IMAGES, help=f"so many photographs are made (default {_IMAGES})")
     add("--workers", type=int, default=available_cores(), help="processes of dataio.pack (default: one per core)")
     add("--rounds", type=int, default=5, help="turns of each contender (default 5)")
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=Path, metavar="FILE.json", help="print the table of this file and measure nothing")
+    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
     return parser.parse_args(argv)
 
 

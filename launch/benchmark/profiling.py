@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from dataio.files import user_path
 from launch.benchmark.contenders import FLOOR_ELEMENTS, Entrant, Shape, implementation, make_inputs, parse_shape
 from launch.benchmark.measure import Clock, Spread, copy_rate, spread
 from launch.benchmark.report import (
@@ -399,9 +400,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", metavar="NAME", help="profile a training step of this model of timm's or ours instead")
     add("--batch", type=int, default=128, metavar="IMAGES", help="of --model's step (default 128)")
     add("--resolution", type=int, default=224, metavar="PIXELS", help="of --model's images, a side (default 224)")
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--show", type=Path, metavar="FILE.json", help="print the tables of this file and measure nothing")
+    add("--show", type=user_path, metavar="FILE.json", help="print the tables of this file and measure nothing")
     return parser.parse_args(argv)
 
 

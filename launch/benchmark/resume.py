@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from dataio.files import user_path
 from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, Order, load_manifest, read_manifest_file
 from dataio.loader import TrainLoader, TrainPlan
 from dataio.views import ImageOptions
-from dataio.workers import available_cores
+from dataio.workers import available_cores, ctrl_c_held_back
 from launch.benchmark.measure import spread
 from launch.benchmark.photographs import DESCRIPTION, pack_photographs
 from launch.benchmark.report import default_path, describe_run, read_report, write_report
@@ -121,7 +122,9 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
             for kind, given in (("fresh", None), ("resumed", state)):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    process.submit(_get_ready, device).result()
+                    with ctrl_c_held_back():
+                        ready = process.submit(_get_ready, device)
+                    ready.result()
                     seconds[kind].append(process.submit(first_batch, many.folder, given, device).result())
     report["seconds"] = {name: asdict(spread(own)) for name, own in seconds.items()}
     later = [resumed - fresh for fresh, resumed in zip(*seconds.values(), strict=True)]
@@ -156,8 +159,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=_SAMPLES, help=f"at least so many (default {_SAMPLES})")
     add("--step", type=int, default=1_000_000, help="of the run that is resumed (default 1000000)")
     add("--rounds", type=int, default=5, help="starts of each kind (default 5)")
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
-    add("--show", type=Path, metavar="FILE.json", help="print what this file says and measure nothing")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--show", type=user_path, metavar="FILE.json", help="print what this file says and measure nothing")
     return parser.parse_args(argv)
 
 

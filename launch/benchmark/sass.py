@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from dataio.files import user_path
 from launch.benchmark.kernel_costs import TILE_TOKENS, WORK, Cost, cost
 from launch.benchmark.machine_code import CLASSES, WIDTHS, Kernel, UnexplainedLoops, find_extension, read_kernels
 from launch.benchmark.report import describe_run, format_table, prepare_output, write_report
@@ -286,11 +287,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--extension", type=Path, metavar="FILE.so", help="default: polaformer/_cuda*.so, as built in place")
+    add("--extension", type=user_path, metavar="FILE.so", help="default: polaformer/_cuda*.so, as built in place")
     add("--card", default="h100", help=f"of {', '.join(CARDS)} (default h100)")
     add("--shape", default="128,1,56x56,96", metavar="B,H,HEIGHTxWIDTH,D", help="default: 128,1,56x56,96")
     add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--output", type=Path, metavar="FILE.json", help="write all numbers there, too")
+    add("--output", type=user_path, metavar="FILE.json", help="write all numbers there, too")
     return parser.parse_args(argv)
 
 

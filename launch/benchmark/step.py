@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, aten, conv_flop_count
 
+from dataio.files import user_path
 from launch.benchmark.measure import Clock, Spread, product_rate, rounds_within, spread
 from launch.benchmark.report import (
     default_path,
@@ -263,9 +264,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     seconds = "to time each model and mode, about; at least 5 steps; warming up comes on top (default 5)"
     add("--seconds", type=float, default=5, help=seconds)
-    add("--output", type=Path, metavar="FILE.json", help="default: a new file below runs/benchmark")
+    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=Path, metavar="FILE.json", help="print the table of this file and measure nothing")
+    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def alone(no_launcher) -> Iterator[torch.device]:
     """A process group of this process only, over gloo; the CPU."""
     yield start(placement(os.environ), "cpu", timedelta(hours=1))
     stop()
+
+
+@pytest.fixture
+def no_file_larger_than() -> Callable[[int], contextlib.AbstractContextManager]:
+    """Returns a function: inside, to write more bytes to one file is an error of the system, "File too large"."""
+
+    @contextlib.contextmanager
+    def limit(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
 
 
 @pytest.fixture

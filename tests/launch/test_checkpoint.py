@@ -14,6 +14,7 @@ from launch.checkpoint import RunState
 from launch.distributed import Refusal
 from launch.engine import build_model, start_engine
 from launch.plan import make_plan
+from polaformer.weights import save_weights
 
 
 @pytest.fixture
@@ -108,37 +109,108 @@ def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
     assert checkpoint.newest(folder)[0].name == older
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_settings_are_the_configurations_and_not_the_checkpoints(alone, configure, tmp_path, stage):
-    """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
+@pytest.fixture
+def begin(alone, configure):
+    """Returns a function: overrides → an engine on its way, its moving average, and its state after one step."""
 
     def start(*overrides):
-        config = configure(f"engine.zero_stage={stage}", *overrides)
+        config = configure(*overrides)
         plan = make_plan(config, 0, 1)
         model = build_model(config, plan, alone)
-        average = MovingAverage(model, 0.9)
-        return start_engine(config, plan, model), average
+        average = MovingAverage(model)
+        state = RunState(1, "polaformerpp_b0", 10, 1, config.engine.zero_stage, {}, 0.0)
+        return start_engine(config, plan, model), average, state
 
-    engine, average = start("optimizer.clip=1.0", "optimizer.weight_decay=0.05")
-    state = RunState(1, "polaformerpp_b0", 10, 1, stage, {}, 0.0)
+    return start
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_settings_are_the_configurations_and_not_the_checkpoints(begin, tmp_path, stage):
+    """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
+    staged = f"engine.zero_stage={stage}"
+    engine, average, state = begin(staged, "optimizer.clip=1.0", "optimizer.weight_decay=0.05")
     saved = checkpoint.save(tmp_path, engine, average, state, {})
-    engine, average = start("optimizer.clip=0.25", "optimizer.weight_decay=0.3")
+    engine, average, _ = begin(staged, "optimizer.clip=0.25", "optimizer.weight_decay=0.3")
     checkpoint.load(saved, engine, average)
     assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.0, 0.3]
     assert engine.gradient_clipping() == 0.25
     assert getattr(engine.optimizer, "clip_grad", 0.25) == 0.25
 
 
-def test_files_of_a_rank_that_are_not_there(alone, configure, tmp_path):
-    config = configure()
-    plan = make_plan(config, 0, 1)
-    model = build_model(config, plan, alone)
-    average = MovingAverage(model, 0.9)
-    engine = start_engine(config, plan, model)
-    state = RunState(1, "polaformerpp_b0", 10, 2, 1, {}, 0.0)
+def test_files_of_a_rank_that_are_not_there(begin, tmp_path):
+    engine, average, state = begin()
     with pytest.raises(Refusal, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
-        checkpoint.save(tmp_path, engine, average, state, {})
+        checkpoint.save(tmp_path, engine, average, replace(state, ranks=2), {})
     assert checkpoint.newest(tmp_path) == (None, [])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_disk_that_takes_no_more(begin, tmp_path, no_file_larger_than, stage):
+    """What is there stays and is the newest, nothing is left of the new one, and with room the same engine saves."""
+    engine, average, state = begin(f"engine.zero_stage={stage}")
+    first = checkpoint.save(tmp_path, engine, average, state, {})
+    before = sorted(tmp_path.rglob("*"))
+    with no_file_larger_than(2**20), pytest.raises(Refusal) as refusal:
+        checkpoint.save(tmp_path, engine, average, replace(state, step=2), {})
+    assert re.fullmatch(
+        f"cannot write a checkpoint in {tmp_path}: File too large; it needs 127 MiB, [0-9,]+ MiB are free. Make room"
+        " and start again: the run goes on from step-00000001",
+        str(refusal.value),
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+    assert checkpoint.newest(tmp_path) == (first, [])
+    second = checkpoint.save(tmp_path, engine, average, replace(state, step=2), {})
+    assert checkpoint.newest(tmp_path) == (second, [])
+
+
+def test_what_hinders_safetensors_is_said(begin, tmp_path, no_file_larger_than):
+    _, average, _ = begin()
+    with (
+        no_file_larger_than(2**20),
+        pytest.raises(RuntimeError, match="^File too large$"),
+        checkpoint._in_the_systems_words(tmp_path, average),
+    ):
+        save_weights(average.module.state_dict(), tmp_path / "model.safetensors", {})
+
+
+def test_the_room_that_is_asked_for_is_that_of_a_checkpoint(begin, folder):
+    saved, _ = checkpoint.newest(folder)
+    taken = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    _, average, _ = begin()
+    assert taken <= checkpoint._expected_bytes(average) < 1.02 * taken
+
+
+def test_what_killed_runs_were_writing_is_removed(begin, folder):
+    (folder / ".step-00000005-0123abcd" / "engine").mkdir(parents=True)
+    (folder / ".step-00000004").mkdir()
+    engine, average, state = begin()
+    checkpoint.save(folder, engine, average, state, {})
+    assert not list(folder.glob(".*"))
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_folder_that_is_another_runs_by_now(begin, tmp_path, look):
+    """Nothing is written where that is seen first, and nothing gets its name where it is seen at the end."""
+    looks = []
+
+    def check_lock() -> None:
+        looks.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(looks) == look:
+            raise RuntimeError("no longer this run's")
+
+    with pytest.raises(Refusal, match="^no longer this run's$"):
+        checkpoint.save(tmp_path, *begin(), {}, check_lock)
+    assert looks[0] == []
+    assert checkpoint.newest(tmp_path) == (None, [])
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_everybody_may_read_weights_who_may_read_the_rest(begin, tmp_path):
+    saved = checkpoint.save(tmp_path, *begin(), {})
+    modes = {(saved / name).stat().st_mode & 0o777 for name in ("state.json", "model.safetensors", "ema.safetensors")}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
 
 
 def test_what_a_state_continues():

@@ -70,7 +70,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.rand_augment=9", "data.rand_augment is 9: input should be a valid dictionary or instance of"),
         ("data.color_jitter=-1", "data.color_jitter is -1: input should be greater than or equal to 0"),
         ("data.interpolation=nearest", "data.interpolation is 'nearest': input should be 'bicubic' or 'bilinear'"),
-        ("data.train=7", "data.train is 7: input should be a valid string"),
+        ("data.train=", "data.train is not set; set it in the file or on the command line as data.train=…"),
         ("data.order=random", "data.order is 'random': input should be 'auto', 'full' or 'windowed'"),
         ("data.window_shards=0", "data.window_shards is 0: input should be greater than or equal to 1"),
         ("data.cache_gib=0", "data.cache_gib is 0: input should be greater than 0"),
@@ -82,7 +82,12 @@ def explanation(path: Path, *overrides: str) -> str:
         ("checkpoint.keep=0", "checkpoint.keep is 0: input should be greater than or equal to 1"),
         ("log.every_steps=0", "log.every_steps is 0: input should be greater than or equal to 1"),
         ("seed=-1", "seed is -1: input should be greater than or equal to 0"),
-        ("output=7", "output is 7: input is not a valid path"),
+        ("output=", "output is not set; set it in the file or on the command line as output=…"),
+        ("output=null", "output is not set; set it in the file or on the command line as output=…"),
+        ("output==runs/x", "override 'output==runs/x' has two =; write output=runs/x"),
+        ("output=runs/\udcff", "output is 'runs/\\udcff': not UTF-8; rename the folder"),
+        ("data.order=no", "data.order is 'no': input should be 'auto', 'full' or 'windowed'"),
+        ("optimizer.epochs=1:30", "optimizer.epochs is '1:30': input should be a valid number"),
         (
             "model.name=resnet50",
             "model.name resnet50 is unknown; use one of polaformerpp_b0, polaformerpp_b1, polaformerpp_b2,"
@@ -110,6 +115,29 @@ def explanation(path: Path, *overrides: str) -> str:
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead",
         ),
+        ("deepspeed.bf16.enabled=true", "deepspeed.bf16 is derived; set engine.precision instead"),
+        ("deepspeed.fp16=true", "deepspeed.fp16 is derived; set engine.precision instead"),
+        ("deepspeed.amp.enabled=true", "deepspeed.amp is derived; set engine.precision instead"),
+        (
+            "deepspeed.torch_autocast.dtype=float16",
+            "deepspeed.torch_autocast.dtype is derived; set engine.precision instead",
+        ),
+        (
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu",
+            "deepspeed.zero_optimization.offload_optimizer is for DeepSpeed's own optimizer, and this is PyTorch's"
+            " AdamW; leave it out, or set deepspeed.zero_force_ds_cpu_optimizer=false as well, which is slow",
+        ),
+        (
+            "deepspeed.zero_optimization.elastic_checkpoint=true",
+            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run goes on with as many ranks as it",
+        ),
+        ("deepspeed.checkpoint.load_universal=true", "deepspeed.checkpoint.load_universal cannot be used: checkpoints"),
+        (
+            "deepspeed.zero_optimisation.overlap_comm=true",
+            "deepspeed.zero_optimisation is nothing that a run here can use; did you mean zero_optimization?",
+        ),
+        ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is 1; it is a section, set keys in it"),
+        ("deepspeed=1", "deepspeed is 1: input should be a valid dictionary"),
         ("optimizer.betas=[0.9, 1]", "optimizer.betas.1 is 1: input should be less than 1"),
         ("optimizer.lr", "override 'optimizer.lr' is not key=value; write for example optimizer.lr=1e-3"),
         ("=3", "override '=3' is not key=value; write for example optimizer.lr=1e-3"),
@@ -151,6 +179,10 @@ def test_each_of_several_faults_has_its_line(file):
         (b"output: a\n\tseed: 1", "bad.yaml is not YAML: .* line 2, column 1"),
         (b"output: \xff", "bad.yaml is not YAML: .*position 8"),
         (b"1: 2", "1 is 1: keys should be strings"),
+        (b"seed: 1\noptimizer: {lr: 1}\nseed: 2", "bad.yaml: seed is set twice, on lines 1 and 3; keep one$"),
+        (b"data:\n  train: a\n  val: b\n  train: c", "bad.yaml: train is set twice, on lines 2 and 4; keep one$"),
+        (b"output: runs/x: y", "bad.yaml is not YAML: .*; put quotes around text that holds ': '$"),
+        (b"output: [runs]", r"output is \['runs'\]: input is not a valid path"),
         (b"- output", r"bad.yaml holds no sections but \['output'\]; write for example output: runs/b4"),
         (b"output", "bad.yaml holds no sections but 'output'"),
     ],
@@ -177,6 +209,69 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
     )
     assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.epochs) == (0.25, None, 300)
     assert (config.seed, config.engine.compile, config.data.flip_probability) == (5, True, 0.0)
+
+
+TYPED = [
+    "runs/hash #1",
+    "2024",
+    "on",
+    "2024-05-01",
+    "/data/x: y",
+    "[a, b]",
+    "{a}",
+    "'quoted'",
+    "0100",
+    "1e3",
+    "größe &*!",
+]
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_names_and_paths_are_taken_as_typed(file, text):
+    keys = "output", "data.train", "data.val", "data.cache", "model.weights"
+    config = load_config(file, [f"{key}={text}" for key in keys])
+    assert (config.output, config.data.train, config.data.val) == (Path(text), text, text)
+    assert config.data.cache == config.model.weights == Path(text)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert "model.name 2024 is unknown" in explanation(file, "model.name=2024")
+
+
+@pytest.mark.parametrize("text", ["2024", "on", "2024-05-01", "0100", "1e3", "1:30", "runs/#1", "'runs/hash #1'"])
+def test_names_and_paths_in_a_file_are_taken_as_written(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(f"output: {text}\ndata: {{train: {text}, val: {text}, cache: {text}}}\n")
+    config, written = load_config(tmp_path / "x.yaml", []), text.strip("'")
+    assert (config.output, config.data.cache) == (Path(written), Path(written))
+    assert config.data.train == config.data.val == written
+    assert load_config(tmp_path / "x.yaml", [f"data={{train: {text}, val: y}}"]).data.train == written
+
+
+def test_the_home_folder_is_meant(tmp_path, monkeypatch):
+    """In overrides and files, at the beginning of folders; not in addresses, nor where YAML means null."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "x.yaml"
+    file.write_text("output: ~/runs/x\ndata: {train: ~/data, val: https://host/~me/val, cache: ~}\n")
+    config = load_config(file, ["model.weights=~/b4.pth"])
+    assert (config.output, config.model.weights) == (Path("/home/me/runs/x"), Path("/home/me/b4.pth"))
+    assert (config.data.train, config.data.val, config.data.cache) == ("/home/me/data", "https://host/~me/val", None)
+
+
+def test_a_file_of_another_editor(tmp_path):
+    """A byte-order mark, Windows' ends of lines, and a section whose lines are all commented out."""
+    text = "output: runs/x\ndata:\n  train: a\n  val: b\noptimizer:\n#  lr: 1\ndeepspeed:\n".replace("\n", "\r\n")
+    (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    config = load_config(tmp_path / "x.yaml", ["optimizer.clip=2"])
+    assert (config.output, config.data.val, config.optimizer.clip) == (Path("runs/x"), "b", 2)
+
+
+def test_numbers_are_those_of_yaml_1_2(file):
+    config = load_config(file, ["seed=010", "optimizer.global_batch=1e3", "deepspeed={communication_data_type: 1e3}"])
+    assert (config.seed, config.optimizer.global_batch) == (10, 1000)
+    assert config.deepspeed == {"communication_data_type": 1000.0}
+
+
+def test_offloading_that_was_asked_for_twice(file):
+    override = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    load_config(file, [override, "deepspeed.zero_force_ds_cpu_optimizer=false"])
 
 
 def test_values_of_overrides_are_yaml(file):

@@ -16,9 +16,9 @@ from torch import nn
 from dataio.index import load_manifest
 from dataio.loader import Batch
 from dataio.pack import PackOptions, pack
-from launch import checkpoint
 from launch.card import make_card, read_card
-from launch.evaluate import evaluate, find_weights, main
+from launch.evaluate import evaluate, main
+from launch.find_weights import find_weights
 from launch.plan import image_options
 from polaformer.weights import official_name, save_weights
 
@@ -156,6 +156,8 @@ def test_a_run_on_one_rank(score, trained_run, val, ema, expected, tmp_path):
         "image_size": 32,
         "data": str(val),
         "samples": len(load_manifest(val)),
+        "classes": 10,
+        "classes_with_samples": 10,
     }
     assert_same_scores(report, expected)
 
@@ -220,15 +222,11 @@ def test_official_weights_on_more_ranks_than_images(forked, official):
     assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
 
 
-def test_which_file_is_meant(trained_run, ema, tmp_path):
-    newest, _ = checkpoint.newest(trained_run / "checkpoints")
-    assert find_weights(trained_run, "ema") == newest / checkpoint.EMA_NAME
-    assert find_weights(trained_run, "model") == newest / checkpoint.MODEL_NAME
-    assert find_weights(ema, "model") == ema
-    with pytest.raises(FileNotFoundError, match="no weights at .*/nothing; give a run's folder, "):
-        find_weights(tmp_path / "nothing", "ema")
-    with pytest.raises(FileNotFoundError, match="is a folder without checkpoints; give a run's folder or a file"):
-        find_weights(tmp_path, "ema")
+def test_a_report_that_cannot_be_written(score, trained_run, val):
+    status, report, errors = score("--weights", trained_run, "--data", val, "--out", "/dev/full")
+    assert status == 2
+    assert report["samples"] == 97
+    assert errors == "error: cannot write --out /dev/full: No space left on device; the JSON is above\n"
 
 
 @pytest.mark.parametrize(
@@ -238,19 +236,22 @@ def test_which_file_is_meant(trained_run, ema, tmp_path):
         (("--image-size", 0), "image_size is 0; use at least 1"),
         (("--batch", 0), "the evaluation batch is 0; use at least 1"),
         (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
-        (("--data", "{packed}"), "class 0 is Ankle_boot in {ema} and Bag in {packed}; give data with the classes of"),
+        (
+            ("--data", "{photos}"),
+            'class "astronaut" of {photos} is not among the 10 classes of {ema}, such as Ankle_boot',
+        ),
         (("--data", "{empty}"), "no manifest.json in {empty}; write shards there with: python -m dataio.pack"),
-        (("--weights", "{empty}"), "{empty} is a folder without checkpoints; give a run's folder or a file of weights"),
+        (("--weights", "{empty}"), "{empty} is a folder without checkpoints; give a run's folder, one of its checkp"),
         (("--weights", "{official}"), "{official} does not say which model it is of; add --model polaformerpp_b0"),
         (
             ("--weights", "{official}", "--model", "polaformerpp_b0"),
             "the official checkpoint does not fit this model: head.weight is (2, 2048), the model needs (10, 2048);",
         ),
-        (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, a"),
+        (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, o"),
     ],
 )
-def test_what_does_not_fit_is_refused(score, ema, val, official, tmp_path, arguments, message):
-    places = {"ema": ema, "official": official[0], "packed": official[1], "empty": tmp_path}
+def test_what_does_not_fit_is_refused(score, ema, val, official, shards, tmp_path, arguments, message):
+    places = {"ema": ema, "official": official[0], "photos": shards, "empty": tmp_path}
     given = [argument.format(**places) if isinstance(argument, str) else argument for argument in arguments]
     status, report, errors = score("--weights", ema, "--data", val, *given)
     assert (status, report) == (2, None)
@@ -271,7 +272,27 @@ def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, con
     save_weights(load_file(ema), tmp_path / "nine.safetensors", card.metadata())
     status, _, errors = score("--weights", tmp_path / "nine.safetensors", "--data", val)
     assert status == 2
-    assert errors.startswith(f"error: class 9 is missing in {tmp_path}/nine.safetensors and Trouser in {val}; give")
+    assert errors.startswith(f'error: class "Trouser" of {val} is not among the 9 classes of {tmp_path}/nine.safetens')
+
+
+def test_data_that_lack_classes(score, ema, trained, clothes, tmp_path):
+    """In the middle of the others: labels of the remaining ones are by name, those of the training."""
+    names = sorted({file.parent.name for file in clothes})
+    kept = [file for file in clothes if file.parent.name in (names[1], names[4], names[8])]
+    packed = pack_resized(kept, 32, tmp_path)
+    assert load_manifest(packed).classes == (names[1], names[4], names[8])
+    status, report, errors = score("--weights", ema, "--data", packed)
+    assert status == 0, errors
+    assert (report["samples"], report["classes"], report["classes_with_samples"]) == (len(kept), 10, 3)
+    transform = timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 32)
+    hits = 0
+    with torch.no_grad():
+        for file in kept:
+            with Image.open(file) as image:
+                pixels = transform(image.resize((32, 32)).convert("RGB"))[None]
+            hits += names[trained.eval()(pixels).argmax().item()] == file.parent.name
+    assert hits > 0
+    assert report["top1"] == pytest.approx(100 * hits / len(kept))
 
 
 def test_an_unknown_model(capsys):

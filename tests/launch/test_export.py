@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from launch import checkpoint
 from launch.card import read_card
 from launch.export import export, main
+from launch.find_weights import WHAT_CAN_BE_NAMED
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -87,6 +88,31 @@ def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
     assert export(run, tmp_path / "out", "ema").read_bytes() == (older / checkpoint.EMA_NAME).read_bytes()
 
 
+@pytest.mark.parametrize("named", ["best", "latest", "step-00000039", "step-00000078/ema.safetensors"])
+def test_the_command_takes_a_checkpoint(trained_run, tmp_path, capsys, named):
+    """And writes beside the run's checkpoints, as for the run."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    assert main([str(run / "checkpoints" / named)]) == 0
+    assert capsys.readouterr().out == f"{run / 'export' / 'model.safetensors'}\n"
+    assert {path.name for path in run.iterdir()} == {path.name for path in trained_run.iterdir()} | {"export"}
+
+
+def test_a_file_elsewhere_is_exported_beside_it(trained_run, tmp_path, capsys):
+    weights = shutil.copy(trained_run / "checkpoints" / "step-00000078" / "ema.safetensors", tmp_path)
+    assert main([weights]) == 0
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == Path(weights).read_bytes()
+
+
+def test_on_a_full_disk_the_last_export_stays(trained_run, tmp_path, capsys, no_file_larger_than):
+    before = export(trained_run, tmp_path / "export", "model").read_bytes()
+    with no_file_larger_than(2**20):
+        message = refusal(capsys, trained_run, "--to", tmp_path / "export")
+    assert message.startswith("error: [Errno 27] File too large")
+    assert message.count("\n") == 1
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", "model.safetensors"}
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
+
+
 def refusal(capsys, *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
@@ -96,11 +122,13 @@ def refusal(capsys, *arguments: object) -> str:
 
 def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
     assert refusal(capsys, tmp_path) == (
-        f"error: {tmp_path} is a folder without checkpoints; give a run's folder or a file of weights\n"
+        f"error: {tmp_path} is a folder without checkpoints; give {WHAT_CAN_BE_NAMED}\n"
     )
     assert refusal(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
     torch.save({}, tmp_path / "official.pth")
-    assert refusal(capsys, tmp_path / "official.pth").endswith("is not of a run of ours; give the folder of a run\n")
+    assert refusal(capsys, tmp_path / "official.pth").endswith(
+        "is not of a run of ours; give a run's folder or one of its checkpoints\n"
+    )
     assert not (tmp_path / "export").exists()
 
 

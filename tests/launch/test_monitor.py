@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,8 +180,8 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
     assert len(board.Tensors("configuration/text_summary")) == 1
 
 
-def test_started_anew_nothing_is_left(alone, tmp_path):
-    for _ in range(2):  # the first was killed before its first checkpoint
+def test_started_anew_nothing_is_left_in_it_and_nothing_lost(alone, tmp_path, capsys):
+    for _ in range(2):  # the first was killed before its first checkpoint, or has lost them
         await_next_second()
         monitor = Monitor(tmp_path, 0, 3, 1, RATES)
         monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
@@ -188,9 +189,15 @@ def test_started_anew_nothing_is_left(alone, tmp_path):
         monitor.close()
     assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 3]
     assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
+    kept = tmp_path / "metrics-to-step-00000003.jsonl"
+    assert [json.loads(line)["step"] for line in kept.read_text().splitlines()] == [1, 2, 3]
+    line = f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {kept}"
+    assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
-@pytest.mark.parametrize("cut", ['{"step": 2, "tr', '{"step"', "{", "\0\0\0\0"])
+@pytest.mark.parametrize(
+    "cut", ['{"step": 2, "tr', '{"step"', "{", "\0\0\0\0", '{"step": 1, "{"step": 2}', "[1]", "{}", '{"step": "x"}']
+)
 def test_later_and_half_lines_are_dropped(tmp_path, cut):
     path = tmp_path / METRICS_NAME
     whole = ['{"step": 1}', '{"step": 2, "eval/top1": 3.5}', '{"step": 3}']
@@ -199,7 +206,50 @@ def test_later_and_half_lines_are_dropped(tmp_path, cut):
     assert path.read_text() == '{"step": 1}\n{"step": 2, "eval/top1": 3.5}\n'
     drop_later_lines(path, 0)
     assert path.read_text() == ""
-    assert list(tmp_path.iterdir()) == [path]
+    kept = tmp_path / "metrics-to-step-00000002.jsonl"
+    assert kept.read_text() == '{"step": 1}\n{"step": 2, "eval/top1": 3.5}\n'
+    assert drop_later_lines(path, 0) is None
+    assert sorted(tmp_path.iterdir()) == [kept, path]
+
+
+def test_a_full_disk_ends_no_training(alone, tmp_path, capsys):
+    hook = threading.excepthook
+    (tmp_path / METRICS_NAME).symlink_to("/dev/full")
+    monitor = Monitor(tmp_path, 0, 3, 1, RATES)
+    train(monitor, 0, 3)
+    monitor.close()
+    assert capsys.readouterr().err == (
+        f"rank 0: cannot write to {tmp_path / METRICS_NAME}: No space left on device; training goes on, with steps"
+        " missing\n"
+    )
+    assert threading.excepthook == hook
+    assert [event.step for event in read_board(tmp_path).Scalars("train/loss")] == [1, 2, 3]
+
+
+def test_lines_are_whole_when_there_is_room_again(alone, tmp_path, capsys, no_file_larger_than):
+    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    monitor.scalars(1, {"eval/top1": 1.0})
+    size = (tmp_path / METRICS_NAME).stat().st_size
+    with no_file_larger_than(size + 10):
+        monitor.scalars(2, {"eval/top1": 2.0})
+    monitor.scalars(3, {"eval/top1": 3.0})
+    monitor.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 3]
+    assert "metrics.jsonl: File too large; training goes on" in capsys.readouterr().err
+
+
+def test_tensorboard_that_cannot_write_is_given_up(alone, tmp_path, capsys, no_file_larger_than):
+    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    with no_file_larger_than(2000):
+        for _ in range(2):
+            monitor.images(torch.rand(8, 3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+            monitor._draw("flush")  # waits for its thread
+    train(monitor, 0, 1)
+    monitor.close()
+    assert capsys.readouterr().err == (
+        f"rank 0: cannot write to {tmp_path}/tensorboard: File too large; training goes on, without TensorBoard\n"
+    )
+    assert [line["step"] for line in read_lines(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])

@@ -60,7 +60,7 @@ def test_what_of_ours_a_package_imports(package, may_import):
 
 
 def test_the_model_needs_neither_deepspeed_nor_dali():
-    assert top_levels("polaformer") == {"polaformer", "torch", "timm", "einops", "safetensors"}
+    assert top_levels("polaformer") == {"polaformer", "torch", "timm", "safetensors"}
 
 
 def test_the_model_alone_is_installed_without_them():

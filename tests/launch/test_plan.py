@@ -1,14 +1,16 @@
 """What a configuration comes to on real shards, what does not fit them, and the command that says so."""
 
-import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from dataio.pack import PackOptions, pack
 from dataio.recipes import RandAugment
-from launch.plan import cache_options, describe, image_options, main, make_plan, mix_options
+from launch.plan import cache_options, check_output, describe, image_options, main, make_plan, mix_options
 
 
 def test_the_numbers(configure):
@@ -79,24 +81,99 @@ def test_a_batch_that_does_not_divide(configure):
 
 
 def test_other_classes_in_validation(configure, shards, fashion_shards):
-    with pytest.raises(ValueError, match='class 0 is "Ankle_boot" in .*train and "astronaut" in .*photos; pack both'):
+    message = (
+        'class "astronaut" of .*photos is not among the 10 classes of .*train, such as Ankle_boot, Bag, Coat; leave'
+    )
+    with pytest.raises(ValueError, match=message):
         make_plan(configure(f"data.val={shards}"), 0, 1)
 
 
-@pytest.mark.parametrize("spared", ["train", "val"])
-def test_a_label_without_an_output(configure, fashion_shards, fashion, tmp_path, spared):
-    """In either folder: here one of them has no image of the classes beyond, which the other one has."""
-    few = tmp_path / "few"
-    for name in ("Ankle_boot", "Bag"):
-        shutil.copytree(fashion / name, few / name)
-    pack(few, tmp_path / "packed", PackOptions())
-    manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
-    manifest["classes"] = json.loads((fashion_shards / "val" / "manifest.json").read_text())["classes"]
-    (tmp_path / "packed" / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
-    config = configure("model.num_classes=2", f"data.{spared}={tmp_path / 'packed'}")
-    message = "has 10 classes and label 9, the model has 2 outputs; set num_classes to 10"
+@pytest.fixture(scope="module")
+def packed_classes(fashion, tmp_path_factory):
+    """Returns a function: names of classes of `fashion` → a folder of their images, packed."""
+
+    def pack_some(*names: str):
+        root = tmp_path_factory.mktemp("some")
+        for name in names:
+            shutil.copytree(fashion / name, root / "images" / name)
+        pack(root / "images", root / "packed", PackOptions())
+        return root / "packed"
+
+    return pack_some
+
+
+def test_validation_lacks_classes_in_the_middle(configure, packed_classes):
+    config = configure(f"data.val={packed_classes('Ankle_boot', 'Coat', 'Trouser')}")
+    plan = make_plan(config, 0, 1)
+    assert [plan.class_names[label] for label in plan.val_label_map] == list(plan.val.classes)
+    assert plan.classes == 10
+    assert describe(config, plan)["validation images"] == f"{len(plan.val)}, of 3 classes out of 10"
+
+
+def test_a_single_class(configure, packed_classes):
+    folder = packed_classes("Bag")
+    with pytest.raises(ValueError, match=f"{folder} has a single class, Bag, and there is nothing to tell apart; pack"):
+        make_plan(configure(f"data.train={folder}"), 0, 1)
+    make_plan(configure(f"data.val={folder}"), 0, 1)
+
+
+def test_a_batch_that_batchnorm_cannot_take(configure, small_config, capsys):
+    """The refused one does fail in the model, and those that are named do not."""
+    message = (
+        "a batch of 1 image per rank at 32² pixels leaves BatchNorm a single value per channel; use"
+        " optimizer.global_batch=8, or data.image_size=64"
+    )
+    small = "optimizer.global_batch=4", "optimizer.accumulation=2"
     with pytest.raises(ValueError, match=message):
-        make_plan(config, 0, 1)
+        make_plan(configure(*small), 0, 2)
+    named = [configure(*small, "optimizer.global_batch=8"), configure(*small, "data.image_size=64")]
+    model = timm.create_model("polaformerpp_b0", num_classes=10)
+    for config in named:
+        size = config.data.image_size
+        model(torch.zeros(make_plan(config, 0, 2).batches.batch, 3, size, size))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_an_output_that_cannot_be_a_folder(configure, tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to(tmp_path / "gone")
+    for output, words in (
+        (file, f"{file} is a file"),
+        (file / "x", f"{file} is a file"),
+        (link, f"{link} is a broken"),
+    ):
+        with pytest.raises(ValueError, match=f"output is {output}, and {words}.*; choose another folder"):
+            make_plan(configure(f"output={output}"), 0, 1)
+    (tmp_path / "real").mkdir()
+    link.unlink()
+    link.symlink_to(tmp_path / "real")
+    make_plan(configure(f"output={link}"), 0, 1)
+
+
+def test_an_output_that_may_not_be_written(tmp_path):
+    """Asked as a user without rights, since root has all of them."""
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        if (child := os.fork()) == 0:
+            try:
+                if os.getuid() == 0:
+                    os.setuid(65534)
+                check_output(Path("/runs/x"))
+            except ValueError as error:
+                file.write(str(error))
+            finally:
+                file.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+    assert said.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
+
+
+def test_a_class_without_an_output(configure):
+    message = "has 10 classes, the model has 9 outputs; set model.num_classes to 10, or leave it out"
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure("model.num_classes=9"), 0, 1)
 
 
 @pytest.mark.parametrize(

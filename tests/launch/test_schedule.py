@@ -1,8 +1,9 @@
-"""The learning rate of every step against timm's scheduler, and intervals of epochs that end exactly once."""
+"""The learning rate of every step against timm's scheduler, EMA decays, and intervals of epochs that end once."""
 
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 
 from launch.config import OptimizerSection
-from launch.schedule import ends_interval, lr_at, make_schedule
+from launch.schedule import ema_decay_at, ends_interval, lr_at, make_schedule
 
 SAMPLES = 1000
 
@@ -86,6 +87,40 @@ def test_a_part_of_a_step_is_a_step():
 def test_a_run_shorter_than_its_warm_up_has_rates():
     optimizer = OptimizerSection(global_batch=1000, epochs=1, warmup_epochs=0.9)
     assert rates(optimizer) == [optimizer.warmup_lr * 1000 / 512]
+
+
+def ema_weights(optimizer: OptimizerSection, steps: int) -> np.ndarray:
+    """How much of the start, and of the weights after each step, is in the moving average after the last."""
+    decays = np.array([ema_decay_at(step, optimizer) for step in range(steps)])
+    kept = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # of what was there before a step
+    return kept * np.append(1.0, 1 - decays)
+
+
+def test_a_short_runs_average_is_over_its_last_steps():
+    """After 24 steps, as of 240 images, there was 80 % of the start in it with a decay of 0.99."""
+    long = ema_weights(OptimizerSection(ema_decay=0.99, ema_warmup=False), 24)
+    short = ema_weights(OptimizerSection(ema_decay=0.99), 24)
+    assert long.sum() == pytest.approx(1)
+    assert short.sum() == pytest.approx(1)
+    assert long[0] == pytest.approx(0.786, abs=1e-3)
+    assert short[0] < 1e-7
+    assert short[12:].sum() > 0.99
+    assert 2 < 1 / np.square(short).sum() < 12, "it must be an average of several steps"
+
+
+@pytest.mark.parametrize("global_batch", [1024, 512])
+def test_a_long_runs_average_is_what_it_was(global_batch):
+    """Of the recipe and the fine-tuning, 300 epochs of ImageNet: 2e-27 of what is in it comes from other steps."""
+    steps = math.ceil(300 * 1_281_167 / global_batch)
+    with_warmup, without = (ema_weights(OptimizerSection(ema_warmup=on), steps) for on in (True, False))
+    assert np.abs(with_warmup - without).sum() < 1e-26
+
+
+def test_the_decay_depends_on_nothing_but_the_step():
+    optimizer = OptimizerSection(ema_decay=0.9)
+    assert [ema_decay_at(step, optimizer) for step in (0, 1, 40, 80, 81, 10**6)] == [0.1, 2 / 11, 0.82, 0.9, 0.9, 0.9]
+    assert ema_decay_at(0, OptimizerSection(ema_decay=0.0)) == 0.0
+    assert ema_decay_at(0, OptimizerSection(ema_decay=0.9, ema_warmup=False)) == 0.9
 
 
 @given(

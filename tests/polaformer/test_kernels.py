@@ -126,7 +126,7 @@ def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_wi
     for name in NAMES:
         assert actual[name].isfinite().all(), name
         lost = (plain[name] - exact[name]).abs().mean().nan_to_num(nan=torch.inf)  # float16 may lose them all
-        allowed = 5 * lost + 10 * rounding * (exact[name].abs().mean() + 0.1)
+        allowed = 5 * lost + 20 * rounding * (exact[name].abs().mean() + 0.1)
         assert (actual[name] - exact[name]).abs().mean() <= allowed, name
 
 

@@ -1,9 +1,13 @@
 """The six models: sizes, the official implementation's numbers, timm's interface."""
 
+import io
+
 import pytest
 import timm
 import torch
 from fvcore.nn import FlopCountAnalysis
+from timm.models import create_feature_extractor, get_model_input_config, group_parameters, save_for_hf
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import polaformer
@@ -108,11 +112,16 @@ def test_features_only():
     assert shapes == [(1, 32, 16, 24), (1, 64, 8, 12), (1, 192, 4, 6), (1, 384, 2, 3)]
 
 
+@pytest.mark.parametrize("feature_cls", ["getter", "fx", "hook"])
 @pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (1, 2), (0,)])
-def test_features_of_official_weights(official_state, tmp_path, out_indices):
-    torch.save({"model": official_state("b0")}, tmp_path / "official.pth")
+@pytest.mark.parametrize("loaded_by", ["checkpoint_path", "pretrained"])
+def test_features_of_official_weights(official_state, tmp_path, out_indices, feature_cls, loaded_by):
+    path = tmp_path / "official.pth"
+    torch.save({"model": official_state("b0")}, path)
+    pretrained = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    weights = {"checkpoint_path": path} if loaded_by == "checkpoint_path" else pretrained
     features = timm.create_model(
-        "polaformerpp_b0", features_only=True, out_indices=out_indices, checkpoint_path=tmp_path / "official.pth"
+        "polaformerpp_b0", features_only=True, feature_cls=feature_cls, out_indices=out_indices, **weights
     ).eval()
     whole = timm.create_model("polaformerpp_b0").eval()
     load_weights(whole, tmp_path / "official.pth")
@@ -120,6 +129,12 @@ def test_features_of_official_weights(official_state, tmp_path, out_indices):
     _, expected = whole.forward_intermediates(image, indices=list(out_indices))
     for actual, wanted in zip(features(image), expected, strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict"])
+def test_feature_classes_that_need_a_sequence_of_stages(feature_cls):
+    with pytest.raises(ValueError, match=f"feature_cls {feature_cls} is not offered; use getter .*, fx or hook"):
+        timm.create_model("polaformerpp_b0", features_only=True, feature_cls=feature_cls)
 
 
 def test_timm_classifier_interface():
@@ -131,6 +146,138 @@ def test_timm_classifier_interface():
     config = timm.data.resolve_data_config({}, model=model)
     assert (config["crop_pct"], config["crop_mode"], config["interpolation"]) == (0.875, "squash", "bicubic")
     assert polaformer.PRESETS.keys() == set(timm.list_models("polaformerpp_*"))
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max", "avgmax"])
+def test_pooling(pooling):
+    """Pooling what the head gives for every place is what the head with that pooling gives."""
+    model = timm.create_model("polaformerpp_b0", num_classes=0, global_pool="").eval()
+    image = torch.randn(2, 3, 64, 96)
+    places = model(image)
+    assert places.shape == (2, 2048, 2, 3)
+    average, largest = places.mean((2, 3)), places.amax((2, 3))
+    expected = {"avg": average, "max": largest, "avgmax": (average + largest) / 2}[pooling]
+    model.reset_classifier(0, pooling)
+    torch.testing.assert_close(model(image), expected)
+    again = timm.create_model("polaformerpp_b0", num_classes=0, global_pool=pooling).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(image), model(image))
+
+
+def test_logits_of_every_place():
+    model = timm.create_model("polaformerpp_b0", num_classes=5, global_pool="").eval()
+    image = torch.randn(2, 3, 64, 96)
+    logits = model(image)
+    assert logits.shape == (2, 5, 2, 3)
+    classifier = model.get_classifier()
+    model.reset_classifier(0)  # the pooling stays as it is
+    torch.testing.assert_close(logits[:, :, 1, 2], classifier(model(image)[:, :, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"global_pool": "catavgmax"}, "global_pool 'catavgmax' is not offered; use one of 'avg', 'max', 'avgmax', ''"),
+        ({"output_stride": 16}, "output_stride 16 is not offered; leave it out: it is 32"),
+        ({"img_size": 100}, "image height 100 is not a multiple of 32; use 96 or 128"),
+        ({"img_size": (96, 100)}, "image width 100 is not a multiple of 32; use 96 or 128"),
+    ],
+)
+def test_options_that_are_not_offered(option, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("polaformerpp_b0", **option)
+
+
+def test_img_size_is_what_timm_records():
+    model = timm.create_model("polaformerpp_b0", num_classes=3, img_size=(96, 64), output_stride=32, in_chans=1).eval()
+    recorded = get_model_input_config(model)
+    assert (recorded["input_size"], recorded["fixed_input_size"]) == ((1, 96, 64), False)
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 3)
+
+
+def test_device_and_dtype():
+    model = timm.create_model("polaformerpp_b0", device="meta", dtype=torch.bfloat16)
+    model.reset_classifier(3)
+    kinds = {(x.device.type, x.dtype) for x in model.state_dict().values()}
+    assert kinds == {("meta", torch.bfloat16), ("meta", torch.long)}  # long: BatchNorm's counters
+
+
+def test_pruning_leaves_features():
+    model = timm.create_model("polaformerpp_b0").eval()
+    image = torch.randn(1, 3, 64, 64)
+    [expected] = model.forward_intermediates(image, indices=[1], intermediates_only=True)
+    assert model.prune_intermediate_layers([1], prune_head=False) == [1]
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (64, 64, 0)
+    assert torch.equal(model(image), expected)
+
+
+def test_layers_by_depth():
+    model = timm.create_model("polaformerpp_b0")
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    depths = [groups[name] for name, _ in model.named_parameters()]
+    assert depths == sorted(depths)  # state dicts name the layers in the order in which an image passes them
+    assert max(depths) == 9  # the stem is 0, each block is one deeper, and so is the classifier
+    assert groups["stages.0.downsample.norm.bias"] == groups["stages.0.blocks.1.gamma_1"] == 2
+    assert len(group_parameters(model, model.group_matcher(coarse=True))) == 6
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)
+    scale = {id(x): group["lr_scale"] for group in optimizer.param_groups for x in group["params"]}
+    assert scale[id(model.stem[0].weight)] == 0.5**9
+    assert scale[id(model.proj.weight)] == 0.5
+    assert scale[id(model.head.weight)] == 1
+
+
+def test_symbolic_trace():
+    model = timm.create_model("polaformerpp_b0", num_classes=4)
+    torch.fx.symbolic_trace(model)(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    image = torch.randn(1, 3, 32, 96)
+    assert torch.equal(torch.fx.symbolic_trace(model.eval())(image), model(image))
+    extractor = create_feature_extractor(model, ["stages.2.features", "head"])
+    assert torch.equal(extractor(image)["head"].flatten(1), model(image))
+    with pytest.raises(ValueError, match="image height 33 is not a multiple of 32; use 32 or 64"):
+        extractor(torch.randn(1, 3, 33, 32))
+
+
+def test_vmap():
+    model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
+    images = torch.randn(3, 1, 3, 64, 32)
+    torch.testing.assert_close(torch.func.vmap(model)(images)[:, 0], model(images[:, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_model_in_a_file():
+    model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    again.load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(image), model(image))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_classes": 7},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"features_only": True},
+        {"global_pool": ""},
+        {"pretrained_cfg_overlay": {"mean": (0.5, 0.5, 0.5)}},
+    ],
+)
+def test_timms_own_export(change, tmp_path):
+    model = timm.create_model("polaformerpp_b0", num_classes=4)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **change)
+    again = getattr(again, "model", again)
+    assert torch.equal(again.stages[1].blocks[0].ffn.fc1.weight, model.stages[1].blocks[0].ffn.fc1.weight)
+    expected = model.stem[0].weight
+    expected = expected.sum(1, keepdim=True) if change.get("in_chans") == 1 else expected
+    torch.testing.assert_close(again.stem[0].weight, expected)
+    if change.get("num_classes", 4) == 4 and "features_only" not in change:
+        assert torch.equal(again.head.weight, model.head.weight)
 
 
 def test_gradient_checkpointing_changes_nothing():

@@ -1,16 +1,26 @@
 """The operator: what PyTorch may assume of it, and that it computes what the reference computes."""
 
 import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
+import onnxruntime
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+import polaformer  # noqa: F401 (registers the models)
 from polaformer import ops, reference
 
+ROOT = Path(__file__).parents[2]
 DEVICES = [
     "cpu",
     pytest.param(
@@ -106,6 +116,211 @@ def test_flops():
     assert counter.get_total_flops() == (8 + 20) * 2 * 3 * 12 * 8**2
 
 
-def test_wrong_inputs_are_refused_before_dispatch():
-    with pytest.raises(ValueError, match="12 tokens are not height 3 × width 5"):
-        ops.polarity_attention(*projected_inputs((1, 1, 12, 8)), 3, 5)
+def test_one_graph_for_every_size():
+    """Compiled with dynamic sizes: what the first one was compiled to serves ten others."""
+    model, graphs, counts = timm.create_model("polaformerpp_b0", num_classes=10).eval(), [], []
+
+    def count(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for side in range(64, 64 + 11 * 32, 32):
+            images = torch.randn(2, 3, side, side + 32)
+            torch.testing.assert_close(compiled(images), model(images))
+            counts.append(len(graphs))
+    assert counts == counts[:1] * 11
+
+
+def test_exports_for_every_size():
+    model, dim = timm.create_model("polaformerpp_b0", num_classes=10).eval(), torch.export.Dim
+    sizes = {0: dim("batch"), 2: 32 * dim("rows", min=1, max=64), 3: 32 * dim("columns", min=1, max=64)}
+    exported = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=(sizes,)).module()
+    for shape in ((3, 3, 64, 64), (1, 3, 128, 96), (2, 3, 224, 192)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the exporter's own
+def test_onnx_runs_at_sizes_it_has_not_seen(tmp_path):
+    model, dim = timm.create_model("polaformerpp_b0", num_classes=10).eval(), torch.export.Dim
+    sizes = {0: dim("batch"), 2: 32 * dim("rows", min=1, max=64), 3: 32 * dim("columns", min=1, max=64)}
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (torch.randn(2, 3, 96, 64),), path, dynamo=True, dynamic_shapes=(sizes,))
+    session = onnxruntime.InferenceSession(path)
+    for shape in ((2, 3, 96, 64), (1, 3, 32, 128)):
+        images = torch.randn(shape)
+        (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing warns of every Python number
+def test_a_traced_model_serves_its_size_and_refuses_others():
+    model, images = timm.create_model("polaformerpp_b0", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+    traced = torch.jit.trace(model, images)
+    torch.testing.assert_close(traced(images[:1]), model(images[:1]))
+    for side, tokens in ((32, 64), (128, 1024)):
+        with pytest.raises(RuntimeError, match=f"{tokens} tokens are not height 16 × width 16"):
+            traced(torch.randn(1, 3, side, side))
+
+
+def test_script_and_fx():
+    inputs = projected_inputs((1, 2, 12, 8))
+    expected = ops.polarity_attention(*inputs, 3, 4)
+    scripted = torch.jit.script(raw_attention)
+    torch.testing.assert_close(scripted(*inputs, 3, 4), expected)
+    with pytest.raises(RuntimeError, match="12 tokens are not height 3 × width 5"):
+        scripted(*inputs, 3, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(ops.polarity_attention)(*inputs, 3, 4), expected)
+
+
+def raw_attention(q, k, v, same_logits, opposite_logits, height: int, width: int):
+    return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives(device):
+    inputs = [x.detach().double().requires_grad_() for x in projected_inputs((1, 2, 6, 4), device=device)]
+    assert torch.autograd.gradgradcheck(lambda *x: ops.polarity_attention(*x, 2, 3), inputs)
+
+
+def test_third_derivatives():
+    q, *others = projected_inputs((1, 1, 3, 4), torch.float64)
+
+    def second(q):
+        first = torch.autograd.grad(ops.polarity_attention(q, *others, 1, 3).square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first[0].square().sum(), q, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(second, [q])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_torch_func_differentiates_twice(device):
+    q, *others = (x.detach() for x in projected_inputs((2, 2, 6, 4), torch.float64, device))
+
+    def hessian(operator, function):
+        loss = lambda q: operator(q, *others, 2, 3).square().sum()  # noqa: E731
+        return function(function(loss))(q)
+
+    expected = torch.autograd.functional.hessian(
+        lambda q: reference.polarity_attention(q, *others, 2, 3).square().sum(), q
+    )
+    torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
+    with torch.no_grad():  # of the caller, which torch.func overrides
+        torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, None, None), (2, None, 0, None, 0), (None, None, None, 0, 1)])
+@pytest.mark.filterwarnings("error")  # vmap's fallback would warn
+def test_vmap_and_gradients_of_each_sample(device, in_dims):
+    """Calls mapped over any of the arguments, their gradients, and the gradient of mapped calls."""
+    plain, calls = [x.detach() for x in projected_inputs((2, 3, 6, 4), torch.float64, device)], 5
+    arguments = [
+        x if dim is None else torch.randn(*x.shape[:dim], calls, *x.shape[dim:], dtype=x.dtype, device=device)
+        for x, dim in zip(plain, in_dims, strict=True)
+    ]
+    attend = lambda *x: ops.polarity_attention(*x, 2, 3)  # noqa: E731
+    loss = lambda *x: attend(*x).square().sum()  # noqa: E731
+    select = lambda call: [x if d is None else x.select(d, call) for x, d in zip(arguments, in_dims, strict=True)]  # noqa: E731
+    torch.testing.assert_close(
+        torch.vmap(attend, in_dims)(*arguments), torch.stack([attend(*select(call)) for call in range(calls)])
+    )
+    every = tuple(range(5))
+    of_each = torch.vmap(torch.func.grad(loss, argnums=every), in_dims)(*arguments)
+    for call in range(calls):
+        alone = [x.clone().requires_grad_() for x in select(call)]
+        for grad, expected in zip(of_each, torch.autograd.grad(loss(*alone), alone), strict=True):
+            torch.testing.assert_close(grad[call], expected)
+    together = torch.func.grad(lambda *x: torch.vmap(loss, in_dims)(*x).sum(), argnums=every)(*arguments)
+    for grad, of_calls, dim in zip(together, of_each, in_dims, strict=True):
+        torch.testing.assert_close(grad, of_calls.sum(0) if dim is None else of_calls.movedim(0, dim))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["polarity_attention", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: {"q": x["q"][0]}, "must have one shape"),
+        (lambda x: {"k": x["k"][:, :, 1:]}, "must have one shape"),
+        (lambda x: {"height": 16, "width": 16}, "12 tokens are not height 16 × width 16"),
+        (lambda x: {"height": -3, "width": -4}, "12 tokens are not height -3 × width -4"),
+        (lambda x: {"height": 2**62, "width": 2**62}, "12 tokens are not height"),
+        (lambda x: {name: x[name][..., :7] for name in "qkv"}, "head width 7 is odd"),
+        (lambda x: {"v": x["v"].double()}, "cast them to one"),
+        (lambda x: {name: x[name].int() for name in "qkv"}, "q is .*; pass a dense tensor of float64, float32"),
+        (lambda x: {"opposite_logits": x["opposite_logits"][:1]}, r"opposite_logits has shape .*, needs \(H, 2D\) = "),
+        (lambda x: {"same_logits": x["same_logits"].to(torch.complex64)}, "same_logits is .*; pass a dense tensor"),
+    ],
+)
+def test_wrong_arguments_of_the_raw_operators(device, name, change, message):
+    names = ("q", "k", "v", "same_logits", "opposite_logits")
+    arguments = dict(zip(names, (x.detach() for x in projected_inputs((2, 3, 12, 8), device=device)), strict=True))
+    arguments |= {"height": 3, "width": 4}
+    reason = [""] if name == "reference" else []
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.polaformer, name)(*(arguments | change(arguments)).values(), *reason)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["polarity_attention_backward", "reference_backward"])
+@pytest.mark.parametrize(
+    ("number", "change", "message"),
+    [
+        (0, lambda x: x[:1], "grad_out is .* they must agree"),
+        (0, lambda x: x.double(), "grad_out is .* they must agree"),
+        (1, lambda x: x[..., :4], "must have one shape"),
+        (6, lambda x: x[:, :, :8], "state is .*; pass on what forward gave"),
+        (6, lambda x: x.double(), "state is .*; pass on what forward gave"),
+        (7, lambda x: x[..., None], "key_mean is .*; pass on what forward gave"),
+        (8, lambda x: x.half(), "key_shift is .*; pass on what forward gave"),
+    ],
+)
+def test_wrong_arguments_of_the_raw_gradient(device, name, number, change, message):
+    inputs = [x.detach() for x in projected_inputs((2, 3, 12, 8), device=device)]
+    out, *saved = torch.ops.polaformer.polarity_attention(*inputs, 3, 4)
+    arguments = [torch.ones_like(out), *inputs, *saved]
+    arguments[number] = change(arguments[number])
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.polaformer, name)(*arguments, 3, 4, *([""] if name == "reference_backward" else []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_ten_thousand_random_calls(device, tmp_path):
+    """End in errors and right answers alone; on the CPU under the address sanitizer, where the compiler has one."""
+    environment = dict(os.environ)
+    if device == "cpu" and Path(find_library("libasan.so")).is_absolute():
+        environment |= build_sanitized(tmp_path)
+    script = Path(__file__).with_name("fuzz_operators.py")
+    command = [sys.executable, "-W", "ignore", script, device, "0", "10000"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-4000:]}"
+    counts = json.loads(finished.stdout)
+    assert sum(counts.values()) == 10_000
+    assert len(counts) == 8  # each of four operators refused some and computed some
+    assert min(counts.values()) > 500
+
+
+def build_sanitized(folder: Path) -> dict[str, str]:
+    """Builds the CPU's kernels with the address sanitizer into a copy of polaformer; the variables that run it."""
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
+    environment = os.environ | {"POLAFORMER_KERNELS": "cpu", "CFLAGS": "-fsanitize=address -g1"}
+    built = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    for file in (ROOT / "polaformer").glob("*.py"):
+        shutil.copy(file, folder / "polaformer")
+    return {
+        "LD_PRELOAD": f"{find_library('libasan.so')} {find_library('libstdc++.so')}",
+        "ASAN_OPTIONS": "detect_leaks=0",  # of Python's own
+        "PYTHONPATH": str(folder),
+    }
+
+
+def find_library(name: str) -> str:
+    """The compiler's own library, or its bare name if it has none."""
+    command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
+    return subprocess.check_output(command, text=True).strip()

@@ -1,5 +1,7 @@
 """Official checkpoints and safetensors, in and out; strict either way."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -69,6 +71,65 @@ def test_new_head(official, tmp_path):
     load_weights(model, tmp_path / "official.pth", new_head=True)
     assert torch.equal(model.head.weight, drawn)
     assert torch.equal(model.proj.bias.double(), official["proj.bias"].float().double())
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "fx", "hook"])
+def test_features_are_strict_about_what_they_keep(official, tmp_path, feature_cls):
+    state = {name: value for name, value in official.items() if name != "layers.0.blocks.1.ffn.fc1.bias"}
+    torch.save(state | {"layers.0.surprise": torch.zeros(1), "surprise": torch.zeros(1)}, tmp_path / "wrong.pth")
+    faults = r"missing layers\.0\.blocks\.1\.ffn\.fc1\.bias; unexpected layers\.0\.surprise; unexpected surprise"
+    options = {"features_only": True, "out_indices": (0,), "feature_cls": feature_cls}
+    with pytest.raises(RuntimeError, match=faults):
+        timm.create_model("polaformerpp_b0", checkpoint_path=tmp_path / "wrong.pth", **options)
+
+
+@pytest.fixture(scope="module")
+def official_file(official, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "official.pth"
+    torch.save({"model": official}, path)
+    return path
+
+
+def create(path: Path, **options) -> torch.nn.Module:
+    overlay = {"file": str(path)} | options.pop("overlay", {})
+    return timm.create_model("polaformerpp_b0", pretrained=True, pretrained_cfg_overlay=overlay, **options)
+
+
+def test_timms_pretrained(official_file, official):
+    assert_holds(create(official_file), official)
+
+
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_pretrained_with_other_classes(official_file, official, num_classes):
+    model = create(official_file, num_classes=num_classes)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, num_classes or 2048)
+    torch.testing.assert_close(model.proj.bias, official["proj.bias"].float())
+
+
+def test_pretrained_with_other_channels(official_file, official):
+    model = create(official_file, num_classes=7, in_chans=1)
+    expected = official["patch_embed.proj.0.weight"].float().sum(1, keepdim=True)
+    torch.testing.assert_close(model.stem[0].weight, expected)
+
+
+def test_pretrained_of_three_classes(official, tmp_path):
+    head = {name: official[name][:3] for name in ("head.weight", "head.bias")}
+    torch.save(official | head, tmp_path / "three.pth")
+    model = create(tmp_path / "three.pth", overlay={"num_classes": 3})
+    assert model.num_classes == 3
+    torch.testing.assert_close(model.head.bias, head["head.bias"].float())
+    with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight: .*\[3, 2048\].*\[1000, 2048\]"):
+        create(tmp_path / "three.pth")
+
+
+@pytest.mark.parametrize("naming", ["official", "ours"])
+@pytest.mark.parametrize("num_classes", [1000, 7])  # with 7, timm itself is not strict
+def test_pretrained_is_strict(official, tmp_path, naming, num_classes):
+    state = dict(official) if naming == "official" else timm.create_model("polaformerpp_b0").state_dict()
+    del state["norm.bias"]
+    torch.save(state | {"surprise": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(RuntimeError, match="missing norm.bias; unexpected surprise"):
+        create(tmp_path / "wrong.pth", num_classes=num_classes)
 
 
 def test_no_such_file(tmp_path):

@@ -1,4 +1,4 @@
-// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, prepares tensors,
+// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, checks, prepares tensors,
 // picks the kernels for this processor.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 
 namespace polaformer {
@@ -110,13 +111,16 @@ using Inputs = const Tensor&;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v, Inputs same_logits,
                                                    Inputs opposite_logits, int64_t height, int64_t width) {
+  check_inputs(at::kCPU, q, k, v, same_logits, opposite_logits, height, width);
   const int64_t batch = q.size(0), heads = q.size(1), head_width = q.size(3);
   const auto kept = q.options().dtype(compute_type(q));
   const Tensor state = at::empty({batch, heads, 2 * head_width, head_width}, kept);
   const Tensor key_mean = at::empty({batch, heads, 2 * head_width}, kept);
   const Tensor key_shift = at::empty({batch, heads, head_width}, kept);
   const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v), out = tokens_first(q_rows);
-  if (q.numel() > 0) {
+  if (q.numel() == 0) {
+    for (const Tensor& x : {state, key_mean, key_shift}) x.zero_();
+  } else {
     const Tensor turns = angles(head_width);
     const Tensor same = same_logits.to(kept.dtype()).contiguous();
     const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();
@@ -133,6 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inp
                                                             Inputs same_logits, Inputs opposite_logits, Inputs state,
                                                             Inputs key_mean, Inputs key_shift, int64_t height,
                                                             int64_t width) {
+  check_inputs(at::kCPU, q, k, v, same_logits, opposite_logits, height, width);
+  check_saved(grad_out, q, state, key_mean, key_shift);
   const auto kept = q.options().dtype(compute_type(q));
   const Tensor same = same_logits.to(kept.dtype()).contiguous();
   const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();

@@ -16,6 +16,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "checks.h"
 #include "plan.h"
 
 namespace polaformer {
@@ -29,27 +30,13 @@ Dtype dtype_of(const Tensor& q) {
                                           : Dtype::kFloat;
 }
 
-// The shape of q after everything that comes with it has been compared with it.
-Shape check_inputs(const Tensor& q, at::ArrayRef<Tensor> like_q, at::ArrayRef<Tensor> logits, int64_t height,
-                   int64_t width) {
-  TORCH_CHECK_VALUE(q.dim() == 4, "q has ", q.dim(), " axes; pass (B, H, N, D)");
-  const int64_t heads = q.size(1), tokens = q.size(2), head_width = q.size(3);
-  TORCH_CHECK_VALUE(height >= 0 && tokens == height * width, tokens, " tokens are not height ", height, " × width ",
-                    width, "; pass the image's own size");
-  TORCH_CHECK_VALUE(head_width % 2 == 0, "head width ", head_width, " is odd; the two flows need an even one");
-  for (const Tensor& x : like_q) {
-    TORCH_CHECK_VALUE(x.sizes() == q.sizes() && x.scalar_type() == q.scalar_type() && x.device() == q.device(),
-                      "q, k, v and the gradient must agree in shape, dtype and device");
-  }
-  for (const Tensor& x : logits) {
-    TORCH_CHECK_VALUE(x.sizes() == at::IntArrayRef({heads, 2 * head_width}) && x.device() == q.device(),
-                      "logits must be (H, 2D) and on q's device");
-  }
+// After check_inputs, so that nothing is lost in an int.
+Shape shape_of(const Tensor& q, int64_t height, int64_t width) {
   return {q.size(0),
-          static_cast<int>(heads),
+          static_cast<int>(q.size(1)),
           static_cast<int>(height),
           static_cast<int>(width),
-          static_cast<int>(head_width),
+          static_cast<int>(q.size(3)),
           dtype_of(q)};
 }
 
@@ -130,11 +117,12 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Forwarded forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
                   const Tensor& opposite_logits, int64_t height, int64_t width) {
-  const Shape shape = check_inputs(q, {k, v}, {same_logits, opposite_logits}, height, width);
+  check_inputs(at::kCUDA, q, k, v, same_logits, opposite_logits, height, width);
+  const Shape shape = shape_of(q, height, width);
   const c10::cuda::CUDAGuard guard(q.device());
   if (const char* reason = why_reference(q, shape)) {
-    return call_reference<Forwarded>("polaformer::reference", q, k, v, same_logits, opposite_logits, height, width,
-                                     c10::string_view(reason));
+    return call_reference<Forwarded>("polaformer::reference", q, k, v, same_logits, opposite_logits,
+                                     c10::SymInt(height), c10::SymInt(width), c10::string_view(reason));
   }
   const int64_t batch = shape.batch, heads = shape.heads, head_width = shape.head_width;
   const Tensor out = empty_tokens_first(q), state = floats(q, {batch, heads, 2 * head_width, head_width});
@@ -164,19 +152,14 @@ Forwarded forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 Gradients backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
                    const Tensor& opposite_logits, const Tensor& state, const Tensor& key_mean, const Tensor& key_shift,
                    int64_t height, int64_t width) {
-  const Shape shape = check_inputs(q, {k, v, grad_out}, {same_logits, opposite_logits}, height, width);
-  for (const Tensor& x : {state, key_mean, key_shift}) {
-    TORCH_CHECK_VALUE(x.device() == q.device(), "state, key_mean or key_shift is on ", x.device(), ", q on ",
-                      q.device(), "; pass on what forward gave");
-  }
-  TORCH_CHECK_VALUE(state.numel() == shape.all_heads() * shape.state_size() &&
-                        key_mean.numel() == shape.all_heads() * shape.features() &&
-                        2 * key_shift.numel() == shape.all_heads() * shape.features(),
-                    "state, key_mean or key_shift has another shape than forward gave; pass them on as they are");
+  check_inputs(at::kCUDA, q, k, v, same_logits, opposite_logits, height, width);
+  check_saved(grad_out, q, state, key_mean, key_shift);
+  const Shape shape = shape_of(q, height, width);
   const c10::cuda::CUDAGuard guard(q.device());
   if (const char* reason = why_reference(q, shape)) {
     return call_reference<Gradients>("polaformer::reference_backward", grad_out, q, k, v, same_logits, opposite_logits,
-                                     state, key_mean, key_shift, height, width, c10::string_view(reason));
+                                     state, key_mean, key_shift, c10::SymInt(height), c10::SymInt(width),
+                                     c10::string_view(reason));
   }
   const Tensor grad_q = empty_tokens_first(q), grad_k = empty_tokens_first(q), grad_v = empty_tokens_first(q);
   const auto like_logits = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };

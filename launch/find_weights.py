@@ -1,0 +1,43 @@
+"""Which file of weights a path on the command line means: evaluation and export take the same."""
+
+import sys
+from pathlib import Path
+
+from launch import checkpoint
+
+WHAT_CAN_BE_NAMED = (
+    "a run's folder, one of its checkpoints (RUN/checkpoints/best, latest or step-…), an exported folder,"
+    " a .safetensors file or an official .pth"
+)
+
+
+def find_weights(path: Path, kind: str) -> Path:
+    """The file that `path` means: itself, or the `kind` ("ema" or "model") of a checkpoint, of a run the newest.
+
+    Says on standard error what is wrong with newer ones of a run. Raises FileNotFoundError or ValueError if there is no
+    such file or checkpoint, or it is not whole.
+    """
+    if path.name in checkpoint.POINTERS and path.is_file():
+        path = checkpoint.follow(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}; give {WHAT_CAN_BE_NAMED}")
+    if (path / "config.json").is_file() and (path / checkpoint.MODEL_NAME).is_file():
+        return path / checkpoint.MODEL_NAME
+    return _choose(path) / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
+
+
+def _choose(path: Path) -> Path:
+    """The checkpoint that a folder is or holds."""
+    if checkpoint.is_checkpoint(path):
+        fault = checkpoint.find_fault(path)
+        if fault is not None:
+            raise ValueError(f"{fault}; give another checkpoint, or copy this one again")
+        return path
+    newest, faults = checkpoint.newest(path if path.name == "checkpoints" else path / "checkpoints")
+    if newest is None:
+        raise FileNotFoundError(f"{path} is a folder without checkpoints; give {WHAT_CAN_BE_NAMED}")
+    for fault in faults:
+        print(f"{fault}; taking {newest.name}", file=sys.stderr)
+    return newest

@@ -1,0 +1,109 @@
+"""YAML as people mean it, for a pydantic schema: where the schema wants text, the text stays as it was written.
+
+YAML alone makes a number of `output: 2024`, a boolean of `on` and a date of `2024-05-01`, counts `0100` in eights and
+`1:30` in sixties, and takes the last of two values for one key. config.py reads its files and overrides with this.
+"""
+
+import re
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+_TAG = "tag:yaml.org,2002:"
+_NULLS = ("", "~", "null", "Null", "NULL")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the numbers of YAML 1.2, of which `1e-3` is one, and without dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in {
+    "int": r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+",
+    "float": r"[-+]?([0-9][0-9_]*(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+|[-+]?([0-9][0-9_]*\.[0-9]*|\.[0-9]+)"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}.items():
+    _Loader.add_implicit_resolver(_TAG + _kind, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def read_yaml(text: str | bytes, schema: Any, origin: str) -> Any:
+    """The plain value of a YAML document for `schema`, a type or a model; an empty section is {}.
+
+    Raises ValueError, one line that begins with `origin`, for what is no YAML and for a key that is set twice.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.construct_document(_as_written(node, schema))
+    except yaml.YAMLError as error:
+        quotes = "; put quotes around text that holds ': '" if "mapping values" in str(error) else ""
+        raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}{quotes}") from error
+    except _RepeatedKeyError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
+def read_value(text: str, schema: Any, origin: str) -> Any:
+    """The value that `text`, from a command line, has for `schema`: where that wants text, itself. None for null."""
+    if wants_text(schema):
+        return None if text in _NULLS else text
+    return read_yaml(text, schema, origin)
+
+
+def wants_text(schema: Any) -> bool:
+    """Whether values of this type are strings or paths, or null."""
+    return _kinds(schema) - {NoneType} <= {str, Path} and schema is not None
+
+
+def field_type(schema: Any, name: Any) -> Any:
+    """The type of a model's field; None where there is no such field, or `schema` is no model."""
+    field = schema.model_fields.get(name) if _is_model(schema) else None
+    return None if field is None else field.annotation
+
+
+def _is_model(schema: Any) -> bool:
+    return isinstance(schema, type) and issubclass(schema, BaseModel)
+
+
+def _kinds(schema: Any) -> set[Any]:
+    """The types that values may have: `Literal["a"] | None` → {str, NoneType}."""
+    if get_origin(schema) is Annotated:
+        return _kinds(get_args(schema)[0])
+    if get_origin(schema) is Literal:
+        return {type(value) for value in get_args(schema)}
+    alternatives = get_args(schema) if NoneType in get_args(schema) else ()
+    return {kind for alternative in alternatives for kind in _kinds(alternative)} or {schema}
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
+    """The node with text in place of what YAML would make of scalars, where the schema wants text."""
+    if isinstance(node, yaml.MappingNode):
+        _refuse_repeated_keys(node)
+        node.value = [(key, _as_written(value, field_type(schema, key.value))) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        node.value = [_as_written(item, None) for item in node.value]
+    elif node.tag == f"{_TAG}null" and (
+        _is_model(schema) or get_origin(schema) is dict
+    ):  # a section whose lines are all commented out
+        return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
+    elif node.tag != f"{_TAG}null" and wants_text(schema):
+        return yaml.ScalarNode(f"{_TAG}str", node.value, node.start_mark, node.end_mark)
+    return node
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        name, line = str(key.value), key.start_mark.line + 1
+        if name in lines:
+            raise _RepeatedKeyError(f"{name} is set twice, on lines {lines[name]} and {line}; keep one")
+        lines[name] = line

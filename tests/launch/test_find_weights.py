@@ -1,0 +1,145 @@
+"""Which file a path means: everything that lies in a run's folder, whole and as careless copies leave it."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch import checkpoint
+from launch.checkpoint import EMA_NAME, MODEL_NAME
+from launch.export import export
+from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
+
+OLDER, NEWER = "step-00000039", "step-00000078"
+
+
+@pytest.fixture
+def run(trained_run, tmp_path) -> Path:
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("ema", EMA_NAME), ("model", MODEL_NAME)])
+def test_what_can_be_named(run, kind, name):
+    folder = run / "checkpoints"
+    (folder / checkpoint.BEST).write_text(f"{OLDER}\n")
+    newest = folder / NEWER / name
+    for path in (run, folder, folder / "latest", folder / NEWER):
+        assert find_weights(path, kind) == newest
+    for path in (folder / "best", folder / OLDER):
+        assert find_weights(path, kind) == folder / OLDER / name
+    for path in (newest, folder / OLDER / EMA_NAME):
+        assert find_weights(path, kind) == path
+
+
+def test_an_exported_folder(run, tmp_path):
+    weights = export(run, tmp_path / "export", "model")
+    assert find_weights(tmp_path / "export", "ema") == weights
+
+
+def test_a_checkpoint_that_was_moved_elsewhere(run, tmp_path):
+    """Under another name, as `cp -r RUN/checkpoints/step-00000078 b0` makes it."""
+    shutil.copytree(run / "checkpoints" / NEWER, tmp_path / "b0")
+    assert find_weights(tmp_path / "b0", "ema") == tmp_path / "b0" / EMA_NAME
+
+
+def test_best_as_a_folder_or_a_link(run):
+    """As people make it who keep one under a name of its own."""
+    folder = run / "checkpoints"
+    (folder / "best").unlink()
+    (folder / "best").symlink_to(OLDER)
+    assert find_weights(folder / "best", "ema") == folder / "best" / EMA_NAME
+    (folder / "best").unlink()
+    shutil.copytree(folder / OLDER, folder / "best")
+    assert find_weights(folder / "best", "ema") == folder / "best" / EMA_NAME
+    with pytest.raises(
+        ValueError, match="best is a folder, where a run keeps a file with the name of a checkpoint; mo"
+    ):
+        checkpoint.check_pointers(folder)
+
+
+def test_a_damaged_newest_one_is_passed_over_in_a_run_and_said(run, capsys):
+    (run / "checkpoints" / NEWER / MODEL_NAME).unlink()
+    assert find_weights(run, "ema") == run / "checkpoints" / OLDER / EMA_NAME
+    said = capsys.readouterr().err
+    assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", said)
+
+
+def leave_no_weights(run: Path) -> None:
+    (run / "checkpoints" / NEWER / EMA_NAME).unlink()
+
+
+def cut_weights(run: Path) -> None:
+    os.truncate(run / "checkpoints" / NEWER / EMA_NAME, 1000)
+
+
+def cut_state(run: Path) -> None:
+    os.truncate(run / "checkpoints" / NEWER / "state.json", 10)
+
+
+def leave_no_manifest(run: Path) -> None:
+    (run / "checkpoints" / NEWER / "manifest.json").unlink()
+
+
+def empty_the_manifest(run: Path) -> None:
+    (run / "checkpoints" / NEWER / "manifest.json").write_text("{}")
+
+
+def point_nowhere(run: Path) -> None:
+    (run / "checkpoints" / "best").write_text("step-00000001\n")
+
+
+def point_at_nothing(run: Path) -> None:
+    (run / "checkpoints" / "best").write_bytes(b"\xff\x00")
+
+
+def leave_no_checkpoints(run: Path) -> None:
+    for path in (run / "checkpoints").glob("step-*"):
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named", "message"),
+    [
+        (
+            leave_no_weights,
+            f"checkpoints/{NEWER}",
+            f"{NEWER} cannot be read .*{EMA_NAME}.*; give another checkpoint, or",
+        ),
+        (cut_weights, f"checkpoints/{NEWER}", f"{EMA_NAME} has 1000 bytes instead of [0-9]+; give another checkpoint"),
+        (
+            cut_state,
+            "checkpoints/latest",
+            "state.json has 10 bytes instead of [0-9]+; give another checkpoint, or copy",
+        ),
+        (
+            leave_no_manifest,
+            f"checkpoints/{NEWER}",
+            f"{NEWER} cannot be read .*manifest.json.*; give another checkpoint",
+        ),
+        (empty_the_manifest, f"checkpoints/{NEWER}", f"does not name {EMA_NAME}, {MODEL_NAME}, state.json; give anoth"),
+        (
+            point_nowhere,
+            "checkpoints/best",
+            f"best names step-00000001, which is not there; there are: {OLDER}, {NEWER}$",
+        ),
+        (
+            point_at_nothing,
+            "checkpoints/best",
+            f"best holds .* instead of the name of a checkpoint; there are: {OLDER},",
+        ),
+        (leave_no_checkpoints, "", f"is a folder without checkpoints; give {re.escape(WHAT_CAN_BE_NAMED)}$"),
+        (
+            leave_no_checkpoints,
+            "checkpoints",
+            "checkpoints is a folder without checkpoints; give a run's folder, one of",
+        ),
+        (leave_no_checkpoints, "checkpoints/latest", f"latest names {NEWER}, which is not there; there are: none$"),
+        (leave_no_checkpoints, "none.pth", f"no weights at .*none.pth; give {re.escape(WHAT_CAN_BE_NAMED)}$"),
+    ],
+)
+def test_what_is_not_whole_is_refused(run, damage, named, message):
+    damage(run)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        find_weights(run / named, "ema")

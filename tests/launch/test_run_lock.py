@@ -1,0 +1,236 @@
+"""The lock on a run's folder with real processes: who is refused, and which dead owners are no owners."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from multiprocessing import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.run_lock import LOCK_NAME, SILENT_LOOKS, acquire, this_process
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import signal, sys
+from pathlib import Path
+from launch.run_lock import acquire
+lock = acquire(Path(sys.argv[1]), beat_seconds=0.01)
+print("held", flush=True)
+signal.pause()
+"""
+
+
+@pytest.fixture
+def hold(environ, tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
+    """Returns a function: a process that has the lock on tmp_path/run."""
+    started = []
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def move_to_another_host(lock: Path) -> None:
+    """Rewrites, in place, of which machine an owner says it is; it goes on beating, if it does."""
+    with open(lock, "r+b") as file:
+        owner = json.loads(file.readline())
+        before = json.dumps(owner, ensure_ascii=False)
+        owner["machine"] = owner["machine"][::-1]
+        after = json.dumps(owner, ensure_ascii=False)
+        assert len(after) == len(before)
+        file.seek(0)
+        file.write(after.encode())
+
+
+def leave_lock(folder: Path, **changes: object) -> None:
+    """The file of an owner that is this process but for `changes`, and does not beat."""
+    owner = replace(this_process(), **changes)
+    (folder / LOCK_NAME).write_text(json.dumps(asdict(owner)) + "\n00000000000000000000\n")
+
+
+def never(seconds: float) -> None:
+    raise AssertionError("there is nothing to wait for")
+
+
+def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
+    first = hold()
+    owner = json.loads((folder / LOCK_NAME).read_text().splitlines()[0])
+    with pytest.raises(RuntimeError) as refusal:
+        acquire(folder, pause=never)
+    assert str(refusal.value) == (
+        f"{folder} is in use by another run (process {first.pid} on {os.uname().nodename}, started {owner['started']});"
+        " wait until that has ended, or choose another output"
+    )
+
+
+def test_a_stopped_owner_is_no_dead_one(hold, folder):
+    first = hold()
+    first.send_signal(signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match="is in use by another run"):
+        acquire(folder, pause=never)
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_killed_it_is_followed_at_once(hold, folder, reaped):
+    first = hold()
+    first.kill()
+    if reaped:
+        first.wait()
+    else:
+        os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # its parent has not asked for its status
+        assert psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
+    lock = acquire(folder, pause=never)
+    lock.check()
+    lock.release()
+
+
+def test_a_later_process_of_the_same_id_is_not_the_owner(folder):
+    leave_lock(folder, born=this_process().born - 1)
+    acquire(folder, pause=never).release()
+
+
+def try_to_acquire(folder: Path, together: Barrier, verdicts: Queue) -> None:
+    lock = None
+    together.wait()
+    with suppress(RuntimeError):
+        lock = acquire(folder, pause=lambda seconds: None)
+    together.wait()  # until all have it or were refused
+    has_it = False
+    with suppress(RuntimeError):
+        if lock is not None:
+            lock.check()
+            has_it = True
+    verdicts.put(has_it)
+
+
+def test_of_many_that_follow_a_dead_one_at_once_one_has_it(folder):
+    forks = multiprocessing.get_context("fork")
+    for _ in range(10):
+        leave_lock(folder, born=0)
+        together, verdicts = forks.Barrier(4), forks.Queue()
+        processes = [forks.Process(target=try_to_acquire, args=(folder, together, verdicts)) for _ in range(4)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert sorted(verdicts.get() for _ in processes) == [False, False, False, True]
+        (folder / LOCK_NAME).unlink()
+
+
+def test_a_released_lock_leaves_nothing(tmp_path):
+    acquire(tmp_path / "runs" / "new").release()
+    assert not (tmp_path / "runs" / "new").exists()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.jsonl").touch()
+    acquire(tmp_path / "old").release()
+    assert [path.name for path in (tmp_path / "old").iterdir()] == ["metrics.jsonl"]
+
+
+def test_another_host_whose_counter_stands_still(hold, folder):
+    first = hold()
+    first.kill()
+    first.wait()
+    move_to_another_host(folder / LOCK_NAME)
+    said, looks = [], []
+    acquire(folder, said.append, looks.append).release()
+    assert looks == SILENT_LOOKS * [5.0]
+    assert len(said) == 1
+    assert f"is of process {first.pid} on" in said[0]
+    assert "up to 60 s to see if it lives" in said[0]
+
+
+def test_another_host_that_beats(hold, folder):
+    first = hold()
+    move_to_another_host(folder / LOCK_NAME)
+
+    looks = []
+
+    def pause(seconds: float) -> None:
+        looks.append(seconds)
+        before = (folder / LOCK_NAME).read_bytes()
+        while (folder / LOCK_NAME).read_bytes() == before:  # until it has beaten
+            assert first.poll() is None
+
+    with pytest.raises(RuntimeError, match=f"is in use by another run .process {first.pid} on"):
+        acquire(folder, pause=pause)
+    assert len(looks) == 1
+
+
+def test_another_host_that_ends_meanwhile(hold, folder):
+    hold()
+    move_to_another_host(folder / LOCK_NAME)
+    acquire(folder, pause=lambda seconds: (folder / LOCK_NAME).unlink(missing_ok=True)).release()
+
+
+@pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, SILENT_LOOKS)])
+def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, restarts, looks):
+    """But for another step of the same start it does."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "north")
+    leave_lock(folder, machine="another")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    waited = []
+    acquire(folder, pause=waited.append).release()
+    assert len(waited) == looks
+
+
+def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    leave_lock(folder, machine="another", job="south/17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    waited = []
+    acquire(folder, pause=waited.append).release()
+    assert len(waited) == SILENT_LOOKS
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]\n0\n", b'{"host": "old version"}\n', b"\xff\xfe"])
+def test_a_file_that_nobody_writes_is_no_lock(folder, content):
+    (folder / LOCK_NAME).write_bytes(content)
+    waited = []
+    acquire(folder, pause=waited.append).release()
+    assert len(waited) == SILENT_LOOKS
+
+
+def test_an_owner_that_was_taken_for_dead_notices(folder):
+    frozen = acquire(folder, beat_seconds=1e6)
+    frozen.check()
+    move_to_another_host(folder / LOCK_NAME)
+    second = acquire(folder, pause=lambda seconds: None)
+    with pytest.raises(RuntimeError, match=rf"is no longer this run's: process {os.getpid()} on .* has taken it over;"):
+        frozen.check()
+    frozen.release()
+    second.check()
+    (folder / LOCK_NAME).unlink()
+    with pytest.raises(RuntimeError, match="is no longer this run's: lock was removed; this process ends"):
+        second.check()
+    second.release()
+
+
+@pytest.mark.parametrize(
+    ("output", "words"), [("/sys/kernel", "denied|permitted"), ("/proc/run", "No such file"), (__file__, "File exists")]
+)
+def test_a_folder_that_cannot_be_written_to(output, words):
+    with pytest.raises(RuntimeError, match=f"cannot write to the run's folder {output}: .*({words}).*; make it"):
+        acquire(Path(output))
