@@ -46,7 +46,7 @@ from dataio.index import (
 from dataio.journal import UNFINISHED, FinishedShard, Journal
 from dataio.pack_options import PARTS, PackOptions, add_options
 from dataio.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
-from dataio.source import ImageFile, Source, find_images
+from dataio.source import ImageFile, Source, find_images, read_names
 from dataio.terminal import progress_bar, status
 from dataio.workers import available_cores, worker_pool
 
@@ -72,7 +72,7 @@ def pack(source: str | Path, target: str | Path, options: PackOptions | None = N
         raise ValueError(f"{target} lies inside {source}; choose a folder beside it, or it would become a class")
     with new_folder(target, resume=True) as folder:
         with status(f"listing {source}"):
-            found = find_images(source, options.classes)
+            found = find_images(source, options.classes and read_names(options.classes))
         parts = None if options.hold_out is None else split(found, options.hold_out)
         if parts is not None:  # a file that is no image lies in the kept part
             broken = found.broken if options.part == "kept" else []

@@ -11,7 +11,7 @@ import stat
 import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,7 +86,7 @@ class FolderReader:
             os.close(file)
 
 
-def find_images(source: str | Path, class_names: Path | None = None) -> Source:
+def find_images(source: str | Path, class_names: Sequence[str] | None = None) -> Source:
     """The classes and images of `source`. Each format has its own:
 
     A class folder, or a zip or tar of one: a visible folder is a class, the files in and below it its images. Folders
@@ -94,9 +94,9 @@ def find_images(source: str | Path, class_names: Path | None = None) -> Source:
     beside the class folders unless they are images. In a class, texts and tables are counted as ignored; any other
     file whose name does not end like an image's is listed as broken.
     A WebDataset: a folder, brace pattern or file of tar shards, whose samples have an image and a class (.cls).
-    class_names: a file with a name in each line, in the order of the classes; some may have no images. Without it,
-    names are in natural order (2 before 10), and a WebDataset's as its numbers or its manifest say.
-    Raises ValueError if there is no class, the file lacks one, one has no images (and there is no file), the folders
+    class_names: all of them in their order; some may have no images. None: names are in natural order (2 before 10),
+    and a WebDataset's as its numbers or its manifest say.
+    Raises ValueError if there is no class, `class_names` lacks one, one has no images and they are None, the folders
     are parts of a data set (train, val), or a sample is not whole.
     """
     path = Path(source)
@@ -117,10 +117,21 @@ def find_images(source: str | Path, class_names: Path | None = None) -> Source:
     )
 
 
+def read_names(file: Path) -> list[str]:
+    """The names of classes in a file, one a line. Raises ValueError if one is empty or there twice."""
+    names: dict[str, None] = {}
+    for number, line in enumerate(file.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
+        name = unicodedata.normalize("NFC", line)
+        if not name.strip() or name in names:
+            raise ValueError(f'{file}: line {number} is "{name}", empty or there twice; write a name a line')
+        names[name] = None
+    return list(names)
+
+
 # Class folders
 
 
-def _find_in_folder(path: Path, class_names: Path | None) -> Source:
+def _find_in_folder(path: Path, class_names: Sequence[str] | None) -> Source:
     entries = sorted(entry for entry in path.iterdir() if is_visible(entry.name))
     classes = [entry.name for entry in entries if entry.is_dir()]
     files = [
@@ -160,7 +171,7 @@ def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
                     yield Member(inside, facts.st_size, (inside,)), facts.st_mtime_ns
 
 
-def _find_in_archive(archive: Path, inside: str, class_names: Path | None) -> Source:
+def _find_in_archive(archive: Path, inside: str, class_names: Sequence[str] | None) -> Source:
     reader = open_archive(archive)
     members = read_members(reader)
     _require_unique(archive, members)
@@ -184,7 +195,7 @@ def _by_class(member: Member) -> tuple[str, ...]:
 
 
 def _of_class_folder(
-    path: Path, folders: list[str], files: Iterable[Member], class_names: Path | None, stamp: str, reader: Reader
+    path: Path, folders: list[str], files: Iterable[Member], class_names: Sequence[str] | None, stamp: str, reader: Reader
 ) -> Source:
     """The source of these files, in this order; those of a class are called FOLDER/…"""
     classes, labels = _label_folders(path, folders, class_names)
@@ -214,7 +225,7 @@ def _of_class_folder(
     return Source(str(path), tuple(classes), images, broken, stamp, reader, ignored, natural=class_names is None)
 
 
-def _label_folders(path: Path, folders: list[str], class_names: Path | None) -> tuple[list[str], dict[str, int]]:
+def _label_folders(path: Path, folders: list[str], class_names: Sequence[str] | None) -> tuple[list[str], dict[str, int]]:
     """(the classes' names, the number of each folder's class)."""
     if not folders:
         raise ValueError(
@@ -231,13 +242,13 @@ def _label_folders(path: Path, folders: list[str], class_names: Path | None) -> 
         if name in names:
             raise ValueError(f"{path} holds two folders {name}, written with other Unicode characters; rename one")
         names[name] = folder
-    classes = sorted(names, key=natural_key) if class_names is None else _read_names(class_names)
+    classes = sorted(names, key=natural_key) if class_names is None else list(class_names)
     numbers = {name: number for number, name in enumerate(classes)}
     for name in names:
         if name not in numbers:
             raise ValueError(
-                f'{class_names} names {len(classes)} classes, and none is "{name}", a folder in {path}; add it there,'
-                f" or remove the folder"
+                f'none of the {len(classes)} names of classes is "{name}", a folder in {path}; add it to the file for'
+                f" --classes, or remove the folder"
             )
     return classes, {folder: numbers[name] for name, folder in names.items()}
 
@@ -286,7 +297,7 @@ def _has_labels(path: Path) -> bool:
     return any(member.name.endswith(f".{LABEL_ENDING}") for member in members)
 
 
-def _find_samples(path: Path, shards: list[Path], class_names: Path | None) -> Source:
+def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | None) -> Source:
     reader = TarReader(tuple(shards))
     images: list[Member] = []
     labels: list[str] = []
@@ -331,9 +342,9 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
         yield images[0], label
 
 
-def _classes(path: Path, labels: list[str], class_names: Path | None) -> tuple[list[str], list[int], bool]:
+def _classes(path: Path, labels: list[str], class_names: Sequence[str] | None) -> tuple[list[str], list[int], bool]:
     """(the classes' names, the number of each sample's class, whether the names are in natural order)."""
-    names = None if class_names is None else _read_names(class_names)
+    names = None if class_names is None else list(class_names)
     if names is None and (path / MANIFEST_NAME).is_file():  # of shards that dataio.pack wrote
         names = list(read_manifest_file(path)[0].classes)
     if all(label.isascii() and label.isdigit() for label in labels):
@@ -352,16 +363,6 @@ def _classes(path: Path, labels: list[str], class_names: Path | None) -> tuple[l
         if label not in known:
             raise ValueError(f'{path} has class "{label}", which is none of the {len(known)} names; add it to these')
     return list(known), [known[label] for label in labels], names is None
-
-
-def _read_names(file: Path) -> list[str]:
-    names: dict[str, None] = {}
-    for number, line in enumerate(file.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
-        name = unicodedata.normalize("NFC", line)
-        if not name.strip() or name in names:
-            raise ValueError(f'{file}: line {number} is "{name}", empty or there twice; write a name a line')
-        names[name] = None
-    return list(names)
 
 
 def _require_unique(path: Path, members: list[Member]) -> None:
