@@ -23,7 +23,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-MODEL = ["torch>=2.11", "timm>=1.0.31", "einops>=0.8", "safetensors>=0.5"]
+MODEL = ["torch>=2.11", "timm>=1.0.31", "safetensors>=0.5"]
 DATA = [
     "braceexpand>=0.1.7",
     "fsspec>=2025.3",

@@ -6,7 +6,7 @@ python -m launch.benchmark gpu --parts check kernels
 
 Its parts run one after the other, those first that tell most; a part that fails or exceeds its time limit keeps none of
 the others from running, and makes the exit status 1. --minutes leaves out what would not fit any more. It needs torch,
-timm, einops, pytest and hypothesis; a part that needs more is skipped, with its reason, where that is not installed.
+timm, pytest and hypothesis; a part that needs more is skipped, with its reason, where that is not installed.
 
 It writes one folder: for each part a folder with log.txt, part.json (what ran, how it ended, its result) and the
 command's own files, and summary.json of all parts, renewed after each, so that what was measured survives what comes

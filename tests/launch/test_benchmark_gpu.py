@@ -32,7 +32,7 @@ from launch.benchmark import (
 from launch.benchmark.gpu_parts import Part, last_line
 from launch.benchmark.report import ROOT, format_table
 
-#: What a machine for measurements may lack: all but torch, timm, einops, pytest, hypothesis and what those need.
+#: What a machine for measurements may lack: all but torch, timm, pytest, hypothesis and what those need.
 ABSENT = (
     *("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage", "xdist", "pytest_timeout"),
     *("torchmetrics", "tensorboard", "psutil", "rich", "matplotlib", "fsspec.implementations.http", "aiohttp", "moto"),

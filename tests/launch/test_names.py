@@ -67,7 +67,7 @@ def test_the_model_alone_is_installed_without_them():
     """`pip install .` takes what has no extra; the extras bring the rest."""
     needed = importlib.metadata.requires("polaformer-plus-plus")
     alone = {re.match(r"[\w-]+", line).group() for line in needed if "extra ==" not in line}
-    assert alone == {"torch", "timm", "einops", "safetensors"}
+    assert alone == {"torch", "timm", "safetensors"}
     train = {re.match(r"[\w-]+", line).group() for line in needed if 'extra == "train"' in line}
     assert {"deepspeed", "nvidia-dali-cuda130", "pydantic"} < train
 
