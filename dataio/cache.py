@@ -146,8 +146,8 @@ class ShardCache:
         remote = self._manifest.remote
         return (
             f"waited {self._batch_seconds:g} s for shards of a batch, at last for"
-            f" {shown(remote.address(held.entry.path.name))}; check server and network, or lower data.window_shards"
-            f"{remote.cache.patience.longer}"
+            f" {shown(remote.address(held.entry.path.name))}; check server and network, or read from fewer shards"
+            f" (data.window_shards, --batch, --count){remote.cache.patience.longer}"
         )
 
     def close(self) -> None:

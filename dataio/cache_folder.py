@@ -106,7 +106,7 @@ def _explained(entry: Entry) -> Iterator[None]:
     except OSError as error:
         raise RuntimeError(
             f"cannot keep {entry.path}: {error.strerror}; make the folder writable, or name another one, on a local"
-            " disk, with data.cache"
+            " disk, with data.cache, --cache"
         ) from error
 
 
@@ -254,12 +254,12 @@ def _make_room(cache: CacheOptions, needed: int) -> None:
     if total + needed > cache.limit_bytes:
         raise _NoRoomError(
             f"all of the {gib(total)} there is in use, of {gib(cache.limit_bytes)} allowed, and {gib(needed)} are"
-            " needed; raise data.cache_gib, or let other runs have another data.cache"
+            " needed; raise data.cache_gib, --cache-gib, or let other runs have another data.cache, --cache"
         )
     if needed > free:
         raise _NoRoomError(
-            f"its disk has {gib(max(0, free))} left and {gib(needed)} are needed; free some space, or let data.cache"
-            " name a folder of another disk"
+            f"its disk has {gib(max(0, free))} left and {gib(needed)} are needed; free some space, or let data.cache,"
+            " --cache name a folder of another disk"
         )
 
 

@@ -164,8 +164,8 @@ class _Bench:
                 batches[number] = self._without(refused, loaded)
                 return batches
         raise RuntimeError(
-            "DALI failed on a batch, and on none of its images alone; free some memory, or lower data.threads or"
-            f" data.prefetch_batches: {error}"
+            "DALI failed on a batch, and on none of its images alone; free some memory, or lower data.threads,"
+            f" --threads or data.prefetch_batches: {error}"
         ) from error
 
     def _without(self, faults: dict[int, str], loaded: _Loaded) -> _Loaded:
@@ -263,7 +263,7 @@ class _Bench:
         if failed:
             raise RuntimeError(
                 f"cannot decode {self.manifest.describe(sample[0])}, nor a blank image of its size ({failed[1]});"
-                " free some memory, or lower data.threads or data.prefetch_batches"
+                " free some memory, or lower data.threads, --threads or data.prefetch_batches"
             )
         if self._first_failure(sample, [encoded], view) is None:
             return None

@@ -35,7 +35,8 @@ class Resizer:
         """Raises RuntimeError if images could not be scaled, which is no fault of theirs."""
         if self._fault:
             raise RuntimeError(
-                f"cannot scale images on the CPU: {self._fault}; free some memory, or use fewer threads (data.threads)"
+                f"cannot scale images on the CPU: {self._fault}; free some memory, or use fewer threads (data.threads,"
+                " --threads)"
             )
 
     def _resize(self, image: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,60 @@ def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_pa
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RuntimeError, match=r"the first host of gpu\[07-09\] is unknown .*; export its name as MASTER"):
         start(Placement(0, 0, 3, "srun"), "cpu", MINUTE)
+
+
+HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "fault"),
+    [
+        ({}, ValueError, f"MASTER_ADDR is not set although other variables of a launcher are; {REMEDY}"),
+        ({"MASTER_ADDR": "127.0.0.1"}, ValueError, f"MASTER_PORT is not set although .*; {REMEDY}"),
+        (HERE | {"MASTER_PORT": "http"}, ValueError, 'MASTER_PORT is "http", which is no port; use a number from 1 to'),
+        (
+            HERE | {"MASTER_PORT": "80000"},
+            ValueError,
+            'MASTER_PORT is "80000", which is no port; use a number from 1 to',
+        ),
+        (
+            HERE | {"MASTER_ADDR": "no-such-host.invalid"},
+            RuntimeError,
+            "MASTER_ADDR is no-such-host.invalid, which this machine cannot resolve .*; set it to the address of rank 0's",
+        ),
+    ],
+)
+def test_half_an_address_is_refused(no_launcher, address, kind, fault):
+    """At once: PyTorch would wait for a host that nobody knows as for one that is slow."""
+    os.environ.update(address)
+    with pytest.raises(kind, match=f"^{fault}"):
+        start(Placement(0, 0, 2, "environment"), "cpu", timedelta(hours=1))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables", "remedy"),
+    [
+        ("environment", {"CROSS_RANK": "0"}, r"start it with deepspeed --master_port \d+"),
+        ("environment", {}, r"set MASTER_PORT to another, like \d+"),
+        ("srun", {}, r"export MASTER_PORT=\d+ before srun or sbatch"),
+    ],
+)
+def test_a_port_that_is_taken(no_launcher, launcher, variables, remedy):
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        os.environ.update(HERE | {"MASTER_PORT": port} | variables)
+        with pytest.raises(RuntimeError, match=f"^port {port} is taken, by another run perhaps; {remedy}$"):
+            start(Placement(0, 0, 2, launcher), "cpu", timedelta(hours=1))
+
+
+def test_ranks_that_do_not_come(no_launcher, free_port):
+    os.environ.update(HERE | {"MASTER_PORT": str(free_port)})
+    fault = (
+        f"rank 0 did not meet the other ranks at 127.0.0.1, port {free_port}, within 0:00:01 .*; check that all 2 were"
+        " started, and that this machine reaches that one"
+    )
+    with pytest.raises(RuntimeError, match=f"^{fault}$"):
+        start(Placement(0, 0, 2, "environment"), "cpu", timedelta(seconds=1))
 
 
 def clean_environment(folder, **more):

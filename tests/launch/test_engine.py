@@ -1,6 +1,7 @@
 """DeepSpeed's configuration, the model that is built, and that every ZeRO stage trains like plain PyTorch."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 
 from launch.config import load_config
-from launch.engine import build_model, deepspeed_config, seed_step
+from launch.engine import build_model, check_engine, deepspeed_config, seed_step
 from launch.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +64,26 @@ def test_the_raw_section_wins_and_leaves_its_neighbours(configured):
     assert derived["dump_state"] is True
     assert derived["zero_optimization"]["reduce_bucket_size"] == 7
     assert derived["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("zero_optimization.typo=1", "in the deepspeed section, typo is 1: Extra inputs are not permitted"),
+        ("zero_optimization.reduce_bucket_size=-3", "in the deepspeed section, reduce_bucket_size is -3: Input should"),
+        ("communication_data_type=fp8", "DeepSpeed does not accept the deepspeed section (Invalid communication_data_"),
+        ("wandb.enabled=true", "deepspeed.wandb needs the package wandb; install it, or leave the section out"),
+    ],
+)
+def test_what_deepspeed_does_not_accept(alone, configured, override, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        check_engine(*configured(f"deepspeed.{override}"))
+
+
+def test_what_deepspeed_accepts(alone, configured):
+    """Its own way of writing numbers among it."""
+    check_engine(*configured())
+    check_engine(*configured("deepspeed.zero_optimization.reduce_bucket_size=1e7", "deepspeed.wandb.enabled=false"))
 
 
 def test_the_model_depends_on_the_seed_alone(configured):

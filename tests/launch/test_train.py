@@ -218,6 +218,21 @@ def test_started_again_a_finished_run_does_nothing(forked, runs, few):
 
 
 @pytest.mark.slow
+def test_folders_with_any_name_are_folders_of_their_own(forked, few, fashion, tmp_path):
+    """Two runs whose names YAML would take for one, evaluated during training on fewer classes than it has."""
+    for name in ("Bag", "Coat", "Trouser"):
+        shutil.copytree(fashion / name, tmp_path / "some" / name)
+    pack(tmp_path / "some", tmp_path / "a: b", PackOptions())
+    short = f"data.val={tmp_path / 'a: b'}", "optimizer.epochs=0.2", "optimizer.warmup_epochs=0"
+    for number in (1, 2):
+        finished = forked(1, TRAIN, *overrides(few, tmp_path / f"run #{number}", *short))
+        assert finished.returncode == 0, finished.stderr
+        assert "goes on from" not in finished.stdout
+        assert "of 3 classes out of 10" in finished.stdout
+        assert (tmp_path / f"run #{number}" / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused(forked, runs, few):
     message = refusal(forked(1, TRAIN, *overrides(few, runs["whole"])))
     assert "the run's checkpoint has number of ranks 2, this start has 1" in message
@@ -420,11 +435,18 @@ def test_a_checkpoint_of_another_model(forked, few, runs):
         ("optimizer.global_batch=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
         ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
+        ("deepspeed.zero_optimization.typo=1", "in the deepspeed section, typo is 1: Extra inputs are not permitted"),
     ],
 )
 def test_what_cannot_work_is_refused(forked, few, tmp_path, override, message):
     assert message in refusal(forked(1, TRAIN, *overrides(few, tmp_path / "run", override)))
     assert not (tmp_path / "run").exists()
+
+
+def test_half_of_a_launchers_environment(forked, few, tmp_path):
+    half = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    message = refusal(forked(1, TRAIN, *overrides(few, tmp_path / "run"), **half))
+    assert message.startswith("MASTER_ADDR is not set although other variables of a launcher are; start the run with")
 
 
 @pytest.mark.slow

@@ -109,6 +109,12 @@ def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp
     assert "rank 0 was here" in log
 
 
+def test_a_port_of_ones_own_wins(cluster, project, tmp_path):
+    job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", MASTER_PORT="29876")
+    assert job["JobState"] == "COMPLETED", log
+    assert json.loads((project / "rank1.json").read_text())["MASTER_PORT"] == "29876"
+
+
 def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], "fail", root=project, log=tmp_path / "job.log")
     assert job["JobState"] == "FAILED", log
