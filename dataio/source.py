@@ -195,7 +195,12 @@ def _by_class(member: Member) -> tuple[str, ...]:
 
 
 def _of_class_folder(
-    path: Path, folders: list[str], files: Iterable[Member], class_names: Sequence[str] | None, stamp: str, reader: Reader
+    path: Path,
+    folders: list[str],
+    files: Iterable[Member],
+    class_names: Sequence[str] | None,
+    stamp: str,
+    reader: Reader,
 ) -> Source:
     """The source of these files, in this order; those of a class are called FOLDER/…"""
     classes, labels = _label_folders(path, folders, class_names)
@@ -225,7 +230,9 @@ def _of_class_folder(
     return Source(str(path), tuple(classes), images, broken, stamp, reader, ignored, natural=class_names is None)
 
 
-def _label_folders(path: Path, folders: list[str], class_names: Sequence[str] | None) -> tuple[list[str], dict[str, int]]:
+def _label_folders(
+    path: Path, folders: list[str], class_names: Sequence[str] | None
+) -> tuple[list[str], dict[str, int]]:
     """(the classes' names, the number of each folder's class)."""
     if not folders:
         raise ValueError(

@@ -91,7 +91,9 @@ def test_a_file_gives_the_order_of_folders(source, tmp_path):
     (source / "tea").mkdir()
     assert find_images(source, found.classes).classes == found.classes
     (source / "milk").mkdir()
-    with pytest.raises(ValueError, match='none of the 5 names of classes is "milk", a folder in .*; add it to the file'):
+    with pytest.raises(
+        ValueError, match='none of the 5 names of classes is "milk", a folder in .*; add it to the file'
+    ):
         find_images(source, found.classes)
     for folder in ("rocket", "coffee", "cat", "astronaut"):
         shutil.rmtree(source / folder)
