@@ -418,7 +418,7 @@ def test_natural_order_is_said(numbered, tmp_path, capsys):
 
 
 def test_torchvisions_order_can_be_had(numbered, tmp_path, capsys):
-    """And data in one order goes with data in the other, since names decide."""
+    """And packed again it stays. Data in the other order is evaluated by names."""
     (tmp_path / "names").write_text("\n".join(sorted(os.listdir(numbered))))
     assert main([str(numbered), str(tmp_path / "target"), "--classes", str(tmp_path / "names")]) == 0
     classes = tuple(ImageFolder(numbered).classes)
@@ -429,8 +429,8 @@ def test_torchvisions_order_can_be_had(numbered, tmp_path, capsys):
     again = pack(tmp_path / "target", tmp_path / "again")
     assert again.classes == classes
     natural = pack(numbered, tmp_path / "natural")
-    labels = map_labels(natural, manifest.classes, manifest.place)
-    assert [manifest.classes[label] for label in labels] == list(natural.classes)
+    labels = map_labels(natural, manifest.classes, "target")  # which evaluation asks for
+    assert [classes[label] for label in labels] == list(natural.classes)
 
 
 # Other sources and ways to store
