@@ -296,7 +296,10 @@ def which_is_better(weights: float, ema: float) -> str:
     """Advice on what to evaluate and export, by their top-1 in percent."""
     if ema >= weights:
         return f"the EMA is as good or better ({ema:.2f} % against {weights:.2f} %): launch.evaluate and export take it"
-    return f"the weights are better than the EMA ({weights:.2f} % against {ema:.2f} %): take them with --kind model"
+    return (
+        f"the weights are better than the EMA ({weights:.2f} % against {ema:.2f} %):"
+        " launch.evaluate and launch.export take them with --kind model"
+    )
 
 
 def checkpoints_of(config: Config) -> Path:
