@@ -59,6 +59,7 @@ SAID_BY = {
 OTHERS: dict[str, str | set[str]] = {
     r"dataio\.pack|\bpack\b|^ours, --check ": "dataio.pack",
     r"dataio\.verify": "dataio.verify",
+    r"launch\.evaluate": "launch.evaluate",
     r"quickstart\.sh": "launch.quickstart",
     r"pip install": {"--no-build-isolation"},
     r"tensorboard": {"--logdir"},

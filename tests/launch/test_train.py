@@ -124,7 +124,7 @@ def test_which_weights_to_take():
     assert train.which_is_better(50.0, 50.0).startswith(
         "the EMA is as good or better (50.00 % against 50.00 %): launch"
     )
-    assert train.which_is_better(50.01, 50.0).endswith("(50.01 % against 50.00 %): take them with --kind model")
+    assert train.which_is_better(50.01, 50.0).endswith("launch.export take them with --kind model")
 
 
 def refusal(finished: subprocess.CompletedProcess) -> str:
