@@ -153,6 +153,13 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         if arguments.model is None:
             raise ValueError(f"{path} does not say which model it is of; add --model polaformerpp_b0 … b5")
         card = make_card(arguments.model, manifest.classes, ImageOptions())
+        if dist.get_rank() == 0:
+            first, last = manifest.classes[0], manifest.classes[-1]
+            print(
+                f"{path} names no classes; its outputs are taken to be those of {manifest.place}, from {first} to"
+                f" {last} in that order",
+                file=sys.stderr,
+            )
     if arguments.model not in (None, card.model):
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
     if arguments.image_size is None:
