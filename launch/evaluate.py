@@ -140,6 +140,13 @@ def prepare(
     label_map = map_labels(manifest, card.classes, str(path))
     model = timm.create_model(card.model, num_classes=len(card.classes))
     load_weights(model, path)
+    if read_card(path) is None and dist.get_rank() == 0:
+        first, last = card.classes[0], card.classes[-1]
+        print(
+            f"{path} names no classes; its outputs are taken to be those of {manifest.place}, from {first} to {last} in"
+            " that order",
+            file=sys.stderr,
+        )
     images = card.image_options(arguments.threads)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device, label_map)
@@ -153,13 +160,6 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         if arguments.model is None:
             raise ValueError(f"{path} does not say which model it is of; add --model polaformerpp_b0 … b5")
         card = make_card(arguments.model, manifest.classes, ImageOptions())
-        if dist.get_rank() == 0:
-            first, last = manifest.classes[0], manifest.classes[-1]
-            print(
-                f"{path} names no classes; its outputs are taken to be those of {manifest.place}, from {first} to"
-                f" {last} in that order",
-                file=sys.stderr,
-            )
     if arguments.model not in (None, card.model):
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
     if arguments.image_size is None:
