@@ -140,6 +140,13 @@ def prepare(
     label_map = map_labels(manifest, card.classes, str(path))
     model = timm.create_model(card.model, num_classes=len(card.classes))
     load_weights(model, path)
+    if read_card(path) is None and dist.get_rank() == 0:
+        first, last = card.classes[0], card.classes[-1]
+        print(
+            f"{path} names no classes; its outputs are taken to be those of {manifest.place}, from {first} to {last} in"
+            " that order",
+            file=sys.stderr,
+        )
     images = card.image_options(arguments.threads)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device, label_map)

@@ -1,4 +1,4 @@
-"""The quickstart after its set-up: photographs → shards → training → evaluation → export → a summary.
+"""The quickstart after its set-up: images → shards → training → evaluation → export of the better weights → a summary.
 
 Started by quickstart.sh. Each stage is a command of the project's own, printed as it starts, and is left out when
 its result is there already. The summary, with the machine and what each stage took, is kept in the run's folder.
@@ -10,13 +10,13 @@ if __name__ == "__main__":
     exit_on_interrupt()
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dataio.files import user_path
-from dataio.index import MANIFEST_NAME
+from dataio.files import printable, user_path
+from dataio.index import MANIFEST_NAME, load_manifest
+from dataio.pack_options import PackOptions, add_options
 from dataio.remote import shown
 from launch.benchmark.report import describe_run, write_report
 from launch.config import load_config
 from launch.distributed import find_free_port
 from launch.monitor import METRICS_NAME
+from launch.own_images import HELD_OUT_PERCENT, OwnImages, examine, image_settings, step_settings
 
 CONFIG = "configs/quickstart.yaml"
 SUMMARY_NAME = "quickstart.json"
-HELD_OUT_PERCENT = "10"
+FASHION_MNIST = Path("data/fashion-mnist")
+SHARD_MIB = 32
 CPU_RANKS = 2
-OWN_IMAGES = [  # the configuration's crops, mean and size are for 28×28 grey photographs
-    "data.image_size=64",
-    "data.crop_scale=[0.25, 1.0]",
-    "data.crop_ratio=[0.75, 1.3333]",
-    "data.eval_crop_fraction=0.875",
-    "data.mean=[0.485, 0.456, 0.406]",
-    "data.std=[0.229, 0.224, 0.225]",
-    "optimizer.epochs=20",
-    "optimizer.warmup_epochs=1",
-]
+KINDS = {"weights": "model", "EMA": "ema"}  # as people and as our commands call them
 
 
 class Stages:
@@ -60,7 +54,8 @@ class Stages:
         self._console.rule(name)
         began = time.perf_counter()
         for command in () if done else commands:
-            self._console.print(f"$ {shlex.join(command)}", style="dim", highlight=False, soft_wrap=True)
+            line = printable(f"$ {shlex.join(command)}")
+            self._console.print(line, style="dim", highlight=False, soft_wrap=True)
             status = subprocess.run(command).returncode
             if status:
                 sys.exit(status)
@@ -69,63 +64,107 @@ class Stages:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    console = Console()
-    stages = Stages(console, arguments.setup_seconds)
-    own = arguments.data is not None
-    photographs = arguments.data if own else Path("data/fashion-mnist")
-    shards = Path("data/shards") / name_of(photographs if own else None)
-    run = Path("runs") / (f"quickstart-{shards.name}" if own else "quickstart")
+    try:
+        run_stages(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
-    if not own:
-        stages.run("photographs", module("dataio.fashion_mnist", photographs), done=photographs.is_dir())
-    packed = all((shards / part / MANIFEST_NAME).is_file() for part in ("train", "val"))
-    stages.run("packing", *packing(photographs, shards), done=packed)
-    places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
+
+def run_stages(arguments: argparse.Namespace) -> None:
+    """From images to the summary. Raises ValueError or OSError if images or options cannot be used."""
+    console = Console(markup=False, emoji=False)  # names of folders may look like either
+    stages = Stages(console, arguments.setup_seconds)
+    own, options = prepare(arguments)
+    name = "fashion-mnist" if own is None else own.name
+    shards = Path("data/shards") / name
+    run = Path("runs") / ("quickstart" if own is None else f"quickstart-{name}")
+    if own is None:
+        stages.run("photographs", module("dataio.fashion_mnist", FASHION_MNIST), done=FASHION_MNIST.is_dir())
+    for remark in own.remarks if own else ():
+        console.print(printable(remark), soft_wrap=True)
+    commands = packing(own, shards, options)
+    stages.run("packing", *commands, done=not commands)
     use_ranks()
     began = time.time()
-    stages.run("training", training([*places, *(OWN_IMAGES if own else []), *arguments.overrides]))
-    stages.run("export", module("launch.export", run))
-    exported = run / "export" / "model.safetensors"
+    overrides = arguments.overrides if own is None else settings(shards, arguments.overrides)
+    places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
+    stages.run("training", training([*places, *overrides]))
     top1 = {}
-    for kind, weights in (("weights", run), ("EMA", exported)):
-        out = run / f"evaluation-{kind.lower()}.json"
-        stages.run(f"evaluation of the {kind}", evaluation(weights, shards / "val", out))
-        top1[kind] = json.loads(out.read_text())["top1"]
-    summary = describe_run("quickstart", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    summary |= {
-        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),  # of a rank
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": torch.cuda.device_count(),
+    for label, kind in KINDS.items():
+        out = run / f"evaluation-{kind}.json"
+        stages.run(f"evaluation of the {label}", evaluation(run, kind, shards / "val", out))
+        top1[label] = json.loads(out.read_text())["top1"]
+    better = max(top1, key=lambda label: (top1[label], label == "EMA"))
+    stages.run("export", module("launch.export", run, "--kind", KINDS[better]))
+    summary = {
         "arguments": [shown(word) for word in arguments.overrides],
         "seconds": stages.seconds,
         "speed": training_speed(run, began),
         "top1": top1,
+        "exported": better,
     }
+    summary = describe_machine() | summary
     if summary["speed"]:  # otherwise the run was finished before, and its summary is there
         write_report(run / SUMMARY_NAME, summary)
-    show(console, summary, {"run": run, "shards": shards, "exported EMA": exported})
-    return 0
+    exported = run / "export" / "model.safetensors"
+    show(console, summary, {"run": run, "shards": shards, f"exported, the better: {better}": exported})
 
 
-def name_of(own: Path | None) -> str:
-    """What shards and runs are called: after the folder, and its place, since others may bear the same name."""
-    if own is None:
-        return "fashion-mnist"
-    place = hashlib.sha256(os.fsencode(own.resolve())).hexdigest()[:8]
-    return f"{own.resolve().name}-{place}"
+def describe_machine() -> dict[str, Any]:
+    """What a summary says of the machine."""
+    return {
+        **describe_run("quickstart", torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),  # of a rank
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": torch.cuda.device_count(),
+    }
 
 
-def packing(photographs: Path, shards: Path) -> list[list[str]]:
-    """Commands that pack a train and a val folder, or hold some images of a plain class folder out."""
-    commands = []
-    for part, held_out in (("train", "kept"), ("val", "held-out")):
-        if (shards / part / MANIFEST_NAME).is_file():
-            continue
-        source, split = photographs / part, []
-        if not (photographs / "train").is_dir():
-            source, split = photographs, ["--hold-out", HELD_OUT_PERCENT, "--part", held_out]
-        commands.append(module("dataio.pack", source, shards / part, "--shard-mib", "32", *split))
-    return commands
+def prepare(arguments: argparse.Namespace) -> tuple[OwnImages | None, PackOptions]:
+    """(images of one's own, or None without --data; the options of packing). Raises ValueError if either cannot be."""
+    fields = {name: value for name, value in vars(arguments).items() if name in PackOptions.__dataclass_fields__}
+    hold_out = fields.pop("hold_out")
+    options = PackOptions(**fields)
+    if arguments.data is None:
+        if hold_out is not None or options != PackOptions(shard_mib=SHARD_MIB):
+            raise ValueError("options of packing are for images of your own; name them with --data, or leave these out")
+        load_config(CONFIG, arguments.overrides)
+        return None, options
+    load_config(CONFIG, ["optimizer.warmup_epochs=0", *arguments.overrides])
+    own = examine(arguments.data, options, hold_out)
+    if own.val is None:
+        options = replace(options, hold_out=HELD_OUT_PERCENT if hold_out is None else hold_out, part="kept")
+    return own, options
+
+
+def packing(own: OwnImages | None, shards: Path, options: PackOptions) -> list[list[str]]:
+    """Commands that pack training and validation images, as far as they are not packed yet."""
+    sources = {"train": FASHION_MNIST / "train", "val": FASHION_MNIST / "val"}
+    chosen = {"train": options, "val": options}
+    if own is not None and own.val is not None:  # which may lack classes, and number them like the other part
+        sources = {"train": own.train, "val": own.val}
+        names = shards / "classes.txt"
+        shards.mkdir(parents=True, exist_ok=True)
+        names.write_text("".join(f"{name}\n" for name in own.classes), "utf-8")
+        chosen["val"] = replace(options, classes=names)
+    elif own is not None:
+        sources = {"train": own.train, "val": own.train}
+        chosen["val"] = replace(options, part="held-out")
+    return [
+        module("dataio.pack", sources[part].absolute(), shards / part, *chosen[part].flags())
+        for part in ("train", "val")
+        if not (shards / part / MANIFEST_NAME).is_file()
+    ]
+
+
+def settings(shards: Path, overrides: list[str]) -> list[str]:
+    """What suits the packed images, and the overrides, which win."""
+    images = load_manifest(shards / "train")
+    first = image_settings(images)
+    chosen = load_config(CONFIG, [*first, *overrides]).optimizer
+    return [*first, *step_settings(len(images), chosen.epochs, chosen.global_batch), *overrides]
 
 
 def use_ranks() -> None:
@@ -145,9 +184,9 @@ def training(overrides: list[str]) -> list[str]:
     return [*launcher, "launch/train.py", "--config", CONFIG, *overrides]
 
 
-def evaluation(weights: Path, data: Path, out: Path) -> list[str]:
+def evaluation(run: Path, kind: str, data: Path, out: Path) -> list[str]:
     ranks = torch.cuda.device_count() or CPU_RANKS
-    flags = ["--weights", weights, "--kind", "model", "--data", data, "--batch", "250", "--out", out]
+    flags = ["--weights", run, "--kind", kind, "--data", data, "--batch", "250", "--out", out]
     return ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "launch.evaluate", *map(str, flags)]
 
 
@@ -205,18 +244,25 @@ def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bash launch/quickstart.sh", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+    )
     parser.add_argument(
         "--data",
         type=user_path,
         metavar="FOLDER",
-        help="images of your own: FOLDER/class/image, or FOLDER/train and FOLDER/val",
+        help="images of your own, a folder, zip or tar: FOLDER/class/image, or the same in FOLDER/train and FOLDER/val"
+        " (also valid, validation, test)",
     )
     parser.add_argument("--setup-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"on top of {CONFIG}")
-    arguments = parser.parse_args(argv)
-    if arguments.data is not None and not arguments.data.is_dir():
-        parser.error(f"--data {arguments.data} is no folder; name one that holds a folder of images for each class")
+    add_options(parser.add_argument_group("packing, with --data"))
+    parser.set_defaults(shard_mib=SHARD_MIB)
+    parser.add_argument("--called-from", type=Path, default=Path(), help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    for name in ("data", "classes"):  # relative to where the command was typed
+        if getattr(arguments, name) is not None:
+            setattr(arguments, name, arguments.called_from / getattr(arguments, name))
     return arguments
 
 

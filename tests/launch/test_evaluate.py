@@ -220,6 +220,9 @@ def test_official_weights_on_more_ranks_than_images(forked, official):
     report = json.loads(finished.stdout)
     assert (report["samples"], report["image_size"], report["top5"]) == (2, 224, 100)
     assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
+    first, last = load_manifest(packed).classes
+    said = f"{weights} names no classes; its outputs are taken to be those of {packed}, from {first} to {last} in that"
+    assert finished.stderr.count(said) == 1
 
 
 def test_a_report_that_cannot_be_written(score, trained_run, val):

@@ -3,15 +3,24 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 
-from launch.quickstart import SUMMARY_NAME, main, name_of
+from dataio.index import SAMPLE_DTYPE, load_manifest
+from dataio.pack import read_report
+from dataio.pack_options import PackOptions
+from launch.config import load_config
+from launch.find_weights import find_weights
+from launch.own_images import examine, image_settings, name_of, step_settings
+from launch.quickstart import CONFIG, SUMMARY_NAME, main, packing
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch=32", "data.image_size=32"]
@@ -37,25 +46,53 @@ def commands(finished: subprocess.CompletedProcess) -> list[str]:
     return [line for line in finished.stdout.splitlines() if line.startswith("$ ")]
 
 
+@pytest.fixture(scope="module")
+def odd(fashion, tmp_path_factory) -> Path:
+    """`fashion` below a name of odd characters, in two parts; of one class validation has no image."""
+    root = tmp_path_factory.mktemp("odd") / "-it's: [bold]~ #1 :smile: é\n"
+    for folder in fashion.iterdir():
+        for number, file in enumerate(sorted(folder.iterdir())):
+            place = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
+            place.mkdir(parents=True, exist_ok=True)
+            os.link(file, place / file.name)
+    for file in (root / "Valid" / "Bag").iterdir():
+        file.unlink()
+    (root / "Train" / "Coat" / "Thumbs.db").write_bytes(b"of Windows")
+    (root / "Train" / "Coat" / "film.mp4").write_bytes(b"no image")
+    return root
+
+
 @pytest.mark.slow
-def test_a_folder_of_ones_own_becomes_a_model_and_is_reused(project, fashion):
-    finished = quickstart(project, "--data", fashion, *SHORT)
+def test_images_of_ones_own_become_a_model_and_are_reused(project, odd):
+    refused = quickstart(project, f"--data={odd}", *SHORT)
+    assert refused.returncode == 2
+    assert "film.mp4: its name ends with none of" in refused.stderr
+    finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    run = f"runs/quickstart-{name_of(fashion)}"
-    weights = project / run / "export" / "model.safetensors"
-    for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir {run}"):
+    (run,) = (project / "runs").iterdir()
+    (shards,) = (place for place in (project / "data" / "shards").iterdir() if (place / "train").exists())
+    assert run.name == f"quickstart-{shards.name}"
+    assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
+    for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir runs/{run.name}"):
         assert line in finished.stdout
-    summary = json.loads((project / run / SUMMARY_NAME).read_text())
+    assert [read_report(shards / part).resize for part in ("train", "val")] == [24, 24]
+    summary = json.loads((run / SUMMARY_NAME).read_text())
+    better = max(summary["top1"].values())
+    assert summary["top1"][summary["exported"]] == better
+    assert re.search(rf"exported, the better: {summary['exported']}", finished.stdout)
     assert re.search(rf"top-1 of the weights +│ {summary['top1']['weights']:.2f} %", finished.stdout)
     assert f"cores: {summary['cores']}" in finished.stdout
     assert "of which steps" in finished.stdout
     assert 0 < summary["speed"]["seconds"] < summary["seconds"]["training"]
+    kept = [run / "checkpoints" / "latest", run / SUMMARY_NAME]
+    weights = run / "export" / "model.safetensors"
+    exported = find_weights(run, {"weights": "model", "EMA": "ema"}[summary["exported"]])
+    assert weights.read_bytes() == exported.read_bytes()
     model = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=weights).eval()
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
-    kept = [project / run / "checkpoints" / "latest", project / run / SUMMARY_NAME]
     before = [path.stat().st_mtime_ns for path in kept]
-    again = quickstart(project, "--data", fashion, *SHORT)
+    again = quickstart(project, f"--data={odd}", *SHORT, "--resize=24", "--skip-broken")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "was there already" in again.stdout
     assert "step 1" not in again.stdout
@@ -64,15 +101,112 @@ def test_a_folder_of_ones_own_becomes_a_model_and_is_reused(project, fashion):
     assert "of which steps" not in again.stdout
 
 
-def test_no_such_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="^2$"):
-        main(["--data", str(tmp_path / "nowhere")])
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"--data {tmp_path / 'nowhere'} is no folder; name one that holds a folder of images" in said
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder in which the quickstart may write."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    return tmp_path
+
+
+def refused(capsys, *arguments: object) -> str:
+    """What the quickstart says before anything is packed."""
+    assert main(list(map(str, arguments))) == 2
+    assert not Path("data").exists()
+    return capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_on(here, photos, capsys):
+    assert refused(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
+    shutil.copytree(photos / "cat", here / "one" / "cat")
+    assert "one has a single class, cat, and there is nothing to tell apart" in refused(capsys, "--data=one")
+    shutil.copytree(photos / "cat", here / "one" / "valid" / "lynx")
+    (here / "one" / "cat").rename(here / "cat")
+    for name in ("cat", "dog"):
+        shutil.copytree(here / "cat", here / "one" / "train" / name)
+    said = refused(capsys, "--data=one")
+    assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in said
+    assert "--hold-out is for images without a validation part, and photos/val is one; leave it out" in refused(
+        capsys, "--data", two_parts(here, photos), "--hold-out=20"
+    )
+
+
+def two_parts(here: Path, photos: Path) -> Path:
+    for part in ("train", "val"):
+        shutil.copytree(photos, here / "photos" / part)
+    return Path("photos")
+
+
+def test_options_that_cannot_be(here, photos, capsys):
+    assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
+    assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
+    assert refused(capsys, "--data", photos, "--hold-out=100").startswith("error: --hold-out is 100.0; use a perc")
+    assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
+
+
+def test_what_is_packed(photos, tmp_path):
+    """Held out of classes, or as the parts are; with the options that were given, which name another folder."""
+    own = examine(photos, PackOptions(), None)
+    options = PackOptions(hold_out=10, part="kept", resize=64, shard_mib=32)
+    train, val = packing(own, tmp_path, options)
+    assert train[2:] == ["dataio.pack", str(photos), str(tmp_path / "train"), *options.flags()]
+    assert val[2:] == ["dataio.pack", str(photos), str(tmp_path / "val"), *replace(options, part="held-out").flags()]
+    assert set(options.flags()) == {"--shard-mib=32", "--resize=64", "--hold-out=10", "--part=kept"}
+    assert own.remarks == [f"training images: 44 of 4 classes in {photos}", "validation images: 4, held out"]
+    names = {examine(photos, *given).name for given in ((PackOptions(resize=64), None), (PackOptions(), 20))}
+    assert len({own.name, *names}) == 3
+    assert examine(photos, PackOptions(workers=2, skip_broken=True), 10).name == own.name
+
+
+def test_parts_and_archives(here, photos):
+    root = two_parts(here, photos).absolute()
+    shutil.copytree(photos, root / "test")
+    shutil.rmtree(root / "val" / "cat")
+    archive = Path(shutil.make_archive(str(here / "my photos"), "zip", here, "photos"))
+    for place, inside in ((root, root), (archive, archive / "photos")):
+        own = examine(place, PackOptions(), None)
+        assert (own.train, own.val, own.classes) == (
+            inside / "train",
+            inside / "val",
+            ("astronaut", "cat", "coffee", "rocket"),
+        )
+        assert own.remarks[-1] == f"left alone: {inside}/test"
+        assert own.name.startswith(("photos-", "my-photos-"))
+        _, val = packing(own, here / "shards", PackOptions())
+        assert val[-1] == f"--classes={here}/shards/classes.txt"
+        assert subprocess.run([*val[:3], *val[3:]], cwd=ROOT).returncode == 0
+        assert load_manifest(here / "shards" / "val").classes == own.classes
+        shutil.rmtree(here / "shards")
+
+
+def test_changed_images_are_others(photos, tmp_path):
+    """And what was made of the old ones is not taken for theirs."""
+    source = shutil.copytree(photos, tmp_path / "source")
+    before = examine(source, PackOptions(), None).name
+    assert examine(source, PackOptions(), None).name == before
+    (source / "cat" / "00.jpg").unlink()
+    assert examine(source, PackOptions(), None).name != before
+
+
+@pytest.mark.parametrize(("images", "steps"), [(15, 700), (135, 700), (3000, 1000), (100_000, 9000)])
+def test_settings_by_the_number_of_images(images, steps, fashion_shards):
+    """Enough steps for a few images, and a moving average of which the start is gone in any number of steps."""
+    manifest = load_manifest(fashion_shards / "val")
+    first = image_settings(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
+    config = load_config(CONFIG, first)
+    config = load_config(
+        CONFIG, [*first, *step_settings(images, config.optimizer.epochs, config.optimizer.global_batch)]
+    )
+    optimizer = config.optimizer
+    done = optimizer.epochs * images / optimizer.global_batch
+    assert done > steps
+    assert optimizer.ema_decay**done < 1e-4
+    assert 0 < optimizer.warmup_epochs < optimizer.epochs / 10
+    assert optimizer.global_batch % 2 == 0
 
 
 def test_folders_of_one_name_are_kept_apart(tmp_path):
     first, second = (tmp_path / parent / "images" for parent in "ab")
-    assert name_of(first) != name_of(second)
-    assert name_of(first) == name_of(tmp_path / "a" / "." / "images")
-    assert name_of(None) == "fashion-mnist"
+    options = PackOptions()
+    assert name_of(first, options, []) != name_of(second, options, [])
+    assert name_of(first, options, []) == name_of(tmp_path / "a" / "." / "images", options, [])
