@@ -44,6 +44,7 @@ SAID_BY = {
     "dataio/pack_options.py": ("dataio.pack",),
     "dataio/layout.py": ("dataio.pack",),
     "launch/config.py": _RUNS,
+    "launch/own_images.py": ("launch.quickstart",),
     "launch/engine.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
@@ -193,7 +194,6 @@ def test_messages_name_what_their_commands_take(messages, options):
     assert [fault for message in messages for fault in faults_of(message, options)] == []
 
 
-@pytest.mark.xfail(strict=True, reason="quickstart does not pass options of dataio.pack on yet")
 def test_quickstart_takes_the_options_that_packing_names(messages, options):
     """Of what people may mean: which images are left out, and how many are held out."""
     named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
