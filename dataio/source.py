@@ -325,12 +325,18 @@ def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | N
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member]]:
-    """(image, label) of each sample. A key is what stands before the first dot of a member's last name."""
+    """(image, label) of each sample. A key is what stands before the first dot of a member's last name.
+
+    Or before the last one, if a label has such a key: webdataset would read none of 2.5.jpg and 2.5.cls.
+    """
     _require_unique(shard, members)
+    labelled = {member.name.removesuffix(f".{LABEL_ENDING}") for member in members}
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
         key, _, ending = name.partition(".")
+        if member.name.rpartition(".")[0] in labelled:
+            key, _, ending = name.rpartition(".")
         if key and ending:
             samples.setdefault(f"{folder}{slash}{key}", {})[ending] = member
     for key, fields in samples.items():

@@ -368,6 +368,24 @@ def test_the_same_keys_in_other_folders_and_shards(photos, tmp_path):
     ]
 
 
+def test_keys_with_dots(photos, tmp_path):
+    """Of two images with a common beginning, and beside fields of several endings."""
+    data = (photos / "cat" / "00.jpg").read_bytes()
+    names = [
+        "2.5.jpg",
+        "2.5.cls",
+        "2.7.cls",
+        "2.7.jpg",
+        "v1.0/a.b.c.json",
+        "v1.0/a.jpg",
+        "v1.0/a.cls",
+        "v1.0/a.seg.png",
+    ]
+    write_tar_of(tmp_path / "a.tar", [(name, b"3" if name.endswith("cls") else data) for name in names])
+    found = find_images(tmp_path)
+    assert [image.path for image in found.images] == ["a.tar/2.5.jpg", "a.tar/2.7.jpg", "a.tar/v1.0/a.jpg"]
+
+
 @pytest.mark.parametrize(
     ("label", "names", "message"),
     [
