@@ -117,19 +117,19 @@ def split(found: Source, percent: float) -> dict[str, list[ImageFile]]:
     A class of one image is kept. Which ones are held out is decided by a hash of their paths, so that further images
     move no more than one of each class. Raises ValueError if no class has two.
     """
-    classes: dict[int, list[ImageFile]] = {}
-    for image in found.images:
-        classes.setdefault(image.label, []).append(image)
+    classes: dict[int, list[int]] = {}  # label → places in found.images: paths in shards of one name may be alike
+    for place, image in enumerate(found.images):
+        classes.setdefault(image.label, []).append(place)
     held_out = set()
-    for images in classes.values():
-        images.sort(key=lambda image: hashlib.sha256(os.fsencode(image.path)).digest())
-        wanted = max(1, int(len(images) * percent / 100 + 0.5))
-        held_out.update(image.path for image in images[: min(wanted, len(images) - 1)])
+    for places in classes.values():
+        places.sort(key=lambda place: hashlib.sha256(os.fsencode(found.images[place].path)).digest())
+        wanted = max(1, int(len(places) * percent / 100 + 0.5))
+        held_out.update(places[: min(wanted, len(places) - 1)])
     if not held_out:
         raise ValueError(f"no class of {found.name} has two images, so that one could be held out; add some")
     return {
-        "held-out": [image for image in found.images if image.path in held_out],
-        "kept": [image for image in found.images if image.path not in held_out],
+        "held-out": [image for place, image in enumerate(found.images) if place in held_out],
+        "kept": [image for place, image in enumerate(found.images) if place not in held_out],
     }
 
 

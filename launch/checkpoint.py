@@ -253,7 +253,7 @@ def _in_the_systems_words(staging: Path, average: MovingAverage) -> Iterator[Non
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         if not isinstance(error, OSError):
             try:
                 with open(staging / f".probe-{dist.get_rank()}", "wb") as probe:
@@ -334,4 +334,4 @@ def _remove_others(saved: Path, keep: int) -> None:
         if path.name not in kept:
             doomed = path.with_name(f".{path.name}")  # so that a killed removal leaves no half checkpoint
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # what somebody reads on NFS goes with the leftovers later

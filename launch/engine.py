@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from launch.card import read_card
 from launch.config import Config
 from launch.plan import Plan
 from polaformer import ops
@@ -25,7 +27,8 @@ from polaformer.weights import load_weights
 def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
     """The configured model on its device, the same on every rank, with its starting weights.
 
-    Raises RuntimeError if compiled kernels were required and are missing, or the weights do not fit.
+    Raises RuntimeError if compiled kernels were required and are missing, or the weights do not fit; ValueError if
+    those are of other classes, or of the same in another order.
     """
     if config.model.kernels == "required" and not ops.has_compiled_kernels(device.type):
         raise RuntimeError(
@@ -35,9 +38,21 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
     torch.manual_seed(config.seed)
     model = timm.create_model(config.model.name, num_classes=plan.classes, drop_path_rate=config.model.drop_path_rate)
     if config.model.weights is not None:
+        if not config.model.new_head:
+            _require_same_classes(config.model.weights, plan)
         load_weights(model, config.model.weights, config.model.new_head)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     return model.to(device)
+
+
+def _require_same_classes(weights: Path, plan: Plan) -> None:
+    card = read_card(weights)
+    for label, names in enumerate(zip(card.classes, plan.class_names, strict=False) if card else ()):
+        if names[0] != names[1]:
+            raise ValueError(
+                f'class {label} is "{names[0]}" in {weights} and "{names[1]}" in the training data; pack that anew with'
+                " dataio.pack --classes FILE in the weights' order, or set model.new_head=true for a fresh classifier"
+            )
 
 
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import timm
 
-from dataio.files import user_path
+from dataio.files import replace_file, user_path
 from launch.card import read_card
+from launch.checkpoint import is_checkpoint
 from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
 from polaformer.weights import load_weights
 
@@ -37,11 +38,12 @@ def export(run: Path, target: Path, kind: str) -> Path:
         raise ValueError(f"{source} is not of a run of ours; give a run's folder or one of its checkpoints")
     load_weights(timm.create_model(card.model, num_classes=len(card.classes)), source)
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(card.timm_config(), indent=1, ensure_ascii=False) + "\n")
+    config = json.dumps(card.timm_config(), indent=1, ensure_ascii=False) + "\n"
     weights = target / "model.safetensors"
     part = weights.with_suffix(".part")
     try:
         shutil.copyfile(source, part)
+        replace_file(target / "config.json", config.encode())
         return part.rename(weights)
     except OSError:
         part.unlink(missing_ok=True)
@@ -50,10 +52,11 @@ def export(run: Path, target: Path, kind: str) -> Path:
 
 def default_target(run: Path) -> Path:
     """`export` in the folder of the run of which this is a checkpoint or a file, else beside the file."""
-    if "checkpoints" in run.parts:
-        end = len(run.parts) - 1 - run.parts[::-1].index("checkpoints")
-        return Path(*run.parts[:end], "export")
-    return (run.parent if run.is_file() else run) / "export"
+    folder = run.parent if run.is_file() else run
+    for checkpoints in (folder, folder.parent):
+        if checkpoints.name == "checkpoints" and (checkpoints == folder or is_checkpoint(folder)):
+            return checkpoints.parent / "export"
+    return folder / "export"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -131,7 +131,8 @@ def acquire(
                 f"{folder} is in use by another run ({_parse(content) or path}); wait until that has ended, or choose"
                 " another output"
             )
-        path.unlink(missing_ok=True)
+        if _read(path) == content:  # else another start has replaced it meanwhile
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -172,12 +172,12 @@ def backward(
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
             grad_normalizer = grad_normalizer.clamp(-LARGEST_NORMALIZER_GRADIENT, LARGEST_NORMALIZER_GRADIENT)
             grad_state.append(rotated.mT @ u)
-            grad_key_mean += (grad_normalizer * features).sum(-2)
+            grad_key_mean = grad_key_mean + (grad_normalizer * features).sum(-2)  # not in place: vmap may map it alone
             grad_features = rotate(grad_rotated, turns.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
             grad_exponent = grad_features * _slope(poles * temperature, shift)
             of_temperature = torch.where(poles > 0, grad_exponent * poles, 0)
             grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
-            grad_q += _join_poles(grad_exponent * temperature, q, swap)
+            grad_q = grad_q + _join_poles(grad_exponent * temperature, q, swap)
 
         exponents, shift = _poles(k), _per_feature(key_shift).unsqueeze(-2)
         grad_state = torch.cat(grad_state, dim=-1) / (height * width)

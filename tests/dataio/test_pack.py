@@ -335,6 +335,19 @@ def test_hold_out_splits_the_images(fashion, fashion_shards, tmp_path):
     assert packed_images(tmp_path / "val") == held_out  # the seed moves no image to the other part
 
 
+def test_hold_out_of_shards_with_the_same_names(fashion_shards, tmp_path):
+    """Where paths are no names of images: each class keeps at least one, and half of them."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(fashion_shards / "val" / "shard-000000.tar", tmp_path / folder)
+    found = find_images(f"{tmp_path}/{{a,b}}/shard-000000.tar")
+    parts = split(found, 50)
+    assert sum(map(len, parts.values())) == len(found.images)
+    sizes = Counter(image.label for image in found.images)
+    for part in parts.values():
+        assert all(abs(2 * count - sizes[label]) <= 1 for label, count in Counter(i.label for i in part).items())
+
+
 def by_class(folder: Path) -> dict[str, list[Path]]:
     return {one.name: sorted(one.iterdir()) for one in folder.iterdir()}
 

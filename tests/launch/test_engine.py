@@ -8,9 +8,11 @@ import pytest
 import torch
 from timm.optim import param_groups_weight_decay
 
+from launch.card import make_card
 from launch.config import load_config
 from launch.engine import build_model, check_engine, deepspeed_config, seed_step
 from launch.plan import make_plan
+from polaformer.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -101,6 +103,22 @@ def test_weights_of_other_classes(configured, tmp_path):
         build_model(*configured(starting), torch.device("cpu"))
     model = build_model(*configured(starting, "model.new_head=true"), torch.device("cpu"))
     assert model.num_classes == 10
+
+
+def test_weights_of_the_same_classes_in_another_order(configured, tmp_path):
+    """As exports of data in torchvision's order are, beside data packed in timm's."""
+    config, plan = configured()
+    state, cpu = build_model(config, plan, torch.device("cpu")).state_dict(), torch.device("cpu")
+    exchanged = plan.class_names[1::-1] + plan.class_names[2:]
+    for name, classes in (("same", plan.class_names), ("exchanged", exchanged)):
+        card = make_card(config.model.name, classes, plan.images)
+        save_weights(state, tmp_path / f"{name}.safetensors", card.metadata())
+    loaded = build_model(*configured(f"model.weights={tmp_path}/same.safetensors", "seed=5"), cpu)
+    assert torch.equal(loaded.head.weight, state["head.weight"])
+    starting = f"model.weights={tmp_path}/exchanged.safetensors"
+    with pytest.raises(ValueError, match=f'class 0 is "{exchanged[0]}" in .* and "{plan.class_names[0]}" in the train'):
+        build_model(*configured(starting), cpu)
+    build_model(*configured(starting, "model.new_head=true"), cpu)
 
 
 def test_what_decays(configured):

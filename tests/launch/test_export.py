@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from launch import checkpoint
 from launch.card import read_card
-from launch.export import export, main
+from launch.export import default_target, export, main
 from launch.find_weights import WHAT_CAN_BE_NAMED
 
 
@@ -131,6 +131,22 @@ def test_on_a_full_disk_the_last_export_stays(trained_run, tmp_path, capsys, no_
     assert message.count("\n") == 1
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", "model.safetensors"}
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("named", "target"),
+    [
+        ("models/checkpoints/b4", "models/checkpoints/b4/export"),  # another's folder of that name
+        ("runs/b4", "runs/b4/export"),
+        ("runs/b4/checkpoints", "runs/b4/export"),
+        ("models/checkpoints/b5/model.safetensors", "models/checkpoints/b5/export"),
+    ],
+)
+def test_runs_do_not_share_an_export(tmp_path, monkeypatch, named, target):
+    monkeypatch.chdir(tmp_path)
+    Path("models/checkpoints/b5").mkdir(parents=True)
+    Path("models/checkpoints/b5/model.safetensors").touch()
+    assert default_target(Path(named)) == Path(target)
 
 
 def refusal(capsys, *arguments: object) -> str:

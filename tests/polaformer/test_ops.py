@@ -213,6 +213,17 @@ def test_torch_func_differentiates_twice(device):
         torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
 
 
+def test_second_derivatives_of_mapped_logits():
+    """vmap over logits alone, while queries, keys and values are the same for all."""
+    q, k, v, *logits = (x.detach().double() for x in projected_inputs((1, 1, 6, 2)))
+    many = torch.randn(3, *logits[0].shape, dtype=torch.float64)
+    loss = lambda same, operator: operator(q, k, v, same, logits[1], 2, 3).square().sum()  # noqa: E731
+    hessians = torch.vmap(torch.func.jacrev(torch.func.jacrev(lambda x: loss(x, ops.polarity_attention))))(many)
+    for same, hessian in zip(many, hessians, strict=True):
+        expected = torch.autograd.functional.hessian(lambda x: loss(x, reference.polarity_attention), same)
+        torch.testing.assert_close(hessian, expected)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, None, None), (2, None, 0, None, 0), (None, None, None, 0, 1)])
 @pytest.mark.filterwarnings("error")  # vmap's fallback would warn
