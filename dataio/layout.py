@@ -143,10 +143,13 @@ def _part_name(folder: str) -> str:
     return name if name in TRAIN_NAMES + VAL_NAMES else folder
 
 
-def _holds_images(path: Path, look: Look) -> bool:
-    """Whether an image lies in a folder or anywhere below it."""
+def _holds_images(path: Path, look: Look, above: frozenset[str] = frozenset()) -> bool:
+    """Whether an image lies in a folder or anywhere below it; links back to a folder `above` are left out."""
+    real = os.path.realpath(path)
+    if real in above:
+        return False
     level = look(path)
-    return level.images or any(_holds_images(path / folder, look) for folder in level.folders)
+    return level.images or any(_holds_images(path / folder, look, above | {real}) for folder in level.folders)
 
 
 def split_archive(path: Path) -> tuple[Path | None, str]:

@@ -125,3 +125,9 @@ def test_what_packing_says_of_parts_can_be_typed(photos, tmp_path, capsys):
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command.replace("TARGET", "packed"), shell=True, cwd=tmp_path, env=environ, check=True)
     assert [len(load_manifest(tmp_path / "packed" / part)) for part in ("train", "val")] == [2, 2]
+
+
+def test_a_link_back_to_a_folder_above(photos, tmp_path):
+    root = lay(tmp_path / "set", photos, ["cat/one", "dog/one"])
+    (root / "cat" / "0up").symlink_to("..")
+    assert pack(root, tmp_path / "target").classes == ("cat", "dog")
