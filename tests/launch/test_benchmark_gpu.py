@@ -36,7 +36,6 @@ from launch.benchmark.report import ROOT, format_table
 ABSENT = (
     *("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage", "xdist", "pytest_timeout"),
     *("torchmetrics", "tensorboard", "psutil", "rich", "matplotlib", "fsspec.implementations.http", "aiohttp", "moto"),
-    *("einops", "onnx", "onnxruntime", "onnxscript"),
 )
 THIN = f"""
 import runpy, sys
