@@ -111,7 +111,7 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         (
             HERE | {"MASTER_ADDR": "no-such-host.invalid"},
             RuntimeError,
-            "MASTER_ADDR is no-such-host.invalid, which this machine cannot resolve .*; set it to the address of rank 0's",
+            "MASTER_ADDR is no-such-host.invalid, which this machine cannot resolve .*; set it to the address of",
         ),
     ],
 )
