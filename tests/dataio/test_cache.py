@@ -329,7 +329,7 @@ def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_
     shutil.rmtree(cache.folder)
     (small_disk / "other").write_bytes(bytes(480_000))
     loader = TrainLoader(open_data(url, cache), SMALL, PLAN, CPU)
-    fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache, --cache name a folder"
+    fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache, --cache name"
     with monkeypatch.context() as patch:
         patch.setattr("dataio.cache_folder.Wait", lambda _: Wait(0))  # for room; all else may take its time
         with pytest.raises(RuntimeError, match=fault):
@@ -377,7 +377,7 @@ def test_a_batch_waits_for_its_shards_as_long_as_it_may(http_server, far, local,
     shards.hold([0, 1, 2])
     fault = f"^waited 0.2 s for shards of a batch, at last for {server.url}/shard-000000.tar; check server and network"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f"{fault}, or read from fewer shards .*, or wait for Godot$"):
+        with pytest.raises(RuntimeError, match=rf"{fault}, or read from fewer shards \(.*\), or wait for Godot$"):
             shards.read(0)
     shards.close()
 

@@ -89,8 +89,8 @@ class _ParserMet(Exception):
     """Carries the parser with which a command would have read its arguments."""
 
 
-def options_of(start: Callable[[list[str]], object]) -> set[str]:
-    """The options of a command that is started with arguments."""
+def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
+    """The parser of a command that is started with arguments."""
 
     def meet(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _ParserMet(parser)
@@ -100,14 +100,14 @@ def options_of(start: Callable[[list[str]], object]) -> set[str]:
             patch.setattr(argparse.ArgumentParser, name, meet)
         with pytest.raises(_ParserMet) as met:
             start([])
-    return set(met.value.args[0]._option_string_actions)
+    return met.value.args[0]
 
 
 @pytest.fixture(scope="session")
 def options() -> dict[str, set[str]]:
     """By command."""
-    taken = {name: options_of(importlib.import_module(name).main) for name in ENTRIES}
-    return taken | {"deepspeed": options_of(runner.parse_args)}
+    starts = {name: importlib.import_module(name).main for name in ENTRIES} | {"deepspeed": runner.parse_args}
+    return {name: set(parser_of(start)._option_string_actions) for name, start in starts.items()}
 
 
 def messages_of(source: str, place: str) -> Iterator[Message]:
@@ -199,6 +199,16 @@ def test_quickstart_takes_the_options_that_packing_names(messages, options):
     named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
     assert {"--skip-broken", "--hold-out"} <= named
     assert {"--skip-broken", "--hold-out"} <= options["launch.quickstart"]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_home_folder_is_known_to_every_argument_that_is_a_path(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for action in parser_of(importlib.import_module(name).main)._actions:
+        if isinstance(action.type, type) or action.type is None or action.choices:
+            assert action.type is not Path, action
+        else:
+            assert str(action.type("~/x")) == "/home/me/x", action
 
 
 def test_where_derived_keys_are_set():
