@@ -258,7 +258,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"on top of {CONFIG}")
     add_options(parser.add_argument_group("packing, with --data"))
     parser.set_defaults(shard_mib=SHARD_MIB)
-    parser.add_argument("--called-from", type=Path, default=Path(), help=argparse.SUPPRESS)
+    parser.add_argument("--called-from", type=user_path, default=Path(), help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     for name in ("data", "classes"):  # relative to where the command was typed
         if getattr(arguments, name) is not None:
