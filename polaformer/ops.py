@@ -64,7 +64,8 @@ def polarity_attention(
     q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
     Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
     Keeps q, k, v, a (B, H, 2D, D) state and (B, H, 3D) numbers for backward.
-    Differentiable any number of times (the second and higher derivatives in plain PyTorch), by torch.func as well.
+    Differentiable any number of times in reverse mode, by torch.func as well: write jacrev(jacrev(f)) for
+    torch.func.hessian, which needs forward mode. Second and higher derivatives are computed in plain PyTorch.
     The operator itself raises ValueError, on every device and in every graph, if N != height * width, D is odd, or
     shapes, dtypes or devices disagree.
     """

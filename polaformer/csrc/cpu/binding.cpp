@@ -1,5 +1,5 @@
-// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, checks, prepares tensors,
-// picks the kernels for this processor.
+// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, checks and prepares
+// tensors, picks the kernels for this processor.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
