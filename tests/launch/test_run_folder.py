@@ -67,7 +67,7 @@ def test_a_second_start_is_refused_and_a_killed_one_followed(
         assert (run / LOCK_NAME).exists()
         finished = forked(1, TRAIN, *words)
     assert finished.returncode == 0, finished.stderr
-    assert f"goes on from {run / 'checkpoints' / 'step-00000078'}" in finished.stdout
+    assert f"goes on from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
     assert not (run / LOCK_NAME).exists()
 
 
@@ -160,7 +160,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
     """The largest file of the newest checkpoint is missing, `best` leads nowhere, metrics and configuration are cut."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     folder = run / "checkpoints"
-    max((folder / "step-00000078").rglob("*.pt"), key=lambda path: path.stat().st_size).unlink()
+    max((folder / "step-00000075").rglob("*.pt"), key=lambda path: path.stat().st_size).unlink()
     (folder / "best").write_text("step-00000011\n")
     lines = (run / "metrics.jsonl").read_bytes()
     (run / "metrics.jsonl").write_bytes(lines[: len(lines) // 3] + b"\xff\n" + lines + b'{"step": 3')
@@ -168,13 +168,13 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
     finished = forked(1, TRAIN, *arguments(run, "optimizer.epochs=3", "checkpoint.every_epochs=1"))
     assert finished.returncode == 0, finished.stderr
     said = finished.stdout.splitlines()
-    assert any("step-00000078 cannot be read ([Errno 2] No such file" in line for line in said)
-    assert f"goes on from {folder / 'step-00000039'}" in said
+    assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in said)
+    assert f"goes on from {folder / 'step-00000038'}" in said
     [line] = [line for line in said if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")]
     assert line.endswith("; written anew, what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert set(range(40, 60)) < set(steps)
-    assert checkpoint.newest(folder)[0].name == "step-00000059"
+    assert set(range(39, 57)) < set(steps)
+    assert checkpoint.newest(folder)[0].name == "step-00000056"
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["epochs"] == 3
 
 
@@ -182,7 +182,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
 def test_folders_that_cannot_be_used(forked, arguments, trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     (run / "checkpoints" / "best").unlink()
-    shutil.copytree(run / "checkpoints" / "step-00000039", run / "checkpoints" / "best")
+    shutil.copytree(run / "checkpoints" / "step-00000038", run / "checkpoints" / "best")
     refused = forked(1, TRAIN, *arguments(run))
     assert refused.returncode == 2
     assert refused.stderr == (

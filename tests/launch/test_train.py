@@ -310,9 +310,12 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_
 @pytest.mark.parametrize("every_steps", [1, 1000])
 def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, few, tmp_path, every_steps):
     """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""
-    manifest = pack(fashion, tmp_path / "train", KEPT)
-    order = Order(0, manifest.shard_samples).samples_at(np.arange(len(manifest)))
-    broken = order[[3, 40, -1]].tolist()  # the third in the last step of the epoch
+    manifest = pack(fashion, tmp_path / "train", replace(KEPT, hold_out=55))
+    order = Order(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
+    order, next_epoch = order[: len(manifest)], order[len(manifest) :]  # which the sixth step reaches into
+    once = [sample for sample in order.tolist() if sample not in next_epoch]
+    broken = [once[3], once[40], once[-1]]  # the third in the last step of the epoch
+    assert broken[-1] in order[5 * 32 :]
     for sample in broken:
         break_image(manifest, sample)
     places = f"data.val={few / 'val'}", "data.max_broken=2"
