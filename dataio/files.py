@@ -23,6 +23,15 @@ def user_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def list_folder(path: str | os.PathLike) -> list[os.DirEntry[str]]:
+    """What lies in a folder. Raises ValueError if this user may not look into it."""
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except PermissionError as error:
+        raise ValueError(f"{os.fspath(path)} may not be read by this user; make it readable") from error
+
+
 def printable(path: str) -> str:
     """The path with bytes that are no UTF-8, which Python keeps as lone surrogates, written as \\xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")

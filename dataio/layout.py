@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataio.archives import Member, TarReader, ZipReader
+from dataio.files import list_folder
 from dataio.images import ENDINGS
 
 TRAIN_NAMES = ("train", "training")
@@ -71,8 +72,7 @@ def look(path: Path) -> Level:
     if archive is not None:
         facts = archive.stat()
         return _levels_of_archive(archive, facts.st_mtime_ns, facts.st_size).get(inside, Level([], images=False))
-    with os.scandir(path) as found:
-        entries = [entry for entry in found if is_visible(entry.name)]
+    entries = [entry for entry in list_folder(path) if is_visible(entry.name)]
     folders = [entry.name for entry in entries if entry.is_dir()] or [
         entry.name for entry in entries if entry.name.lower().endswith(".zip") or _part_name(entry.name) != entry.name
     ]

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dataio.archives import Member, TarReader
-from dataio.files import printable
+from dataio.files import list_folder, printable
 from dataio.images import ENDINGS
 from dataio.index import MANIFEST_NAME, Broken, read_manifest_file
 from dataio.layout import find_classes, is_image, is_visible, levels_of, open_archive, read_members, split_archive
@@ -154,21 +154,20 @@ def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
         if (real.st_dev, real.st_ino) in seen:  # a link may lead back to a folder above it
             continue
         seen.add((real.st_dev, real.st_ino))
-        with os.scandir(top / folder) as entries:
-            for entry in entries:
-                inside = f"{folder}/{entry.name}"
-                if not is_visible(entry.name):
-                    continue
-                try:
-                    facts = entry.stat()
-                except OSError:  # a link to nothing, or to itself
-                    facts = None
-                if facts is not None and stat.S_ISDIR(facts.st_mode):
-                    waiting.append(inside)
-                elif facts is None or not stat.S_ISREG(facts.st_mode):
-                    yield Member(inside, fault=_UNREADABLE), 0
-                else:
-                    yield Member(inside, facts.st_size, (inside,)), facts.st_mtime_ns
+        for entry in list_folder(top / folder):
+            inside = f"{folder}/{entry.name}"
+            if not is_visible(entry.name):
+                continue
+            try:
+                facts = entry.stat()
+            except OSError:  # a link to nothing, or to itself
+                facts = None
+            if facts is not None and stat.S_ISDIR(facts.st_mode):
+                waiting.append(inside)
+            elif facts is None or not stat.S_ISREG(facts.st_mode):
+                yield Member(inside, fault=_UNREADABLE), 0
+            else:
+                yield Member(inside, facts.st_size, (inside,)), facts.st_mtime_ns
 
 
 def _find_in_archive(archive: Path, inside: str, class_names: Sequence[str] | None) -> Source:

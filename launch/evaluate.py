@@ -121,7 +121,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=4, help="decoding threads of each rank (default 4)")
     add("--out", type=user_path, help="write the JSON there as well")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher passes it
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.out is not None and arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a folder; name a file, for example {arguments.out / 'accuracy.json'}")
+    return arguments
 
 
 def prepare(
@@ -164,8 +167,8 @@ def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) 
         raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
     if arguments.image_size is None:
         return card
-    if arguments.image_size % TOTAL_STRIDE:
-        raise ValueError(f"--image-size {arguments.image_size} is not a multiple of {TOTAL_STRIDE}; use one")
+    if arguments.image_size < TOTAL_STRIDE or arguments.image_size % TOTAL_STRIDE:
+        raise ValueError(f"--image-size {arguments.image_size} is no size; use a multiple of {TOTAL_STRIDE}")
     return replace(card, image_size=arguments.image_size)
 
 

@@ -76,9 +76,10 @@ def make_plan(config: Config, rank: int, ranks: int, ranks_here: int | None = No
     check_pairs(mixing, batches.batch)
     check_batch(config, batches)
     train, val = open_both(config, batches, ranks_here or ranks)
-    if len(train.classes) < 2:
+    if count_classes(train) < 2:
+        only = train.classes[train.samples["label"][0]]
         raise ValueError(
-            f"{train.place} has a single class, {train.classes[0]}, and there is nothing to tell apart; pack a folder"
+            f"{train.place} has images of a single class, {only}, and there is nothing to tell apart; pack a folder"
             " with a folder of images for each of at least two classes"
         )
     label_map = map_labels(val, train.classes, train.place)

@@ -13,6 +13,9 @@ which is atomic on local disks, NFS and Lustre. A file outlives its process; whe
                         stand still. Looks are counted and no clocks compared: machines need not agree on the time, and
                         a server that answers nobody for minutes kills nobody.
 
+A file with another inode number than the one that its owner created belongs to a copy of a run's folder; only its
+counter can tell whether anybody keeps it.
+
 A dead owner's file is removed and a new one created. Should two starts remove it at the same moment, or a frozen owner
 wake up, the file's name leads to one of them only. `check` tells the others, before they write a checkpoint and again
 before they give it its name. What is left is a process that freezes for more than a minute between this last look and
@@ -27,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -51,6 +54,7 @@ class Owner:
     job: str  # Slurm's cluster and job; empty outside of Slurm
     restarts: int  # how often Slurm has requeued the job
     token: str  # of this lock alone
+    inode: int = 0  # of the file that was created: a copy of it has another
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, started {self.started}"
@@ -109,17 +113,17 @@ def acquire(
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = _create(path, own)
+            created = _create(path, own)
         except OSError as error:
             raise RuntimeError(
                 f"cannot write to the run's folder {folder}: {error.strerror}; make it writable, or choose another"
                 " output"
             ) from error
-        if file is not None:
-            return RunLock(path, file, own, beat_seconds)
+        if created is not None:
+            return RunLock(path, *created, beat_seconds)
         content = _read(path)
         other = _parse(content)
-        dead = _is_dead(other, own) if other else None
+        dead = _is_dead(other, own, path) if other else None
         if content is not None and dead is None:
             say(f"{path} is of {other or 'an unknown run'}: up to {SILENT_LOOKS * beat_seconds:g} s to see if it lives")
             before, content = content, _watch(path, content, pause, beat_seconds)
@@ -168,20 +172,21 @@ def this_process() -> Owner:
     )
 
 
-def _create(path: Path, owner: Owner) -> int | None:
-    """The new file, open, or None if there is one."""
+def _create(path: Path, owner: Owner) -> tuple[int, Owner] | None:
+    """The new file, open, and what is written there of its owner; None if there is a file already."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
     except (FileExistsError, FileNotFoundError):  # the latter if its folder has just been removed with a lock
         return None
     try:
+        owner = replace(owner, inode=os.fstat(file).st_ino)
         os.write(file, _line(owner) + b"%020d\n" % 0)
         os.fsync(file)
     except OSError:
         os.close(file)
         path.unlink(missing_ok=True)
         raise
-    return file
+    return file, owner
 
 
 def _line(owner: Owner) -> bytes:
@@ -204,10 +209,15 @@ def _parse(content: bytes | None) -> Owner | None:
         return None
 
 
-def _is_dead(other: Owner, own: Owner) -> bool | None:
+def _is_dead(other: Owner, own: Owner, path: Path) -> bool | None:
     """None if that cannot be told from here."""
     if other.machine == own.machine:
-        return not _lives(other)
+        if not _lives(other):
+            return True
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == other.inode:
+                return False
+        return None
     if other.job and other.job == own.job and other.restarts < own.restarts:
         return True
     return None

@@ -35,7 +35,8 @@ for _kind, _pattern in {
 def read_yaml(text: str | bytes, schema: Any, origin: str) -> Any:
     """The plain value of a YAML document for `schema`, a type or a model; an empty section is {}.
 
-    Raises ValueError, one line that begins with `origin`, for what is no YAML and for a key that is set twice.
+    Raises ValueError, one line that begins with `origin`, for what is no YAML, a key that is set twice, and an alias
+    within the value that it stands for.
     """
     try:
         loader = _Loader(text)
@@ -46,12 +47,18 @@ def read_yaml(text: str | bytes, schema: Any, origin: str) -> Any:
         raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}{quotes}") from error
     except _RepeatedKeyError as error:
         raise ValueError(f"{origin}: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{origin} has an alias within the value that it stands for; write that out") from None
 
 
 def read_value(text: str, schema: Any, origin: str) -> Any:
-    """The value that `text`, from a command line, has for `schema`: where that wants text, itself. None for null."""
+    """The value that `text`, from a command line, has for `schema`: where that wants text, itself. None for null.
+
+    `~` alone is the home folder where null is no value.
+    """
     if wants_text(schema):
-        return None if text in _NULLS else text
+        is_null = text in _NULLS and (text != "~" or NoneType in _kinds(schema))
+        return None if is_null else text
     return read_yaml(text, schema, origin)
 
 
@@ -88,9 +95,9 @@ def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
     """The node with text in place of what YAML would make of scalars, where the schema wants text."""
     if isinstance(node, yaml.MappingNode):
         _refuse_repeated_keys(node)
-        node.value = [(key, _as_written(value, field_type(schema, key.value))) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        node.value = [_as_written(item, None) for item in node.value]
+        node.value = [(key, _as_written(value, _schema_under(key, schema))) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):  # of a model, only under <<
+        node.value = [_as_written(item, schema if _is_model(schema) else None) for item in node.value]
     elif node.tag == f"{_TAG}null" and (
         _is_model(schema) or get_origin(schema) is dict
     ):  # a section whose lines are all commented out
@@ -98,6 +105,11 @@ def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
     elif node.tag != f"{_TAG}null" and wants_text(schema):
         return yaml.ScalarNode(f"{_TAG}str", node.value, node.start_mark, node.end_mark)
     return node
+
+
+def _schema_under(key: yaml.Node, schema: Any) -> Any:
+    """The type of a key's value; what `<<` merges has that of the whole mapping."""
+    return schema if key.tag == f"{_TAG}merge" else field_type(schema, key.value)
 
 
 def _refuse_repeated_keys(node: yaml.MappingNode) -> None:

@@ -1,5 +1,6 @@
 """Finding images and classes in folders, archives and WebDatasets, among other files."""
 
+import os
 import shutil
 import subprocess
 import tarfile
@@ -24,6 +25,30 @@ def read(found: Source) -> dict[tuple[str, str], bytes]:
 
 
 # Class folders
+
+
+def test_a_folder_that_may_not_be_read(source, tmp_path):
+    """Asked as a user without rights, since root has all of them."""
+    source.chmod(0o755)
+    (source / "cat").chmod(0o700)
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        if (child := os.fork()) == 0:
+            try:
+                if os.getuid() == 0:
+                    os.chroot(source)
+                    os.setuid(65534)
+                else:
+                    (source / "cat").chmod(0)
+                find_images(Path("/" if os.getuid() == 65534 else source))
+            except ValueError as error:
+                file.write(str(error))
+            finally:
+                file.flush()
+                os._exit(0)
+        os.waitpid(child, 0)
+    (source / "cat").chmod(0o700)
+    assert said.read_text().endswith("/cat may not be read by this user; make it readable")
 
 
 def test_nested_linked_and_hidden_files(source):

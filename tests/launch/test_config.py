@@ -181,6 +181,7 @@ def test_each_of_several_faults_has_its_line(file):
         (b"1: 2", "1 is 1: keys should be strings"),
         (b"seed: 1\noptimizer: {lr: 1}\nseed: 2", "bad.yaml: seed is set twice, on lines 1 and 3; keep one$"),
         (b"data:\n  train: a\n  val: b\n  train: c", "bad.yaml: train is set twice, on lines 2 and 4; keep one$"),
+        (b"data: &data\n  train: *data", "bad.yaml has an alias within the value that it stands for; write that out$"),
         (b"output: runs/x: y", "bad.yaml is not YAML: .*; put quotes around text that holds ': '$"),
         (b"output: [runs]", r"output is \['runs'\]: input is not a valid path"),
         (b"- output", r"bad.yaml holds no sections but \['output'\]; write for example output: runs/b4"),
@@ -224,6 +225,18 @@ TYPED = [
     "1e3",
     "größe &*!",
 ]
+
+
+def test_merged_values_are_taken_as_written(tmp_path):
+    (tmp_path / "x.yaml").write_text("output: 2024\ndata: {<<: [{train: 0100}, {val: on, train: no}], cache: 1e3}\n")
+    config = load_config(tmp_path / "x.yaml", [])
+    assert (config.data.train, config.data.val, str(config.data.cache)) == ("0100", "on", "1e3")
+
+
+def test_a_tilde_alone(file):
+    """It is null, as in YAML, where that is a value, and the home folder elsewhere."""
+    config = load_config(file, ["output=~", "data.train=~", "data.cache=~"])
+    assert (config.output, config.data.train, config.data.cache) == (Path.home(), str(Path.home()), None)
 
 
 @pytest.mark.parametrize("text", TYPED)

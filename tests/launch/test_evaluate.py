@@ -235,8 +235,9 @@ def test_a_report_that_cannot_be_written(score, trained_run, val):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--image-size", 33), "--image-size 33 is not a multiple of 32; use one"),
-        (("--image-size", 0), "image_size is 0; use at least 1"),
+        (("--image-size", 33), "--image-size 33 is no size; use a multiple of 32"),
+        (("--image-size", 0), "--image-size 0 is no size; use a multiple of 32"),
+        (("--image-size", -32), "--image-size -32 is no size; use a multiple of 32"),
         (("--batch", 0), "the evaluation batch is 0; use at least 1"),
         (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
         (

@@ -112,9 +112,19 @@ def test_validation_lacks_classes_in_the_middle(configure, packed_classes):
 
 def test_a_single_class(configure, packed_classes):
     folder = packed_classes("Bag")
-    with pytest.raises(ValueError, match=f"{folder} has a single class, Bag, and there is nothing to tell apart; pack"):
+    message = f"{folder} has images of a single class, Bag, and there is nothing to tell apart; pack"
+    with pytest.raises(ValueError, match=message):
         make_plan(configure(f"data.train={folder}"), 0, 1)
     make_plan(configure(f"data.val={folder}"), 0, 1)
+
+
+def test_a_single_class_with_images(configure, fashion, tmp_path):
+    folder = tmp_path / "packed"
+    shutil.copytree(fashion / "Bag", tmp_path / "images" / "Bag")
+    (tmp_path / "names.txt").write_text("Ankle_boot\nBag\n")
+    pack(tmp_path / "images", folder, PackOptions(classes=tmp_path / "names.txt"))
+    with pytest.raises(ValueError, match=f"{folder} has images of a single class, Bag, and there"):
+        make_plan(configure(f"data.train={folder}"), 0, 1)
 
 
 def test_a_batch_that_batchnorm_cannot_take(configure, small_config, capsys):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
 def test_a_stopped_owner_is_no_dead_one(hold, folder):
     first = hold()
     first.send_signal(signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match="is in use by another run"):
+        acquire(folder, pause=never)
+
+
+def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp_path):
+    hold()
+    shutil.copytree(folder, tmp_path / "copy")
+    said, looks = [], []
+    acquire(tmp_path / "copy", said.append, looks.append).release()
+    assert looks == SILENT_LOOKS * [5.0]
+    assert len(said) == 1
     with pytest.raises(RuntimeError, match="is in use by another run"):
         acquire(folder, pause=never)
 
