@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataio.cache import bytes_at_once, require_room
-from dataio.decoding import Replace, Replaced, Request, decode_batches
-from dataio.index import Manifest, Order, draws_at
-from dataio.views import ImageOptions, eval_views, train_views
+from dataio.augment.views import ImageOptions, eval_views, train_views
+from dataio.decode import Replace, Replaced, Request, decode_batches
+from dataio.manifest import Manifest
+from dataio.sampler import Order, draws_at
 
 _BROKEN_SHOWN = 5
 
@@ -85,7 +85,7 @@ class TrainPlan:
 
     def bytes_at_once(self, manifest: Manifest) -> int:
         """Room that a cache of remote shards needs: for all that a step reads, and the window after it."""
-        return bytes_at_once(manifest, self.order(manifest).most_held(self.global_batch))
+        return manifest.bytes_at_once(self.order(manifest).most_held(self.global_batch))
 
     def first_position(self, micro_step: int) -> int:
         """The position of this rank's first sample in a micro-step of the run, counted from 0."""
@@ -136,7 +136,7 @@ class TrainLoader:
     def __init__(self, manifest: Manifest, options: ImageOptions, plan: TrainPlan, device: torch.device) -> None:
         self.manifest, self.options, self.plan, self.device = manifest, options, plan, device
         if manifest.remote:
-            require_room(manifest.remote.cache, {manifest.place: plan.bytes_at_once(manifest)})
+            manifest.remote.cache.require_room({manifest.place: plan.bytes_at_once(manifest)})
         self._order = plan.order(manifest)
         self._micro_step = 0  # micro-steps handed out since the run began
         self._batches: Iterator[Batch] | None = None  # built by the first next(), dropped by restore()
@@ -246,7 +246,7 @@ class EvalLoader:
             raise ValueError(f"rank {rank} is not one of {ranks} ranks; use 0 to {ranks - 1}")
         self.manifest, self.options, self.batch, self.device = manifest, options.plain, batch, device
         if manifest.remote:
-            require_room(manifest.remote.cache, {manifest.place: self.bytes_at_once(manifest, batch)})
+            manifest.remote.cache.require_room({manifest.place: self.bytes_at_once(manifest, batch)})
         self._label_map = None if label_map is None else torch.from_numpy(label_map).to(device)
         self._share = range(len(manifest) * rank // ranks, len(manifest) * (rank + 1) // ranks)
 
@@ -254,7 +254,7 @@ class EvalLoader:
     def bytes_at_once(manifest: Manifest, batch: int, ranks_here: int = 1) -> int:
         """Room that a cache of remote shards needs: for a batch of each rank that shares it, and the shard after it."""
         touched = 1 + -(-(batch - 1) // min(manifest.shard_samples))
-        return bytes_at_once(manifest, ranks_here * (touched + 1))
+        return manifest.bytes_at_once(ranks_here * (touched + 1))
 
     def __len__(self) -> int:
         """Batches of this rank."""

@@ -18,11 +18,11 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from dataio import recipes
-from dataio.operations import INTERPOLATIONS, Stage, apply_stage
-from dataio.recipes import Operations
-from dataio.resize import Resizer
-from dataio.views import ImageOptions, Views
+from dataio.augment import recipes
+from dataio.augment.operations import INTERPOLATIONS, Stage, apply_stage
+from dataio.augment.recipes import Operations
+from dataio.augment.resize import Resizer
+from dataio.augment.views import ImageOptions, Views
 
 FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
 

@@ -12,8 +12,14 @@ import tarfile
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-from dataio.index import Manifest
+from dataio.manifest import Manifest, load_manifest
+from dataio.urls import is_url
+
+if TYPE_CHECKING:
+    from dataio.remote.options import CacheOptions
 
 _BLOCK = tarfile.BLOCKSIZE
 _NAME, _SIZE = slice(0, 100), slice(124, 136)  # of a member's header in USTAR
@@ -21,6 +27,22 @@ _NAME, _SIZE = slice(0, 100), slice(124, 136)  # of a member's header in USTAR
 
 class BrokenSampleError(Exception):
     """What lies at a sample's place is not that sample; the text says why."""
+
+
+class EncodedImages(Protocol):
+    """What reads the encoded images of a data set: `ShardFiles`, or `ShardCache` of a remote one."""
+
+    def hold(self, shards: Sequence[int]) -> None:
+        """Begins a batch that needs these shards, in this order, now or soon."""
+
+    def read_ahead(self, samples: Sequence[int]) -> None:
+        """Samples that are read next."""
+
+    def read(self, sample: int) -> bytes:
+        """The encoded image. Raises as `read_sample` does."""
+
+    def close(self) -> None:
+        """Lets go of all files."""
 
 
 class ShardFiles:
@@ -108,3 +130,24 @@ def _read_header(header: bytes) -> tuple[bytes, int]:
     except ValueError:  # an 8 or 9
         size = -1
     return header[_NAME].partition(b"\0")[0], size
+
+
+def open_data(location: str | Path, cache: "CacheOptions") -> Manifest:
+    """The manifest of a packed folder, here or at a URL. Of a remote one the sample table is fetched, and no shard.
+
+    Raises what `load_manifest` and `remote.fetch` raise.
+    """
+    if not is_url(location):
+        return load_manifest(location)
+    from dataio.remote.cache import open_remote  # fsspec is for those who need it
+
+    return open_remote(str(location), cache)
+
+
+def open_shards(manifest: Manifest) -> EncodedImages:
+    """What reads the encoded images of a data set."""
+    if not manifest.remote:
+        return ShardFiles(manifest)
+    from dataio.remote.cache import ShardCache
+
+    return ShardCache(manifest)

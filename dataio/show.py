@@ -17,11 +17,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dataio.cache import open_data, open_shards
 from dataio.files import user_path
 from dataio.images import patient_pil
-from dataio.index import Manifest, load_manifest, samples_at
-from dataio.remote import CacheOptions, is_url, shown
+from dataio.manifest import Manifest, load_manifest
+from dataio.remote.options import CacheOptions
+from dataio.sampler import samples_at
+from dataio.shards import open_data, open_shards
+from dataio.urls import is_url, shown
 
 _COLUMNS = 8
 _TILE_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.3, 100
@@ -60,9 +62,9 @@ def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> 
     """
     import torch  # here, because PyTorch and DALI take seconds to import and the packed images need neither
 
-    from dataio.augment import Augment, MixOptions
+    from dataio.augment.mixing import Augment, MixOptions
+    from dataio.augment.views import ImageOptions
     from dataio.loader import TrainLoader, TrainPlan
-    from dataio.views import ImageOptions
 
     device = torch.device("cpu")
     options, mix = ImageOptions(image_size=size), MixOptions()

@@ -19,9 +19,9 @@ import numpy as np
 
 from dataio.files import sha256_of
 from dataio.images import check_image
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
-from dataio.remote import is_url, shown
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
 from dataio.terminal import progress_bar
+from dataio.urls import is_url, shown
 from dataio.workers import available_cores, worker_pool
 
 _FAULTS_SHOWN = 20  # of a shard's images

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 
-from dataio.views import ImageOptions
+from dataio.augment.views import ImageOptions
 from polaformer.model import TOTAL_STRIDE
 
 _KEY = "polaformer"

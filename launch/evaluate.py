@@ -25,12 +25,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataio.cache import open_data, require_room
+from dataio.augment.views import ImageOptions
 from dataio.files import user_path
-from dataio.index import Manifest
 from dataio.loader import Batch, EvalLoader, count_classes, map_labels
-from dataio.remote import shown
-from dataio.views import ImageOptions
+from dataio.manifest import Manifest
+from dataio.remote.options import cache_options
+from dataio.shards import open_data
+from dataio.urls import shown
 from launch.card import Card, make_card, read_card
 from launch.distributed import (
     Refusal,
@@ -44,7 +45,6 @@ from launch.distributed import (
     together,
 )
 from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
-from launch.plan import cache_options
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 from polaformer.weights import load_weights
@@ -138,7 +138,7 @@ def prepare(
     cache = cache_options(arguments.cache, arguments.cache_gib, arguments.data)
     manifest = open_data(arguments.data, cache)
     if manifest.remote:
-        require_room(cache, {manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})
+        cache.require_room({manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})
     card = _settle_card(arguments, path, manifest)
     label_map = map_labels(manifest, card.classes, str(path))
     model = timm.create_model(card.model, num_classes=len(card.classes))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dataio.index import Manifest
-from dataio.layout import find_layout
-from dataio.pack import split
-from dataio.pack_options import PackOptions
-from dataio.source import find_images, read_names
+from dataio.manifest import Manifest
+from dataio.pack.layout import find_layout
+from dataio.pack.options import PackOptions
+from dataio.pack.packer import split
+from dataio.pack.source import find_images, read_names
 
 HELD_OUT_PERCENT = 10.0
 

@@ -10,9 +10,7 @@ if __name__ == "__main__":
 
 import argparse
 import os
-import stat
 import sys
-import tempfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dataio.augment import MixOptions, check_pairs
-from dataio.cache import open_data, require_room
+from dataio.augment.mixing import MixOptions, check_pairs
+from dataio.augment.recipes import RandAugment
+from dataio.augment.views import ImageOptions
 from dataio.files import user_path
-from dataio.index import Manifest
 from dataio.loader import EvalLoader, TrainPlan, check_labels, count_classes, map_labels
-from dataio.recipes import RandAugment
-from dataio.remote import CacheOptions, Patience, is_url
-from dataio.views import ImageOptions
+from dataio.manifest import Manifest
+from dataio.remote.options import Patience, cache_options
+from dataio.shards import open_data
+from dataio.urls import is_url
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
@@ -138,42 +137,8 @@ def open_both(config: Config, batches: TrainPlan, ranks_here: int) -> tuple[Mani
     needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
     if val.remote:
         needed["data.val"] = EvalLoader.bytes_at_once(val, batches.batch, ranks_here)
-    require_room(cache, needed)
+    cache.require_room(needed)
     return train, val
-
-
-def cache_options(folder: Path | None, gib: float, *places: str) -> CacheOptions:
-    """Where those of these data sets go that are remote: into `folder`, or one of this user's own.
-
-    Raises ValueError or RuntimeError if that one is needed and is not theirs alone to write to.
-    """
-    if folder is None:
-        folder = _own_folder()
-        if any(is_url(place) for place in places):
-            _require_own(folder)
-    return CacheOptions(folder, int(gib * 2**30))
-
-
-def _own_folder() -> Path:
-    """In the user's folder for caches if one is set, else among temporary files: home may be small, and far away."""
-    chosen = os.environ.get("XDG_CACHE_HOME")
-    if chosen:
-        return Path(chosen) / "polaformer-shards"
-    return Path(tempfile.gettempdir()) / f"polaformer-shards-{os.getuid()}"
-
-
-def _require_own(folder: Path) -> None:
-    """Makes the folder. What lies in it is trusted: nobody else may have made it, or may write to it."""
-    remedy = "name a folder of your own with data.cache, --cache"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise RuntimeError(f"cannot keep remote shards in {folder}: {error.strerror}; {remedy}") from error
-    for owner in (folder.lstat().st_uid, folder.stat().st_uid):  # of a link, and of what it leads to
-        if owner != os.getuid():
-            raise ValueError(f"{folder}, the default for remote shards, belongs to user {owner}; {remedy}")
-    if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"{folder}, the default for remote shards, may be written to by other users; {remedy}")
 
 
 def image_options(data: DataSection) -> ImageOptions:

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dataio.files import printable, user_path
-from dataio.index import MANIFEST_NAME, load_manifest
-from dataio.pack_options import PackOptions, add_options
-from dataio.remote import shown
+from dataio.manifest import MANIFEST_NAME, load_manifest
+from dataio.pack.options import PackOptions, add_options
+from dataio.urls import shown
 from launch.benchmark.report import describe_run, write_report
 from launch.config import load_config
 from launch.distributed import find_free_port

@@ -32,10 +32,10 @@ import torch
 import yaml
 from timm.loss import SoftTargetCrossEntropy
 
-from dataio.augment import Augment
+from dataio.augment.mixing import Augment
 from dataio.files import replace_file, user_path
 from dataio.loader import EvalLoader, TrainLoader
-from dataio.remote import shown
+from dataio.urls import shown
 from launch import checkpoint
 from launch.averages import MovingAverage, average_buffers
 from launch.card import make_card

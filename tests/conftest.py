@@ -97,7 +97,7 @@ def _vary_formats(root: Path) -> None:
 @pytest.fixture(scope="session")
 def shards(photos, tmp_path_factory) -> Path:
     """`photos`, packed into several shards."""
-    from dataio.pack import PackOptions, pack
+    from dataio.pack.packer import PackOptions, pack
 
     target = tmp_path_factory.mktemp("shards") / "photos"
     pack(photos, target, PackOptions(shard_mib=1))
@@ -107,7 +107,7 @@ def shards(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
     """Class folder of 400 photographs of Fashion-MNIST, 10 classes, 28×28 grey PNG."""
-    from dataio.fashion_mnist import Photographs, read_photographs, write_photographs
+    from dataio.pack.fashion_mnist import Photographs, read_photographs, write_photographs
 
     root = tmp_path_factory.mktemp("fashion")
     photographs = read_photographs()["val"]
@@ -118,7 +118,7 @@ def fashion(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fashion_shards(fashion, tmp_path_factory) -> Path:
     """Folder with `train` and `val`: three quarters and one quarter of `fashion`, packed."""
-    from dataio.pack import PackOptions, pack
+    from dataio.pack.packer import PackOptions, pack
 
     root = tmp_path_factory.mktemp("fashion_shards")
     pack(fashion, root / "train", PackOptions(hold_out=25, part="kept"))
@@ -129,7 +129,7 @@ def fashion_shards(fashion, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def many_shards(fashion, tmp_path_factory) -> Path:
     """`fashion`, packed into shards of about 24 images."""
-    from dataio.pack import PackOptions, pack
+    from dataio.pack.packer import PackOptions, pack
 
     target = tmp_path_factory.mktemp("many_shards") / "fashion"
     options = PackOptions()

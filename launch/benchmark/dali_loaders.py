@@ -15,11 +15,12 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
-from dataio.cache import open_shards
-from dataio.decoding import Request, decode_batches
-from dataio.index import Manifest, Order, draws_at, load_manifest
+from dataio.augment.views import train_views
+from dataio.decode import Request, decode_batches
 from dataio.loader import EvalLoader
-from dataio.views import train_views
+from dataio.manifest import Manifest, load_manifest
+from dataio.sampler import Order, draws_at
+from dataio.shards import open_shards
 from launch.benchmark.loaders import ENDINGS, SEED, SHUFFLED, Delivery, Task, grid_of
 from launch.config import DataSection
 from launch.plan import image_options

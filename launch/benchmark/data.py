@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataio.index import Manifest, load_manifest
+from dataio.manifest import Manifest, load_manifest
 from dataio.workers import available_cores
 from launch.benchmark.data_report import DESCRIPTIONS, describe, draw, show
 from launch.benchmark.feed import Feeding, measure_feeding

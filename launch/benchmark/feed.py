@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 import polaformer  # noqa: F401  registers the models
-from dataio.index import Manifest, load_manifest
 from dataio.loader import Batch, TrainLoader, TrainPlan
+from dataio.manifest import Manifest, load_manifest
 from launch.benchmark.measure import LEAST_ROUNDS, spread
 from launch.config import DataSection
 from launch.plan import image_options

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.transforms import InterpolationMode, v2
 
-from dataio.index import Manifest, load_manifest
+from dataio.manifest import Manifest, load_manifest
 from launch.config import DataSection
 
 RECIPES = get_args(DataSection.model_fields["recipe"].annotation)

@@ -13,8 +13,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image
 
-from dataio.index import Manifest
-from dataio.pack import PackOptions, pack
+from dataio.manifest import Manifest
+from dataio.pack.packer import PackOptions, pack
 from dataio.workers import available_cores, worker_pool
 
 #: Class → file, in the folder of scikit-image's data or of Matplotlib's.

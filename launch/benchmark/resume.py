@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, Order, load_manifest, read_manifest_file
+from dataio.augment.views import ImageOptions
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.views import ImageOptions
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
+from dataio.sampler import Order
 from dataio.workers import available_cores, ctrl_c_held_back
 from launch.benchmark.measure import spread
 from launch.benchmark.photographs import DESCRIPTION, pack_photographs

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataio.cache import ShardCache
-from dataio.index import Manifest, load_manifest
-from dataio.pack import PackOptions, pack
-from dataio.remote import CacheOptions
+from dataio.manifest import Manifest, load_manifest
+from dataio.pack.packer import PackOptions, pack
+from dataio.remote.cache import ShardCache
+from dataio.remote.options import CacheOptions
 
 
 class TinyShards(PackOptions):

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dataio.cache import open_data
-from dataio.index import MANIFEST_NAME, SAMPLE_DTYPE, SAMPLES_NAME, load_manifest
+from dataio.augment.views import ImageOptions
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.remote import CacheOptions, Patience
-from dataio.views import ImageOptions
+from dataio.manifest import MANIFEST_NAME, SAMPLE_DTYPE, SAMPLES_NAME, load_manifest
+from dataio.remote.options import CacheOptions, Patience
+from dataio.shards import open_data
 
 OPTIONS = ImageOptions(image_size=32, threads=2, prefetch_batches=1)
 BATCH, STEPS = 24, 1  # so large that DALI reads headers in threads

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataio.archives import TarReader, ZipReader
+from dataio.pack.archives import TarReader, ZipReader
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.augment import Augment, MixOptions
-from dataio.index import load_manifest
+from dataio.augment.mixing import Augment, MixOptions
+from dataio.augment.views import ImageOptions
 from dataio.loader import Batch, TrainLoader, TrainPlan
-from dataio.views import ImageOptions
+from dataio.manifest import load_manifest
 
 CLASSES = 10
 GPU = pytest.param(

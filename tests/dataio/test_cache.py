@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.cache import ShardCache, bytes_at_once, open_data, require_room
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
+from dataio.augment.views import ImageOptions
 from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan
-from dataio.remote import CacheOptions, Patience, Wait
-from dataio.views import ImageOptions
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
+from dataio.remote.cache import ShardCache
+from dataio.remote.fetch import Wait
+from dataio.remote.options import CacheOptions, Patience
+from dataio.shards import open_data
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=1)
@@ -143,10 +145,10 @@ RANK = """
 import hashlib, sys
 from pathlib import Path
 import torch
-from dataio.cache import open_data
+from dataio.shards import open_data
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.views import ImageOptions
-from dataio.remote import CacheOptions, Patience
+from dataio.augment.views import ImageOptions
+from dataio.remote.options import CacheOptions, Patience
 
 url, folder, limit, rank, ranks, steps = sys.argv[1:]
 patience = Patience(room_seconds=3600, file_seconds=3600, batch_seconds=3600, silent_seconds=3600)
@@ -286,21 +288,21 @@ def test_a_cache_that_is_too_small_is_refused_at_once(http_server, far, cache, l
     )
     with pytest.raises(ValueError, match=message):
         TrainLoader(manifest, SMALL, PLAN, CPU)
-    few = open_data(server.url, CacheOptions(cache.folder, EvalLoader.bytes_at_once(local, 16) - 1, HASTY))
+    few = open_data(server.url, CacheOptions(cache.folder, EvalLoader.local.bytes_at_once(16) - 1, HASTY))
     with pytest.raises(ValueError, match="is too small"):
         EvalLoader(few, SMALL, 16, 0, 8, CPU)
     assert not [name for name in server.requests if name.endswith(".tar")]
     with pytest.raises(
         ValueError, match="a cache of 1 GiB is too small, a needs 1 GiB, b needs 0.5 GiB at a time; allow it 1.5 "
     ):
-        require_room(CacheOptions(cache.folder, 2**30), {"a": 2**30, "b": 2**29})
+        CacheOptions(cache.folder, 2**30).require_room({"a": 2**30, "b": 2**29})
 
 
 def test_room_is_counted_with_the_largest_shards(local):
     sizes = sorted(shard.bytes for shard in local.shards)
     table = (local.folder / SAMPLES_NAME).stat().st_size
-    assert bytes_at_once(local, 2) == sum(sizes[-3:]) + table
-    assert bytes_at_once(local, 1000) == sum(sizes) + table
+    assert local.bytes_at_once(2) == sum(sizes[-3:]) + table
+    assert local.bytes_at_once(1000) == sum(sizes) + table
 
 
 @pytest.mark.parametrize("fault", ["half", "half unsaid", "503"])
@@ -414,8 +416,9 @@ def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
 LEAVING = """
 import sys
 from pathlib import Path
-from dataio.cache import ShardCache, open_data
-from dataio.remote import CacheOptions, Patience
+from dataio.remote.cache import ShardCache
+from dataio.shards import open_data
+from dataio.remote.options import CacheOptions, Patience
 
 patience = Patience(silent_seconds=3600, file_seconds=3600)
 shards = ShardCache(open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience)))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dataio.cache import ShardCache, open_data
 from dataio.files import sha256_of
-from dataio.index import SAMPLES_NAME, Manifest
-from dataio.remote import CacheOptions, Patience
+from dataio.manifest import SAMPLES_NAME, Manifest
+from dataio.remote.cache import ShardCache
+from dataio.remote.options import CacheOptions, Patience
+from dataio.shards import open_data
 
 FOREVER = 7200  # seconds, longer than a test may take
 PATIENT = Patience(
@@ -165,8 +166,9 @@ def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, sma
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from dataio.cache import ShardCache, open_data
-from dataio.remote import CacheOptions, Patience
+from dataio.remote.cache import ShardCache
+from dataio.shards import open_data
+from dataio.remote.options import CacheOptions, Patience
 
 patience = Patience(attempts=2, first_wait_seconds=0.01, silent_seconds=3600, file_seconds=3600, batch_seconds=3600)
 manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience))
@@ -244,8 +246,9 @@ def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, t
 READING = """
 import sys
 from pathlib import Path
-from dataio.cache import ShardCache, open_data
-from dataio.remote import CacheOptions
+from dataio.remote.cache import ShardCache
+from dataio.shards import open_data
+from dataio.remote.options import CacheOptions
 
 manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30))
 shards = ShardCache(manifest)

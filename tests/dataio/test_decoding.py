@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio.index import Manifest, load_manifest
+from dataio.augment.resize import Resizer
+from dataio.augment.views import ImageOptions
 from dataio.loader import EvalLoader, TrainLoader, TrainPlan
-from dataio.pack import pack
-from dataio.resize import Resizer
+from dataio.manifest import Manifest, load_manifest
+from dataio.pack.packer import pack
 from dataio.shards import ShardFiles
-from dataio.views import ImageOptions
 
 CPU = torch.device("cpu")
 
@@ -56,9 +56,9 @@ import sys
 from pathlib import Path
 import numpy as np
 import torch
-from dataio.index import load_manifest
-from dataio.decoding import Request, decode_batches
-from dataio.views import ImageOptions, eval_views
+from dataio.manifest import load_manifest
+from dataio.decode import Request, decode_batches
+from dataio.augment.views import ImageOptions, eval_views
 manifest, samples = load_manifest(Path(sys.argv[1])), np.arange(48)
 options = ImageOptions(image_size=32, threads=2)
 for _ in range(5):
@@ -140,9 +140,9 @@ def test_a_broken_image_of_any_size_is_replaced(tmp_path, truncate, monkeypatch,
 SCARCE = """
 import resource, sys
 import torch
-from dataio.index import load_manifest
+from dataio.manifest import load_manifest
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.views import ImageOptions
+from dataio.augment.views import ImageOptions
 
 plan = TrainPlan(seed=0, global_batch=1, max_broken=99)
 options = ImageOptions(image_size=32, threads=1, prefetch_batches=1)

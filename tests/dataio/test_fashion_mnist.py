@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import FashionMNIST
 
-from dataio import fashion_mnist
-from dataio.fashion_mnist import Photographs, main, read_photographs, write_photographs
+from dataio.pack import fashion_mnist
+from dataio.pack.fashion_mnist import Photographs, main, read_photographs, write_photographs
 
 
 @pytest.fixture(scope="module")

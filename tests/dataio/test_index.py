@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataio.files import sha256_of
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, Order, draws_at, epoch_order, load_manifest, samples_at
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
+from dataio.sampler import Order, draws_at, epoch_order, samples_at
 
 WORD = 2**64
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataio.index import Broken
-from dataio.journal import Journal
-from dataio.shard_writer import ShardTask, WrittenShard, write_shard
-from dataio.source import find_images
+from dataio.manifest import Broken
+from dataio.pack.journal import Journal
+from dataio.pack.shard_writer import ShardTask, WrittenShard, write_shard
+from dataio.pack.source import find_images
 from dataio.workers import worker_pool
 
 REQUEST = {"seed": 1, "check": "decode"}

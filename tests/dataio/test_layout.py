@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dataio.index import load_manifest
-from dataio.layout import Layout, find_layout
-from dataio.pack import PackOptions, main, pack
-from dataio.source import find_images
+from dataio.manifest import load_manifest
+from dataio.pack.layout import Layout, find_layout
+from dataio.pack.packer import PackOptions, main, pack
+from dataio.pack.source import find_images
 
 
 def lay(root: Path, photos: Path, folders: list[str]) -> Path:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.index import Manifest, load_manifest, samples_at
+from dataio.augment.views import ImageOptions
 from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan, check_labels, count_classes, map_labels
-from dataio.views import ImageOptions
+from dataio.manifest import Manifest, load_manifest
+from dataio.sampler import samples_at
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=2)  # with the default recipe: RandAugment

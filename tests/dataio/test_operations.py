@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio.operations import change_images
-from dataio.parity import FILL, differences, our_amounts, read_photographs, timm_amounts
-from dataio.recipes import AFFINE, RAND_AUGMENT, Kind, Operations
+from dataio.augment.operations import change_images
+from dataio.augment.recipes import AFFINE, RAND_AUGMENT, Kind, Operations
+from launch.benchmark.parity import FILL, differences, our_amounts, read_photographs, timm_amounts
 
 INTERPOLATIONS = ["bicubic", "bilinear"]
 NOT_AFFINE = {  # amounts: magnitude 9's, the extremes and what changes nothing; difference in levels: mean, most

@@ -27,10 +27,10 @@ from wds2idx import IndexCreator
 
 from dataio.files import partial_folder
 from dataio.images import FORMATS
-from dataio.index import SAMPLES_NAME, Broken, load_manifest
 from dataio.loader import map_labels
-from dataio.pack import PackOptions, main, pack, read_report, split
-from dataio.source import find_images
+from dataio.manifest import SAMPLES_NAME, Broken, load_manifest
+from dataio.pack.packer import PackOptions, main, pack, read_report, split
+from dataio.pack.source import find_images
 from dataio.verify import verify
 
 
@@ -614,7 +614,7 @@ def uninterrupted(many, tmp_path_factory) -> dict[str, bytes]:
 # workers have then written a further shard each.
 STANDING_STILL = """
 import os, sys
-from dataio import pack
+from dataio.pack import packer as pack
 
 def find_images(*arguments):
     print("listing", flush=True)

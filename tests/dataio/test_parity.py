@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataio import parity
-from dataio.parity import (
+from dataio.augment.recipes import AFFINE, RAND_AUGMENT, Kind
+from launch.benchmark import parity
+from launch.benchmark.parity import (
     MAGNITUDES,
     TIMM_NAMES,
     Row,
@@ -20,7 +21,6 @@ from dataio.parity import (
     render,
     timm_draws,
 )
-from dataio.recipes import AFFINE, RAND_AUGMENT, Kind
 
 MEAN = {Kind.SHARPNESS: 0.4, Kind.EQUALIZE: 0.4, Kind.AUTO_CONTRAST: 0.01, Kind.COLOR: 0.002}  # of 255; others 0
 

@@ -12,13 +12,14 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
-from dataio.decoding import Request, decode_batches
-from dataio.index import Manifest, draws_at, load_manifest
-from dataio.parity import in_pil
+from dataio.augment.recipes import Kind, RandAugment
+from dataio.augment.views import ImageOptions, Views, eval_views, train_views
+from dataio.decode import Request, decode_batches
+from dataio.manifest import Manifest, load_manifest
 from dataio.pipeline import make_graph
-from dataio.recipes import Kind, RandAugment
+from dataio.sampler import draws_at
 from dataio.shards import ShardFiles
-from dataio.views import ImageOptions, Views, eval_views, train_views
+from launch.benchmark.parity import in_pil
 
 CPU = torch.device("cpu")
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}

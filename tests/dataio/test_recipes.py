@@ -5,9 +5,7 @@ import pytest
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import ColorJitter
 
-from dataio.index import draws_at
-from dataio.parity import RECIPE, TIMM_NAMES, amounts_of, chi_square, largest_gap, our_draws, timm_draws
-from dataio.recipes import (
+from dataio.augment.recipes import (
     AFFINE,
     COLOR_JITTER,
     DRAWS,
@@ -23,6 +21,8 @@ from dataio.recipes import (
     rand_augment,
     three_augment,
 )
+from dataio.sampler import draws_at
+from launch.benchmark.parity import RECIPE, TIMM_NAMES, amounts_of, chi_square, largest_gap, our_draws, timm_draws
 
 COUNT = 10_000
 NEVER = 4.0  # standard deviations: exceeded by chance less than once in 10,000 times

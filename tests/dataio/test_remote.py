@@ -16,7 +16,9 @@ from types import SimpleNamespace
 import fsspec.asyn
 import pytest
 
-from dataio.remote import CacheOptions, Patience, Remote, TooLateError, Wait, fetch, is_url, read_remote, shown
+from dataio.remote.fetch import TooLateError, Wait, fetch, read_remote
+from dataio.remote.options import CacheOptions, Patience, Remote
+from dataio.urls import is_url, shown
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -365,7 +367,8 @@ WITHOUT = """
 import sys
 from pathlib import Path
 sys.modules[sys.argv[1]] = None  # importing it fails as if it were not installed
-from dataio.remote import CacheOptions, Remote, read_remote
+from dataio.remote.options import CacheOptions, Remote
+from dataio.remote.fetch import read_remote
 
 try:
     read_remote(Remote(f"{sys.argv[2]}://h/a", CacheOptions(Path(), 0)), "x")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataio.shard_writer import BrokenImageError, ShardTask, TarWriter, member_bytes, write_shard
-from dataio.source import find_images
+from dataio.pack.shard_writer import BrokenImageError, ShardTask, TarWriter, member_bytes, write_shard
+from dataio.pack.source import find_images
 
 NAMES = st.from_regex(r"[0-9]{8}\.[a-z0-9]{2,5}", fullmatch=True)
 CONTENTS = st.one_of(st.binary(max_size=1100), st.integers(0, 3).map(lambda blocks: bytes(512 * blocks)))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataio.index import Manifest, load_manifest
+from dataio.manifest import Manifest, load_manifest
 from dataio.shards import BrokenSampleError, ShardFiles
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio.augment import Augment, MixOptions
-from dataio.index import load_manifest, samples_at
+from dataio.augment.mixing import Augment, MixOptions
+from dataio.augment.views import ImageOptions
 from dataio.loader import TrainLoader, TrainPlan
-from dataio.pack import pack
+from dataio.manifest import load_manifest
+from dataio.pack.packer import pack
+from dataio.sampler import samples_at
 from dataio.show import main, show
-from dataio.views import ImageOptions
 
 
 def tiles(figure) -> list[tuple[str, np.ndarray]]:

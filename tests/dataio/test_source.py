@@ -13,8 +13,8 @@ import webdataset
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import natural_key as timm_key
 
-from dataio.index import load_manifest
-from dataio.source import Source, find_images, read_names
+from dataio.manifest import load_manifest
+from dataio.pack.source import Source, find_images, read_names
 
 
 def read(found: Source) -> dict[tuple[str, str], bytes]:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataio.archives import TarReader
 from dataio.files import sha256_of
-from dataio.index import MANIFEST_NAME, SAMPLES_NAME, load_manifest
-from dataio.pack import PackOptions, pack
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
+from dataio.pack.archives import TarReader
+from dataio.pack.packer import PackOptions, pack
 from dataio.verify import main, verify
 
 REMEDY = "copy it again, or pack the folder again"

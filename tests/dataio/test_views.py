@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from dataio.index import draws_at, load_manifest
-from dataio.parity import largest_gap
-from dataio.views import WINDOW_DRAWS, ImageOptions, crop_windows, train_views
+from dataio.augment.views import WINDOW_DRAWS, ImageOptions, crop_windows, train_views
+from dataio.manifest import load_manifest
+from dataio.sampler import draws_at
+from launch.benchmark.parity import largest_gap
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataio.index import load_manifest
+from dataio.manifest import load_manifest
 from dataio.shards import ShardFiles
 from launch.benchmark import data, feed, loading
 from launch.benchmark.loaders import RECIPES, WORKS, Task, row_of_names

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.index import Order, load_manifest
+from dataio.augment.views import ImageOptions
 from dataio.loader import TrainLoader
+from dataio.manifest import load_manifest
+from dataio.sampler import Order
 from dataio.shards import ShardFiles
-from dataio.views import ImageOptions
 from launch.benchmark import resume
 from launch.benchmark.photographs import pack_photographs
 

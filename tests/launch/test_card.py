@@ -5,7 +5,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from dataio.views import ImageOptions
+from dataio.augment.views import ImageOptions
 from launch.card import make_card, read_card
 from polaformer.weights import save_weights
 

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from dataio.index import load_manifest
 from dataio.loader import Batch
-from dataio.pack import PackOptions, pack
+from dataio.manifest import load_manifest
+from dataio.pack.packer import PackOptions, pack
 from launch.card import make_card, read_card
 from launch.evaluate import evaluate, main
 from launch.find_weights import find_weights

@@ -8,9 +8,10 @@ import pytest
 import timm
 import torch
 
-from dataio.pack import PackOptions, pack
-from dataio.recipes import RandAugment
-from launch.plan import cache_options, check_output, describe, image_options, main, make_plan, mix_options
+from dataio.augment.recipes import RandAugment
+from dataio.pack.packer import PackOptions, pack
+from dataio.remote.options import cache_options
+from launch.plan import check_output, describe, image_options, main, make_plan, mix_options
 
 
 def test_the_numbers(configure):

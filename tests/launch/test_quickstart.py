@@ -14,9 +14,9 @@ import pytest
 import timm
 import torch
 
-from dataio.index import SAMPLE_DTYPE, load_manifest
-from dataio.pack import read_report
-from dataio.pack_options import PackOptions
+from dataio.manifest import SAMPLE_DTYPE, load_manifest
+from dataio.pack.options import PackOptions
+from dataio.pack.packer import read_report
 from launch.config import load_config
 from launch.find_weights import find_weights
 from launch.own_images import examine, image_settings, name_of, step_settings

@@ -21,8 +21,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dataio.index import Manifest, Order
-from dataio.pack import PackOptions, pack
+from dataio.manifest import Manifest
+from dataio.pack.packer import PackOptions, pack
+from dataio.sampler import Order
 from launch import checkpoint, train
 from launch.config import load_config, parse_config
 from launch.engine import build_model

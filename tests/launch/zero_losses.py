@@ -14,7 +14,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from dataio.augment import Augment
+from dataio.augment.mixing import Augment
 from dataio.loader import TrainLoader
 from launch.config import load_config
 from launch.distributed import placement, start, stop

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
+from dataio.augment.operations import change_images
+from dataio.augment.recipes import DRAWS, RAND_AUGMENT, Kind, Operations, RandAugment, rand_amounts, rand_augment
 from dataio.files import user_path, write_file
-from dataio.index import draws_at
-from dataio.operations import change_images
-from dataio.recipes import DRAWS, RAND_AUGMENT, Kind, Operations, RandAugment, rand_amounts, rand_augment
+from dataio.sampler import draws_at
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 TIMM_NAMES = {

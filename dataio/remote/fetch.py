@@ -8,7 +8,6 @@ cache_folder.py, where it lies.
 import asyncio
 import errno
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -21,56 +20,13 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
 from dataio.files import sha256_of, sync
+from dataio.remote.options import Patience, Remote
+from dataio.urls import shown
 
 _Result = TypeVar("_Result")
 _LONGEST_WAIT_SECONDS, _POLL_SECONDS = 30, 0.05
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a server, or room on the disk, is waited for before that is an error."""
-
-    attempts: int = 6
-    first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
-    silent_seconds: float = 30  # that a server may send nothing, or take to answer
-    room_seconds: float = 60  # that shards in use may take up the cache
-    file_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
-    batch_seconds: float = 480  # that a batch may wait for all its files
-    longer: str = ""  # how to allow more of both, ending a message
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """The folder of this machine in which remote data sets lie, how much of them, and how long to try."""
-
-    folder: Path
-    limit_bytes: int
-    patience: Patience = Patience()
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it.
-
-    Raises ValueError if there may be a blank in one.
-    """
-
-    url: str
-    cache: CacheOptions
-
-    def __post_init__(self) -> None:
-        free_path = re.match(r"(file|s3a?|gc?s)://", self.url)  # in which @, ? and blanks mean nothing
-        secret = r"^\w*://[^/]*\s[^/]*@" if free_path else r"\s[^@?]*[@?]|[@?].*\s"
-        if re.search(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
-            protocol = self.url.partition("://")[0]
-            raise ValueError(f"{protocol}://… has a password or a token, and a blank; write it as %20")
-
-    def address(self, name: str) -> str:
-        """Of one of its files: what follows a question mark (https://host/set?token=…) is asked for each of them."""
-        folder, mark, query = self.url.partition("?") if self.url.startswith("http") else (self.url, "", "")
-        return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
 @dataclass(frozen=True)
@@ -122,19 +78,6 @@ class _Watch(Callback):
         bytes_known = max(self.size or 0, self.value)
         if bytes_known > self._limit:
             raise DamagedError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
-
-
-def is_url(place: str | Path) -> bool:
-    return "://" in str(place)
-
-
-def shown(text: str) -> str:
-    """A URL, or a text with some, for people: without name and password, and without what follows a question mark.
-
-    A password may hold what should be written as %2F or %3F; so all up to the last @ goes, even that of a path.
-    """
-    text = re.sub(r"://\S*@", "://…@", text)
-    return re.sub(r"(://[^?\s]*\?)\S+", r"\1…", text)
 
 
 def read_remote(remote: Remote, name: str) -> bytes:

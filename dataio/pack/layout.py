@@ -18,9 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dataio.archives import Member, TarReader, ZipReader
 from dataio.files import list_folder
 from dataio.images import ENDINGS
+from dataio.pack.archives import Member, TarReader, ZipReader
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there is the validation part

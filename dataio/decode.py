@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dataio.cache import ShardCache, open_shards
+from dataio.augment.views import ImageOptions, Views, eval_views
 from dataio.images import patient_pil
-from dataio.index import Manifest
+from dataio.manifest import Manifest
 from dataio.pipeline import FAILURES, graph_inputs, make_graph, make_resizer, to_torch
-from dataio.shards import BrokenSampleError, ShardFiles
-from dataio.views import ImageOptions, Views, eval_views
+from dataio.shards import BrokenSampleError, EncodedImages, open_shards
 
 _FAULTS_SHOWN = 5
 _NEIGHBOURS_TRIED = 100
@@ -132,7 +131,7 @@ class _Bench:
     """Where encoded images are laid out, looked at one by one if DALI refused a batch, and broken ones replaced."""
 
     manifest: Manifest
-    shards: ShardFiles | ShardCache
+    shards: EncodedImages
     options: ImageOptions
     device: torch.device
     replace: Replace | None

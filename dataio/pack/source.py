@@ -19,11 +19,11 @@ from typing import NamedTuple, Protocol
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from dataio.archives import Member, TarReader
 from dataio.files import list_folder, printable
 from dataio.images import ENDINGS
-from dataio.index import MANIFEST_NAME, Broken, read_manifest_file
-from dataio.layout import find_classes, is_image, is_visible, levels_of, open_archive, read_members, split_archive
+from dataio.manifest import MANIFEST_NAME, Broken, read_manifest_file
+from dataio.pack.archives import Member, TarReader
+from dataio.pack.layout import find_classes, is_image, is_visible, levels_of, open_archive, read_members, split_archive
 
 LABEL_ENDING = "cls"
 

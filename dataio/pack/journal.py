@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dataio.files import sha256_of, sync
-from dataio.index import SAMPLE_DTYPE, Broken, Shard
-from dataio.shard_writer import WrittenShard
+from dataio.manifest import SAMPLE_DTYPE, Broken, Shard
+from dataio.pack.shard_writer import WrittenShard
 
 UNFINISHED = ".new"  # what the names of files written aside end with
 

@@ -11,7 +11,6 @@ of all files depend on the images and the options alone, not on the number of wo
 killed: started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -19,7 +18,6 @@ import os
 import shutil
 import sys
 import tarfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
@@ -28,25 +26,24 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import BusyError, empty, new_folder, partial_folder, printable, sync, user_path
+from dataio.files import empty, new_folder, printable, sync
 from dataio.images import SHRINK_VERSION
-from dataio.index import (
+from dataio.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     SAMPLE_DTYPE,
     SAMPLES_NAME,
-    STORAGE_STREAM,
     Broken,
     Manifest,
     ManifestFile,
     load_manifest,
     parse_manifest,
-    philox,
 )
-from dataio.journal import UNFINISHED, FinishedShard, Journal
-from dataio.pack_options import PARTS, PackOptions, add_options
-from dataio.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
-from dataio.source import ImageFile, Source, find_images, read_names
+from dataio.pack.journal import UNFINISHED, FinishedShard, Journal
+from dataio.pack.options import PackOptions
+from dataio.pack.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
+from dataio.pack.source import ImageFile, Source, find_images, read_names
+from dataio.sampler import STORAGE_STREAM, philox
 from dataio.terminal import progress_bar, status
 from dataio.workers import available_cores, worker_pool
 
@@ -315,76 +312,3 @@ def _report(
 
 def read_report(folder: Path) -> Report:
     return Report(**json.loads((folder / REPORT_NAME).read_text()))
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dataio.pack",
-        description="Packs images into shards for training. The same images and options give the same bytes again,"
-        " whatever the number of workers. Killed, or stopped by Ctrl-C, it goes on where it was when the same command"
-        " is given again; with other options or a changed SOURCE it starts anew.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        type=user_path,
-        help="a folder with a folder of images per class; a zip or (uncompressed) tar of one; a WebDataset: a folder"
-        " of .tar shards, one of them, or a pattern in quotes like 'shard-{000000..000041}.tar'",
-    )
-    parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write, new or empty")
-    add_options(parser)
-    parser.add_argument(
-        "--part",
-        choices=PARTS,
-        help="which part of a split to pack: held-out has PERCENT of each class, kept the others",
-    )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = vars(_parse(argv))
-    source, target = arguments.pop("source"), arguments.pop("target")
-    start = time.monotonic()
-    try:
-        manifest = pack(source, target, PackOptions(**arguments))
-    except (ValueError, RuntimeError, OSError) as error:
-        kept = [] if isinstance(error, BusyError) else _kept(target)
-        print("\n".join([f"error: {error}", *kept]), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("; ".join([f"interrupted; {target} is not written", *_kept(target)]), file=sys.stderr)
-        return 130
-    _print_odd(read_report(target), manifest.broken)
-    size = sum(shard.bytes for shard in manifest.shards) / 2**20
-    print(
-        f"packed {target}: samples {len(manifest)}, classes {len(manifest.classes)}, shards"
-        f" {len(manifest.shards)}, {size:.1f} MiB; in {time.monotonic() - start:.1f} s"
-    )
-    return 0
-
-
-def _kept(target: Path) -> list[str]:
-    partial = partial_folder(target)
-    if not partial.exists():
-        return []
-    return [f"finished shards are kept in {partial}, and the same command goes on from there"]
-
-
-def _print_odd(report: Report, broken: tuple[Broken, ...]) -> None:
-    odd = {
-        "CMYK images, trained on as RGB": report.cmyk,
-        "images whose EXIF asks for a rotation, trained on as stored": report.rotated,
-    }
-    for kind, paths in odd.items():
-        if paths:
-            more = f", …; {REPORT_NAME} lists them all" if len(paths) > _NAMES_SHOWN else ""
-            print(f"{kind}: {len(paths)} ({', '.join(paths[:_NAMES_SHOWN])}{more})", file=sys.stderr)
-    for file in broken[:_BROKEN_SHOWN]:
-        print(f"skipped {file.file}: {file.reason}", file=sys.stderr)
-    if broken:
-        more = f", {_BROKEN_SHOWN} of them shown" if len(broken) > _BROKEN_SHOWN else ""
-        print(f"skipped {len(broken)} broken files{more}; {MANIFEST_NAME} lists them all", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

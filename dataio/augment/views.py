@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataio import recipes
-from dataio.recipes import Kind, Operations, RandAugment
+from dataio.augment import recipes
+from dataio.augment.recipes import Kind, Operations, RandAugment
 
 _INTERPOLATIONS = ("bicubic", "bilinear")
 _EVAL_RESIZES = ("squash", "short")

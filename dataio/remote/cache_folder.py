@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataio.files import sha256_of, sync
-from dataio.remote import CacheOptions, Remote, Wait, fetch
+from dataio.remote.fetch import Wait, fetch
+from dataio.remote.options import CacheOptions, Remote, gib
 
 _POLL_SECONDS, _LOCK_POLL_SECONDS = 0.05, 0.005
 _OURS = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
@@ -54,10 +55,6 @@ class Reserved:
 
     file: int
     is_whole: bool
-
-
-def gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB"
 
 
 class _NoRoomError(Exception):

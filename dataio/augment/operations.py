@@ -15,7 +15,7 @@ import nvidia.dali.types as types
 from nvidia.dali import pipeline_def
 from nvidia.dali.data_node import DataNode
 
-from dataio.recipes import AFFINE, Kind, Operations, matrices
+from dataio.augment.recipes import AFFINE, Kind, Operations, matrices
 
 INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 

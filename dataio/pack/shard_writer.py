@@ -12,8 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from dataio.images import Header, Shrink, check_image, shrink_image
-from dataio.index import SAMPLE_DTYPE, Broken
-from dataio.source import LABEL_ENDING, ImageFile, Reader
+from dataio.manifest import SAMPLE_DTYPE, Broken
+from dataio.pack.source import LABEL_ENDING, ImageFile, Reader
 
 _BLOCK = tarfile.BLOCKSIZE
 _MOST_BYTES = 2**31 - 2**13  # that Linux reads at once

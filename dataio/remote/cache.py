@@ -3,7 +3,6 @@
 cache_folder.py says what lies where, and for how long. shards.py reads, whatever a shard came from.
 """
 
-import math
 import os
 import threading
 import time
@@ -11,63 +10,39 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from dataio.cache_folder import Entry, Reserved, fill, gib, reserve
-from dataio.index import (
+from dataio.manifest import (
     MANIFEST_NAME,
     SAMPLE_DTYPE,
     SAMPLES_NAME,
     Manifest,
-    load_manifest,
     make_manifest,
     parse_manifest,
 )
-from dataio.remote import CacheOptions, Remote, Wait, is_url, read_remote, shown
-from dataio.shards import ShardFiles, read_sample
+from dataio.remote.cache_folder import Entry, Reserved, fill, reserve
+from dataio.remote.fetch import Wait, read_remote
+from dataio.remote.options import CacheOptions, Remote
+from dataio.shards import read_sample
+from dataio.urls import shown
 
 _THREADS = 4
 _HEADER_BYTES = 4096  # of a .npy file, at most: NumPy writes 256 for SAMPLE_DTYPE
 
 
-def open_data(place: str | Path, cache: CacheOptions) -> Manifest:
-    """The manifest of a packed folder, here or at a URL. Of a remote one the sample table is fetched, and no shard.
+def open_remote(url: str, cache: CacheOptions) -> Manifest:
+    """The manifest of a packed folder at a URL. The sample table is fetched, and no shard.
 
-    Raises what `load_manifest` and `remote.fetch` raise.
+    Raises what `load_manifest` and `fetch` raise.
     """
-    if not is_url(place):
-        return load_manifest(place)
-    remote = Remote(str(place).rstrip("/"), cache)
+    remote = Remote(url.rstrip("/"), cache)
     file, digest = parse_manifest(read_remote(remote, MANIFEST_NAME), shown(remote.address(MANIFEST_NAME)))
     folder = cache.folder.absolute() / digest[:16]
     table_bytes = _HEADER_BYTES + file.samples * SAMPLE_DTYPE.itemsize
     table = Entry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
-    require_room(cache, {shown(remote.url): table.bytes})
+    cache.require_room({shown(remote.url): table.bytes})
     wait = Wait(cache.patience.file_seconds)
     os.close(fill(remote, table, reserve(remote, table, wait), wait))
     return make_manifest(folder, file, digest, remote)
-
-
-def open_shards(manifest: Manifest) -> "ShardFiles | ShardCache":
-    """What reads the encoded images of a data set."""
-    return ShardCache(manifest) if manifest.remote else ShardFiles(manifest)
-
-
-def bytes_at_once(manifest: Manifest, shards: int) -> int:
-    """The room that any so many shards take, one more (of a broken image's stand-in), and the sample table."""
-    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
-    return sum(sizes[: shards + 1]) + (manifest.folder / SAMPLES_NAME).stat().st_size
-
-
-def require_room(cache: CacheOptions, needed: dict[str, int]) -> None:
-    """Raises ValueError if the cache is too small for what is needed of it at once: bytes by data set."""
-    whole = sum(needed.values())
-    if whole > cache.limit_bytes:
-        parts = ", ".join(f"{place} needs {gib(count)}" for place, count in needed.items())
-        raise ValueError(
-            f"a cache of {gib(cache.limit_bytes)} is too small, {parts} at a time; allow it"
-            f" {math.ceil(100 * whole / 2**30) / 100:g} (data.cache_gib, --cache-gib), or lower data.window_shards"
-        )
 
 
 @dataclass

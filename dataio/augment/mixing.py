@@ -16,8 +16,8 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
-from dataio.index import draws_at
 from dataio.loader import Batch
+from dataio.sampler import draws_at
 
 
 @dataclass(frozen=True)
