@@ -14,7 +14,7 @@ _LOCK_NAME, _CONTENT_NAME = "lock", "content"
 _LOCK_SECONDS = 2.0  # for the last processes of a killed command to end
 
 
-class BusyError(RuntimeError):
+class FolderLockedError(RuntimeError):
     """Another process is writing the same folder."""
 
 
@@ -38,21 +38,21 @@ def printable(path: str) -> str:
 
 
 @contextmanager
-def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, resume: bool = False) -> Iterator[Path]:
     """An empty folder that becomes `target` when the block ends, and vanishes if it fails.
 
     With `resume` it is not empty if an earlier block was killed or failed: it has what that one wrote. It lies in
-    `partial_folder(target)`, where the block may keep files of its own beside it until then. A block that fails and
+    `staging_folder(target)`, where the block may keep files of its own beside it until then. A block that fails and
     leaves the folder empty leaves nothing.
-    Raises ValueError if `target` exists and is not empty, BusyError if another process is writing it.
+    Raises ValueError if `target` exists and is not empty, FolderLockedError if another process is writing it.
     """
     target = target.resolve()
-    partial = partial_folder(target)
+    partial = staging_folder(target)
     with _locked(target, partial):
         folder = partial / _CONTENT_NAME
         folder.mkdir(exist_ok=True)
         if not resume:
-            empty(folder)
+            clear_folder(folder)
         try:
             yield folder
             sync(folder)
@@ -66,7 +66,7 @@ def new_folder(target: Path, resume: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def partial_folder(target: Path) -> Path:
+def staging_folder(target: Path) -> Path:
     """Where the work lies while `target` is not whole."""
     target = target.resolve()
     return target.with_name(f".{target.name}.partial")
@@ -78,7 +78,7 @@ def _locked(target: Path, partial: Path) -> Iterator[None]:
     deadline = time.monotonic() + _LOCK_SECONDS
     while (lock := _try_lock(target, partial)) is None:
         if time.monotonic() > deadline:
-            raise BusyError(f"another process is writing {target}; wait until it has ended, or name another folder")
+            raise FolderLockedError(f"another process is writing {target}; wait until it has ended, or name another folder")
         time.sleep(0.05)
     with lock:
         yield
@@ -111,7 +111,7 @@ def _require_free(target: Path) -> None:
         raise ValueError(f"{target} exists already; delete it or name another folder")
 
 
-def empty(folder: Path) -> None:
+def clear_folder(folder: Path) -> None:
     """Removes what lies in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
@@ -126,7 +126,7 @@ def write_file(path: Path, content: bytes) -> None:
     sync(path)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Gives a file this content; until all of it is on disk, and if it cannot be written, the file is what it was."""
     aside = path.with_name(f".{path.name}")
     try:

@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image, TiffImagePlugin
 
-#: PIL's formats that DALI decodes to the same pixels (see also _MODES), and the ending each one gets inside a shard.
+#: PIL's formats that DALI decodes to the same pixels (see also _MODES), and the extension each one gets inside a shard.
 FORMATS = {
     "JPEG": "jpg",
     "MPO": "jpg",  # a JPEG with further pictures behind the first, as some cameras write it
@@ -32,9 +32,9 @@ _MODES = {
     "JPEG2000": ("L", "RGB", "RGBA", "I;16"),
 }
 #: How files have pixels that DALI refuses, or takes for others: what PIL's names for it begin with.
-_FOREIGN_PIXELS = {"BGR;15": "15 bits a pixel", "BGR;16": "16 bits a pixel", "RGBa": "premultiplied transparency"}
+_UNSUPPORTED_PIXELS = {"BGR;15": "15 bits a pixel", "BGR;16": "16 bits a pixel", "RGBa": "premultiplied transparency"}
 #: What the names of image files end with, in lower case.
-ENDINGS = (
+EXTENSIONS = (
     *(".bmp", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"),
     *(".tif", ".tiff", ".webp"),
 )
@@ -67,7 +67,7 @@ _JPEG_END = b"\xff\xd9"
 class Header:
     """What an image file says of itself. Width and height are of the stored pixels, before any rotation."""
 
-    ending: str  # in a shard
+    extension: str  # in a shard
     width: int
     height: int
     cmyk: bool = False
@@ -75,10 +75,10 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Shrink:
+class Downscale:
     """Images whose short side is longer than `side` pixels are scaled to it, and stored as JPEG of this quality."""
 
-    side: int
+    short_side: int
     quality: int
 
 
@@ -93,17 +93,17 @@ def check_image(data: bytes, check: str, max_megapixels: int | None = None) -> H
         _require_megapixels(header, max_megapixels)
         return header
     try:
-        with patient_pil():
+        with pil_without_limits():
             image = Image.open(io.BytesIO(data))
-            if foreign := _foreign_kind(image, data):
-                raise _UnfitError(f"it is a {foreign}, which DALI does not decode; convert it to JPEG or PNG")
+            if unsupported := _unsupported_format(image, data):
+                raise _RejectedImageError(f"it is a {unsupported}, which DALI does not decode; convert it to JPEG or PNG")
             header = _header(image)
             _require_megapixels(header, max_megapixels)
             if check != "none":
                 _check_end(image.format, data)
             if check == "decode":
                 image.load()
-    except _UnfitError:
+    except _RejectedImageError:
         raise
     except Image.UnidentifiedImageError as error:
         if data[4:12] in _HEIC:
@@ -114,21 +114,21 @@ def check_image(data: bytes, check: str, max_megapixels: int | None = None) -> H
     return header
 
 
-class _UnfitError(ValueError):
+class _RejectedImageError(ValueError):
     """An image that can be decoded, and is not to be."""
 
 
 def _require_megapixels(header: Header, most: int | None) -> None:
     pixels = header.width * header.height
     if most is not None and pixels > most * 10**6:
-        raise _UnfitError(
+        raise _RejectedImageError(
             f"it has {header.width}×{header.height} pixels, more than the {most} million of --max-megapixels; allow"
             f" {-(-pixels // 10**6)}, or make it smaller"
         )
 
 
 @contextmanager
-def patient_pil() -> Iterator[None]:
+def pil_without_limits() -> Iterator[None]:
     """PIL without its warnings of odd metadata, and without its limit of pixels: ours is --max-megapixels."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -139,7 +139,7 @@ def patient_pil() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
+def _unsupported_format(image: Image.Image, data: bytes) -> str | None:
     """What an image is that DALI refuses, or decodes to other pixels without a word; None if it does neither."""
     if image.format not in FORMATS:
         return image.format
@@ -152,7 +152,7 @@ def _foreign_kind(image: Image.Image, data: bytes) -> str | None:
             return "TIFF with a plane for each colour"
         if image.format == "BMP" and _has_masks_behind_a_short_header(data):
             return "BMP with masks behind a header of 40 bytes"
-        for stored, kind in _FOREIGN_PIXELS.items():
+        for stored, kind in _UNSUPPORTED_PIXELS.items():
             if image.tile[0].args[0].startswith(stored):
                 return f"{image.format} with {kind}"
     if image.format == "JPEG2000" and _has_offset(data):
@@ -168,36 +168,36 @@ def _has_masks_behind_a_short_header(data: bytes) -> bool:
 
 def _has_offset(data: bytes) -> bool:
     """Of a JPEG 2000: whether its image, or its first tile, begins elsewhere than at 0 of its reference grid."""
-    start = data.find(_CODESTREAM)
-    if start < 0 or len(data) < start + len(_CODESTREAM) + _GRID.size:
+    start = data.find(_JP2_CODESTREAM_START)
+    if start < 0 or len(data) < start + len(_JP2_CODESTREAM_START) + _GRID.size:
         return False  # the decoder will say what is wrong
-    _, _, left, top, _, _, tile_left, tile_top = _GRID.unpack_from(data, start + len(_CODESTREAM))
+    _, _, left, top, _, _, tile_left, tile_top = _GRID.unpack_from(data, start + len(_JP2_CODESTREAM_START))
     return any((left, top, tile_left, tile_top))
 
 
-def shrink_image(data: bytes, header: Header, shrink: Shrink) -> tuple[bytes, Header]:
+def downscale_image(data: bytes, header: Header, downscale: Downscale) -> tuple[bytes, Header]:
     """(its bytes, header) of the image made smaller, without metadata; one that is small enough stays as it is.
 
-    The same bytes again with the same SHRINK_VERSION. Raises ValueError if it cannot be decoded.
+    The same bytes again with the same DOWNSCALE_VERSION. Raises ValueError if it cannot be decoded.
     """
     short = min(header.width, header.height)
-    if short <= shrink.side:
+    if short <= downscale.short_side:
         return data, header
-    size = tuple(round(side * shrink.side / short) for side in (header.width, header.height))
+    size = tuple(round(side * downscale.short_side / short) for side in (header.width, header.height))
     out = io.BytesIO()
     try:
-        with patient_pil():
+        with pil_without_limits():
             image = Image.open(io.BytesIO(data))
             # libjpeg may scale by 1/2, 1/4 or 1/8 as it decodes; twice the size is left for the filter
             image.draft(image.mode, (2 * size[0], 2 * size[1]))
-            _stored_pixels(image).resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=shrink.quality)
+            _stored_pixels(image).resize(size, Image.Resampling.LANCZOS).save(out, "JPEG", quality=downscale.quality)
     except Exception as error:  # as above
         raise ValueError(f"it cannot be decoded: {error}") from error
     return out.getvalue(), Header("jpg", *size, header.cmyk, header.rotated)
 
 
-#: What the bytes of a smaller image depend on beside the image and Shrink.
-SHRINK_VERSION = f"Pillow {PIL.__version__}"
+#: What the bytes of a smaller image depend on beside the image and Downscale.
+DOWNSCALE_VERSION = f"Pillow {PIL.__version__}"
 
 
 def _stored_pixels(image: Image.Image) -> Image.Image:
@@ -225,7 +225,7 @@ def _asks_for_rotation(data: bytes) -> bool:
         return False
     exif = Image.Exif()
     try:
-        with patient_pil():
+        with pil_without_limits():
             exif.load(data)
             return exif.get(_ORIENTATION) in _ROTATIONS
     except Exception:  # metadata that cannot be read is no fault
@@ -276,5 +276,5 @@ _APP1, _SCAN = 0xE1, 0xDA
 _EXIF = b"Exif\0\0"
 _FRAMES = (0xC0, 0xC2, 0xC1)  # baseline, progressive, extended
 _FRAME = struct.Struct(">HHB")  # of such a segment: height, width, number of components
-_CODESTREAM = b"\xff\x4f\xff\x51"  # how JPEG 2000's begins: two markers
+_JP2_CODESTREAM_START = b"\xff\x4f\xff\x51"  # how JPEG 2000's begins: two markers
 _GRID = struct.Struct(">4x8I")  # then, behind two lengths: the ends and offsets of image and tiles

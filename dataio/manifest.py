@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dataio.files import sha256_of
-from dataio.urls import shown
+from dataio.urls import redact_url
 
 if TYPE_CHECKING:  # local data sets have no use for it
     from dataio.remote.options import Remote
@@ -59,7 +59,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Broken:
+class SkippedFile:
     """A file of the class folder that was left out: its path inside that folder, and why."""
 
     file: str
@@ -81,7 +81,7 @@ class ManifestFile:
     samples_sha256: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
-    broken: tuple[Broken, ...]
+    broken: tuple[SkippedFile, ...]
     sha256: str = ""
 
     def __post_init__(self) -> None:
@@ -108,16 +108,16 @@ class Manifest:
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
     samples: np.ndarray
-    broken: tuple[Broken, ...]
+    broken: tuple[SkippedFile, ...]
     remote: "Remote | None" = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the data set lies, for people: its folder, or its URL."""
-        return shown(self.remote.url) if self.remote else str(self.folder)
+        return redact_url(self.remote.url) if self.remote else str(self.folder)
 
     @property
     def remedy(self) -> str:
@@ -130,7 +130,7 @@ class Manifest:
     def shard_samples(self) -> tuple[int, ...]:
         return tuple(shard.samples for shard in self.shards)
 
-    def bytes_at_once(self, shards: int) -> int:
+    def required_cache_bytes(self, shards: int) -> int:
         """The room that any so many shards take, one more (of a bad sample's substitute), and the sample table."""
         sizes = sorted((shard.bytes for shard in self.shards), reverse=True)
         return sum(sizes[: shards + 1]) + (self.folder / SAMPLES_NAME).stat().st_size
@@ -174,24 +174,24 @@ def read_manifest_file(folder: Path) -> tuple[ManifestFile, str]:
     return parse_manifest(path.read_bytes(), str(path))
 
 
-def parse_manifest(text: bytes, place: str) -> tuple[ManifestFile, str]:
-    """(the manifest in the bytes of a file at `place`, their sha256). Raises ValueError if they are none."""
+def parse_manifest(text: bytes, source: str) -> tuple[ManifestFile, str]:
+    """(the manifest in the bytes of a file at `source`, their sha256). Raises ValueError if they are none."""
     try:
         version = json.loads(text)["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         fault = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{place} is not a manifest ({fault}); pack the folder again") from error
+        raise ValueError(f"{source} is not a manifest ({fault}); pack the folder again") from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{place} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again")
+        raise ValueError(f"{source} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again")
     try:
         file = TypeAdapter(ManifestFile).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place} is not a manifest ({where}: {first['msg']}); pack the folder again") from error
+        raise ValueError(f"{source} is not a manifest ({where}: {first['msg']}); pack the folder again") from error
     fault = _find_fault(file)
     if fault:
-        raise ValueError(f"{place} is not a manifest ({fault}); pack the folder again")
+        raise ValueError(f"{source} is not a manifest ({fault}); pack the folder again")
     return file, hashlib.sha256(text).hexdigest()
 
 
@@ -252,7 +252,7 @@ def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, .
     if len(samples) == 0:
         raise ValueError(f"{folder} holds no samples; pack a folder with images")
     counts = [shard.samples for shard in shards]
-    # Shard after shard: Order and verify.py find a shard's samples by counting.
+    # Shard after shard: Sampler and verify.py find a shard's samples by counting.
     if sum(counts) != len(samples) or (samples["shard"] != np.repeat(np.arange(len(shards)), counts)).any():
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
     sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]

@@ -20,36 +20,36 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from dataio.augment import recipes
 from dataio.augment.operations import INTERPOLATIONS, Stage, apply_stage
-from dataio.augment.recipes import Operations
+from dataio.augment.recipes import SampledOps
 from dataio.augment.resize import Resizer
-from dataio.augment.views import ImageOptions, Views
+from dataio.augment.views import ImageOptions, TransformParams
 
-FAILURES = (RuntimeError, MemoryError)  # as which DALI's errors come
+DALI_ERRORS = (RuntimeError, MemoryError)  # as which DALI's errors come
 
 
-def graph_inputs(views: Views, options: ImageOptions) -> tuple[np.ndarray, ...]:
+def pipeline_inputs(params: TransformParams, options: ImageOptions) -> tuple[np.ndarray, ...]:
     """What the graph takes beside the encoded images, in its order."""
     # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
-    margins = np.maximum(views.resized - options.image_size, 1)
-    places = (views.crops / margins).astype(np.float32)
+    margins = np.maximum(params.resize_to - options.image_size, 1)
+    places = (params.crop_offsets / margins).astype(np.float32)
     return (
-        np.ascontiguousarray(views.windows[:, 1::-1]),
-        np.ascontiguousarray(views.windows[:, :1:-1]),
-        views.resized.astype(np.float32),
+        np.ascontiguousarray(params.crop_boxes[:, 1::-1]),
+        np.ascontiguousarray(params.crop_boxes[:, :1:-1]),
+        params.resize_to.astype(np.float32),
         np.ascontiguousarray(places[:, 0]),
         np.ascontiguousarray(places[:, 1]),
-        views.flips.astype(np.int32),
-        *_stage_inputs(views, options),
+        params.flips.astype(np.int32),
+        *_stage_inputs(params, options),
     )
 
 
-def _stage_inputs(views: Views, options: ImageOptions) -> Iterator[np.ndarray]:
-    """Kind, amount and, where there is use for it, matrix of one stage after the other."""
-    of_stages = recipes.matrices(Operations(views.kinds, views.amounts), options.image_size, views.flips)
-    for number, kinds in enumerate(options.stages):
-        yield np.ascontiguousarray(views.kinds[:, number])
-        yield np.ascontiguousarray(views.amounts[:, number])
-        if recipes.have_matrices(kinds):
+def _stage_inputs(params: TransformParams, options: ImageOptions) -> Iterator[np.ndarray]:
+    """Op, op_arg and, where there is use for it, matrix of one stage after the other."""
+    of_stages = recipes.op_matrices(SampledOps(params.ops, params.op_args), options.image_size, params.flips)
+    for number, ops in enumerate(options.stages):
+        yield np.ascontiguousarray(params.ops[:, number])
+        yield np.ascontiguousarray(params.op_args[:, number])
+        if recipes.need_matrices(ops):
             yield np.ascontiguousarray(of_stages[:, number])
 
 
@@ -59,8 +59,8 @@ def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
         *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)),
         *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
     ]
-    for kinds in options.stages:
-        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * recipes.have_matrices(kinds)
+    for ops in options.stages:
+        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * recipes.need_matrices(ops)
     return result
 
 
@@ -69,14 +69,14 @@ def make_resizer(options: ImageOptions, device: torch.device) -> Resizer | None:
     return Resizer(options.interpolation, options.threads) if device.type == "cpu" else None
 
 
-def make_graph(
+def build_pipeline(
     options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device, resizer: Resizer | None
 ) -> Pipeline:
     """One graph for both kinds of device. `feed` gives a batch's inputs, or StopIteration after the last."""
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
-    return _definition(
+    return _pipeline(
         options,
         feed,
         _input_types(options),
@@ -90,36 +90,36 @@ def make_graph(
 
 
 @pipeline_def(enable_conditionals=True)
-def _definition(
+def _pipeline(
     options: ImageOptions,
     feed: Callable[[], tuple],
     inputs: list[tuple[types.DALIDataType, int]],
     resizer: Resizer | None,
 ) -> tuple[DataNode, DataNode]:
     """(images, their whole height and width). resizer: on the CPU; None for DALI's own on a GPU."""
-    encoded, starts, shapes, resized, tops, lefts, flips, *operations = fn.external_source(
+    encoded, starts, shapes, resize_to, tops, lefts, flips, *operations = fn.external_source(
         feed,
         num_outputs=len(inputs),
         dtype=[dtype for dtype, _ in inputs],
         ndim=[dimensions for _, dimensions in inputs],
     )
-    images, sizes = _decode_windows(encoded, starts, shapes, "cpu" if resizer else "mixed")
+    images, sizes = _decode_crops(encoded, starts, shapes, "cpu" if resizer else "mixed")
     if resizer:
-        images = fn.python_function(images, resized, function=resizer, batch_processing=True, output_layouts="HWC")
+        images = fn.python_function(images, resize_to, function=resizer, batch_processing=True, output_layouts="HWC")
     else:
         images = fn.resize(
             images,
-            size=resized,
+            size=resize_to,
             interp_type=INTERPOLATIONS[options.interpolation],
             antialias=True,
             subpixel_scale=False,
         )
     mean = [255 * value for value in options.mean]
     fill = [round(value) for value in mean]
-    for kinds in options.stages:
-        count = 2 + recipes.have_matrices(kinds)
+    for ops in options.stages:
+        count = 2 + recipes.need_matrices(ops)
         stage, operations = Stage(*operations[:count]), operations[count:]
-        images = apply_stage(images, stage, kinds, fill, INTERPOLATIONS[options.interpolation])
+        images = apply_stage(images, stage, ops, fill, INTERPOLATIONS[options.interpolation])
     images = fn.crop_mirror_normalize(
         images,
         crop=(options.image_size, options.image_size),
@@ -134,13 +134,13 @@ def _definition(
     return images, sizes
 
 
-def _decode_windows(encoded: DataNode, starts: DataNode, shapes: DataNode, device: str) -> tuple[DataNode, DataNode]:
-    """(the windows, whole height and width of their images). starts, shapes: height, width."""
+def _decode_crops(encoded: DataNode, starts: DataNode, shapes: DataNode, device: str) -> tuple[DataNode, DataNode]:
+    """(the crop_boxes, whole height and width of their images). starts, shapes: height, width."""
     # What has no proper header fails here. The decoder (2.4.0) does not wait for its threads when it finds that, or
     # a window beyond the image, and the process dies.
     sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
     fits = starts + shapes <= sizes
-    windows = fn.decoders.image_slice(
+    crop_boxes = fn.decoders.image_slice(
         encoded,
         device=device,
         start=starts * fits,
@@ -150,7 +150,7 @@ def _decode_windows(encoded: DataNode, starts: DataNode, shapes: DataNode, devic
         jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
         hw_decoder_load=0.0,  # else a share of each batch is decoded by other means: pixels would depend on the batch
     )
-    return windows, sizes
+    return crop_boxes, sizes
 
 
 def to_torch(output: object, device: torch.device) -> torch.Tensor:

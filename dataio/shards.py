@@ -25,14 +25,14 @@ _BLOCK = tarfile.BLOCKSIZE
 _NAME, _SIZE = slice(0, 100), slice(124, 136)  # of a member's header in USTAR
 
 
-class BrokenSampleError(Exception):
-    """What lies at a sample's place is not that sample; the text says why."""
+class BadSampleError(Exception):
+    """What lies at a sample's path_or_url is not that sample; the text says why."""
 
 
 class EncodedImages(Protocol):
-    """What reads the encoded images of a data set: `ShardFiles`, or `ShardCache` of a remote one."""
+    """What reads the encoded images of a data set: `LocalShards`, or `RemoteShards` of a remote one."""
 
-    def hold(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Begins a batch that needs these shards, in this order, now or soon."""
 
     def read_ahead(self, samples: Sequence[int]) -> None:
@@ -45,7 +45,7 @@ class EncodedImages(Protocol):
         """Lets go of all files."""
 
 
-class ShardFiles:
+class LocalShards:
     """The encoded images of a packed folder. Each shard is opened once, and closed with this object or by close().
 
     Raises RuntimeError if a shard cannot be opened.
@@ -64,7 +64,7 @@ class ShardFiles:
                     remedy = f"allow more than {len(manifest.shards)} with ulimit -n, or pack larger shards"
                 raise RuntimeError(f"cannot open {shard.name}: {error.strerror}; {remedy}") from error
 
-    def hold(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """They are all there; cache.py's would be fetched."""
 
     def read_ahead(self, samples: Sequence[int]) -> None:
@@ -87,7 +87,7 @@ def _close(files: list[int]) -> None:
 def read_sample(manifest: Manifest, sample: int, file: int) -> bytes:
     """The encoded image of a sample, from the open file of its shard.
 
-    Raises RuntimeError, naming the sample, if it cannot be read whole; BrokenSampleError if the shard has something
+    Raises RuntimeError, naming the sample, if it cannot be read whole; BadSampleError if the shard has something
     else there, or another label.
     """
     _, label, offset, size, _, _ = manifest.samples[sample].item()  # three times as fast as field by field
@@ -113,13 +113,13 @@ def _check_members(members: bytes, size: int, label: int) -> None:
     name, of_label = _read_header(members[-2 * _BLOCK : -_BLOCK])
     key = key.partition(b".")[0]
     if of_image != size or not key:
-        raise BrokenSampleError("its shard has something else there")
+        raise BadSampleError("its shard has something else there")
     if name != key + b".cls" or not 0 < of_label <= _BLOCK:
-        raise BrokenSampleError("its shard has no label behind it")
+        raise BadSampleError("its shard has no label behind it")
     text = members[-_BLOCK:][:of_label]
     if not text.isdigit() or int(text) != label:
-        shown = text[:12].decode(errors="replace")
-        raise BrokenSampleError(f"its label is {shown!r} in its shard and {label} in the sample table")
+        redact_url = text[:12].decode(errors="replace")
+        raise BadSampleError(f"its label is {redact_url!r} in its shard and {label} in the sample table")
 
 
 def _read_header(header: bytes) -> tuple[bytes, int]:
@@ -132,7 +132,7 @@ def _read_header(header: bytes) -> tuple[bytes, int]:
     return header[_NAME].partition(b"\0")[0], size
 
 
-def open_data(location: str | Path, cache: "CacheOptions") -> Manifest:
+def open_dataset(location: str | Path, cache: "CacheOptions") -> Manifest:
     """The manifest of a packed folder, here or at a URL. Of a remote one the sample table is fetched, and no shard.
 
     Raises what `load_manifest` and `remote.fetch` raise.
@@ -147,7 +147,7 @@ def open_data(location: str | Path, cache: "CacheOptions") -> Manifest:
 def open_shards(manifest: Manifest) -> EncodedImages:
     """What reads the encoded images of a data set."""
     if not manifest.remote:
-        return ShardFiles(manifest)
-    from dataio.remote.cache import ShardCache
+        return LocalShards(manifest)
+    from dataio.remote.cache import RemoteShards
 
-    return ShardCache(manifest)
+    return RemoteShards(manifest)

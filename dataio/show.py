@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataio.files import user_path
-from dataio.images import patient_pil
+from dataio.images import pil_without_limits
 from dataio.manifest import Manifest, load_manifest
 from dataio.remote.options import CacheOptions
 from dataio.sampler import samples_at
-from dataio.shards import open_data, open_shards
-from dataio.urls import is_url, shown
+from dataio.shards import open_dataset, open_shards
+from dataio.urls import is_url, redact_url
 
 _COLUMNS = 8
 _TILE_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.3, 100
@@ -31,51 +31,51 @@ _TITLE_LETTERS = 26
 _LABELS_SHOWN = 2  # of a mixed image
 
 
-class Picture(NamedTuple):
+class Tile(NamedTuple):
     """(H, W, 3) uint8 pixels, and what to write above them."""
 
     pixels: np.ndarray
     title: str
 
 
-def stored_pictures(manifest: Manifest, samples: np.ndarray) -> list[Picture]:
+def stored_tiles(manifest: Manifest, samples: np.ndarray) -> list[Tile]:
     """The samples as they are packed, each with its class and size. Raises RuntimeError, naming one that is broken."""
     pictures = []
     with closing(open_shards(manifest)) as shards:
         for sample in samples:
             row = manifest.samples[sample]
-            shards.hold([int(row["shard"])])
+            shards.prefetch([int(row["shard"])])
             try:
-                with patient_pil():
+                with pil_without_limits():
                     pixels = np.asarray(Image.open(io.BytesIO(shards.read(sample))).convert("RGB"))
             except Exception as error:  # PIL raises whatever its plugins raise
                 raise RuntimeError(f"cannot draw {manifest.describe(sample)}: {error}; {manifest.remedy}") from error
             title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
-            pictures.append(Picture(pixels, title))
+            pictures.append(Tile(pixels, title))
     return pictures
 
 
-def augmented_pictures(manifest: Manifest, count: int, size: int, seed: int) -> list[Picture]:
+def augmented_tiles(manifest: Manifest, count: int, size: int, seed: int) -> list[Tile]:
     """The first `count` samples of a run as it trains on them, each with the shares of its classes.
 
     Raises ValueError if `count` is odd: images are mixed in pairs.
     """
     import torch  # here, because PyTorch and DALI take seconds to import and the packed images need neither
 
-    from dataio.augment.mixing import Augment, MixOptions
+    from dataio.augment.mixing import BatchAugment, BatchAugmentOptions
     from dataio.augment.views import ImageOptions
-    from dataio.loader import TrainLoader, TrainPlan
+    from dataio.loader import LoaderOptions, TrainLoader
 
     device = torch.device("cpu")
-    options, mix = ImageOptions(image_size=size), MixOptions()
-    augment = Augment(mix, len(manifest.classes), seed, count, device)
-    with closing(TrainLoader(manifest, options, TrainPlan(seed, count), device)) as loader:
+    options, mix = ImageOptions(image_size=size), BatchAugmentOptions()
+    augment = BatchAugment(mix, len(manifest.classes), seed, count, device)
+    with closing(TrainLoader(manifest, options, LoaderOptions(seed, count), device)) as loader:
         images, targets = augment(next(loader))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (options.mean, options.std))
     levels = (255 * (images * std + mean)).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     smoothed = mix.label_smoothing / len(manifest.classes)
     return [
-        Picture(pixels, _shares(manifest.classes, target, smoothed))
+        Tile(pixels, _shares(manifest.classes, target, smoothed))
         for pixels, target in zip(levels, targets.numpy(), strict=True)
     ]
 
@@ -92,7 +92,7 @@ def _short(name: str) -> str:
     return name if len(name) <= _TITLE_LETTERS else f"{name[: _TITLE_LETTERS - 1]}…"
 
 
-def draw_grid(rows: list[list[Picture]]) -> Figure:
+def draw_grid(rows: list[list[Tile]]) -> Figure:
     """A figure with a row of tiles for each of `rows`."""
     columns = max(map(len, rows))
     lines = max(picture.title.count("\n") + 1 for row in rows for picture in row)
@@ -119,21 +119,21 @@ def show(
 ) -> Figure:
     """A grid of the first samples of a run; with `augmented`, each row of them above what is trained on.
 
-    cache: for what is fetched of a target that is a URL. Raises as open_data does, ValueError if an option has no
+    cache: for what is fetched of a target that is a URL. Raises as open_dataset does, ValueError if an option has no
     meaning or is missing.
     """
     if count < 1:
         raise ValueError(f"--count is {count}; use 1 or more")
     if is_url(target) and cache is None:
         raise ValueError(
-            f"{shown(str(target))} is far away; name a folder for the shards that are fetched with --cache"
+            f"{redact_url(str(target))} is far away; name a folder for the shards that are fetched with --cache"
         )
-    manifest = open_data(target, cache) if cache else load_manifest(target)
+    manifest = open_dataset(target, cache) if cache else load_manifest(target)
     count = min(count, len(manifest))
     if augmented:
         count += count % 2  # images are mixed in pairs
-    before = stored_pictures(manifest, samples_at(seed, np.arange(count), len(manifest)))
-    after = augmented_pictures(manifest, count, size, seed) if augmented else []
+    before = stored_tiles(manifest, samples_at(seed, np.arange(count), len(manifest)))
+    after = augmented_tiles(manifest, count, size, seed) if augmented else []
     rows = []
     for first in range(0, count, _COLUMNS):
         rows += [pictures[first : first + _COLUMNS] for pictures in (before, after) if pictures]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def status(text: str) -> Iterator[None]:
+def spinner(text: str) -> Iterator[None]:
     """Shows `text` while the block runs."""
     if not sys.stderr.isatty():
         yield

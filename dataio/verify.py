@@ -21,7 +21,7 @@ from dataio.files import sha256_of
 from dataio.images import check_image
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
 from dataio.terminal import progress_bar
-from dataio.urls import is_url, shown
+from dataio.urls import is_url, redact_url
 from dataio.workers import available_cores, worker_pool
 
 _FAULTS_SHOWN = 20  # of a shard's images
@@ -30,7 +30,7 @@ _REMEDY = "copy it again, or pack the folder again"
 
 
 @dataclass(frozen=True)
-class Member:
+class ShardSample:
     """A sample as its shard has it: what its .idx line should be, and its row in samples.npy."""
 
     name: str  # of the image
@@ -107,7 +107,7 @@ def _read_samples(folder: Path, manifest: ManifestFile) -> tuple[np.ndarray | No
 
 def _unknown_files(folder: Path, manifest: ManifestFile) -> list[str]:
     known = {name for shard in manifest.shards for name in (shard.name, shard.idx_name)}
-    found = sorted(path.name for ending in ("*.tar", "*.idx") for path in folder.glob(ending))
+    found = sorted(path.name for extension in ("*.tar", "*.idx") for path in folder.glob(extension))
     return [f"{name}: the manifest does not name it; remove it" for name in found if name not in known]
 
 
@@ -142,23 +142,23 @@ def _shard_faults(task: ShardCheck) -> Iterator[str]:
     elif rows is not None:
         yield from _row_faults(shard.name, task.number, rows, members)
     if task.decode:
-        yield from _first(_image_faults(path, rows, members), shard.name)
+        yield from _truncate_faults(_image_faults(path, rows, members), shard.name)
 
 
-def _members(path: Path) -> Iterator[Member]:
+def _members(path: Path) -> Iterator[ShardSample]:
     """The samples of a shard, in order. Raises TarError or ValueError if it is not laid out as pack.py does."""
     with tarfile.open(path, "r:") as tar:
         files = iter(tar)
         for image in files:
-            key, _, ending = image.name.partition(".")
+            key, _, extension = image.name.partition(".")
             label = next(files, None)
             if label is None or label.name != f"{key}.cls":
                 raise ValueError(f"{image.name} is not followed by {key}.cls")
             if not (image.isreg() and label.isreg()):
                 raise ValueError(f"{image.name} or {label.name} is no regular file")
-            yield Member(
+            yield ShardSample(
                 name=image.name,
-                idx_line=f"{ending} {image.offset_data} {image.size} {image.name}"
+                idx_line=f"{extension} {image.offset_data} {image.size} {image.name}"
                 f" cls {label.offset_data} {label.size} {label.name}",
                 row=(_read_label(tar, label), image.offset_data, image.size),
             )
@@ -172,7 +172,7 @@ def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
     return int(text)
 
 
-def _idx_faults(folder: Path, shard: Shard, members: list[Member]) -> Iterator[str]:
+def _idx_faults(folder: Path, shard: Shard, members: list[ShardSample]) -> Iterator[str]:
     path = folder / shard.idx_name
     if not path.is_file():
         yield f"{path.name}: missing; {_REMEDY}"
@@ -188,7 +188,7 @@ def _idx_faults(folder: Path, shard: Shard, members: list[Member]) -> Iterator[s
         yield f"{path.name}: its bytes changed (the manifest has another sha256); {_REMEDY}"
 
 
-def _row_faults(name: str, number: int, rows: np.ndarray, members: list[Member]) -> Iterator[str]:
+def _row_faults(name: str, number: int, rows: np.ndarray, members: list[ShardSample]) -> Iterator[str]:
     fields = ("shard", "label", "offset", "bytes")
     stated = rows[list(fields)].tolist()  # Python's numbers, since a damaged shard may have any
     actual = [(number, *member.row) for member in members]
@@ -201,7 +201,7 @@ def _row_faults(name: str, number: int, rows: np.ndarray, members: list[Member])
         )
 
 
-def _image_faults(path: Path, rows: np.ndarray | None, members: list[Member]) -> Iterator[str]:
+def _image_faults(path: Path, rows: np.ndarray | None, members: list[ShardSample]) -> Iterator[str]:
     """Of the images themselves, and of their sizes in samples.npy."""
     with open(path, "rb") as file:
         for number, member in enumerate(members):
@@ -220,7 +220,7 @@ def _image_faults(path: Path, rows: np.ndarray | None, members: list[Member]) ->
                 )
 
 
-def _first(faults: Iterator[str], shard: str) -> Iterator[str]:
+def _truncate_faults(faults: Iterator[str], shard: str) -> Iterator[str]:
     """The first faults, and how many more there are."""
     yield from islice(faults, _FAULTS_SHOWN)
     if more := sum(1 for _ in faults):
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--workers is {arguments.workers}; use 1 or more, or 0 for one per core")
     if is_url(arguments.target):
         parser.error(
-            f"{shown(arguments.target)} is far away and a folder is checked; name the one it was copied from, or a copy"
+            f"{redact_url(arguments.target)} is far away and a folder is checked; name the one it was copied from, or a copy"
             " of it here (of what training fetches, each file's sha256 is checked)"
         )
     target, start = Path(arguments.target), time.monotonic()

@@ -27,7 +27,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     receiver, lifeline = context.Pipe(duplex=False)
     with receiver, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (receiver, lifeline)) as pool:
         try:
-            with ctrl_c_held_back():  # workers inherit that; so the parent alone decides
+            with sigint_blocked():  # workers inherit that; so the parent alone decides
                 pool.submit(os.getpid)  # the first task forks them all
             yield pool
         except BrokenProcessPool as error:
@@ -40,7 +40,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def ctrl_c_held_back() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """Processes that are started inside never hear of Ctrl-C; this one does when the block ends."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

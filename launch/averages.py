@@ -9,11 +9,11 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from launch.engine import full_parameters
+from launch.engine import gathered_parameters
 
 
 @torch.no_grad()
-def average_buffers(model: nn.Module) -> None:
+def sync_batchnorm_buffers(model: nn.Module) -> None:
     """Replaces every floating buffer by its mean over the ranks, in one all-reduce (b5: 8,160 numbers)."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if dist.get_world_size() == 1 or not buffers:
@@ -25,7 +25,7 @@ def average_buffers(model: nn.Module) -> None:
         buffer.copy_(mean.view_as(buffer))
 
 
-class MovingAverage:
+class ModelEma:
     """An exponential moving average of parameters and buffers, whole on every rank for any ZeRO stage.
 
     `module` is a model of its own, in evaluation mode.
@@ -41,5 +41,5 @@ class MovingAverage:
     def update(self, engine, decay: float) -> None:
         """Keeps `decay` of what it is, and takes the rest from the engine's model. Every rank calls it."""
         self._ema.decay = decay
-        with full_parameters(engine):
+        with gathered_parameters(engine):
             self._ema.update(engine.module)

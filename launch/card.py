@@ -1,6 +1,6 @@
 """What must be known besides the tensors to use weights: the model they fit, and how its images are prepared.
 
-A card travels inside every safetensors file that a run writes, and beside an exported one in timm's own format.
+This metadata travels inside every safetensors file that a run writes, and beside an exported one in timm's own format.
 """
 
 import json
@@ -18,7 +18,7 @@ _KEY = "polaformer"
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelMetadata:
     """classes: their names, in the order of the outputs. The rest is as ImageOptions has it."""
 
     model: str
@@ -30,7 +30,7 @@ class Card:
     eval_resize: str
     eval_crop_fraction: float
 
-    def metadata(self) -> dict[str, str]:
+    def safetensors_metadata(self) -> dict[str, str]:
         """For the header of a safetensors file."""
         return {_KEY: json.dumps(asdict(self), ensure_ascii=False)}
 
@@ -63,9 +63,9 @@ class Card:
         }
 
 
-def make_card(model: str, classes: tuple[str, ...], images: ImageOptions) -> Card:
-    """The card of a model with these classes, evaluated on images prepared so."""
-    return Card(
+def make_model_metadata(model: str, classes: tuple[str, ...], images: ImageOptions) -> ModelMetadata:
+    """The metadata of a model with these classes, evaluated on images prepared so."""
+    return ModelMetadata(
         model,
         classes,
         images.image_size,
@@ -77,8 +77,8 @@ def make_card(model: str, classes: tuple[str, ...], images: ImageOptions) -> Car
     )
 
 
-def read_card(path: Path) -> Card | None:
-    """The card inside a safetensors file, or None where there is none (an official .pth, another's safetensors).
+def read_model_metadata(path: Path) -> ModelMetadata | None:
+    """The metadata inside a safetensors file, or None where there is none (an official .pth, another's safetensors).
 
     Raises ValueError if the file is not what its name says.
     """
@@ -92,4 +92,4 @@ def read_card(path: Path) -> Card | None:
     if _KEY not in metadata:
         return None
     fields = json.loads(metadata[_KEY])
-    return Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    return ModelMetadata(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})

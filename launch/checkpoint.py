@@ -25,10 +25,10 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from dataio.files import replace_file, sha256_of, sync
-from launch.averages import MovingAverage
-from launch.distributed import Refusal, from_rank_zero, together
-from launch.engine import full_parameters, kept_settings
+from dataio.files import atomic_write, sha256_of, sync
+from launch.distributed import RunError, broadcast_object, raise_on_all_ranks
+from launch.ema import ModelEma
+from launch.engine import gathered_parameters, preserved_hyperparameters
 from polaformer.weights import load_weights, save_weights
 
 MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
@@ -45,18 +45,18 @@ class RunState:
 
     step: int
     model: str
-    classes: int
-    ranks: int
+    num_classes: int
+    world_size: int
     zero_stage: int
     loader: dict[str, Any]
     best_top1: float  # percent, the better of weights and EMA, over all saved evaluations
 
-    def check_continues(self, other: "RunState") -> None:
+    def check_compatible(self, other: "RunState") -> None:
         """Raises ValueError if a run that is set up as `other` cannot go on from this state."""
         for name, words in (
             ("model", "model"),
-            ("classes", "number of classes"),
-            ("ranks", "number of ranks"),
+            ("num_classes", "number of classes"),
+            ("world_size", "number of ranks"),
             ("zero_stage", "ZeRO stage"),
         ):
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -70,7 +70,7 @@ class RunState:
 def save(
     folder: Path,
     engine,
-    average: MovingAverage,
+    ema: ModelEma,
     state: RunState,
     metadata: dict[str, str],
     check_lock: Callable[[], None] = lambda: None,
@@ -78,28 +78,28 @@ def save(
     """Writes a checkpoint below `folder` and points `latest` to it; every rank calls it. Returns its folder.
 
     metadata: for the headers of the safetensors. check_lock: raises RuntimeError if the run's folder is another's.
-    Raises Refusal on every rank if some rank's files cannot be written or are not there, and says so if the disk is
+    Raises RunError on every rank if some rank's files cannot be written or are not there, and says so if the disk is
     full. What was there stays, and nothing is left of the new one.
     """
     target = folder / f"step-{state.step:08d}"
-    staging = folder / f".{target.name}-{from_rank_zero(secrets.token_hex(4))}"  # no process that wakes up has it too
+    staging = folder / f".{target.name}-{broadcast_object(secrets.token_hex(4))}"  # no process that wakes up has it too
     rank = dist.get_rank()
-    with together():
+    with raise_on_all_ranks():
         if rank == 0:
             check_lock()
             folder.mkdir(exist_ok=True)
             _remove_leftovers(folder)
-            require_room(folder, average)
+            check_disk_space(folder, ema)
             (staging / _ENGINE_TAG).mkdir(parents=True)
     try:
-        _write(staging, engine, average, state, metadata)
-    except Refusal as refusal:
-        with together():
+        _write(staging, engine, ema, state, metadata)
+    except RunError as error:
+        with raise_on_all_ranks():
             if rank == 0:
-                fault = _explain(staging, average, str(refusal).splitlines()[0])
+                fault = _write_failure_message(staging, ema, str(error).splitlines()[0])
                 shutil.rmtree(staging, ignore_errors=True)
-                raise RuntimeError(fault) from refusal
-    with together():  # by now every rank's files are there
+                raise RuntimeError(fault) from error
+    with raise_on_all_ranks():  # by now every rank's files are there
         if rank == 0:
             _require_files(staging, state)
             check_lock()
@@ -107,9 +107,9 @@ def save(
     return target
 
 
-def require_room(folder: Path, average: MovingAverage) -> None:
+def check_disk_space(folder: Path, ema: ModelEma) -> None:
     """Raises RuntimeError if the disk of an existing folder cannot hold one more checkpoint of such a model."""
-    free, needed = shutil.disk_usage(folder).free, _expected_bytes(average)
+    free, needed = shutil.disk_usage(folder).free, _expected_bytes(ema)
     if free < needed:
         raise RuntimeError(
             f"no space for a checkpoint in {folder}: it needs {_mib(needed)}, {_mib(free)} are free; make room, or"
@@ -117,35 +117,35 @@ def require_room(folder: Path, average: MovingAverage) -> None:
         )
 
 
-def retain(saved: Path, is_best: bool, keep: int) -> None:
+def mark_best_and_prune(saved: Path, is_best: bool, keep: int) -> None:
     """Lets `best` name the checkpoint just saved if it is; keeps the `keep` newest up to it, and the best one.
 
     Later ones are of a future that this run did not come from: it passed them over because they were damaged.
     """
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             if is_best:
-                replace_file(saved.parent / BEST, f"{saved.name}\n".encode())
+                atomic_write(saved.parent / BEST, f"{saved.name}\n".encode())
             _remove_others(saved, keep)
 
 
-def load(checkpoint: Path, engine, average: MovingAverage) -> None:
-    """Puts a checkpoint back into the engine and the average; every rank calls it. Raises Refusal on every rank."""
-    with together(), kept_settings(engine):
+def load(checkpoint: Path, engine, ema: ModelEma) -> None:
+    """Puts a checkpoint back into the engine and the average; every rank calls it. Raises RunError on every rank."""
+    with raise_on_all_ranks(), preserved_hyperparameters(engine):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE_TAG)
         if path is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}; start from an older checkpoint")
-        load_weights(average.module, checkpoint / EMA_NAME)
+        load_weights(ema.module, checkpoint / EMA_NAME)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, if there is any checkpoint, and what is wrong with newer ones.
 
     Raises ValueError if there are checkpoints and none is whole: going on would start from nothing, over them.
     """
     faults = []
     for checkpoint in reversed(_checkpoints(folder)):
-        fault = find_fault(checkpoint)
+        fault = find_corruption(checkpoint)
         if fault is None:
             return checkpoint, faults
         faults.append(fault)
@@ -178,7 +178,7 @@ def is_checkpoint(path: Path) -> bool:
     return _CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).is_file()
 
 
-def follow(pointer: Path) -> Path:
+def resolve_pointer(pointer: Path) -> Path:
     """The checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
     name = pointer.read_bytes()[:100].decode(errors="replace").strip()
     there = ", ".join(path.name for path in _checkpoints(pointer.parent)) or "none"
@@ -189,7 +189,7 @@ def follow(pointer: Path) -> Path:
     return pointer.parent / name
 
 
-def find_fault(checkpoint: Path) -> str | None:
+def find_corruption(checkpoint: Path) -> str | None:
     """The first thing in which a checkpoint's files differ from its manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST_NAME).read_text())
@@ -206,15 +206,15 @@ def find_fault(checkpoint: Path) -> str | None:
     return None
 
 
-def _write(staging: Path, engine, average: MovingAverage, state: RunState, metadata: dict[str, str]) -> None:
-    """All files, the manifest last. Every rank calls it. Raises Refusal on every rank if one cannot write its own."""
+def _write(staging: Path, engine, ema: ModelEma, state: RunState, metadata: dict[str, str]) -> None:
+    """All files, the manifest last. Every rank calls it. Raises RunError on every rank if one cannot write its own."""
     rank = dist.get_rank()
-    with together(), _in_the_systems_words(staging, average), _faults_afterwards(engine.checkpoint_engine):
+    with raise_on_all_ranks(), _with_os_error_reason(staging, ema), _deferred_write_errors(engine.checkpoint_engine):
         engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
-    with together(), full_parameters(engine), _in_the_systems_words(staging, average):
+    with raise_on_all_ranks(), gathered_parameters(engine), _with_os_error_reason(staging, ema):
         if rank == 0:
             save_weights(engine.module.state_dict(), staging / MODEL_NAME, metadata)
-            save_weights(average.module.state_dict(), staging / EMA_NAME, metadata)
+            save_weights(ema.module.state_dict(), staging / EMA_NAME, metadata)
             (staging / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
             for name in (MODEL_NAME, EMA_NAME):  # which safetensors lets nobody but their owner read
                 shutil.copymode(staging / STATE_NAME, staging / name)
@@ -222,7 +222,7 @@ def _write(staging: Path, engine, average: MovingAverage, state: RunState, metad
 
 
 @contextmanager
-def _faults_afterwards(files) -> Iterator[None]:
+def _deferred_write_errors(files) -> Iterator[None]:
     """Inside, a file that DeepSpeed's `files` cannot write ends nothing; the first fault is raised at the end.
 
     Otherwise the rank that met it would leave the others in the barriers of save_checkpoint.
@@ -245,7 +245,7 @@ def _faults_afterwards(files) -> Iterator[None]:
 
 
 @contextmanager
-def _in_the_systems_words(staging: Path, average: MovingAverage) -> Iterator[None]:
+def _with_os_error_reason(staging: Path, ema: ModelEma) -> Iterator[None]:
     """Raises RuntimeError in one line where writing fails inside.
 
     torch and safetensors keep the system's reason to themselves ("unexpected pos"): it is asked for as much again.
@@ -257,15 +257,15 @@ def _in_the_systems_words(staging: Path, average: MovingAverage) -> Iterator[Non
         if not isinstance(error, OSError):
             try:
                 with open(staging / f".probe-{dist.get_rank()}", "wb") as probe:
-                    os.posix_fallocate(probe.fileno(), 0, _expected_bytes(average))
+                    os.posix_fallocate(probe.fileno(), 0, _expected_bytes(ema))
             except OSError as found:
                 reason = found.strerror
         raise RuntimeError(reason) from error
 
 
-def _explain(staging: Path, average: MovingAverage, reason: str) -> str:
+def _write_failure_message(staging: Path, ema: ModelEma, reason: str) -> str:
     """What is said of a checkpoint that could not be written, while its files are there."""
-    needed, free = _expected_bytes(average), shutil.disk_usage(staging).free
+    needed, free = _expected_bytes(ema), shutil.disk_usage(staging).free
     free += sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     found = _checkpoints(staging.parent)
     return (
@@ -274,12 +274,12 @@ def _explain(staging: Path, average: MovingAverage, reason: str) -> str:
     )
 
 
-def _expected_bytes(average: MovingAverage) -> int:
+def _expected_bytes(ema: ModelEma) -> int:
     """About what a checkpoint takes.
 
     Weights three times (ours, their average, DeepSpeed's), AdamW's two moments, and ZeRO's copy for the optimizer.
     """
-    return 6 * sum(value.nbytes for value in average.module.state_dict().values()) + _SMALL_FILES_BYTES
+    return 6 * sum(value.nbytes for value in ema.module.state_dict().values()) + _SMALL_FILES_BYTES
 
 
 def _mib(count: int) -> str:
@@ -299,9 +299,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _require_files(staging: Path, state: RunState) -> None:
     """Raises RuntimeError unless every rank's part of the optimizer's state is among the files."""
     parts = len(list((staging / _ENGINE_TAG).glob("*optim_states.pt")))
-    if state.zero_stage > 0 and parts != state.ranks:
+    if state.zero_stage > 0 and parts != state.world_size:
         raise RuntimeError(
-            f"{staging} holds the optimizer's state of {parts} ranks out of {state.ranks}; put the run's output folder"
+            f"{staging} holds the optimizer's state of {parts} ranks out of {state.world_size}; put the run's output folder"
             " on a file system that all nodes share"
         )
 
@@ -322,7 +322,7 @@ def _publish(staging: Path, target: Path) -> None:
         shutil.rmtree(target)
     staging.rename(target)
     sync(target.parent)
-    replace_file(target.parent / LATEST, f"{target.name}\n".encode())
+    atomic_write(target.parent / LATEST, f"{target.name}\n".encode())
 
 
 def _remove_others(saved: Path, keep: int) -> None:

@@ -32,16 +32,16 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-LR_REFERENCE_BATCH = 512  # the recipe's rates are for this global batch
+PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
+LR_REFERENCE_BATCH_SIZE = 512  # the recipe's rates are for this global batch
 
 
 #: DeepSpeed's keys that would contradict ours, and where ours are set.
 _DERIVED = {
-    "train_batch_size": "optimizer.global_batch",
-    "train_micro_batch_size_per_gpu": "optimizer.global_batch",
-    "gradient_accumulation_steps": "optimizer.accumulation",
-    "gradient_clipping": "optimizer.clip",
+    "train_batch_size": "optimizer.global_batch_size",
+    "train_micro_batch_size_per_gpu": "optimizer.global_batch_size",
+    "gradient_accumulation_steps": "optimizer.gradient_accumulation_steps",
+    "gradient_clipping": "optimizer.max_grad_norm",
     "optimizer": "the optimizer section",
     "scheduler": "the optimizer section",
     "fp16": "engine.precision",
@@ -95,46 +95,46 @@ class RandAugmentSection(Section):
     """The defaults are timm's rand-m9-mstd0.5-inc1."""
 
     magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0  # mean strength of the operations
-    spread: Annotated[float, Field(ge=0)] = 0.5  # standard deviation of the strength
-    layers: Count = 2  # operations drawn for an image
-    probability: Fraction = 0.5  # of doing one that was drawn
+    magnitude_std: Annotated[float, Field(ge=0)] = 0.5  # standard deviation of the strength
+    num_layers: Count = 2  # operations drawn for an image
+    prob: Fraction = 0.5  # of doing one that was drawn
 
 
 class DataSection(Section):
-    train: Place  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
-    val: Place  # the same, for evaluation
-    order: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
-    window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
+    train: PathOrUrl  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
+    val: PathOrUrl  # the same, for evaluation
+    shuffle: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
+    shuffle_window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
     cache: UserPath | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
-    max_broken: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
+    max_bad_samples: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
     image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
-    flip_probability: Fraction = 0.5  # of mirroring an image left to right
-    recipe: Literal["rand-augment", "three-augment", "simple"] = "rand-augment"  # what is done after crop and flip
+    hflip: Fraction = 0.5  # of mirroring an image left to right
+    augmentation: Literal["rand-augment", "three-augment", "simple"] = "rand-augment"  # what is done after crop and flip
     rand_augment: RandAugmentSection = RandAugmentSection()
     color_jitter: Annotated[float, Field(ge=0)] | None = None  # largest change; null: three-augment 0.3, others none
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    eval_resize: Literal["squash", "short"] = "squash"  # both sides, as the recipe does, or the short side
-    eval_crop_fraction: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
+    crop_mode: Literal["squash", "center"] = "squash"  # both sides, as the recipe does, or the short side
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
     cutmix: Annotated[float, Field(ge=0)] = 1.0
-    mix_group: Count = 128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
-    mix_probability: Fraction = 1.0  # of mixing a group at all
-    switch_probability: Fraction = 0.5  # of cutmix for a mixed group, where mixup is on as well
+    mixup_group_size: Count = 128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
+    mixup_prob: Fraction = 1.0  # of mixing a group at all
+    mixup_switch_prob: Fraction = 0.5  # of cutmix for a mixed group, where mixup is on as well
     label_smoothing: Fraction = 0.1
-    erase_probability: Fraction = 0.25  # of random erasing, per image
+    reprob: Fraction = 0.25  # of random erasing, per image
     threads: Count = 4  # decoding threads of each rank
     prefetch_batches: Count = 2  # decoded ahead
 
 
 class OptimizerSection(Section):
     epochs: Positive = 300
-    global_batch: Count = 1024  # samples in one step, over all ranks and micro-steps
-    accumulation: Count = 1  # micro-steps in a step
+    global_batch_size: Count = 1024  # samples in one step, over all ranks and micro-steps
+    gradient_accumulation_steps: Count = 1  # micro-steps in a step
     lr: Positive = 5e-4  # for a global batch of 512; this and the next two scale with the batch
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-7
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
@@ -142,7 +142,7 @@ class OptimizerSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not for biases and one-dimensional parameters
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
-    clip: Positive | None = 1.0  # largest gradient norm; null: no clipping
+    max_grad_norm: Positive | None = 1.0  # largest gradient norm; null: no clipping
     ema_decay: BelowOne = 0.99982
     ema_warmup: bool = True  # a smaller decay while the run has few steps: see launch/schedule.py
 
@@ -161,7 +161,7 @@ class OptimizerSection(Section):
 class EngineSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
-    bucket_elements: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
+    bucket_numel: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
     compile: bool = False  # torch.compile
     timeout_minutes: Positive = 10  # for a collective; a rank that hangs ends the run after it
 

@@ -1,8 +1,8 @@
 """Where this process stands among the ranks of a run, and the process group that joins them.
 
 A run is started by torchrun or deepspeed (RANK, WORLD_SIZE and so on are set), by `srun` with one task per
-rank (Slurm's step variables are set), or as plain `python`: a single process. `placement` reads which of them
-it was; `start` brings the rest to the one form that DeepSpeed and torch expect and opens the group.
+rank (Slurm's step variables are set), or as plain `python`: a single process. `read_rank_info` reads which of them
+it was; `init_distributed` brings the rest to the one form that DeepSpeed and torch expect and opens the group.
 """
 
 import os
@@ -26,16 +26,16 @@ _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One of `ranks` processes; `rank` counts them all from 0, `local_rank` those on its host."""
+class RankInfo:
+    """One of `world_size` processes; `rank` counts them all from 0, `local_rank` those on its host."""
 
     rank: int
     local_rank: int
-    ranks: int
+    world_size: int
     launcher: str  # "environment" (torchrun, deepspeed), "srun", or "python": started by hand
 
 
-def placement(environ: Mapping[str, str]) -> Placement:
+def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
     """The place that a process with this environment has.
 
     RANK and its like win over Slurm's variables: torchrun and deepspeed may run inside an allocation. A batch
@@ -45,27 +45,27 @@ def placement(environ: Mapping[str, str]) -> Placement:
     Raises ValueError if some of a launcher's variables are missing, are no numbers, or contradict each other.
     """
     if not environ.keys().isdisjoint({"RANK", "LOCAL_RANK", "WORLD_SIZE"}):
-        place = Placement(
+        rank_info = RankInfo(
             rank=_number(environ, "RANK"),
             local_rank=_number(environ, "LOCAL_RANK"),
-            ranks=_number(environ, "WORLD_SIZE"),
+            world_size=_number(environ, "WORLD_SIZE"),
             launcher="environment",
         )
     elif "SLURM_STEP_NUM_TASKS" in environ:
-        place = Placement(
+        rank_info = RankInfo(
             rank=_number(environ, "SLURM_PROCID"),
             local_rank=_number(environ, "SLURM_LOCALID"),
-            ranks=_number(environ, "SLURM_STEP_NUM_TASKS"),
+            world_size=_number(environ, "SLURM_STEP_NUM_TASKS"),
             launcher="srun",
         )
     else:
-        place = Placement(rank=0, local_rank=0, ranks=1, launcher="python")
-    if not (place.rank < place.ranks and place.local_rank <= place.rank):
+        rank_info = RankInfo(rank=0, local_rank=0, world_size=1, launcher="python")
+    if not (rank_info.rank < rank_info.world_size and rank_info.local_rank <= rank_info.rank):
         raise ValueError(
-            f"the environment says rank {place.rank} of {place.ranks} and local rank {place.local_rank}, which cannot"
+            f"the environment says rank {rank_info.rank} of {rank_info.world_size} and local rank {rank_info.local_rank}, which cannot"
             f" be; {_REMEDY}"
         )
-    return place
+    return rank_info
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:
@@ -76,7 +76,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     return int(environ[name])
 
 
-def start(place: Placement, device_type: str, timeout: timedelta) -> torch.device:
+def init_distributed(rank_info: RankInfo, device_type: str, timeout: timedelta) -> torch.device:
     """Joins the run's process group (NCCL for "cuda", gloo for "cpu") and returns this rank's device.
 
     Every rank calls it, before anything imports DeepSpeed, which settles on an accelerator when imported.
@@ -89,17 +89,17 @@ def start(place: Placement, device_type: str, timeout: timedelta) -> torch.devic
     """
     if device_type not in _BACKENDS:
         raise ValueError(f'the device is "{device_type}"; use "cpu" or "cuda"')
-    device = _select_device(place, device_type)
+    device = _select_device(rank_info, device_type)
     # DeepSpeed takes LOCAL_RANK for the number of the device.
-    local_rank = place.local_rank if device.index is None else device.index
+    local_rank = rank_info.local_rank if device.index is None else device.index
     os.environ.update(
-        _rendezvous(place, os.environ),
-        RANK=str(place.rank),
+        _rendezvous(rank_info, os.environ),
+        RANK=str(rank_info.rank),
         LOCAL_RANK=str(local_rank),
-        WORLD_SIZE=str(place.ranks),
+        WORLD_SIZE=str(rank_info.world_size),
         DS_ACCELERATOR=device_type,
     )
-    _check_meeting_point(os.environ)
+    _check_master_address(os.environ)
     import deepspeed
 
     # On CPUs, DeepSpeed would now compile an all-reduce that only inference uses: most of a minute, and an
@@ -108,7 +108,7 @@ def start(place: Placement, device_type: str, timeout: timedelta) -> torch.devic
     try:
         deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
     except RuntimeError as error:
-        raise RuntimeError(_why_not_met(place, timeout, error)) from error
+        raise RuntimeError(_explain_init_failure(rank_info, timeout, error)) from error
     return device
 
 
@@ -120,15 +120,15 @@ def find_free_port() -> int:
             return port
 
 
-def stop() -> None:
-    """Leaves the process group that `start` joined, if any; `start` may be called again."""
+def destroy_process_group() -> None:
+    """Leaves the process group that `init_distributed` joined, if any; `init_distributed` may be called again."""
     if torch.distributed.is_initialized():
         import deepspeed
 
         deepspeed.comm.destroy_process_group()
 
 
-def end_at_once() -> NoReturn:
+def abort_process() -> NoReturn:
     """Ends this process with the traceback of the exception being handled, and without leaving the group.
 
     Under NCCL, leaving it would wait for ranks that are waiting for this one; the launcher ends those.
@@ -139,15 +139,15 @@ def end_at_once() -> NoReturn:
     os._exit(1)
 
 
-def _select_device(place: Placement, device_type: str) -> torch.device:
+def _select_device(rank_info: RankInfo, device_type: str) -> torch.device:
     if device_type == "cpu":
         return torch.device("cpu")
     visible = torch.cuda.device_count()
     # Slurm can bind one GPU to each task, which then sees only its own, as number 0.
-    index = 0 if place.launcher == "srun" and visible == 1 else place.local_rank
+    index = 0 if rank_info.launcher == "srun" and visible == 1 else rank_info.local_rank
     if index >= visible:
         raise RuntimeError(
-            f"local rank {place.local_rank} has no GPU, {visible} are visible to it;"
+            f"local rank {rank_info.local_rank} has no GPU, {visible} are visible to it;"
             f" start one rank per GPU, or choose the CPU"
         )
     device = torch.device("cuda", index)
@@ -155,11 +155,11 @@ def _select_device(place: Placement, device_type: str) -> torch.device:
     return device
 
 
-def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
+def _rendezvous(rank_info: RankInfo, environ: Mapping[str, str]) -> dict[str, str]:
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
-    if place.launcher == "environment":
+    if rank_info.launcher == "environment":
         return {}
-    if place.ranks == 1:  # what the environment may hold was meant for other processes; port 0 is any that is free
+    if rank_info.world_size == 1:  # what the environment may hold was meant for other processes; port 0 is any that is free
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return {
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
@@ -168,7 +168,7 @@ def _rendezvous(place: Placement, environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _check_meeting_point(environ: Mapping[str, str]) -> None:
+def _check_master_address(environ: Mapping[str, str]) -> None:
     """Raises ValueError or RuntimeError if the ranks cannot meet there, for which PyTorch would wait or not say why."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
@@ -184,20 +184,20 @@ def _check_meeting_point(environ: Mapping[str, str]) -> None:
         ) from error
 
 
-def _why_not_met(place: Placement, timeout: timedelta, error: RuntimeError) -> str:
+def _explain_init_failure(rank_info: RankInfo, timeout: timedelta, error: RuntimeError) -> str:
     """One line in place of PyTorch's, with the remedy that this launcher has."""
     host, port, fault = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(error).partition("\n")[0]
     if "EADDRINUSE" in fault:
         free = find_free_port()
         remedy = f"set MASTER_PORT to another, like {free}"
-        if place.launcher == "srun":
+        if rank_info.launcher == "srun":
             remedy = f"export MASTER_PORT={free} before srun or sbatch"
         elif "CROSS_RANK" in os.environ:  # deepspeed's
             remedy = f"start it with deepspeed --master_port {free}"
         return f"port {port} is taken, by another run perhaps; {remedy}"
     return (
-        f"rank {place.rank} did not meet the other ranks at {host}, port {port}, within {timeout} ({fault}); check that"
-        f" all {place.ranks} were started, and that this machine reaches that one"
+        f"rank {rank_info.rank} did not meet the other ranks at {host}, port {port}, within {timeout} ({fault}); check that"
+        f" all {rank_info.world_size} were started, and that this machine reaches that one"
     )
 
 
@@ -213,13 +213,13 @@ def _first_host(nodelist: str) -> str:
     return printed.split()[0]
 
 
-class Refusal(Exception):
+class RunError(Exception):
     """A fault in what the run was given, met by one rank and known to all; its text is for people."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Inside, a fault of one rank (ValueError, OSError, RuntimeError) ends as a Refusal on every rank.
+def raise_on_all_ranks() -> Iterator[None]:
+    """Inside, a fault of one rank (ValueError, OSError, RuntimeError) ends as a RunError on every rank.
 
     Every rank enters and leaves, which makes it a barrier as well. Without it, the ranks that met no fault
     would wait in their next collective for those that did.
@@ -237,17 +237,17 @@ def together() -> Iterator[None]:
             met.setdefault(text, rank)
     if met:
         everywhere = len(met) == 1 and None not in faults
-        raise Refusal("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in met.items()))
+        raise RunError("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in met.items()))
 
 
-def from_rank_zero(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank; the other ranks' are ignored."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
-def count_ranks_here() -> int:
+def get_local_world_size() -> int:
     """How many of the ranks run on this rank's machine, in whatever containers. Every rank calls it."""
     machine = Path("/proc/sys/kernel/random/boot_id").read_text()
     machines: list[str | None] = [None] * dist.get_world_size()

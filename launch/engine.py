@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from launch.card import read_card
 from launch.config import Config
+from launch.model_metadata import read_model_metadata
 from launch.plan import Plan
 from polaformer import ops
 from polaformer.weights import load_weights
@@ -32,11 +32,11 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
     """
     if config.model.kernels == "required" and not ops.has_compiled_kernels(device.type):
         raise RuntimeError(
-            f"model.kernels=required, but there are {ops.why_no_kernels(device.type)},"
+            f"model.kernels=required, but there are {ops.kernels_unavailable_reason(device.type)},"
             " or set model.kernels=auto for the reference in PyTorch"
         )
     torch.manual_seed(config.seed)
-    model = timm.create_model(config.model.name, num_classes=plan.classes, drop_path_rate=config.model.drop_path_rate)
+    model = timm.create_model(config.model.name, num_classes=plan.num_classes, drop_path_rate=config.model.drop_path_rate)
     if config.model.weights is not None:
         if not config.model.new_head:
             _require_same_classes(config.model.weights, plan)
@@ -46,8 +46,8 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
 
 
 def _require_same_classes(weights: Path, plan: Plan) -> None:
-    card = read_card(weights)
-    for label, names in enumerate(zip(card.classes, plan.class_names, strict=False) if card else ()):
+    metadata = read_model_metadata(weights)
+    for label, names in enumerate(zip(metadata.classes, plan.class_names, strict=False) if metadata else ()):
         if names[0] != names[1]:
             raise ValueError(
                 f'class {label} is "{names[0]}" in {weights} and "{names[1]}" in the training data; pack that anew with'
@@ -59,19 +59,19 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
     """DeepSpeed's configuration: every default that has changed between versions is stated."""
     engine, optimizer = config.engine, config.optimizer
     derived = {
-        "train_batch_size": optimizer.global_batch,
-        "train_micro_batch_size_per_gpu": plan.batches.batch,
-        "gradient_accumulation_steps": optimizer.accumulation,
-        "gradient_clipping": optimizer.clip or 0.0,
+        "train_batch_size": optimizer.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.loader_options.micro_batch_size,
+        "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
+        "gradient_clipping": optimizer.max_grad_norm or 0.0,
         "zero_optimization": {
             "stage": engine.zero_stage,
-            "reduce_bucket_size": engine.bucket_elements,
-            "allgather_bucket_size": engine.bucket_elements,
+            "reduce_bucket_size": engine.bucket_numel,
+            "allgather_bucket_size": engine.bucket_numel,
             "overlap_comm": False,  # has a history of silent corruption
             "contiguous_gradients": True,
             # true would all-reduce where a reduce-scatter's worth of traffic does: 3 instead of 2 parameters' bytes
             "use_multi_rank_bucket_allreduce": False,
-            "stage3_prefetch_bucket_size": engine.bucket_elements,
+            "stage3_prefetch_bucket_size": engine.bucket_numel,
         },
         # Autocast rather than bf16.enabled, which would turn the parameters but not BatchNorm's buffers to bf16. With
         # no module named as safe for low precision, gradients are reduced in float32.
@@ -112,7 +112,7 @@ def start_engine(config: Config, plan: Plan, model: nn.Module):
 
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(
-        groups, lr=plan.schedule.start, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
+        groups, lr=plan.schedule.warmup_lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))
     if config.engine.compile:
@@ -126,7 +126,7 @@ def set_lr(engine, lr: float) -> None:
 
 
 @contextlib.contextmanager
-def kept_settings(engine) -> Iterator[None]:
+def preserved_hyperparameters(engine) -> Iterator[None]:
     """What the configuration says of clipping, decay and Adam stays, whatever is loaded into the optimizer inside."""
     optimizer = engine.optimizer
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
@@ -138,7 +138,7 @@ def kept_settings(engine) -> Iterator[None]:
         optimizer.clip_grad = clip
 
 
-def full_parameters(engine) -> contextlib.AbstractContextManager:
+def gathered_parameters(engine) -> contextlib.AbstractContextManager:
     """Inside, `engine.module` holds whole parameters, to be read only. All ranks enter; ZeRO-3 gathers for it."""
     if engine.zero_optimization_stage() < 3:
         return contextlib.nullcontext()
@@ -147,7 +147,7 @@ def full_parameters(engine) -> contextlib.AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
 
 
-def plain_model(engine, like: nn.Module) -> nn.Module:
+def unwrapped_model(engine, like: nn.Module) -> nn.Module:
     """The engine's model with whole parameters, to be evaluated only. All ranks call it.
 
     like: a model of the same kind, for ZeRO-3, under which the engine's own cannot run on one rank alone.
@@ -155,7 +155,7 @@ def plain_model(engine, like: nn.Module) -> nn.Module:
     if engine.zero_optimization_stage() < 3:
         return engine.module
     model = copy.deepcopy(like)
-    with full_parameters(engine):
+    with gathered_parameters(engine):
         model.load_state_dict(engine.module.state_dict())
     return model
 

@@ -30,21 +30,21 @@ from dataio.files import user_path
 from dataio.loader import Batch, EvalLoader, count_classes, map_labels
 from dataio.manifest import Manifest
 from dataio.remote.options import cache_options
-from dataio.shards import open_data
-from dataio.urls import shown
-from launch.card import Card, make_card, read_card
+from dataio.shards import open_dataset
+from dataio.urls import redact_url
 from launch.distributed import (
-    Refusal,
-    count_ranks_here,
+    RunError,
+    abort_process,
+    broadcast_object,
     default_device_type,
-    end_at_once,
-    from_rank_zero,
-    placement,
-    start,
-    stop,
-    together,
+    destroy_process_group,
+    get_local_world_size,
+    init_distributed,
+    raise_on_all_ranks,
+    read_rank_info,
 )
-from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
+from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
+from launch.model_metadata import ModelMetadata, make_model_metadata, read_model_metadata
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 from polaformer.weights import load_weights
@@ -52,14 +52,14 @@ from polaformer.weights import load_weights
 
 @torch.no_grad()
 def evaluate(
-    models: Sequence[nn.Module], batches: Iterable[Batch], classes: int, precision: str
+    models: Sequence[nn.Module], batches: Iterable[Batch], num_classes: int, precision: str
 ) -> list[dict[str, float]]:
     """Of each model, accuracies in percent and the mean cross-entropy over all ranks' batches; every rank calls it.
 
     A rank may have fewer batches than others, or none. Leaves the models in the mode they were in.
     """
     device = next(models[0].parameters()).device
-    scores = [_Scores(classes, device) for _ in models]
+    scores = [_Metrics(num_classes, device) for _ in models]
     training = [model.training for model in models]
     for model in models:
         model.eval()
@@ -70,21 +70,21 @@ def evaluate(
             score.add(logits.float(), batch.labels)
     for model, was_training in zip(models, training, strict=True):
         model.train(was_training)
-    return [score.totals() for score in scores]
+    return [score.compute() for score in scores]
 
 
-class _Scores:
+class _Metrics:
     """Of one model, over all ranks."""
 
-    def __init__(self, classes: int, device: torch.device) -> None:
+    def __init__(self, num_classes: int, device: torch.device) -> None:
         # Brings SciPy and Matplotlib along, a quarter of all that training imports: no run should wait for it to start.
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 
         self._accuracy = MetricCollection(
             {
-                "top1": MulticlassAccuracy(classes, average="micro"),
-                "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+                "top1": MulticlassAccuracy(num_classes, average="micro"),
+                "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
             }
         ).to(device)
         self._loss = MeanMetric().to(device)
@@ -93,7 +93,7 @@ class _Scores:
         self._accuracy.update(logits, labels)
         self._loss.update(F.cross_entropy(logits, labels, reduction="none"))
 
-    def totals(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         percent = {name: 100 * value.item() for name, value in self._accuracy.compute().items()}
         return {**percent, "loss": self._loss.compute().item()}
 
@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--weights", type=user_path, required=True, help=WHAT_CAN_BE_NAMED)
+    add("--weights", type=user_path, required=True, help=WEIGHTS_PATH_HELP)
     data = "a folder written by python -m dataio.pack, or the URL of a copy"
     add("--data", type=os.path.expanduser, required=True, help=data)
     add("--cache", type=user_path, help="this machine's folder for remote shards (default: one of your own)")
@@ -115,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--kind", choices=("ema", "model"), default="ema", help="which weights of a run or checkpoint (default ema)")
     add("--model", choices=tuple(PRESETS), help="needed where the file does not say (official .pth)")
     add("--image-size", type=int, help="pixels, a multiple of 32 (default: the weights' own, else 224)")
-    add("--batch", type=int, default=64, help="images per rank at a time (default 64)")
+    add("--batch-size", type=int, default=64, help="images per rank at a time (default 64)")
     add("--precision", choices=("bf16", "fp32"), default="fp32", help="autocast or not (default fp32)")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     add("--threads", type=int, default=4, help="decoding threads of each rank (default 4)")
@@ -128,79 +128,79 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(
-    arguments: argparse.Namespace, path: Path, device: torch.device, ranks_here: int
-) -> tuple[nn.Module, EvalLoader, Card]:
+    arguments: argparse.Namespace, path: Path, device: torch.device, local_world_size: int
+) -> tuple[nn.Module, EvalLoader, ModelMetadata]:
     """The model with the weights at `path`, the batches of this rank, and what is known of the weights.
 
-    ranks_here: those on this rank's machine, which share a cache.
+    local_world_size: those on this rank's machine, which share a cache.
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
     cache = cache_options(arguments.cache, arguments.cache_gib, arguments.data)
-    manifest = open_data(arguments.data, cache)
+    manifest = open_dataset(arguments.data, cache)
     if manifest.remote:
-        cache.require_room({manifest.place: EvalLoader.bytes_at_once(manifest, arguments.batch, ranks_here)})
-    card = _settle_card(arguments, path, manifest)
-    label_map = map_labels(manifest, card.classes, str(path))
-    model = timm.create_model(card.model, num_classes=len(card.classes))
+        cache.check_cache_size({manifest.location: EvalLoader.required_cache_bytes(manifest, arguments.batch_size, local_world_size)})
+    metadata = _resolve_metadata(arguments, path, manifest)
+    label_map = map_labels(manifest, metadata.classes, str(path))
+    model = timm.create_model(metadata.model, num_classes=len(metadata.classes))
     load_weights(model, path)
-    if read_card(path) is None and dist.get_rank() == 0:
-        first, last = card.classes[0], card.classes[-1]
+    if read_model_metadata(path) is None and dist.get_rank() == 0:
+        first, last = metadata.classes[0], metadata.classes[-1]
         print(
-            f"{path} names no classes; its outputs are taken to be those of {manifest.place}, from {first} to {last} in"
+            f"{path} names no classes; its outputs are taken to be those of {manifest.location}, from {first} to {last} in"
             " that order",
             file=sys.stderr,
         )
-    images = card.image_options(arguments.threads)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    loader = EvalLoader(manifest, images, arguments.batch, rank, ranks, device, label_map)
-    return model.to(device, memory_format=torch.channels_last).eval(), loader, card
+    images = metadata.image_options(arguments.threads)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    loader = EvalLoader(manifest, images, arguments.batch_size, rank, world_size, device, label_map)
+    return model.to(device, memory_format=torch.channels_last).eval(), loader, metadata
 
 
-def _settle_card(arguments: argparse.Namespace, path: Path, manifest: Manifest) -> Card:
+def _resolve_metadata(arguments: argparse.Namespace, path: Path, manifest: Manifest) -> ModelMetadata:
     """What the file at `path` says of itself, or else the arguments and the data; arguments must not contradict it."""
-    card = read_card(path)
-    if card is None:
+    metadata = read_model_metadata(path)
+    if metadata is None:
         if arguments.model is None:
             raise ValueError(f"{path} does not say which model it is of; add --model polaformerpp_b0 … b5")
-        card = make_card(arguments.model, manifest.classes, ImageOptions())
-    if arguments.model not in (None, card.model):
-        raise ValueError(f"{path} is of {card.model}, not of --model {arguments.model}; leave --model out")
+        metadata = make_model_metadata(arguments.model, manifest.classes, ImageOptions())
+    if arguments.model not in (None, metadata.model):
+        raise ValueError(f"{path} is of {metadata.model}, not of --model {arguments.model}; leave --model out")
     if arguments.image_size is None:
-        return card
+        return metadata
     if arguments.image_size < TOTAL_STRIDE or arguments.image_size % TOTAL_STRIDE:
         raise ValueError(f"--image-size {arguments.image_size} is no size; use a multiple of {TOTAL_STRIDE}")
-    return replace(card, image_size=arguments.image_size)
+    return replace(metadata, image_size=arguments.image_size)
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     try:
-        place = placement(os.environ)
-        device = start(place, arguments.device or default_device_type(), timedelta(minutes=10))
+        rank_info = read_rank_info(os.environ)
+        device = init_distributed(rank_info, arguments.device or default_device_type(), timedelta(minutes=10))
     except (ValueError, RuntimeError) as error:  # of this rank alone: there is no group yet
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        ranks_here = count_ranks_here()
-        with together():
-            path = find_weights(arguments.weights, arguments.kind) if place.rank == 0 else None
-        path = from_rank_zero(path)  # a run that goes on may have a newer one by now
-        with together():
-            model, loader, card = prepare(arguments, path, device, ranks_here)
-        [scores] = evaluate([model], loader, len(card.classes), arguments.precision)
-    except Refusal as refusal:
-        if place.rank == 0:
-            print(f"error: {refusal}", file=sys.stderr, flush=True)
+        local_world_size = get_local_world_size()
+        with raise_on_all_ranks():
+            path = find_weights(arguments.weights, arguments.kind) if rank_info.rank == 0 else None
+        path = broadcast_object(path)  # a run that goes on may have a newer one by now
+        with raise_on_all_ranks():
+            model, loader, metadata = prepare(arguments, path, device, local_world_size)
+        [scores] = evaluate([model], loader, len(metadata.classes), arguments.precision)
+    except RunError as error:
+        if rank_info.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         dist.barrier()  # launchers end all ranks as soon as one has ended
-        stop()
+        destroy_process_group()
         return 2
     except Exception:
-        end_at_once()
-    stop()
-    if place.rank == 0:
-        report = {"weights": str(path), "model": card.model, "image_size": card.image_size}
-        report |= {"data": shown(arguments.data), "samples": len(loader.manifest)}
-        report |= {"classes": len(card.classes), "classes_with_samples": count_classes(loader.manifest), **scores}
+        abort_process()
+    destroy_process_group()
+    if rank_info.rank == 0:
+        report = {"weights": str(path), "model": metadata.model, "image_size": metadata.image_size}
+        report |= {"data": redact_url(arguments.data), "samples": len(loader.manifest)}
+        report |= {"classes": len(metadata.classes), "classes_with_samples": count_classes(loader.manifest), **scores}
         text = json.dumps(report, indent=1)
         print(text)
         return 0 if arguments.out is None else _write(arguments.out, text + "\n")

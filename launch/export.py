@@ -19,10 +19,10 @@ from pathlib import Path
 
 import timm
 
-from dataio.files import replace_file, user_path
-from launch.card import read_card
+from dataio.files import atomic_write, user_path
 from launch.checkpoint import is_checkpoint
-from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
+from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
+from launch.model_metadata import read_model_metadata
 from polaformer.weights import load_weights
 
 
@@ -33,17 +33,17 @@ def export(run: Path, target: Path, kind: str) -> Path:
     RuntimeError if it does not load, OSError if the folder cannot be written to; what was in it stays then.
     """
     source = find_weights(run, kind)
-    card = read_card(source)
-    if card is None:
+    metadata = read_model_metadata(source)
+    if metadata is None:
         raise ValueError(f"{source} is not of a run of ours; give a run's folder or one of its checkpoints")
-    load_weights(timm.create_model(card.model, num_classes=len(card.classes)), source)
+    load_weights(timm.create_model(metadata.model, num_classes=len(metadata.classes)), source)
     target.mkdir(parents=True, exist_ok=True)
-    config = json.dumps(card.timm_config(), indent=1, ensure_ascii=False) + "\n"
+    config = json.dumps(metadata.timm_config(), indent=1, ensure_ascii=False) + "\n"
     weights = target / "model.safetensors"
     part = weights.with_suffix(".part")
     try:
         shutil.copyfile(source, part)
-        replace_file(target / "config.json", config.encode())
+        atomic_write(target / "config.json", config.encode())
         return part.rename(weights)
     except OSError:
         part.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=user_path, help=WHAT_CAN_BE_NAMED)
+    parser.add_argument("run", type=user_path, help=WEIGHTS_PATH_HELP)
     parser.add_argument("--to", type=user_path, help="where to write (default RUN/export, or beside a file)")
     parser.add_argument("--kind", choices=("ema", "model"), default="ema", help="which weights (default ema)")
     arguments = parser.parse_args(argv)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launch import checkpoint
 
-WHAT_CAN_BE_NAMED = (
+WEIGHTS_PATH_HELP = (
     "a run's folder, one of its checkpoints (RUN/checkpoints/best, latest or step-…), an exported folder,"
     " a .safetensors file or an official .pth"
 )
@@ -18,11 +18,11 @@ def find_weights(path: Path, kind: str) -> Path:
     such file or checkpoint, or it is not whole.
     """
     if path.name in checkpoint.POINTERS and path.is_file():
-        path = checkpoint.follow(path)
+        path = checkpoint.resolve_pointer(path)
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}; give {WHAT_CAN_BE_NAMED}")
+        raise FileNotFoundError(f"no weights at {path}; give {WEIGHTS_PATH_HELP}")
     if (path / "config.json").is_file() and (path / checkpoint.MODEL_NAME).is_file():
         return path / checkpoint.MODEL_NAME
     return _choose(path) / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
@@ -31,13 +31,13 @@ def find_weights(path: Path, kind: str) -> Path:
 def _choose(path: Path) -> Path:
     """The checkpoint that a folder is or holds."""
     if checkpoint.is_checkpoint(path):
-        fault = checkpoint.find_fault(path)
+        fault = checkpoint.find_corruption(path)
         if fault is not None:
             raise ValueError(f"{fault}; give another checkpoint, or copy this one again")
         return path
-    newest, faults = checkpoint.newest(path if path.name == "checkpoints" else path / "checkpoints")
+    newest, faults = checkpoint.find_newest(path if path.name == "checkpoints" else path / "checkpoints")
     if newest is None:
-        raise FileNotFoundError(f"{path} is a folder without checkpoints; give {WHAT_CAN_BE_NAMED}")
+        raise FileNotFoundError(f"{path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}")
     for fault in faults:
         print(f"{fault}; taking {newest.name}", file=sys.stderr)
     return newest

@@ -8,7 +8,7 @@ import os
 import signal
 from types import FrameType
 
-INTERRUPTED = 130  # exit status, as of shells: 128 + SIGINT
+EXIT_INTERRUPTED = 130  # exit status, as of shells: 128 + SIGINT
 
 
 def exit_on_interrupt(remedy: str = "") -> None:
@@ -18,13 +18,13 @@ def exit_on_interrupt(remedy: str = "") -> None:
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
-    speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_rank_zero = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
-        if speaks:
+        if is_rank_zero:
             if os.isatty(1):
                 os.write(1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
             os.write(2, f"interrupted{remedy}\n".encode())
-        os._exit(INTERRUPTED)
+        os._exit(EXIT_INTERRUPTED)
 
     signal.signal(signal.SIGINT, leave)

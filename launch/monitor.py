@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from dataio.files import replace_file
-from launch.distributed import Refusal
-from launch.flops import Rates
+from dataio.files import atomic_write
+from launch.distributed import RunError
+from launch.flops import MfuConstants
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -34,24 +34,24 @@ METRICS_NAME = "metrics.jsonl"
 class Monitor:
     """Every rank has one; rank 0's writes. `first_step` is where the run begins or goes on.
 
-    max_broken: images that all ranks together may have replaced in an epoch.
+    max_bad_samples: images that all ranks together may have replaced in an epoch.
     """
 
     def __init__(
-        self, folder: Path, first_step: int, steps: int, every: int, rates: Rates, max_broken: int = 0
+        self, folder: Path, first_step: int, steps: int, log_every_steps: int, mfu_constants: MfuConstants, max_bad_samples: int = 0
     ) -> None:
-        self._every, self._rates, self._steps, self._max_broken = every, rates, steps, max_broken
+        self._log_every_steps, self._mfu_constants, self._steps, self._max_bad_samples = log_every_steps, mfu_constants, steps, max_bad_samples
         self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
-        self._writes = dist.get_rank() == 0
-        if not self._writes:
+        self._is_rank_zero = dist.get_rank() == 0
+        if not self._is_rank_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replaced = drop_later_lines(folder / METRICS_NAME, first_step)
-        self._lines = open(folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
-        self._others_hook, threading.excepthook = threading.excepthook, self._hook
-        self._board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        replaced = truncate_metrics(folder / METRICS_NAME, first_step)
+        self._metrics_file = open(folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        self._previous_excepthook, threading.excepthook = threading.excepthook, self._excepthook
+        self._tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(markup=False, emoji=False, highlight=False)
         self._bar = None
         if self._console.is_terminal:
@@ -66,12 +66,12 @@ class Monitor:
             self._task = self._bar.add_task("", total=steps, completed=first_step)
             self._bar.start()
         if replaced is not None:
-            self.say(
+            self.log(
                 f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {replaced}"
             )
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def data_wait(self) -> Iterator[None]:
         """Counts the time inside as spent waiting for data."""
         began = time.perf_counter()
         yield
@@ -84,16 +84,16 @@ class Monitor:
 
     def due(self, step: int) -> bool:
         """Whether the steps so far are to be written after `step`, counted from 0."""
-        return (step + 1) % self._every == 0 or step + 1 == self._steps
+        return (step + 1) % self._log_every_steps == 0 or step + 1 == self._steps
 
-    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None, broken: int = 0) -> None:
+    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None, bad_samples: int = 0) -> None:
         """Averages what was added since the last call over steps and ranks, and writes it. Every rank calls it.
 
-        broken: images that this rank replaced in this epoch; summed over ranks.
-        Raises Refusal on every rank if the loss or the gradient's norm is not finite, or too many images are broken.
+        bad_samples: images that this rank replaced in this epoch; summed over ranks.
+        Raises RunError on every rank if the loss or the gradient's norm is not finite, or too many images are broken.
         """
         loss = torch.stack(self._losses).mean()
-        sums = torch.stack([loss, torch.full_like(loss, broken)])
+        sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
         dist.all_reduce(sums)
         loss_sum, broken_sum = sums.tolist()  # waits for the device
         mean_loss = loss_sum / dist.get_world_size()
@@ -106,24 +106,24 @@ class Monitor:
             "train/gradient_norm": None if gradient_norm is None else float(gradient_norm),
             "speed/images_per_second": rate,
             "speed/waiting_for_data": self._waited / seconds,
-            "speed/mfu": rate * self._rates.flops_per_image / self._rates.peak_flops,
+            "speed/mfu": rate * self._mfu_constants.flops_per_image / self._mfu_constants.peak_flops,
             "memory/peak_gib": _peak_memory() / 2**30,
             "data/broken_images": int(broken_sum),
         }
         self._losses, self._waited, self._images = [], 0.0, 0
         norm = scalars["train/gradient_norm"]
         if not math.isfinite(mean_loss) or not math.isfinite(norm or 0.0):
-            raise Refusal(
+            raise RunError(
                 f"the loss is {mean_loss} and the gradient's norm {norm} at step {step + 1}; lower optimizer.lr or set"
-                " optimizer.clip, and start again: the last checkpoint is from before"
+                " optimizer.max_grad_norm, and start again: the last checkpoint is from before"
             )
         self.scalars(step + 1, scalars)
-        if broken_sum > self._max_broken:
-            raise Refusal(
-                f"{broken_sum:.0f} broken images in this epoch at step {step + 1}, data.max_broken allows"
-                f" {self._max_broken}; check the shards with python -m dataio.verify, or raise it"
+        if broken_sum > self._max_bad_samples:
+            raise RunError(
+                f"{broken_sum:.0f} broken images in this epoch at step {step + 1}, data.max_bad_samples allows"
+                f" {self._max_bad_samples}; check the shards with python -m dataio.verify, or raise it"
             )
-        self.say(
+        self.log(
             f"step {step + 1}/{self._steps}  loss {mean_loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
             f"  {scalars['speed/waiting_for_data']:.0%} waiting for data",
             step + 1,
@@ -138,24 +138,24 @@ class Monitor:
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
         """Writes named numbers of the run after `step` completed steps; None is left out. Rank 0 writes."""
-        if not self._writes:
+        if not self._is_rank_zero:
             return
         known = {name: value for name, value in values.items() if value is not None}
-        self._add_line(json.dumps({"step": step, "time": round(time.time(), 3), **known}).encode() + b"\n")
+        self._append_metrics(json.dumps({"step": step, "time": round(time.time(), 3), **known}).encode() + b"\n")
         for name, value in known.items():
-            self._draw("add_scalar", name, value, step)
+            self._to_tensorboard("add_scalar", name, value, step)
 
     def images(self, images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """One grid of up to 64 normalised (B, 3, S, S) training images as the model sees them."""
-        if self._writes:
+        if self._is_rank_zero:
             scale, shift = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (std, mean))
             pixels = (images[:64].float() * scale + shift).clamp(0, 1)
-            self._draw("add_image", "train/images", make_grid(pixels.cpu(), nrow=8), 0)
+            self._to_tensorboard("add_image", "train/images", make_grid(pixels.cpu(), nrow=8), 0)
 
     def text(self, name: str, text: str) -> None:
         """Puts a text on TensorBoard as it is."""
-        if self._writes:
-            self._draw("add_text", name, f"```\n{text}\n```")
+        if self._is_rank_zero:
+            self._to_tensorboard("add_text", name, f"```\n{text}\n```")
 
     def warn(self, line: str) -> None:
         """A line for people from any rank, on standard error; once, however often its cause is met."""
@@ -164,9 +164,9 @@ class Monitor:
             sys.stderr.write(f"rank {dist.get_rank()}: {line}\n")  # at once: print writes the line's end by itself
             sys.stderr.flush()
 
-    def say(self, line: str, completed: int | None = None) -> None:
+    def log(self, line: str, completed: int | None = None) -> None:
         """A line for people, on rank 0; with `completed` steps it becomes the progress bar's where there is one."""
-        if not self._writes:
+        if not self._is_rank_zero:
             return
         if self._bar and completed is not None:
             self._bar.update(self._task, completed=completed, description=line.partition("  ")[2])
@@ -174,40 +174,40 @@ class Monitor:
             self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        if self._writes:
-            self._draw("close")
-            threading.excepthook = self._others_hook
-            self._lines.close()
+        if self._is_rank_zero:
+            self._to_tensorboard("close")
+            threading.excepthook = self._previous_excepthook
+            self._metrics_file.close()
             if self._bar:
                 self._bar.stop()
 
-    def _add_line(self, line: bytes) -> None:
+    def _append_metrics(self, line: bytes) -> None:
         """A whole line or none: the next one may find room again."""
-        end = self._lines.seek(0, os.SEEK_END)
+        end = self._metrics_file.seek(0, os.SEEK_END)
         try:
             while line:
-                line = line[self._lines.write(line) :]
+                line = line[self._metrics_file.write(line) :]
         except OSError as error:
             with suppress(OSError):
-                self._lines.truncate(end)
-            self.warn(f"cannot write to {self._lines.name}: {error.strerror}; training goes on, with steps missing")
+                self._metrics_file.truncate(end)
+            self.warn(f"cannot write to {self._metrics_file.name}: {error.strerror}; training goes on, with steps missing")
 
-    def _draw(self, method: str, *arguments: Any) -> None:
+    def _to_tensorboard(self, method: str, *arguments: Any) -> None:
         """Something for TensorBoard, whose own thread writes it, and ends where it cannot."""
         try:
-            if self._board is not None:
-                getattr(self._board, method)(*arguments)
+            if self._tensorboard is not None:
+                getattr(self._tensorboard, method)(*arguments)
         except OSError as error:
-            folder, self._board = self._board.log_dir, None
+            folder, self._tensorboard = self._tensorboard.log_dir, None
             self.warn(f"cannot write to {folder}: {error.strerror}; training goes on, without TensorBoard")
 
-    def _hook(self, fault: threading.ExceptHookArgs) -> None:
-        """Of threads that end with an exception: what TensorBoard's met, `_draw` meets again and says."""
+    def _excepthook(self, fault: threading.ExceptHookArgs) -> None:
+        """Of threads that end with an exception: what TensorBoard's met, `_to_tensorboard` meets again and says."""
         if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
-            self._others_hook(fault)
+            self._previous_excepthook(fault)
 
 
-def drop_later_lines(path: Path, step: int) -> Path | None:
+def truncate_metrics(path: Path, step: int) -> Path | None:
     """Removes what a killed run wrote after the checkpoint that it goes on from.
 
     If that is none, its checkpoints may have been lost: all lines are kept in a file of their own, which is returned.
@@ -219,7 +219,7 @@ def drop_later_lines(path: Path, step: int) -> Path | None:
     if step == 0 and (steps := [found for found in map(_step_of, lines) if found < math.inf]):
         replaced = path.with_name(f"{path.stem}-to-step-{max(steps):08.0f}{path.suffix}")
         shutil.copyfile(path, replaced)
-    replace_file(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+    atomic_write(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
     return replaced
 
 

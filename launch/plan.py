@@ -1,6 +1,6 @@
 """What a configuration comes to on given data and ranks: batch sizes, steps, rates; nothing is allocated for it.
 
-python -m launch.plan --config configs/X.yaml [--ranks N] [--machines N] [key=value …]
+python -m launch.plan --config configs/X.yaml [--world-size N] [--nodes N] [key=value …]
 """
 
 from launch.interrupt import exit_on_interrupt
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
 from rich.console import Console
 from rich.table import Table
 
-from dataio.augment.mixing import MixOptions, check_pairs
 from dataio.augment.recipes import RandAugment
 from dataio.augment.views import ImageOptions
 from dataio.files import user_path
-from dataio.loader import EvalLoader, TrainPlan, check_labels, count_classes, map_labels
+from dataio.loader import EvalLoader, LoaderOptions, check_labels, count_classes, map_labels
 from dataio.manifest import Manifest
-from dataio.remote.options import Patience, cache_options
-from dataio.shards import open_data
+from dataio.remote.options import RetryPolicy, cache_options
+from dataio.shards import open_dataset
 from dataio.urls import is_url
 from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
-_SHARE_OF_SHARD, _SHARE_OF_BATCH = 0.4, 0.8  # that these may wait, of the time for which ranks wait for each other
+_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.8  # that these may wait, of the time for which ranks wait for each other
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Plan:
     train: Manifest
     val: Manifest  # may lack some of train's classes
     val_label_map: np.ndarray  # (val's classes,) int64: the labels of the same names in train
-    batches: TrainPlan  # how a step's samples are dealt to ranks and micro-steps
-    images: ImageOptions
-    mixing: MixOptions
+    loader_options: LoaderOptions  # how a step's samples are dealt to ranks and micro-steps
+    image_options: ImageOptions
+    batch_augment: BatchAugmentOptions
     class_names: tuple[str, ...]  # one for each output of the model
     schedule: Schedule
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         return len(self.class_names)
 
     @property
@@ -61,46 +61,46 @@ class Plan:
         return len(self.train)
 
 
-def make_plan(config: Config, rank: int, ranks: int, ranks_here: int | None = None) -> Plan:
+def make_plan(config: Config, rank: int, world_size: int, local_world_size: int | None = None) -> Plan:
     """Reads both manifests, fetches their tables if they are remote, and checks the configuration against them.
 
-    ranks_here: those on this rank's machine, which share a cache; None: all of them.
+    local_world_size: those on this rank's machine, which share a cache; None: all of them.
     Raises FileNotFoundError without shards; ValueError if the output is no folder, the batch does not divide, is too
     small or cannot be mixed in pairs, training has a single class, validation has one that training lacks, a label is
     beyond model.num_classes, or the cache is too small; RuntimeError if a remote folder cannot be read.
     """
     check_output(config.output)
-    batches = deal_batches(config, rank, ranks)
-    images, mixing = image_options(config.data), mix_options(config.data)
-    check_pairs(mixing, batches.batch)
-    check_batch(config, batches)
-    train, val = open_both(config, batches, ranks_here or ranks)
+    loader_options = make_loader_options(config, rank, world_size)
+    images, mixing = image_options(config.data), batch_augment_options(config.data)
+    check_even_batch(mixing, loader_options.micro_batch_size)
+    check_batch(config, loader_options)
+    train, val = open_datasets(config, loader_options, local_world_size or world_size)
     if count_classes(train) < 2:
         only = train.classes[train.samples["label"][0]]
         raise ValueError(
-            f"{train.place} has images of a single class, {only}, and there is nothing to tell apart; pack a folder"
+            f"{train.location} has images of a single class, {only}, and there is nothing to tell apart; pack a folder"
             " with a folder of images for each of at least two classes"
         )
-    label_map = map_labels(val, train.classes, train.place)
+    label_map = map_labels(val, train.classes, train.location)
     classes = config.model.num_classes or len(train.classes)
     check_labels(train, classes)
-    mixing = replace(mixing, mix_group=min(mixing.mix_group, batches.global_batch))  # no draw is for more than a step
+    mixing = replace(mixing, mixup_group_size=min(mixing.mixup_group_size, loader_options.global_batch_size))  # no draw is for more than a step
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
-    return Plan(train, val, label_map, batches, images, mixing, names, make_schedule(config.optimizer, len(train)))
+    return Plan(train, val, label_map, loader_options, images, mixing, names, make_schedule(config.optimizer, len(train)))
 
 
-def deal_batches(config: Config, rank: int, ranks: int) -> TrainPlan:
+def make_loader_options(config: Config, rank: int, world_size: int) -> LoaderOptions:
     """What dataio needs to know of the configuration: which samples a rank gets."""
     optimizer, data = config.optimizer, config.data
-    windowed = data.order == "windowed" or (data.order == "auto" and is_url(data.train))
-    return TrainPlan(
+    windowed = data.shuffle == "windowed" or (data.shuffle == "auto" and is_url(data.train))
+    return LoaderOptions(
         seed=config.seed,
-        global_batch=optimizer.global_batch,
-        accumulation=optimizer.accumulation,
+        global_batch_size=optimizer.global_batch_size,
+        gradient_accumulation_steps=optimizer.gradient_accumulation_steps,
         rank=rank,
-        ranks=ranks,
-        window_shards=data.window_shards if windowed else None,
-        max_broken=data.max_broken,
+        world_size=world_size,
+        shuffle_window_shards=data.shuffle_window_shards if windowed else None,
+        max_bad_samples=data.max_bad_samples,
     )
 
 
@@ -114,30 +114,30 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output is {folder}, and {nearest} may not be written to; choose another folder")
 
 
-def check_batch(config: Config, batches: TrainPlan) -> None:
+def check_batch(config: Config, loader_options: LoaderOptions) -> None:
     """Raises ValueError if BatchNorm would have one value per channel: one image, whose last feature map is 1 × 1."""
     size = config.data.image_size
-    if batches.batch == 1 and size == TOTAL_STRIDE:
+    if loader_options.micro_batch_size == 1 and size == TOTAL_STRIDE:
         raise ValueError(
             f"a batch of 1 image per rank at {size}² pixels leaves BatchNorm a single value per channel;"
-            f" use optimizer.global_batch={2 * batches.global_batch}, or data.image_size={2 * size}"
+            f" use optimizer.global_batch_size={2 * loader_options.global_batch_size}, or data.image_size={2 * size}"
         )
 
 
-def open_both(config: Config, batches: TrainPlan, ranks_here: int) -> tuple[Manifest, Manifest]:
+def open_datasets(config: Config, loader_options: LoaderOptions, local_world_size: int) -> tuple[Manifest, Manifest]:
     """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
     data, timeout = config.data, 60 * config.engine.timeout_minutes
-    patience = Patience(
-        file_seconds=_SHARE_OF_SHARD * timeout,
-        batch_seconds=_SHARE_OF_BATCH * timeout,
-        longer=", or raise engine.timeout_minutes",
+    retry_policy = RetryPolicy(
+        file_timeout_seconds=_FILE_TIMEOUT_SHARE * timeout,
+        batch_timeout_seconds=_BATCH_TIMEOUT_SHARE * timeout,
+        timeout_hint=", or raise engine.timeout_minutes",
     )
-    cache = replace(cache_options(data.cache, data.cache_gib, data.train, data.val), patience=patience)
-    train, val = open_data(data.train, cache), open_data(data.val, cache)
-    needed = {"data.train": batches.bytes_at_once(train)} if train.remote else {}
+    cache = replace(cache_options(data.cache, data.cache_gib, data.train, data.val), retry_policy=retry_policy)
+    train, val = open_dataset(data.train, cache), open_dataset(data.val, cache)
+    needed = {"data.train": loader_options.required_cache_bytes(train)} if train.remote else {}
     if val.remote:
-        needed["data.val"] = EvalLoader.bytes_at_once(val, batches.batch, ranks_here)
-    cache.require_room(needed)
+        needed["data.val"] = EvalLoader.required_cache_bytes(val, loader_options.micro_batch_size, local_world_size)
+    cache.check_cache_size(needed)
     return train, val
 
 
@@ -146,9 +146,9 @@ def image_options(data: DataSection) -> ImageOptions:
     return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
 
 
-def mix_options(data: DataSection) -> MixOptions:
+def batch_augment_options(data: DataSection) -> BatchAugmentOptions:
     """The same for what happens to whole batches."""
-    return MixOptions(**_same_fields(data, MixOptions))
+    return BatchAugmentOptions(**_same_fields(data, BatchAugmentOptions))
 
 
 def _same_fields(data: DataSection, options: type) -> dict[str, Any]:
@@ -161,16 +161,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config", type=user_path, required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml"
     )
-    parser.add_argument("--ranks", type=int, default=1, help="processes that would train, one per GPU (default 1)")
-    parser.add_argument("--machines", type=int, default=1, help="over which these are spread evenly (default 1)")
+    parser.add_argument("--world-size", type=int, default=1, help="processes that would train, one per GPU (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="over which these are spread evenly (default 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
     arguments = parser.parse_args(argv)
-    ranks, machines = arguments.ranks, arguments.machines
-    if machines < 1 or ranks % machines:
-        parser.error(f"{ranks} ranks are not spread evenly over {machines} machines; use a divisor of {ranks}")
+    world_size, nodes = arguments.world_size, arguments.nodes
+    if nodes < 1 or world_size % nodes:
+        parser.error(f"{world_size} ranks are not spread evenly over {nodes} nodes; use a divisor of {world_size}")
     try:
         config = load_config(arguments.config, arguments.overrides)
-        plan = make_plan(config, 0, ranks, ranks // machines)
+        plan = make_plan(config, 0, world_size, world_size // nodes)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -185,19 +185,19 @@ def describe(config: Config, plan: Plan) -> dict[str, str]:
     """The plan in words and numbers, for people."""
     schedule = plan.schedule
     return {
-        "model": f"{config.model.name}, {plan.classes} classes, {config.data.image_size}² pixels",
+        "model": f"{config.model.name}, {plan.num_classes} classes, {config.data.image_size}² pixels",
         "training images": f"{plan.samples_per_epoch:,} in {len(plan.train.shards)} shards,"
-        f" order {plan.batches.order(plan.train)}",
-        "validation images": f"{len(plan.val):,}{_lacking(plan)}",
-        "batch": f"{config.optimizer.global_batch} = {plan.batches.ranks} ranks × {config.optimizer.accumulation}"
-        f" accumulation × {plan.batches.batch}",
+        f" order {plan.loader_options.sampler(plan.train)}",
+        "validation images": f"{len(plan.val):,}{_missing_classes(plan)}",
+        "batch": f"{config.optimizer.global_batch_size} = {plan.loader_options.world_size} ranks × {config.optimizer.gradient_accumulation_steps}"
+        f" accumulation × {plan.loader_options.micro_batch_size}",
         "steps": f"{plan.steps:,}, of which {schedule.warmup_steps:,} warm up",
-        "learning rate": f"{schedule.start:.3g} → {schedule.peak:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
+        "learning rate": f"{schedule.warmup_lr:.3g} → {schedule.peak_lr:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
         "engine": f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",
     }
 
 
-def _lacking(plan: Plan) -> str:
+def _missing_classes(plan: Plan) -> str:
     """Of how few classes validation is, if it lacks some."""
     of_val, of_train = count_classes(plan.val), len(plan.train.classes)
     return f", of {of_val} classes out of {of_train}" if of_val < of_train else ""

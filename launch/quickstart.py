@@ -27,12 +27,18 @@ from rich.table import Table
 from dataio.files import printable, user_path
 from dataio.manifest import MANIFEST_NAME, load_manifest
 from dataio.pack.options import PackOptions, add_options
-from dataio.urls import shown
+from dataio.urls import redact_url
 from launch.benchmark.report import describe_run, write_report
 from launch.config import load_config
+from launch.custom_dataset import (
+    DEFAULT_VAL_PERCENT,
+    CustomDataset,
+    image_overrides,
+    inspect_dataset,
+    schedule_overrides,
+)
 from launch.distributed import find_free_port
 from launch.monitor import METRICS_NAME
-from launch.own_images import HELD_OUT_PERCENT, OwnImages, examine, image_settings, step_settings
 
 CONFIG = "configs/quickstart.yaml"
 SUMMARY_NAME = "quickstart.json"
@@ -76,30 +82,30 @@ def run_stages(arguments: argparse.Namespace) -> None:
     """From images to the summary. Raises ValueError or OSError if images or options cannot be used."""
     console = Console(markup=False, emoji=False)  # names of folders may look like either
     stages = Stages(console, arguments.setup_seconds)
-    own, options = prepare(arguments)
-    name = "fashion-mnist" if own is None else own.name
+    dataset, options = prepare(arguments)
+    name = "fashion-mnist" if dataset is None else dataset.name
     shards = Path("data/shards") / name
-    run = Path("runs") / ("quickstart" if own is None else f"quickstart-{name}")
-    if own is None:
-        stages.run("photographs", module("dataio.fashion_mnist", FASHION_MNIST), done=FASHION_MNIST.is_dir())
-    for remark in own.remarks if own else ():
+    run = Path("runs") / ("quickstart" if dataset is None else f"quickstart-{name}")
+    if dataset is None:
+        stages.run("photographs", module_command("dataio.fashion_mnist", FASHION_MNIST), done=FASHION_MNIST.is_dir())
+    for remark in dataset.remarks if dataset else ():
         console.print(printable(remark), soft_wrap=True)
-    commands = packing(own, shards, options)
+    commands = pack_commands(dataset, shards, options)
     stages.run("packing", *commands, done=not commands)
-    use_ranks()
+    set_cpu_environment()
     began = time.time()
-    overrides = arguments.overrides if own is None else settings(shards, arguments.overrides)
+    overrides = arguments.overrides if dataset is None else tuned_overrides(shards, arguments.overrides)
     places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
-    stages.run("training", training([*places, *overrides]))
+    stages.run("training", train_command([*places, *overrides]))
     top1 = {}
     for label, kind in KINDS.items():
         out = run / f"evaluation-{kind}.json"
-        stages.run(f"evaluation of the {label}", evaluation(run, kind, shards / "val", out))
+        stages.run(f"evaluation of the {label}", evaluate_command(run, kind, shards / "val", out))
         top1[label] = json.loads(out.read_text())["top1"]
     better = max(top1, key=lambda label: (top1[label], label == "EMA"))
-    stages.run("export", module("launch.export", run, "--kind", KINDS[better]))
+    stages.run("export", module_command("launch.export", run, "--kind", KINDS[better]))
     summary = {
-        "arguments": [shown(word) for word in arguments.overrides],
+        "arguments": [redact_url(word) for word in arguments.overrides],
         "seconds": stages.seconds,
         "speed": training_speed(run, began),
         "top1": top1,
@@ -122,75 +128,75 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[OwnImages | None, PackOptions]:
+def prepare(arguments: argparse.Namespace) -> tuple[CustomDataset | None, PackOptions]:
     """(images of one's own, or None without --data; the options of packing). Raises ValueError if either cannot be."""
     fields = {name: value for name, value in vars(arguments).items() if name in PackOptions.__dataclass_fields__}
-    hold_out = fields.pop("hold_out")
+    val_percent = fields.pop("val_percent")
     options = PackOptions(**fields)
     if arguments.data is None:
-        if hold_out is not None or options != PackOptions(shard_mib=SHARD_MIB):
+        if val_percent is not None or options != PackOptions(shard_mib=SHARD_MIB):
             raise ValueError("options of packing are for images of your own; name them with --data, or leave these out")
         load_config(CONFIG, arguments.overrides)
         return None, options
     load_config(CONFIG, ["optimizer.warmup_epochs=0", *arguments.overrides])
-    own = examine(arguments.data, options, hold_out)
-    if own.val is None:
-        options = replace(options, hold_out=HELD_OUT_PERCENT if hold_out is None else hold_out, part="kept")
-    return own, options
+    dataset = inspect_dataset(arguments.data, options, val_percent)
+    if dataset.val is None:
+        options = replace(options, val_percent=DEFAULT_VAL_PERCENT if val_percent is None else val_percent, split="train")
+    return dataset, options
 
 
-def packing(own: OwnImages | None, shards: Path, options: PackOptions) -> list[list[str]]:
+def pack_commands(dataset: CustomDataset | None, shards: Path, options: PackOptions) -> list[list[str]]:
     """Commands that pack training and validation images, as far as they are not packed yet."""
     sources = {"train": FASHION_MNIST / "train", "val": FASHION_MNIST / "val"}
     chosen = {"train": options, "val": options}
-    if own is not None and own.val is not None:  # which may lack classes, and number them like the other part
-        sources = {"train": own.train, "val": own.val}
+    if dataset is not None and dataset.val is not None:  # which may lack classes, and number them like the other part
+        sources = {"train": dataset.train, "val": dataset.val}
         names = shards / "classes.txt"
         shards.mkdir(parents=True, exist_ok=True)
-        names.write_text("".join(f"{name}\n" for name in own.classes), "utf-8")
+        names.write_text("".join(f"{name}\n" for name in dataset.classes), "utf-8")
         chosen["val"] = replace(options, classes=names)
-    elif own is not None:
-        sources = {"train": own.train, "val": own.train}
-        chosen["val"] = replace(options, part="held-out")
+    elif dataset is not None:
+        sources = {"train": dataset.train, "val": dataset.train}
+        chosen["val"] = replace(options, split="val")
     return [
-        module("dataio.pack", sources[part].absolute(), shards / part, *chosen[part].flags())
+        module_command("dataio.pack", sources[part].absolute(), shards / part, *chosen[part].flags())
         for part in ("train", "val")
         if not (shards / part / MANIFEST_NAME).is_file()
     ]
 
 
-def settings(shards: Path, overrides: list[str]) -> list[str]:
+def tuned_overrides(shards: Path, overrides: list[str]) -> list[str]:
     """What suits the packed images, and the overrides, which win."""
     images = load_manifest(shards / "train")
-    first = image_settings(images)
+    first = image_overrides(images)
     chosen = load_config(CONFIG, [*first, *overrides]).optimizer
-    return [*first, *step_settings(len(images), chosen.epochs, chosen.global_batch), *overrides]
+    return [*first, *schedule_overrides(len(images), chosen.epochs, chosen.global_batch_size), *overrides]
 
 
-def use_ranks() -> None:
+def set_cpu_environment() -> None:
     """Tells the commands to come how many CPU threads a rank has, and DeepSpeed that there is no GPU."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // CPU_RANKS)))
 
 
-def training(overrides: list[str]) -> list[str]:
+def train_command(overrides: list[str]) -> list[str]:
     """On every GPU (as many as the global batch can be dealt to), or else on two CPU ranks."""
-    batch = load_config(CONFIG, overrides).optimizer.global_batch
+    batch = load_config(CONFIG, overrides).optimizer.global_batch_size
     gpus = [count for count in range(1, torch.cuda.device_count() + 1) if batch % count == 0]
-    ranks = gpus[-1] if gpus else CPU_RANKS
+    world_size = gpus[-1] if gpus else CPU_RANKS
     # DeepSpeed's own port is always the same, which another run on this machine may have.
-    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(find_free_port())]
+    launcher = ["deepspeed", "--num_accelerators", str(world_size), "--master_port", str(find_free_port())]
     return [*launcher, "launch/train.py", "--config", CONFIG, *overrides]
 
 
-def evaluation(run: Path, kind: str, data: Path, out: Path) -> list[str]:
-    ranks = torch.cuda.device_count() or CPU_RANKS
-    flags = ["--weights", run, "--kind", kind, "--data", data, "--batch", "250", "--out", out]
-    return ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "launch.evaluate", *map(str, flags)]
+def evaluate_command(run: Path, kind: str, data: Path, out: Path) -> list[str]:
+    world_size = torch.cuda.device_count() or CPU_RANKS
+    flags = ["--weights", run, "--kind", kind, "--data", data, "--batch-size", "250", "--out", out]
+    return ["torchrun", "--standalone", "--nproc-per-node", str(world_size), "-m", "launch.evaluate", *map(str, flags)]
 
 
-def module(name: str, *arguments: object) -> list[str]:
+def module_command(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
@@ -200,7 +206,7 @@ def training_speed(run: Path, began: float) -> dict[str, float] | None:
     began: seconds since the epoch; earlier steps do not count. None if there are no others.
     """
     lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
-    batch = load_config(run / "config.yaml", []).optimizer.global_batch
+    batch = load_config(run / "config.yaml", []).optimizer.global_batch_size
     images = seconds = waited = step = 0
     for line in lines:
         if "speed/images_per_second" not in line:

@@ -36,14 +36,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from launch.distributed import together
+from launch.distributed import raise_on_all_ranks
 
 LOCK_NAME = "lock"
-BEAT_SECONDS, SILENT_LOOKS = 5.0, 12
+HEARTBEAT_SECONDS, MISSED_HEARTBEATS = 5.0, 12
 
 
 @dataclass(frozen=True)
-class Owner:
+class LockOwner:
     """The process that holds a lock: rank 0 of a run."""
 
     host: str
@@ -63,10 +63,10 @@ class Owner:
 class RunLock:
     """A lock that this process holds, and keeps beating until `release`."""
 
-    def __init__(self, path: Path, file: int, owner: Owner, beat_seconds: float) -> None:
-        self._path, self._file, self._owner, self._beat_seconds = path, file, owner, beat_seconds
+    def __init__(self, path: Path, file: int, owner: LockOwner, heartbeat_seconds: float) -> None:
+        self._path, self._file, self._owner, self._heartbeat_seconds = path, file, owner, heartbeat_seconds
         self._released = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat, name="run lock", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -89,9 +89,9 @@ class RunLock:
             self._path.unlink()
             self._path.parent.rmdir()
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         beats, counter = 0, len(_line(self._owner))
-        while not self._released.wait(self._beat_seconds):
+        while not self._released.wait(self._heartbeat_seconds):
             beats += 1
             with suppress(OSError):  # the next may succeed
                 os.pwrite(self._file, b"%020d" % beats, counter)
@@ -100,16 +100,16 @@ class RunLock:
 
 def acquire(
     folder: Path,
-    say: Callable[[str], None] = lambda line: None,
-    pause: Callable[[float], None] = time.sleep,
-    beat_seconds: float = BEAT_SECONDS,
+    log: Callable[[str], None] = lambda line: None,
+    sleep: Callable[[float], None] = time.sleep,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> RunLock:
     """The lock on `folder`, which is made if need be.
 
-    say: is told when it takes a while. pause: waits for so many seconds.
+    log: is told when it takes a while. sleep: waits for so many seconds.
     Raises RuntimeError if a run that lives has it, or the folder cannot be written to.
     """
-    path, own = folder / LOCK_NAME, this_process()
+    path, own = folder / LOCK_NAME, current_owner()
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,13 @@ def acquire(
                 " output"
             ) from error
         if created is not None:
-            return RunLock(path, *created, beat_seconds)
+            return RunLock(path, *created, heartbeat_seconds)
         content = _read(path)
         other = _parse(content)
         dead = _is_dead(other, own, path) if other else None
         if content is not None and dead is None:
-            say(f"{path} is of {other or 'an unknown run'}: up to {SILENT_LOOKS * beat_seconds:g} s to see if it lives")
-            before, content = content, _watch(path, content, pause, beat_seconds)
+            log(f"{path} is of {other or 'an unknown run'}: up to {MISSED_HEARTBEATS * heartbeat_seconds:g} s to see if it lives")
+            before, content = content, _watch(path, content, sleep, heartbeat_seconds)
             dead = content == before
         if content is None:
             continue  # it has just been released
@@ -140,15 +140,15 @@ def acquire(
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def locked(folder: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Inside, no other run writes to `folder`. Every rank enters, and gets a function that checks it; rank 0 holds it.
 
-    Raises Refusal on every rank if the folder is another's.
+    Raises RunError on every rank if the folder is another's.
     """
     lock = None
-    with together():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
-            lock = acquire(folder, say)
+            lock = acquire(folder, log)
     try:
         yield lock.check if lock else lambda: None
     finally:
@@ -156,15 +156,15 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[Callable[[], No
             lock.release()
 
 
-def this_process() -> Owner:
+def current_owner() -> LockOwner:
     """What is written into a lock of this process."""
     environ = os.environ
     job = environ.get("SLURM_JOB_ID", "")
-    return Owner(
+    return LockOwner(
         host=socket.gethostname(),
         process=os.getpid(),
         started=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        born=_born(os.getpid()),
+        born=_start_ticks(os.getpid()),
         machine=Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid"),
         job=job and f"{environ.get('SLURM_CLUSTER_NAME', '')}/{job}",
         restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
@@ -172,7 +172,7 @@ def this_process() -> Owner:
     )
 
 
-def _create(path: Path, owner: Owner) -> tuple[int, Owner] | None:
+def _create(path: Path, owner: LockOwner) -> tuple[int, LockOwner] | None:
     """The new file, open, and what is written there of its owner; None if there is a file already."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -189,7 +189,7 @@ def _create(path: Path, owner: Owner) -> tuple[int, Owner] | None:
     return file, owner
 
 
-def _line(owner: Owner) -> bytes:
+def _line(owner: LockOwner) -> bytes:
     return json.dumps(asdict(owner), ensure_ascii=False).encode() + b"\n"
 
 
@@ -201,18 +201,18 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
-def _parse(content: bytes | None) -> Owner | None:
+def _parse(content: bytes | None) -> LockOwner | None:
     """The owner, unless the file is gone, is just being written, or is something else."""
     try:
-        return Owner(**json.loads((content or b"").partition(b"\n")[0]))
+        return LockOwner(**json.loads((content or b"").partition(b"\n")[0]))
     except (ValueError, TypeError):
         return None
 
 
-def _is_dead(other: Owner, own: Owner, path: Path) -> bool | None:
+def _is_dead(other: LockOwner, own: LockOwner, path: Path) -> bool | None:
     """None if that cannot be told from here."""
     if other.machine == own.machine:
-        if not _lives(other):
+        if not _is_alive(other):
             return True
         with suppress(FileNotFoundError):
             if path.stat().st_ino == other.inode:
@@ -223,18 +223,18 @@ def _is_dead(other: Owner, own: Owner, path: Path) -> bool | None:
     return None
 
 
-def _lives(owner: Owner) -> bool:
+def _is_alive(owner: LockOwner) -> bool:
     try:
         os.kill(owner.process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
         pass
-    born = _born(owner.process)
+    born = _start_ticks(owner.process)
     return born is None or born == owner.born
 
 
-def _born(process: int) -> int | None:
+def _start_ticks(process: int) -> int | None:
     """The process's start in clock ticks; -1 if it has ended and only waits to be reaped, None if that is hidden."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
@@ -243,10 +243,10 @@ def _born(process: int) -> int | None:
     return -1 if fields[0] in "ZX" else int(fields[19])
 
 
-def _watch(path: Path, content: bytes, pause: Callable[[float], None], beat_seconds: float) -> bytes | None:
+def _watch(path: Path, content: bytes, sleep: Callable[[float], None], heartbeat_seconds: float) -> bytes | None:
     """What a lock's file holds as soon as that is something else, or at the end of all looks."""
-    for _ in range(SILENT_LOOKS):
-        pause(beat_seconds)
+    for _ in range(MISSED_HEARTBEATS):
+        sleep(heartbeat_seconds)
         latest = _read(path)
         if latest != content:
             return latest

@@ -56,15 +56,15 @@ def read_value(text: str, schema: Any, origin: str) -> Any:
 
     `~` alone is the home folder where null is no value.
     """
-    if wants_text(schema):
-        is_null = text in _NULLS and (text != "~" or NoneType in _kinds(schema))
+    if is_text(schema):
+        is_null = text in _NULLS and (text != "~" or NoneType in _value_types(schema))
         return None if is_null else text
     return read_yaml(text, schema, origin)
 
 
-def wants_text(schema: Any) -> bool:
+def is_text(schema: Any) -> bool:
     """Whether values of this type are strings or paths, or null."""
-    return _kinds(schema) - {NoneType} <= {str, Path} and schema is not None
+    return _value_types(schema) - {NoneType} <= {str, Path} and schema is not None
 
 
 def field_type(schema: Any, name: Any) -> Any:
@@ -77,14 +77,14 @@ def _is_model(schema: Any) -> bool:
     return isinstance(schema, type) and issubclass(schema, BaseModel)
 
 
-def _kinds(schema: Any) -> set[Any]:
+def _value_types(schema: Any) -> set[Any]:
     """The types that values may have: `Literal["a"] | None` → {str, NoneType}."""
     if get_origin(schema) is Annotated:
-        return _kinds(get_args(schema)[0])
+        return _value_types(get_args(schema)[0])
     if get_origin(schema) is Literal:
         return {type(value) for value in get_args(schema)}
     alternatives = get_args(schema) if NoneType in get_args(schema) else ()
-    return {kind for alternative in alternatives for kind in _kinds(alternative)} or {schema}
+    return {kind for alternative in alternatives for kind in _value_types(alternative)} or {schema}
 
 
 class _RepeatedKeyError(Exception):
@@ -102,7 +102,7 @@ def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
         _is_model(schema) or get_origin(schema) is dict
     ):  # a section whose lines are all commented out
         return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
-    elif node.tag != f"{_TAG}null" and wants_text(schema):
+    elif node.tag != f"{_TAG}null" and is_text(schema):
         return yaml.ScalarNode(f"{_TAG}str", node.value, node.start_mark, node.end_mark)
     return node
 

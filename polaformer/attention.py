@@ -1,16 +1,16 @@
 """The two attentions of PolaFormer++: polarity (stages 1, 2; linear in the tokens) and softmax (stages 3, 4).
 
-Axes: B batch, H heads, N = height·width tokens, D head width, C = H·D channels.
+Axes: B batch, H heads, N = height·width tokens, D head dimension, C = H·D channels.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polaformer.layers import DepthwiseConv, rotate
+from polaformer.layers import DepthwiseConv, apply_rotary
 from polaformer.ops import polarity_attention
 
-Rotary = Tensor | None  # layers.rotary_turns for width D; polarity attention needs none
+Rotary = Tensor | None  # layers.rotary_embedding of D features; polarity attention needs none
 
 torch.fx.wrap("polarity_attention")  # one node of a traced graph
 
@@ -19,7 +19,7 @@ class GatedAttention(nn.Module):
     """What both share: one projection to q, k, v and gate, a local 5×5 convolution of v, a gated output.
 
     The gate is not activated. Subclasses say how tokens mix:
-    `mix(q, k, v, height, width, rotary)` with q, k, v (B, H, N, D) → (B, H, N, D).
+    `attend(q, k, v, height, width, rotary)` with q, k, v (B, H, N, D) → (B, H, N, D).
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -33,11 +33,11 @@ class GatedAttention(nn.Module):
         """x: (B, height, width, C) → the same."""
         height, width = x.shape[1], x.shape[2]
         q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
-        mixed = self.mix(self.split(q), self.split(k), self.split(v), height, width, rotary)
-        mixed = mixed.transpose(1, 2).flatten(2).unflatten(1, (height, width))
-        return self.proj((mixed + self.lepe(v)) * gate)
+        attended = self.attend(self.split_heads(q), self.split_heads(k), self.split_heads(v), height, width, rotary)
+        attended = attended.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+        return self.proj((attended + self.lepe(v)) * gate)
 
-    def split(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, height, width, C) → a view (B, H, N, D)."""
         return x.unflatten(-1, (self.heads, -1)).flatten(1, 2).transpose(1, 2)
 
@@ -51,13 +51,13 @@ class PolarityAttention(GatedAttention):
         self.same_logits = nn.Parameter(torch.zeros(heads, features))
         self.opposite_logits = nn.Parameter(torch.zeros(heads, features))
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
         return polarity_attention(q, k, v, self.same_logits, self.opposite_logits, height, width)
 
 
 class SoftmaxAttention(GatedAttention):
     """Softmax attention of rotated queries and keys."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:
         assert rotary is not None  # TorchScript needs to be told
-        return F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v)
+        return F.scaled_dot_product_attention(apply_rotary(q, rotary), apply_rotary(k, rotary), v)

@@ -1,4 +1,4 @@
-"""The parts between the attentions: rotary turns, channels-last convolutions, stem, downsampling, feed-forward.
+"""The parts between the attentions: rotary embeddings, channels-last convolutions, stem, downsampling, feed-forward.
 
 Inside a stage an activation is (B, height, width, C) and contiguous, so that linear layers and norms work on the
 last axis and a convolution sees the very same memory as a channels-last image.
@@ -8,33 +8,33 @@ import torch
 from torch import Tensor, nn
 
 
-def rotary_angles(features: int) -> Tensor:
-    """The angle per unit of distance of each rotated pair: (features / 4,) float32, from 1 down to 1e-4."""
+def rotary_frequencies(features: int) -> Tensor:
+    """The angular frequency of each rotated pair: (features / 4,) float32, from 1 down to 1e-4."""
     return 1 / 10000.0 ** torch.linspace(0, 1, features // 4, dtype=torch.float32)
 
 
-def rotary_turns(height: int, width: int, features: int, like: Tensor) -> Tensor:
-    """Every token's turn as complex numbers of length one: (height·width, features / 2), one column a pair.
+def rotary_embedding(height: int, width: int, features: int, like: Tensor) -> Tensor:
+    """Every token's rotation as complex numbers of length one: (height·width, features / 2), one column a pair.
 
-    The first half of the pairs turns with the token's row, the second half with its column. On the device of `like`,
-    complex64, or complex128 if `like` is float64 (the angles themselves are float32 numbers either way).
+    The first half of the pairs rotates with the token's row, the second half with its column. On the device of `like`,
+    complex64, or complex128 if `like` is float64 (the frequencies themselves are float32 numbers either way).
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    angles = rotary_angles(features).to(like.device, dtype)
-    rows = torch.arange(height, device=like.device, dtype=dtype)[:, None] * angles
-    columns = torch.arange(width, device=like.device, dtype=dtype)[:, None] * angles
-    turns = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1)
-    return torch.polar(torch.ones_like(turns), turns).flatten(0, 1)
+    frequencies = rotary_frequencies(features).to(like.device, dtype)
+    rows = torch.arange(height, device=like.device, dtype=dtype)[:, None] * frequencies
+    columns = torch.arange(width, device=like.device, dtype=dtype)[:, None] * frequencies
+    angles = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1)
+    return torch.polar(torch.ones_like(angles), angles).flatten(0, 1)
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turns neighbouring pairs of the last axis: x (…, N, F), turns (N, F / 2) → (…, N, F) in x's dtype.
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotates neighbouring pairs of the last axis: x (…, N, F), rotary (N, F / 2) → (…, N, F) in x's dtype.
 
-    Computed in the turns' precision, as one complex product: a tenth of the time of the four real ones on a CPU.
-    With `turns.conj_physical()` it turns back; inside an operator, torch.compile loses the lazy `conj()`.
+    Computed in the embedding's precision, as one complex product: a tenth of the time of the four real ones on a CPU.
+    With `rotary.conj_physical()` it rotates back; inside an operator, torch.compile loses the lazy `conj()`.
     """
-    pairs = x.to(turns.real.dtype).unflatten(-1, (-1, 2))
-    return torch.view_as_real(torch.view_as_complex(pairs) * turns).flatten(-2).to(x.dtype)
+    pairs = x.to(rotary.real.dtype).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * rotary).flatten(-2).to(x.dtype)
 
 
 class DepthwiseConv(nn.Conv2d):

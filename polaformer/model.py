@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from polaformer import weights
 from polaformer.attention import GatedAttention, PolarityAttention, Rotary, SoftmaxAttention
-from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_turns
+from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_embedding
 
 MLP_RATIO = 3.5
 TOTAL_STRIDE = 32
-POOLINGS = ("avg", "max", "avgmax", "")  # "" does not pool
+POOL_TYPES = ("avg", "max", "avgmax", "")  # "" does not pool
 
 torch.fx.wrap("_channels_last")  # leaves of a traced graph: sizes are known when it runs
-torch.fx.wrap("rotary_turns")
+torch.fx.wrap("rotary_embedding")
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Preset:
     """The four stages' sizes, and what differs between the sizes of the family."""
 
     channels: tuple[int, int, int, int]
-    blocks: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
     heads: tuple[int, int, int, int]
     drop_path: float  # of the last block; rises linearly from 0
-    head_width: int  # channels between the last stage and the classifier
+    head_hidden_size: int  # channels between the last stage and the classifier
     layer_scale: tuple[float, float, float, float]  # initial values per stage
 
 
@@ -80,8 +80,8 @@ class Stage(nn.Module):
         super().__init__()
         channels, heads = preset.channels[stage], preset.heads[stage]
         attention = PolarityAttention if stage < 2 else SoftmaxAttention
-        self.rotates = attention is SoftmaxAttention
-        self.head_width = channels // heads
+        self.uses_rotary = attention is SoftmaxAttention
+        self.head_dim = channels // heads
         self.grad_checkpointing = False
         self.blocks = nn.ModuleList(
             Block(attention(channels, heads), channels, preset.layer_scale[stage], drop_path)
@@ -95,8 +95,8 @@ class Stage(nn.Module):
         """(B, C, height, width) in channels-last memory → the same."""
         x = x.permute(0, 2, 3, 1)
         rotary: Rotary = None
-        if self.rotates:
-            rotary = rotary_turns(x.shape[1], x.shape[2], self.head_width, x)
+        if self.uses_rotary:
+            rotary = rotary_embedding(x.shape[1], x.shape[2], self.head_dim, x)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
                 x = checkpoint(block, x, rotary, use_reentrant=False)
@@ -108,8 +108,8 @@ class Stage(nn.Module):
 class PolaFormerPP(nn.Module):
     """The backbone with its classifier, with timm's methods.
 
-    drop_path_rate: None takes the preset's. num_classes 0 gives pooled features (B, preset.head_width).
-    global_pool: one of POOLINGS; "" gives logits or features (B, …, h / 32, w / 32) of every place.
+    drop_path_rate: None takes the preset's. num_classes 0 gives pooled features (B, preset.head_hidden_size).
+    global_pool: one of POOL_TYPES; "" gives logits or features (B, …, h / 32, w / 32) of every place.
     img_size: a size, or height and width, for timm to record; the model takes all others as well.
     Raises ValueError, before anything is allocated, for another pooling, an image size that no image of this model
     can have, or an output_stride other than 32.
@@ -137,22 +137,22 @@ class PolaFormerPP(nn.Module):
         self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.num_features = preset.channels[-1]
-        self.head_hidden_size = preset.head_width
+        self.head_hidden_size = preset.head_hidden_size
         rate = preset.drop_path if drop_path_rate is None else drop_path_rate
-        drop_paths = calculate_drop_path_rates(rate, list(preset.blocks), stagewise=True)
+        drop_paths = calculate_drop_path_rates(rate, list(preset.depths), stagewise=True)
         self.stem = Stem(in_chans, preset.channels[0])
         self.stages = nn.ModuleList(Stage(preset, stage, drop_paths[stage]) for stage in range(4))
         self.feature_info = [
             {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}.features"}
             for stage, channels in enumerate(preset.channels)
         ]
-        self.proj = nn.Conv2d(preset.channels[-1], preset.head_width, 1)
-        self.norm = nn.BatchNorm2d(preset.head_width)
+        self.proj = nn.Conv2d(preset.channels[-1], preset.head_hidden_size, 1)
+        self.norm = nn.BatchNorm2d(preset.head_hidden_size)
         self.act = nn.SiLU()
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(_initialise)
-        self.register_load_state_dict_pre_hook(weights.accept_official)
+        self.register_load_state_dict_pre_hook(weights.remap_official_hook)
         if device is not None or dtype is not None:
             self.to(device, dtype)
 
@@ -199,7 +199,7 @@ class PolaFormerPP(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage's output → logits (B, num_classes), or the classifier's input (B, head_width)."""
+        """The last stage's output → logits (B, num_classes), or the classifier's input (B, head_hidden_size)."""
         x = self.global_pool(self.act(self.norm(self.proj(x))))
         if pre_logits:
             return x
@@ -261,8 +261,8 @@ def _initialise_convolution(module: nn.Module) -> None:
 
 
 def _pooling(global_pool: str) -> nn.Module:
-    if global_pool not in POOLINGS:
-        offered = ", ".join(repr(name) for name in POOLINGS)
+    if global_pool not in POOL_TYPES:
+        offered = ", ".join(repr(name) for name in POOL_TYPES)
         raise ValueError(f"global_pool {global_pool!r} is not offered; use one of {offered}")
     return SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
 
@@ -295,7 +295,7 @@ def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
         **kwargs,
     )
     if kwargs.get("features_only"):
-        model.register_load_state_dict_pre_hook(weights.accept_whole_model)
+        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)
     return model
 
 

@@ -35,22 +35,22 @@ _forward_operator = torch.ops.polaformer.polarity_attention.default
 _backward_operator = torch.ops.polaformer.polarity_attention_backward.default
 
 
-_FAULTS: dict[str, str] = {}  # device type → why its kernels are not there
+_LOAD_ERRORS: dict[str, str] = {}  # device type → why its kernels are not there
 
 
 def _load_kernels() -> None:
     for device_type in ("cpu", "cuda"):
         if os.environ.get("POLAFORMER_KERNELS") == "none":  # the build's own switch, for comparing with the reference
-            _FAULTS[device_type] = "POLAFORMER_KERNELS is none"
+            _LOAD_ERRORS[device_type] = "POLAFORMER_KERNELS is none"
             continue
         libraries = sorted(Path(__file__).parent.glob(f"_{device_type}*.so"))
         if not libraries:
-            _FAULTS[device_type] = "they were not built"
+            _LOAD_ERRORS[device_type] = "they were not built"
         for library in libraries:
             try:
                 torch.ops.load_library(library)
             except OSError as error:  # of another torch, or of another CUDA
-                _FAULTS[device_type] = str(error)
+                _LOAD_ERRORS[device_type] = str(error)
 
 
 _load_kernels()
@@ -78,28 +78,28 @@ def has_compiled_kernels(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("polaformer::polarity_attention", key)
 
 
-def why_no_kernels(device_type: str) -> str:
+def kernels_unavailable_reason(device_type: str) -> str:
     """What is wrong with the compiled kernels for "cpu" or "cuda", and the remedy; empty if they are there."""
     if has_compiled_kernels(device_type):
         return ""
-    fault = _FAULTS.get(device_type, "they were not built")
+    fault = _LOAD_ERRORS.get(device_type, "they were not built")
     return f"no compiled kernels for {device_type}: {fault}; build them with: pip install --no-build-isolation -e ."
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     warnings.warn(f"polarity attention runs in plain PyTorch: {reason}", stacklevel=2)
 
 
-def _tokens_first(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_bnhd(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A (B, H, N, D) tensor in a dtype that may be narrower, within its range; memory is a contiguous (B, N, H, D)."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_tokens_first(like: Tensor) -> Tensor:
-    batch, heads, tokens, head_width = like.shape
-    return like.new_empty(batch, tokens, heads, head_width).transpose(1, 2)
+def _empty_bnhd(like: Tensor) -> Tensor:
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
 # CompositeImplicitAutograd: called by itself, autograd differentiates its formulas.
@@ -107,9 +107,9 @@ def _empty_tokens_first(like: Tensor) -> Tensor:
 def _forward_reference(q, k, v, same_logits, opposite_logits, height, width, reason):
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     if reason:
-        _say_once(reason)
+        _warn_once(reason)
     out, *saved = reference.forward(q, k, v, same_logits, opposite_logits, height, width)
-    return _tokens_first(out, q.dtype), *saved
+    return _to_bnhd(out, q.dtype), *saved
 
 
 @torch.library.impl(_library, "reference_backward", "CompositeImplicitAutograd")
@@ -120,14 +120,14 @@ def _backward_reference(
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     reference.check_saved(grad_out, q, saved)
     *grads, grad_same, grad_opposite = reference.backward(grad_out, inputs, saved, height, width)
-    grad_q, grad_k, grad_v = (_tokens_first(grad, q.dtype) for grad in grads)
+    grad_q, grad_k, grad_v = (_to_bnhd(grad, q.dtype) for grad in grads)
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
 
 
 @torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
 def _forward(q, *arguments):
     known = q.device.type in ("cpu", "cuda")  # of other devices nobody expects kernels
-    return _forward_reference(q, *arguments, why_no_kernels(q.device.type) if known else "")
+    return _forward_reference(q, *arguments, kernels_unavailable_reason(q.device.type) if known else "")
 
 
 @torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
@@ -139,7 +139,7 @@ def _backward(*arguments):
 def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     shapes, dtype = reference.saved_shapes(q), reference.compute_dtype(q)
-    return _empty_tokens_first(q), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
+    return _empty_bnhd(q), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @torch.library.register_fake(_backward_operator, lib=_library)
@@ -147,7 +147,7 @@ def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_m
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     reference.check_saved(grad_out, q, (state, key_mean, key_shift))
     logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
-    return *(_empty_tokens_first(x) for x in (q, k, v)), *logits
+    return *(_empty_bnhd(x) for x in (q, k, v)), *logits
 
 
 def _vmap(operator, info, in_dims, *arguments):
@@ -216,8 +216,8 @@ class _AttentionBackward(_SingleLevelFunction):
             first = reference.backward(grad_out, inputs, saved, ctx.height, ctx.width)
             return tuple(grad.to(x.dtype) for grad, x in zip(first, inputs, strict=True))
 
-        _, pull_back = torch.func.vjp(differentiate, *ctx.saved_tensors)
-        return None, *pull_back(grads), *(None,) * 5
+        _, vjp_fn = torch.func.vjp(differentiate, *ctx.saved_tensors)
+        return None, *vjp_fn(grads), *(None,) * 5
 
 
 for _operator, _function in ((_forward_operator, _Attention), (_backward_operator, _AttentionBackward)):
@@ -235,12 +235,12 @@ register_decomposition(_forward_operator)(reference.forward)
 @register_flop_formula(torch.ops.polaformer.polarity_attention)
 def _forward_flops(q_shape, *_args, **_kwargs) -> int:
     """8·D² per token and head: keys with values into the state, both query flows with their half of it."""
-    batch, heads, tokens, head_width = q_shape
-    return 8 * batch * heads * tokens * head_width**2
+    batch, heads, tokens, head_dim = q_shape
+    return 8 * batch * heads * tokens * head_dim**2
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
 def _backward_flops(_grad_shape, q_shape, *_args, **_kwargs) -> int:
     """20·D² per token and head, as kernels must spend: the state is kept, features are computed again."""
-    batch, heads, tokens, head_width = q_shape
-    return 20 * batch * heads * tokens * head_width**2
+    batch, heads, tokens, head_dim = q_shape
+    return 20 * batch * heads * tokens * head_dim**2

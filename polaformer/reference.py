@@ -1,12 +1,12 @@
 """Polarity attention in plain PyTorch: the oracle that every kernel is compared with, and the fallback for none.
 
-Axes: B batch, H heads, N = height·width tokens (row-major), D head width, F = 2·D features, P = D rotated pairs.
+Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension, F = 2·D features, P = D rotated pairs.
 
 **The shift.** Features e^x − 1 overflow float32 for x > 88. The output does not: it is a quotient in which a factor of
 a query's features cancels, and a factor of a row of the state, or of the two rows that the rotation mixes, can be taken
 over by the query. So each pair of key features is kept as e^(x − c) − e^(−c), c being by how much the pair's largest
-exponent exceeds FREE_EXPONENT; a token's query features as e^(x + c − C) − e^(c − C), C being by how much the largest
-x + c of its flow exceeds it; and its epsilon as epsilon · e^(−C). Below FREE_EXPONENT c and C are 0 and nothing differs
+exponent exceeds MAX_UNSHIFTED_EXPONENT; a token's query features as e^(x + c − C) − e^(c − C), C being by how much the largest
+x + c of its flow exceeds it; and its epsilon as epsilon · e^(−C). Below MAX_UNSHIFTED_EXPONENT c and C are 0 and nothing differs
 from the paper. Gradients where the normalizer vanishes beside the features grow like its square; two bounds that are
 met nowhere else keep them finite.
 """
@@ -14,13 +14,13 @@ met nowhere else keep them finite.
 import torch
 from torch import Tensor
 
-from polaformer.layers import rotary_turns, rotate
+from polaformer.layers import apply_rotary, rotary_embedding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-6
-FREE_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
-LEAST_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
-LARGEST_NORMALIZER_GRADIENT = 1e25
+MAX_UNSHIFTED_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
+MIN_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
+MAX_NORMALIZER_GRADIENT = 1e25
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor], height: int, width: int) -> None:
@@ -32,19 +32,19 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor],
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape (B, H, N, D)"
         )
-    _, heads, tokens, head_width = q.shape
+    _, heads, tokens, head_dim = q.shape
     if height < 0 or width < 0 or tokens != height * width:
         raise ValueError(f"{tokens} tokens are not height {height} × width {width}; pass the image's own size")
-    if head_width % 2:
-        raise ValueError(f"head width {head_width} is odd; the two flows need an even one")
+    if head_dim % 2:
+        raise ValueError(f"head dimension {head_dim} is odd; the two flows need an even one")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
     named = {"q": q, "k": k, "v": v, "same_logits": logits[0], "opposite_logits": logits[1]}
     for name, logit in list(named.items())[3:]:
-        if logit.shape != (heads, 2 * head_width):
-            raise ValueError(f"{name} has shape {tuple(logit.shape)}, needs (H, 2D) = ({heads}, {2 * head_width})")
+        if logit.shape != (heads, 2 * head_dim):
+            raise ValueError(f"{name} has shape {tuple(logit.shape)}, needs (H, 2D) = ({heads}, {2 * head_dim})")
     for name, x in named.items():
-        _check_kind(name, x, q)
+        _check_tensor(name, x, q)
 
 
 def check_saved(grad_out: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -53,20 +53,20 @@ def check_saved(grad_out: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor
         raise ValueError(
             f"grad_out is {tuple(grad_out.shape)} in {grad_out.dtype}, q {tuple(q.shape)} in {q.dtype}; they must agree"
         )
-    _check_kind("grad_out", grad_out, q)
+    _check_tensor("grad_out", grad_out, q)
     for name, x, shape in zip(("state", "key_mean", "key_shift"), saved, saved_shapes(q), strict=True):
         dtype = compute_dtype(q)
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(
                 f"{name} is {tuple(x.shape)} in {x.dtype}, needs {shape} in {dtype}; pass on what forward gave"
             )
-        _check_kind(name, x, q)
+        _check_tensor(name, x, q)
 
 
 def saved_shapes(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of state (B, H, 2D, D), key_mean (B, H, 2D) and key_shift (B, H, D) for q (B, H, N, D)."""
-    batch, heads, _, head_width = q.shape
-    per_head = (2 * head_width, head_width), (2 * head_width,), (head_width,)
+    batch, heads, _, head_dim = q.shape
+    per_head = (2 * head_dim, head_dim), (2 * head_dim,), (head_dim,)
     return tuple((batch, heads, *shape) for shape in per_head)
 
 
@@ -75,7 +75,7 @@ def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _check_kind(name: str, x: Tensor, q: Tensor) -> None:
+def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
     if x.dtype not in DTYPES or x.layout != torch.strided:
         raise ValueError(
             f"{name} is {x.dtype}, {x.layout}; pass a dense tensor of float64, float32, bfloat16 or float16"
@@ -97,7 +97,7 @@ def polarity_attention(
     return forward(q, k, v, same_logits, opposite_logits, height, width)[0]
 
 
-def plain(
+def eager_polarity_attention(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> Tensor:
     """The paper's formulas in q's own dtype without a shift, as a model in eager PyTorch has them: the baseline.
@@ -105,16 +105,16 @@ def plain(
     Takes and returns what `polarity_attention` does. Benchmarks are relative to its time, low-precision tests to
     its error.
     """
-    turns = rotary_turns(height, width, 2 * q.shape[-1], q)
-    key_features = torch.expm1(_poles(k))
+    rotary = rotary_embedding(height, width, 2 * q.shape[-1], q)
+    key_features = torch.expm1(_split_polarity(k))
     key_mean = key_features.mean(dim=-2, keepdim=True)
-    state = rotate(key_features, turns).mT @ (v / (height * width))
+    state = apply_rotary(key_features, rotary).mT @ (v / (height * width))
     halves = []
     flows = zip((same_logits, opposite_logits), state.chunk(2, dim=-1), (False, True), strict=True)
     for logits, state_half, swap in flows:
-        query_features = torch.expm1(_poles(q, swap) * logits.to(q.dtype).sigmoid().unsqueeze(-2))
+        query_features = torch.expm1(_split_polarity(q, swap) * logits.to(q.dtype).sigmoid().unsqueeze(-2))
         normalizer = query_features @ key_mean.mT + EPSILON
-        halves.append(rotate(query_features, turns) @ state_half / normalizer)
+        halves.append(apply_rotary(query_features, rotary) @ state_half / normalizer)
     return torch.cat(halves, dim=-1)
 
 
@@ -128,18 +128,18 @@ def forward(
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = q.dtype
-        q, k, v = (_widen(x) for x in (q, k, v))
-        turns = rotary_turns(height, width, 2 * q.shape[-1], q)
-        key_exponents = _poles(k)
-        key_shift = _excess(_pair_maxima(key_exponents.detach()).amax(dim=-2))
+        q, k, v = (_to_compute_dtype(x) for x in (q, k, v))
+        rotary = rotary_embedding(height, width, 2 * q.shape[-1], q)
+        key_exponents = _split_polarity(k)
+        key_shift = _required_shift(_pair_maxima(key_exponents.detach()).amax(dim=-2))
         key_features = _shifted_features(key_exponents, _per_feature(key_shift).unsqueeze(-2))
         key_mean = key_features.mean(dim=-2)
-        state = rotate(key_features, turns).mT @ v / (height * width)
+        state = apply_rotary(key_features, rotary).mT @ v / (height * width)
 
         halves = []
         for logits, state_half, swap in _flows(same_logits, opposite_logits, state):
             features, _, normalizer = _query_features(q, logits, swap, key_mean, key_shift)
-            halves.append(rotate(features, turns) @ state_half / normalizer)
+            halves.append(apply_rotary(features, rotary) @ state_half / normalizer)
         out = torch.cat(halves, dim=-1)
         largest = torch.finfo(dtype).max
         return out.clamp(-largest, largest).to(dtype), state, key_mean, key_shift
@@ -157,35 +157,35 @@ def backward(
     q, k, v, same_logits, opposite_logits = inputs
     state, key_mean, key_shift = saved
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, grad_out = (_widen(x) for x in (q, k, v, grad_out))
-        turns = rotary_turns(height, width, 2 * q.shape[-1], q)
+        q, k, v, grad_out = (_to_compute_dtype(x) for x in (q, k, v, grad_out))
+        rotary = rotary_embedding(height, width, 2 * q.shape[-1], q)
         grad_q, grad_key_mean = torch.zeros_like(q), torch.zeros_like(key_mean)
         grad_logits, grad_state = [], []
         flows = _flows(same_logits, opposite_logits, state)
         for (logits, state_half, swap), grad_half in zip(flows, grad_out.chunk(2, dim=-1), strict=True):
-            poles, temperature = _poles(q, swap), _temperature(logits, q)
+            parts, temperature = _split_polarity(q, swap), _temperature(logits, q)
             features, shift, normalizer = _query_features(q, logits, swap, key_mean, key_shift)
-            rotated = rotate(features, turns)
-            normalizer = normalizer.clamp(min=LEAST_GRADIENT_NORMALIZER)
+            rotated = apply_rotary(features, rotary)
+            normalizer = normalizer.clamp(min=MIN_GRADIENT_NORMALIZER)
             u = grad_half / normalizer
             grad_rotated = u @ state_half.mT
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
-            grad_normalizer = grad_normalizer.clamp(-LARGEST_NORMALIZER_GRADIENT, LARGEST_NORMALIZER_GRADIENT)
+            grad_normalizer = grad_normalizer.clamp(-MAX_NORMALIZER_GRADIENT, MAX_NORMALIZER_GRADIENT)
             grad_state.append(rotated.mT @ u)
             grad_key_mean = grad_key_mean + (grad_normalizer * features).sum(-2)  # not in place: vmap may map it alone
-            grad_features = rotate(grad_rotated, turns.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
-            grad_exponent = grad_features * _slope(poles * temperature, shift)
-            of_temperature = torch.where(poles > 0, grad_exponent * poles, 0)
+            grad_features = apply_rotary(grad_rotated, rotary.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
+            grad_exponent = grad_features * _slope(parts * temperature, shift)
+            of_temperature = torch.where(parts > 0, grad_exponent * parts, 0)
             grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
-            grad_q = grad_q + _join_poles(grad_exponent * temperature, q, swap)
+            grad_q = grad_q + _merge_polarity(grad_exponent * temperature, q, swap)
 
-        exponents, shift = _poles(k), _per_feature(key_shift).unsqueeze(-2)
+        exponents, shift = _split_polarity(k), _per_feature(key_shift).unsqueeze(-2)
         grad_state = torch.cat(grad_state, dim=-1) / (height * width)
-        grad_v = rotate(_shifted_features(exponents, shift), turns) @ grad_state
-        grad_features = rotate(v @ grad_state.mT, turns.conj_physical()) + grad_key_mean.unsqueeze(-2) / (
+        grad_v = apply_rotary(_shifted_features(exponents, shift), rotary) @ grad_state
+        grad_features = apply_rotary(v @ grad_state.mT, rotary.conj_physical()) + grad_key_mean.unsqueeze(-2) / (
             height * width
         )
-        grad_k = _join_poles(grad_features * _slope(exponents, shift), k)
+        grad_k = _merge_polarity(grad_features * _slope(exponents, shift), k)
     return grad_q, grad_k, grad_v, *grad_logits
 
 
@@ -193,11 +193,11 @@ def _query_features(
     q: Tensor, logits: Tensor, swap: bool, key_mean: Tensor, key_shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One flow's features (B, H, N, 2D), the shift of each (the same shape), their normalizer (B, H, N, 1)."""
-    exponents = _poles(q, swap) * _temperature(logits, q)
+    exponents = _split_polarity(q, swap) * _temperature(logits, q)
     key_shift = _per_feature(key_shift).unsqueeze(-2)
     largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
-    token_shift = _excess(largest)
-    shift = (token_shift - key_shift).clamp(min=-FREE_EXPONENT)  # less only where a pole is 0, and so its feature
+    token_shift = _required_shift(largest)
+    shift = (token_shift - key_shift).clamp(min=-MAX_UNSHIFTED_EXPONENT)  # less only where a part is 0, and so its feature
     features = _shifted_features(exponents, shift)
     epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)
     return features, shift, features @ key_mean.unsqueeze(-1) + epsilon
@@ -205,18 +205,18 @@ def _query_features(
 
 def _shifted_features(exponents: Tensor, shift: Tensor) -> Tensor:
     """e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large."""
-    small, large = exponents.clamp(max=FREE_EXPONENT), exponents.clamp(min=FREE_EXPONENT)
-    beyond = torch.exp(large - shift) - torch.exp(FREE_EXPONENT - shift)
-    return torch.expm1(small) * torch.exp(-shift) + torch.where(exponents > FREE_EXPONENT, beyond, 0)
+    small, large = exponents.clamp(max=MAX_UNSHIFTED_EXPONENT), exponents.clamp(min=MAX_UNSHIFTED_EXPONENT)
+    beyond = torch.exp(large - shift) - torch.exp(MAX_UNSHIFTED_EXPONENT - shift)
+    return torch.expm1(small) * torch.exp(-shift) + torch.where(exponents > MAX_UNSHIFTED_EXPONENT, beyond, 0)
 
 
 def _slope(exponents: Tensor, shift: Tensor) -> Tensor:
-    """The derivative of `_shifted_features`; a pole that is 0 has none, and its finite value here is not used."""
+    """The derivative of `_shifted_features`; a part that is 0 has none, and its finite value here is not used."""
     return torch.exp(exponents - shift)
 
 
-def _excess(largest: Tensor) -> Tensor:
-    return (largest - FREE_EXPONENT).clamp(min=0)
+def _required_shift(largest: Tensor) -> Tensor:
+    return (largest - MAX_UNSHIFTED_EXPONENT).clamp(min=0)
 
 
 def _pair_maxima(exponents: Tensor) -> Tensor:
@@ -227,21 +227,21 @@ def _per_feature(pairs: Tensor) -> Tensor:
     return pairs.repeat_interleave(2, dim=-1)  # (…, D) → (…, 2D)
 
 
-def _widen(x: Tensor) -> Tensor:
+def _to_compute_dtype(x: Tensor) -> Tensor:
     """In the compute dtype, and with a last stride of 1, without which pairs cannot be seen as complex numbers."""
     x = x.to(compute_dtype(x))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _poles(x: Tensor, swap: bool = False) -> Tensor:
+def _split_polarity(x: Tensor, swap: bool = False) -> Tensor:
     """[x⁺; x⁻], or [x⁻; x⁺] for the opposite flow: (…, D) → (…, 2D)."""
     positive, negative = x.relu(), (-x).relu()
     return torch.cat((negative, positive) if swap else (positive, negative), dim=-1)
 
 
-def _join_poles(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
-    """The gradient of x from that of `_poles(x, swap)`: (…, 2D) → (…, D)."""
-    first, second = torch.where(_poles(x, swap) > 0, grad, 0).chunk(2, dim=-1)
+def _merge_polarity(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
+    """The gradient of x from that of `_split_polarity(x, swap)`: (…, 2D) → (…, D)."""
+    first, second = torch.where(_split_polarity(x, swap) > 0, grad, 0).chunk(2, dim=-1)
     return second - first if swap else first - second
 
 
@@ -254,6 +254,6 @@ def _logistic_slope(temperature: Tensor) -> Tensor:
 
 
 def _flows(same_logits: Tensor, opposite_logits: Tensor, state: Tensor):
-    """The two flows: logits, their half of the state's columns, whether the query's poles swap."""
+    """The two flows: logits, their half of the state's columns, whether the query's parts swap."""
     same_state, opposite_state = state.chunk(2, dim=-1)
     return (same_logits, same_state, False), (opposite_logits, opposite_state, True)

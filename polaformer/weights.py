@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from polaformer.layers import rotary_angles
+from polaformer.layers import rotary_frequencies
 
 #: Our name → the official one, applied in this order; everything else bears the same name.
 _OFFICIAL_NAMES = (
@@ -28,8 +28,8 @@ _OFFICIAL_NAMES = (
     (re.compile(r"\.same_logits$"), ".s1"),
     (re.compile(r"\.opposite_logits$"), ".s2"),
 )
-_OFFICIAL_MARK = "patch_embed."
-_ANGLES = re.compile(r"^layers\.\d\.RoPE(_linear)?\.angle$")
+_OFFICIAL_PREFIX = "patch_embed."
+_ROTARY_BUFFERS = re.compile(r"^layers\.\d\.RoPE(_linear)?\.angle$")
 _PART = re.compile(r"layers\.\d\.(downsample\.)?|[^.]+\.?")  # what timm prunes or keeps as one, by official names
 _STAGES = tuple(f"layers.{stage}." for stage in range(4))
 _PRUNABLE = {"proj.", "norm.", "head.", *_STAGES, *(f"{stage}downsample." for stage in _STAGES)}
@@ -46,7 +46,7 @@ def official_name(name: str) -> str:
     return name
 
 
-def from_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def remap_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An official state dict under our names and in our shapes (they keep axes of length one that we do not).
 
     wanted: the model's own state dict. Raises RuntimeError, as load_state_dict does, with the file's own names of
@@ -58,12 +58,12 @@ def from_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         if value is None:
             if not ours.endswith(_COUNTER):
                 faults.append(f"missing {theirs}")
-        elif _essential_shape(value) != _essential_shape(wanted[ours]):
+        elif _squeezed_shape(value) != _squeezed_shape(wanted[ours]):
             faults.append(f"{theirs} is {tuple(value.shape)}, the model needs {tuple(wanted[ours].shape)}")
         else:
             converted[ours] = value.reshape(wanted[ours].shape)
     for name, value in remaining.items():
-        faults += _compare_angles(name, value) if _ANGLES.match(name) else [f"unexpected {name}"]
+        faults += _check_rotary_buffer(name, value) if _ROTARY_BUFFERS.match(name) else [f"unexpected {name}"]
     if faults:
         raise RuntimeError(f"the official checkpoint does not fit this model: {'; '.join(faults)}")
     return converted
@@ -95,43 +95,43 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The state dict in a file of torch.save.
 
-    Objects of other packages beside it (configurations, numpy's numbers) are read as stand-ins: nothing of these
+    Objects of other packages beside it (configurations, numpy's numbers) are read as stubs: nothing of these
     packages is imported, let alone run.
     """
     _check_container(path)
-    foreign: set[str] = set()
+    unsafe_globals: set[str] = set()
     try:
         if zipfile.is_zipfile(path):
-            foreign.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        checkpoint = _load_with_stand_ins(path, foreign)
+            unsafe_globals.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        checkpoint = _load_with_stubs(path, unsafe_globals)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes the unpickler fail in any way
-        if foreign:
+        if unsafe_globals:
             raise ValueError(
-                f"{path} holds objects of {_shorten(foreign)}, which cannot be left out;"
+                f"{path} holds objects of {_shorten(unsafe_globals)}, which cannot be left out;"
                 " save the model's state_dict() alone, with torch.save, where it was trained"
             ) from error
         reason = str(error).splitlines()[0] if str(error) else "its end is missing"
         raise ValueError(
             f"{path} is truncated, or no checkpoint of torch.save ({reason}); copy or download it again"
         ) from error
-    return _pick_state(checkpoint, path, foreign)
+    return _pick_state(checkpoint, path, unsafe_globals)
 
 
-def _load_with_stand_ins(path: Path, foreign: set[str]) -> object:
-    """torch.load with stand-ins for the classes `foreign`; adds those that only turn up on the way."""
+def _load_with_stubs(path: Path, unsafe_globals: set[str]) -> object:
+    """torch.load with stubs for the classes `unsafe_globals`; adds those that only turn up on the way."""
     while True:
-        stand_ins = [(_NumpyStandIn if name.startswith("numpy.") else _StandIn, name) for name in foreign]
+        stubs = [(_NumpyStub if name.startswith("numpy.") else _Stub, name) for name in unsafe_globals]
         try:
-            with torch.serialization.safe_globals(stand_ins):
+            with torch.serialization.safe_globals(stubs):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             named = re.search(r"GLOBAL (\S+)", str(error))
             name = named and (named[1] if "." in named[1] else f"builtins.{named[1]}")
-            if name is None or name in foreign:
+            if name is None or name in unsafe_globals:
                 raise
-            foreign.add(name)
+            unsafe_globals.add(name)
 
 
 def _check_container(path: Path) -> None:
@@ -150,14 +150,14 @@ def _check_container(path: Path) -> None:
         )
 
 
-class _StandIn:
+class _Stub:
     """What a class of another package becomes in a checkpoint: a dict, since the unpickler fills no subclass."""
 
     def __new__(cls, *_arguments) -> OrderedDict:
         return OrderedDict()
 
 
-class _NumpyStandIn:
+class _NumpyStub:
     """The same for numpy, whose objects have tuples for their state."""
 
     def __init__(self, *_arguments) -> None:
@@ -167,12 +167,12 @@ class _NumpyStandIn:
         pass
 
 
-def _pick_state(checkpoint: object, path: Path, foreign: set[str]) -> dict[str, Tensor]:
+def _pick_state(checkpoint: object, path: Path, unsafe_globals: set[str]) -> dict[str, Tensor]:
     state = checkpoint
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in _STATE_DICT_KEYS if checkpoint.get(key) is not None), checkpoint)
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        instead = f" but objects of {_shorten(foreign)}" if foreign else ""
+        instead = f" but objects of {_shorten(unsafe_globals)}" if unsafe_globals else ""
         raise ValueError(f"{path} holds no state dict{instead}; save the model's state_dict() with torch.save")
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -193,16 +193,16 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, dict(metadata))
 
 
-def accept_official(model: nn.Module, state: dict[str, Tensor], prefix: str, *_hook_arguments) -> None:
+def remap_official_hook(model: nn.Module, state: dict[str, Tensor], prefix: str, *_hook_arguments) -> None:
     """A load_state_dict pre-hook: puts an official state dict under our names, leaves ours alone."""
     theirs = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
     if _is_official(theirs):
         official = {name: state.pop(full_name) for name, full_name in theirs.items()}
-        for name, value in from_official(official, model.state_dict()).items():
+        for name, value in remap_official(official, model.state_dict()).items():
             state[prefix + name] = value
 
 
-def accept_whole_model(features: nn.Module, state: dict[str, Tensor], *_hook_arguments) -> None:
+def remap_features_only_hook(features: nn.Module, state: dict[str, Tensor], *_hook_arguments) -> None:
     """The same for timm's `features_only` wrappers: takes a whole model's weights, leaves out what was pruned."""
     own = features.state_dict()
     prefix = next(iter(own)).split(".")[0] + "."  # "model.", or another name by the kind of wrapper
@@ -212,7 +212,7 @@ def accept_whole_model(features: nn.Module, state: dict[str, Tensor], *_hook_arg
     pruned = _PRUNABLE - {_part(name) for name in own}
     kept = {name: value for name, value in state.items() if _part(name) not in pruned}
     if _is_official(kept):
-        kept = from_official(kept, own)
+        kept = remap_official(kept, own)
     state.clear()
     state |= {prefix + name: value for name, value in kept.items()}
 
@@ -231,7 +231,7 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[
         if first is not None:
             wanted[_FIRST_CONVOLUTION] = first
         classifier = {name: value.flatten(1) if value.dim() > 1 else value for name, value in classifier.items()}
-        return from_official(rest, wanted) | classifier
+        return remap_official(rest, wanted) | classifier
     faults = [f"missing {name}" for name in wanted if name not in rest and not name.endswith(_COUNTER)]
     faults += [f"unexpected {name}" for name in rest if name not in wanted]
     if faults:
@@ -240,20 +240,20 @@ def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[
 
 
 def _is_official(names: Iterable[str]) -> bool:
-    return any(name.startswith(_OFFICIAL_MARK) for name in names)
+    return any(name.startswith(_OFFICIAL_PREFIX) for name in names)
 
 
 def _part(name: str) -> str:
     return _PART.match(official_name(name))[0]
 
 
-def _essential_shape(tensor: Tensor) -> tuple[int, ...]:
+def _squeezed_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(length for length in tensor.shape if length != 1)
 
 
-def _compare_angles(name: str, angles: Tensor) -> list[str]:
+def _check_rotary_buffer(name: str, angles: Tensor) -> list[str]:
     """Official buffers hold each angle twice, in place; they carry no information beyond their length."""
-    expected = rotary_angles(2 * angles.numel()).repeat_interleave(2)
+    expected = rotary_frequencies(2 * angles.numel()).repeat_interleave(2)
     if angles.numel() % 2 == 0 and torch.allclose(angles.flatten().float(), expected, rtol=1e-4):
         return []
     return [f"{name} holds other angles than this model's"]

@@ -2,7 +2,7 @@
 # Trains PolaFormer++ b5 on 8 GPUs a node. From the project's root:
 #
 #     sbatch slurm/train_b5.sh [key=value …]
-#     sbatch --nodes=2 slurm/train_b5.sh optimizer.accumulation=2
+#     sbatch --nodes=2 slurm/train_b5.sh optimizer.gradient_accumulation_steps=2
 #
 # Options of sbatch win over the lines below; key=value goes to launch/train.py. The settings of your cluster
 # are in slurm/common.sh. Jobs of one name share the run's folder, so they wait for each other (singleton).

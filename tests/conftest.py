@@ -107,11 +107,11 @@ def shards(photos, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def fashion(tmp_path_factory) -> Path:
     """Class folder of 400 photographs of Fashion-MNIST, 10 classes, 28×28 grey PNG."""
-    from dataio.pack.fashion_mnist import Photographs, read_photographs, write_photographs
+    from dataio.pack.fashion_mnist import LabeledImages, load_fashion_mnist, write_images
 
     root = tmp_path_factory.mktemp("fashion")
-    photographs = read_photographs()["val"]
-    write_photographs(root, Photographs(photographs.pixels[:400], photographs.classes[:400]))
+    photographs = load_fashion_mnist()["val"]
+    write_images(root, LabeledImages(photographs.pixels[:400], photographs.classes[:400]))
     return root
 
 
@@ -121,8 +121,8 @@ def fashion_shards(fashion, tmp_path_factory) -> Path:
     from dataio.pack.packer import PackOptions, pack
 
     root = tmp_path_factory.mktemp("fashion_shards")
-    pack(fashion, root / "train", PackOptions(hold_out=25, part="kept"))
-    pack(fashion, root / "val", PackOptions(hold_out=25, part="held-out"))
+    pack(fashion, root / "train", PackOptions(val_percent=25, split="train"))
+    pack(fashion, root / "val", PackOptions(val_percent=25, split="val"))
     return root
 
 

@@ -15,56 +15,56 @@ import nvidia.dali.types as types
 from nvidia.dali import pipeline_def
 from nvidia.dali.data_node import DataNode
 
-from dataio.augment.recipes import AFFINE, Kind, Operations, matrices
+from dataio.augment.recipes import AFFINE, Op, SampledOps, op_matrices
 
 INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 # PIL cuts fractions off where DALI rounds: added before rounding. Half a level would send whole numbers down.
-_CUT = -0.499
+_TRUNCATION = -0.499
 
 
 class Stage(NamedTuple):
     """The operations of a batch in one stage, on the CPU."""
 
-    kind: DataNode  # scalars, int32: of Kind
-    amount: DataNode  # scalars, float32: as Kind says
-    matrix: DataNode | None = None  # (3, 3) float32: as recipes.matrices says; None where have_matrices denies it
+    op: DataNode  # scalars, int32: of Op
+    op_arg: DataNode  # scalars, float32: as Op says
+    matrix: DataNode | None = None  # (3, 3) float32: as recipes.matrices says; None where need_matrices denies it
 
 
 Branch = Callable[[DataNode, Stage], DataNode]
 
 
 def apply_stage(
-    images: DataNode, stage: Stage, kinds: tuple[Kind, ...], fill: list[int], interpolation: types.DALIInterpType
+    images: DataNode, stage: Stage, ops: tuple[Op, ...], fill: list[int], interpolation: types.DALIInterpType
 ) -> DataNode:
-    """The images, (H, W, 3) uint8 as they came, after a stage that has operations of these kinds.
+    """The images, (H, W, 3) uint8 as they came, after a stage that has operations of these ops.
 
     fill: R, G, B of what lies beyond the edges. For pipeline definitions with conditionals enabled.
     """
     warp = partial(_warp, fill=fill, interpolation=interpolation)
-    branches: list[tuple[Kind, Branch]] = []
-    for kind in sorted(kinds):
-        branch = warp if kind in AFFINE else _BRANCHES[kind]
+    branches: list[tuple[Op, Branch]] = []
+    for op in sorted(ops):
+        branch = warp if op in AFFINE else _BRANCHES[op]
         if not branches or branches[-1][1] is not branch:  # neighbours may share one
-            branches.append((kind, branch))
-    if stage.kind != int(Kind.NONE):
+            branches.append((op, branch))
+    if stage.op != int(Op.NONE):
         images = _switch(images, stage, branches)
     return images
 
 
-def _switch(images: DataNode, stage: Stage, branches: list[tuple[Kind, Branch]]) -> DataNode:
-    """Sends each image through the last branch whose kind is not above its own: a binary search, as `if` has 2 ways."""
+def _switch(images: DataNode, stage: Stage, branches: list[tuple[Op, Branch]]) -> DataNode:
+    """Sends each image through the last branch whose op is not above its own: a binary search, as `if` has 2 ways."""
     if len(branches) == 1:
         return branches[0][1](images, stage)
     middle = len(branches) // 2
-    if stage.kind < int(branches[middle][0]):
+    if stage.op < int(branches[middle][0]):
         images = _switch(images, stage, branches[:middle])
     else:
         images = _switch(images, stage, branches[middle:])
     return images
 
 
-def _beside(images: DataNode, numbers: DataNode) -> DataNode:
+def _on_device_of(images: DataNode, numbers: DataNode) -> DataNode:
     """Numbers where the images are, for arithmetic and positional inputs; keyword arguments stay on the CPU."""
     return numbers.gpu() if images.device == "gpu" else numbers
 
@@ -78,9 +78,9 @@ def _warp(images: DataNode, stage: Stage, fill: list[int], interpolation: types.
 
 def _color(images: DataNode, stage: Stage) -> DataNode:
     """image + grey (1 / factor - 1), times the factor: turning floats into bytes costs most, and `brightness` least."""
-    factor = dali_math.max(stage.amount, 1e-6)
-    mixed = images + _grey_level(images) * _beside(images, 1 / factor - 1)
-    return fn.brightness(mixed, brightness=factor, brightness_shift=_CUT / 255, dtype=types.UINT8)
+    factor = dali_math.max(stage.op_arg, 1e-6)
+    mixed = images + _grey_level(images) * _on_device_of(images, 1 / factor - 1)
+    return fn.brightness(mixed, brightness=factor, brightness_shift=_TRUNCATION / 255, dtype=types.UINT8)
 
 
 def _grey(images: DataNode, stage: Stage) -> DataNode:
@@ -96,19 +96,19 @@ def _contrast(images: DataNode, stage: Stage) -> DataNode:
     centre = dali_math.floor(fn.reductions.mean(_grey_level(images)) + 0.5)
     if images.device == "cpu":  # a tenth of the arithmetic's time, but the centre may not lie on a GPU
         return fn.brightness_contrast(
-            images, contrast=stage.amount, contrast_center=centre, brightness_shift=_CUT / 255
+            images, contrast=stage.op_arg, contrast_center=centre, brightness_shift=_TRUNCATION / 255
         )
-    factor = _beside(images, stage.amount)
+    factor = _on_device_of(images, stage.op_arg)
     return _linear(images, factor, centre * (1 - factor))
 
 
 def _brightness(images: DataNode, stage: Stage) -> DataNode:
-    return fn.brightness(images, brightness=stage.amount, brightness_shift=_CUT / 255)
+    return fn.brightness(images, brightness=stage.op_arg, brightness_shift=_TRUNCATION / 255)
 
 
 def _sharpness(images: DataNode, stage: Stage) -> DataNode:
     """PIL leaves the outermost pixels as they are; here they are filtered too."""
-    return fn.filter(images, _beside(images, stage.matrix))
+    return fn.filter(images, _on_device_of(images, stage.matrix))
 
 
 def _auto_contrast(images: DataNode, stage: Stage) -> DataNode:
@@ -120,7 +120,7 @@ def _auto_contrast(images: DataNode, stage: Stage) -> DataNode:
 
 
 def _linear(images: DataNode, factor: DataNode, summand: DataNode) -> DataNode:
-    return fn.cast(images * factor + (summand + _CUT), dtype=types.UINT8)
+    return fn.cast(images * factor + (summand + _TRUNCATION), dtype=types.UINT8)
 
 
 def _equalize(images: DataNode, stage: Stage) -> DataNode:
@@ -129,23 +129,23 @@ def _equalize(images: DataNode, stage: Stage) -> DataNode:
 
 
 def _posterize(images: DataNode, stage: Stage) -> DataNode:
-    kept = 256 - dali_math.pow(2.0, 8 - stage.amount)
-    return images & _beside(images, fn.cast(kept, dtype=types.UINT8))
+    kept = 256 - dali_math.pow(2.0, 8 - stage.op_arg)
+    return images & _on_device_of(images, fn.cast(kept, dtype=types.UINT8))
 
 
 def _invert_from_threshold(images: DataNode, stage: Stage) -> DataNode:
-    """INVERT's amount, 0, is the threshold that inverts everything."""
-    threshold = _beside(images, fn.cast(stage.amount, dtype=types.INT32))  # up to 256
+    """INVERT's op_arg, 0, is the threshold that inverts everything."""
+    threshold = _on_device_of(images, fn.cast(stage.op_arg, dtype=types.INT32))  # up to 256
     return images ^ ((images >= threshold) * _level(255))
 
 
 def _solarize_add(images: DataNode, stage: Stage) -> DataNode:
-    added = _beside(images, fn.cast(stage.amount, dtype=types.UINT8))
+    added = _on_device_of(images, fn.cast(stage.op_arg, dtype=types.UINT8))
     return images + (images < _level(128)) * added  # at most 127 + 110
 
 
 def _blur(images: DataNode, stage: Stage) -> DataNode:
-    return fn.gaussian_blur(images, sigma=stage.amount)
+    return fn.gaussian_blur(images, sigma=stage.op_arg)
 
 
 def _level(value: int) -> types.ScalarConstant:
@@ -153,30 +153,30 @@ def _level(value: int) -> types.ScalarConstant:
     return types.Constant(value, dtype=types.UINT8)
 
 
-_BRANCHES: dict[Kind, Branch] = {
-    Kind.COLOR: _color,
-    Kind.CONTRAST: _contrast,
-    Kind.BRIGHTNESS: _brightness,
-    Kind.SHARPNESS: _sharpness,
-    Kind.AUTO_CONTRAST: _auto_contrast,
-    Kind.EQUALIZE: _equalize,
-    Kind.POSTERIZE: _posterize,
-    Kind.INVERT: _invert_from_threshold,
-    Kind.SOLARIZE: _invert_from_threshold,
-    Kind.SOLARIZE_ADD: _solarize_add,
-    Kind.BLUR: _blur,
-    Kind.GREY: _grey,
+_BRANCHES: dict[Op, Branch] = {
+    Op.COLOR: _color,
+    Op.CONTRAST: _contrast,
+    Op.BRIGHTNESS: _brightness,
+    Op.SHARPNESS: _sharpness,
+    Op.AUTO_CONTRAST: _auto_contrast,
+    Op.EQUALIZE: _equalize,
+    Op.POSTERIZE: _posterize,
+    Op.INVERT: _invert_from_threshold,
+    Op.SOLARIZE: _invert_from_threshold,
+    Op.SOLARIZE_ADD: _solarize_add,
+    Op.GAUSSIAN_BLUR: _blur,
+    Op.GRAYSCALE: _grey,
 }
 
 
-def change_images(
-    images: np.ndarray, operations: Operations, fill: tuple[int, int, int], interpolation: str, device: str
+def apply_ops(
+    images: np.ndarray, operations: SampledOps, fill: tuple[int, int, int], interpolation: str, device: str
 ) -> np.ndarray:
-    """(B, S, S, 3) uint8 images after their operations, of any kinds, in a graph of their own on "cpu" or "gpu"."""
+    """(B, S, S, 3) uint8 images after their operations, of any ops, in a graph of their own on "cpu" or "gpu"."""
     upright = np.zeros(len(images), dtype=bool)
-    stages = (operations.kinds, operations.amounts, matrices(operations, images.shape[1], upright))
+    stages = (operations.ops, operations.op_args, op_matrices(operations, images.shape[1], upright))
     inputs = [np.ascontiguousarray(values[:, number]) for number in range(stages[0].shape[1]) for values in stages]
-    kinds = tuple(kind for kind in Kind if kind != Kind.NONE)
+    ops = tuple(op for op in Op if op != Op.NONE)
 
     @pipeline_def(
         enable_conditionals=True,
@@ -191,7 +191,7 @@ def change_images(
         of_stages = fn.external_source(lambda: inputs, num_outputs=len(inputs))
         for first in range(0, len(inputs), 3):
             stage = Stage(*of_stages[first : first + 3])
-            result = apply_stage(result, stage, kinds, list(fill), INTERPOLATIONS[interpolation])
+            result = apply_stage(result, stage, ops, list(fill), INTERPOLATIONS[interpolation])
         return result
 
     (output,) = definition().run()

@@ -5,12 +5,12 @@ import sys
 import time
 from pathlib import Path
 
-from dataio.files import BusyError, partial_folder, user_path
+from dataio.files import FolderLockedError, staging_folder, user_path
 from dataio.loader import _BROKEN_SHOWN
-from dataio.manifest import MANIFEST_NAME, Broken
-from dataio.pack.fashion_mnist import PARTS
+from dataio.manifest import MANIFEST_NAME, SkippedFile
+from dataio.pack.fashion_mnist import SPLITS
 from dataio.pack.options import PackOptions, add_options
-from dataio.pack.packer import _NAMES_SHOWN, REPORT_NAME, Report, pack, read_report
+from dataio.pack.packer import _NAMES_SHOWN, REPORT_NAME, PackReport, pack, read_report
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,8 +30,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write, new or empty")
     add_options(parser)
     parser.add_argument(
-        "--part",
-        choices=PARTS,
+        "--split",
+        choices=SPLITS,
         help="which part of a split to pack: held-out has PERCENT of each class, kept the others",
     )
     return parser.parse_args(argv)
@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         manifest = pack(source, target, PackOptions(**arguments))
     except (ValueError, RuntimeError, OSError) as error:
-        kept = [] if isinstance(error, BusyError) else _kept(target)
-        print("\n".join([f"error: {error}", *kept]), file=sys.stderr)
+        hint = [] if isinstance(error, FolderLockedError) else _resume_hint(target)
+        print("\n".join([f"error: {error}", *hint]), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("; ".join([f"interrupted; {target} is not written", *_kept(target)]), file=sys.stderr)
+        print("; ".join([f"interrupted; {target} is not written", *_resume_hint(target)]), file=sys.stderr)
         return 130
-    _print_odd(read_report(target), manifest.broken)
+    _print_unusual(read_report(target), manifest.broken)
     size = sum(shard.bytes for shard in manifest.shards) / 2**20
     print(
         f"packed {target}: samples {len(manifest)}, classes {len(manifest.classes)}, shards"
@@ -59,19 +59,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _kept(target: Path) -> list[str]:
-    partial = partial_folder(target)
+def _resume_hint(target: Path) -> list[str]:
+    partial = staging_folder(target)
     if not partial.exists():
         return []
     return [f"finished shards are kept in {partial}, and the same command goes on from there"]
 
 
-def _print_odd(report: Report, broken: tuple[Broken, ...]) -> None:
-    odd = {
+def _print_unusual(report: PackReport, broken: tuple[SkippedFile, ...]) -> None:
+    unusual = {
         "CMYK images, trained on as RGB": report.cmyk,
         "images whose EXIF asks for a rotation, trained on as stored": report.rotated,
     }
-    for kind, paths in odd.items():
+    for kind, paths in unusual.items():
         if paths:
             more = f", …; {REPORT_NAME} lists them all" if len(paths) > _NAMES_SHOWN else ""
             print(f"{kind}: {len(paths)} ({', '.join(paths[:_NAMES_SHOWN])}{more})", file=sys.stderr)

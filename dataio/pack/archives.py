@@ -28,17 +28,17 @@ _OPEN_FILES = 256
 
 
 class Member(NamedTuple):
-    """A file or (name ends with /) a folder in an archive. `place` is for the archive's reader."""
+    """A file or (name ends with /) a folder in an archive. `locator` is for the archive's reader."""
 
     name: str
     bytes: int = 0
-    place: tuple[int, ...] = ()
+    locator: tuple[int, ...] = ()
     fault: str | None = None  # why it cannot be read
 
 
 @dataclass(frozen=True)
 class TarReader:
-    """Reads members of plain tar files. A place is (number of the tar file, offset)."""
+    """Reads members of plain tar files. A locator is (number of the tar file, offset)."""
 
     paths: tuple[Path, ...]
 
@@ -59,8 +59,8 @@ class TarReader:
         except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of absurd headers
             raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
 
-    def read(self, size: int, place: tuple[int, ...]) -> bytes:
-        number, offset = place
+    def read(self, size: int, locator: tuple[int, ...]) -> bytes:
+        number, offset = locator
         return os.pread(_opened(self.paths[number]).fileno(), size, offset)
 
 
@@ -76,7 +76,7 @@ def _tar_member(info: tarfile.TarInfo, number: int, before: dict[str, Member]) -
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Reads members of a zip file. A place is (offset of its header, stored bytes, method, CRC-32)."""
+    """Reads members of a zip file. A locator is (offset of its header, stored bytes, method, CRC-32)."""
 
     path: Path
 
@@ -91,12 +91,12 @@ class ZipReader:
         for info in infos:
             if info.header_offset + info.compress_size > size:
                 raise ValueError(f"{self.path} is no whole zip file (it ends inside {info.filename}); copy it again")
-            place = info.header_offset, info.compress_size, info.compress_type, info.CRC
-            yield Member(info.filename, info.file_size, place, _zip_fault(info))
+            locator = info.header_offset, info.compress_size, info.compress_type, info.CRC
+            yield Member(info.filename, info.file_size, locator, _zip_fault(info))
 
-    def read(self, size: int, place: tuple[int, ...]) -> bytes:
+    def read(self, size: int, locator: tuple[int, ...]) -> bytes:
         # Not by ZipFile: each process would read the whole directory again, 1 GB of memory for a million members.
-        offset, stored, method, checksum = place
+        offset, stored, method, checksum = locator
         file = _opened(self.path).fileno()
         try:
             name, extra = _ZIP_LENGTHS.unpack(os.pread(file, _ZIP_HEADER_BYTES, offset)[-_ZIP_LENGTHS.size :])

@@ -1,7 +1,7 @@
-"""Real photographs to start with: `python -m dataio.fashion_mnist TARGET` writes Fashion-MNIST as class folders.
+"""Real images to start with: `python -m dataio.fashion_mnist TARGET` writes Fashion-MNIST as class folders.
 
 TARGET/train/<class>/00000.png (60,000) and TARGET/val/<class>/… (10,000): clothes, 28×28 grey, 10 classes
-(Xiao, Rasul and Vollgraf 2017, MIT licence). A file's name is the photograph's place in the original files.
+(Xiao, Rasul and Vollgraf 2017, MIT licence). A file's name is the image's place in the original files.
 They come from Debian's package dataset-fashion-mnist where it is installed, else from torchvision's download.
 """
 
@@ -18,23 +18,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataio.files import new_folder, user_path
+from dataio.files import atomic_folder, user_path
 from dataio.workers import available_cores, worker_pool
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-PARTS = {"train": 60_000, "val": 10_000}
-_PHOTOGRAPHS_PER_TASK = 5_000
+SPLITS = {"train": 60_000, "val": 10_000}
+_IMAGES_PER_TASK = 5_000
 
 
 @dataclass(frozen=True)
-class Photographs:
-    """(N, 28, 28) uint8, and of each photograph the folder name of its class."""
+class LabeledImages:
+    """(N, 28, 28) uint8, and of each image the folder name of its class."""
 
     pixels: np.ndarray
     classes: list[str]
 
 
-def read_photographs() -> dict[str, Photographs]:
+def load_fashion_mnist() -> dict[str, LabeledImages]:
     """The parts "train" and "val". Raises RuntimeError if they can neither be found nor downloaded."""
     # Here, because it takes seconds and the processes that write need none of it.
     from torchvision.datasets import FashionMNIST
@@ -48,7 +48,7 @@ def read_photographs() -> dict[str, Photographs]:
             with gzip.open(packed) as source, open(raw / packed.stem, "wb") as unpacked:
                 shutil.copyfileobj(source, unpacked)
         try:
-            parts = {part: FashionMNIST(root, train=part == "train", download=True) for part in PARTS}
+            parts = {part: FashionMNIST(root, train=part == "train", download=True) for part in SPLITS}
         except (OSError, RuntimeError) as error:
             raise RuntimeError(
                 f"Fashion-MNIST is not in {DEBIAN_FOLDER} (Debian: apt-get install dataset-fashion-mnist) and"
@@ -56,40 +56,40 @@ def read_photographs() -> dict[str, Photographs]:
                 f" bash launch/quickstart.sh --data FOLDER"
             ) from error
     return {
-        part: Photographs(data.data.numpy(), [names[target] for target in data.targets]) for part, data in parts.items()
+        part: LabeledImages(data.data.numpy(), [names[target] for target in data.targets]) for part, data in parts.items()
     }
 
 
 def write_class_folders(target: Path) -> None:
     """Writes TARGET/train and TARGET/val. Raises ValueError if `target` exists, RuntimeError as above."""
-    with new_folder(target) as folder, worker_pool(available_cores()) as pool:
+    with atomic_folder(target) as folder, worker_pool(available_cores()) as pool:
         tasks = []
-        for part, photographs in read_photographs().items():
-            for first in range(0, len(photographs.pixels), _PHOTOGRAPHS_PER_TASK):
-                piece = slice(first, first + _PHOTOGRAPHS_PER_TASK)
-                some = Photographs(photographs.pixels[piece], photographs.classes[piece])
-                tasks.append(pool.submit(write_photographs, folder / part, some, first))
+        for part, images in load_fashion_mnist().items():
+            for first in range(0, len(images.pixels), _IMAGES_PER_TASK):
+                piece = slice(first, first + _IMAGES_PER_TASK)
+                some = LabeledImages(images.pixels[piece], images.classes[piece])
+                tasks.append(pool.submit(write_images, folder / part, some, first))
         for task in tasks:
             task.result()
 
 
-def write_photographs(folder: Path, photographs: Photographs, first: int = 0) -> None:
-    """Writes the n-th photograph as FOLDER/<class>/<first + n>.png."""
-    for name in set(photographs.classes):
+def write_images(folder: Path, images: LabeledImages, first: int = 0) -> None:
+    """Writes the n-th image as FOLDER/<class>/<first + n>.png."""
+    for name in set(images.classes):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for number, (pixels, name) in enumerate(zip(photographs.pixels, photographs.classes, strict=True), first):
+    for number, (pixels, name) in enumerate(zip(images.pixels, images.classes, strict=True), first):
         # The fastest level; at any, a file takes one block of the disk.
         Image.fromarray(pixels).save(folder / name / f"{number:05d}.png", compress_level=1)
 
 
 def is_complete(target: Path) -> bool:
-    return all(sum(1 for _ in (target / part).glob("*/*.png")) == count for part, count in PARTS.items())
+    return all(sum(1 for _ in (target / part).glob("*/*.png")) == count for part, count in SPLITS.items())
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dataio.fashion_mnist",
-        description="Writes the 60,000 + 10,000 photographs of Fashion-MNIST as class folders of PNG files.",
+        description="Writes the 60,000 + 10,000 images of Fashion-MNIST as class folders of PNG files.",
     )
     parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write; kept if it is complete")
     target = parser.parse_args(argv).target
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {sum(PARTS.values())} photographs to {target} in {time.monotonic() - start:.1f} s")
+    print(f"wrote {sum(SPLITS.values())} images to {target} in {time.monotonic() - start:.1f} s")
     return 0
 
 

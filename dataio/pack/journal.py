@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from dataio.files import sha256_of, sync
-from dataio.manifest import SAMPLE_DTYPE, Broken, Shard
+from dataio.manifest import SAMPLE_DTYPE, Shard, SkippedFile
 from dataio.pack.shard_writer import WrittenShard
 
-UNFINISHED = ".new"  # what the names of files written aside end with
+TEMP_SUFFIX = ".new"  # what the names of files written aside end with
 
 _NAME = "journal"
 _HASH_DIGITS = 16
@@ -34,26 +34,26 @@ class FinishedShard:
 
 
 class Journal:
-    """The finished shards of a pack, in order, in the folder that `new_folder` gave.
+    """The finished shards of a pack, in order, in the folder that `atomic_folder` gave.
 
-    request: what decides about every byte that is packed, as JSON has it. Shards of another request are removed, and
+    settings: what decides about every byte that is packed, as JSON has it. Shards packed with other settings are removed, and
     so is the first one whose bytes are not those that were noted, with all after it.
-    changed: the names of what was different in the request, if shards were removed for that.
+    changed: the names of what was different in the settings, if shards were removed for that.
     """
 
-    def __init__(self, folder: Path, request: dict[str, Any], pool: Executor) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], pool: Executor) -> None:
         self._folder, path = folder, folder.parent / _NAME
         self.shards: list[FinishedShard] = []
         self.changed: list[str] = []
-        before, *records = _read(path) or [request]
-        if before != request:
-            self.changed = [name for name in request if before.get(name) != request[name]] if records else []
+        before, *records = _read(path) or [settings]
+        if before != settings:
+            self.changed = [name for name in settings if before.get(name) != settings[name]] if records else []
             records = []
-        records = _whole(folder, records, pool)
+        records = _verified_records(folder, records, pool)
         self.shards = [_from_record(record) for record in records]
         self._remove_others()
-        new = path.with_suffix(UNFINISHED)
-        new.write_bytes(b"".join(map(_line, [request, *records])))
+        new = path.with_suffix(TEMP_SUFFIX)
+        new.write_bytes(b"".join(map(_line, [settings, *records])))
         new.replace(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by __exit__)
 
@@ -84,18 +84,18 @@ class Journal:
 
     def _remove_others(self) -> None:
         known = {name for finished in self.shards if (shard := finished.shard) for name in (shard.name, shard.idx_name)}
-        for path in [*self._folder.iterdir(), *self._folder.parent.glob(f"*{UNFINISHED}")]:
+        for path in [*self._folder.iterdir(), *self._folder.parent.glob(f"*{TEMP_SUFFIX}")]:
             if path.name not in known:
                 path.unlink()
 
 
-def _whole(folder: Path, records: list[dict[str, Any]], pool: Executor) -> list[dict[str, Any]]:
+def _verified_records(folder: Path, records: list[dict[str, Any]], pool: Executor) -> list[dict[str, Any]]:
     """The records up to the first whose files are not as noted."""
-    checks = pool.map(_is_whole, [folder] * len(records), [record["shard"] for record in records])
+    checks = pool.map(_is_intact, [folder] * len(records), [record["shard"] for record in records])
     return [record for record, _ in takewhile(lambda pair: pair[1], zip(records, checks, strict=True))]
 
 
-def _is_whole(folder: Path, fields: dict[str, Any] | None) -> bool:
+def _is_intact(folder: Path, fields: dict[str, Any] | None) -> bool:
     if fields is None:
         return True
     shard = Shard(**fields)
@@ -115,7 +115,7 @@ def _record(finished: FinishedShard) -> dict[str, Any]:
 def _from_record(record: dict[str, Any]) -> FinishedShard:
     fields = dict(record["written"], idx=b"")
     fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), SAMPLE_DTYPE)
-    fields["broken"] = [Broken(**broken) for broken in fields["broken"]]
+    fields["broken"] = [SkippedFile(**broken) for broken in fields["broken"]]
     return FinishedShard(record["shard"] and Shard(**record["shard"]), WrittenShard(**fields))
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataio.files import list_folder
-from dataio.images import ENDINGS
+from dataio.images import EXTENSIONS
 from dataio.pack.archives import Member, TarReader, ZipReader
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there is the validation part
 
 #: What operating systems, viewers and file servers leave among images, in lower case.
-_STRAY = {
+_SYSTEM_FILES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
     *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"),
 }
@@ -35,15 +35,15 @@ _ARCHIVES = (".zip", ".tar")
 
 def is_visible(path: str) -> bool:
     """Whether no part of a path is hidden, or left there by a program."""
-    return not any(name.startswith(".") or name.lower() in _STRAY for name in path.removeprefix("./").split("/"))
+    return not any(name.startswith(".") or name.lower() in _SYSTEM_FILES for name in path.removeprefix("./").split("/"))
 
 
 def is_image(name: str) -> bool:
     """Whether a file is called like an image that can be packed."""
-    return name.lower().endswith(ENDINGS)
+    return name.lower().endswith(EXTENSIONS)
 
 
-class Level(NamedTuple):
+class FolderListing(NamedTuple):
     """What lies directly in a folder: the names of visible folders, and whether an image does."""
 
     folders: list[str]
@@ -51,7 +51,7 @@ class Level(NamedTuple):
 
 
 #: The path of a folder → what lies in it.
-Look = Callable[[Path], Level]
+FolderLister = Callable[[Path], FolderListing]
 
 
 @dataclass(frozen=True)
@@ -66,40 +66,40 @@ class Layout:
     unused: tuple[Path, ...] = ()
 
 
-def look(path: Path) -> Level:
+def inspect_folder(path: Path) -> FolderListing:
     """Looks into a folder on the disk or in an archive. Without folders, archives stand for them."""
     archive, inside = split_archive(path)
     if archive is not None:
         facts = archive.stat()
-        return _levels_of_archive(archive, facts.st_mtime_ns, facts.st_size).get(inside, Level([], images=False))
+        return _read_archive_listings(archive, facts.st_mtime_ns, facts.st_size).get(inside, FolderListing([], images=False))
     entries = [entry for entry in list_folder(path) if is_visible(entry.name)]
     folders = [entry.name for entry in entries if entry.is_dir()] or [
-        entry.name for entry in entries if entry.name.lower().endswith(".zip") or _part_name(entry.name) != entry.name
+        entry.name for entry in entries if entry.name.lower().endswith(".zip") or _split_name(entry.name) != entry.name
     ]
-    return Level(sorted(folders), any(is_image(entry.name) for entry in entries))
+    return FolderListing(sorted(folders), any(is_image(entry.name) for entry in entries))
 
 
-def find_layout(path: Path, look: Look = look) -> Layout:
+def find_layout(path: Path, inspect_folder: FolderLister = inspect_folder) -> Layout:
     """The parts of the data set at `path`; where there are none, `train` is the folder that holds the classes.
 
     Raises ValueError if two folders are the same part, or there are several and none is for training.
     """
     while True:
-        layout = _parts_in(path, look)
+        layout = _find_splits(path, inspect_folder)
         if layout is not None:
             return layout
-        level = look(path)
-        if len(level.folders) != 1 or level.images:
+        listing = inspect_folder(path)
+        if len(listing.folders) != 1 or listing.images:
             return Layout(path)
-        inner = path / level.folders[0]
-        if not look(inner).folders:
+        inner = path / listing.folders[0]
+        if not inspect_folder(inner).folders:
             return Layout(path)
         path = inner
 
 
-def find_classes(path: Path, look: Look = look) -> Path:
+def find_classes(path: Path, inspect_folder: FolderLister = inspect_folder) -> Path:
     """The folder that holds the classes. Raises ValueError if there are such for training and for validation."""
-    while (layout := find_layout(path, look)).train != path:
+    while (layout := find_layout(path, inspect_folder)).train != path:
         if layout.val is not None:
             commands = " and ".join(
                 f"python -m dataio.pack {shlex.quote(str(part))} TARGET/{name}"
@@ -113,43 +113,43 @@ def find_classes(path: Path, look: Look = look) -> Path:
     return path
 
 
-def _parts_in(path: Path, look: Look) -> Layout | None:
+def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
     """The parts that lie in one folder; None if the folders there are no parts."""
-    folders = look(path).folders
+    folders = inspect_folder(path).folders
     known: dict[str, str] = {}
     for folder in folders:
-        name = _part_name(folder)
+        name = _split_name(folder)
         if name in known:
             raise ValueError(f"{path} holds {known[name]} and {folder}; rename one of them")
         if name in TRAIN_NAMES + VAL_NAMES:
             known[name] = folder
     trains, vals = ([path / known[name] for name in names if name in known] for names in (TRAIN_NAMES, VAL_NAMES))
     others = [path / folder for folder in folders if folder not in known.values()]
-    are_classes = any(_holds_images(folder, look) for folder in others)
+    are_classes = any(_holds_images(folder, inspect_folder) for folder in others)
     if not trains:
         if len(vals) > 1 and not are_classes:
             names = ", ".join(folder.name for folder in vals)
             raise ValueError(f"{path} holds {names} and nothing to train on; call that part train")
         return None
-    if are_classes and (not vals or look(trains[0]).images):  # one of the classes is called train
+    if are_classes and (not vals or inspect_folder(trains[0]).images):  # one of the classes is called train
         return None
     return Layout(trains[0], vals[0] if vals else None, (*trains[1:], *vals[1:], *others))
 
 
-def _part_name(folder: str) -> str:
+def _split_name(folder: str) -> str:
     """What a part's folder is called, or an archive that stands for one; other names stay as they are."""
-    stem, ending = os.path.splitext(folder.lower())
-    name = stem if ending in _ARCHIVES else folder.lower()
+    stem, extension = os.path.splitext(folder.lower())
+    name = stem if extension in _ARCHIVES else folder.lower()
     return name if name in TRAIN_NAMES + VAL_NAMES else folder
 
 
-def _holds_images(path: Path, look: Look, above: frozenset[str] = frozenset()) -> bool:
+def _holds_images(path: Path, inspect_folder: FolderLister, above: frozenset[str] = frozenset()) -> bool:
     """Whether an image lies in a folder or anywhere below it; links back to a folder `above` are left out."""
     real = os.path.realpath(path)
     if real in above:
         return False
-    level = look(path)
-    return level.images or any(_holds_images(path / folder, look, above | {real}) for folder in level.folders)
+    listing = inspect_folder(path)
+    return listing.images or any(_holds_images(path / folder, inspect_folder, above | {real}) for folder in listing.folders)
 
 
 def split_archive(path: Path) -> tuple[Path | None, str]:
@@ -170,7 +170,7 @@ def open_archive(archive: Path) -> ZipReader | TarReader:
     return ZipReader(archive) if zipfile.is_zipfile(archive) else TarReader((archive,))
 
 
-def levels_of(members: Iterable[Member]) -> dict[str, Level]:
+def archive_listings(members: Iterable[Member]) -> dict[str, FolderListing]:
     """What lies in each folder of an archive, by its path in there."""
     folders, with_images = {""}, set()
     for member in members:
@@ -186,9 +186,9 @@ def levels_of(members: Iterable[Member]) -> dict[str, Level]:
     for folder in sorted(folders - {""}):
         above, _, name = folder.rpartition("/")
         inside[above].append(name)
-    return {folder: Level(names, folder in with_images) for folder, names in inside.items()}
+    return {folder: FolderListing(names, folder in with_images) for folder, names in inside.items()}
 
 
 @lru_cache(maxsize=8)
-def _levels_of_archive(archive: Path, changed_ns: int, size: int) -> dict[str, Level]:
-    return levels_of(read_members(open_archive(archive)))
+def _read_archive_listings(archive: Path, changed_ns: int, size: int) -> dict[str, FolderListing]:
+    return archive_listings(read_members(open_archive(archive)))

@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dataio.files import user_path
-from dataio.images import CHECKS, Shrink
+from dataio.images import CHECKS, Downscale
 
-PARTS = ("held-out", "kept")  # of --hold-out
+SPLITS = ("train", "val")  # of --val-percent
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What the command's options say. `hold_out` is a percentage, `part` is "kept" or "held-out"."""
+    """What the command's options say. `val_percent` is a percentage, `split` is "train" or "val"."""
 
     shard_mib: int = 256
     workers: int = 0  # 0: one per available core
@@ -22,8 +22,8 @@ class PackOptions:
     resize: int | None = None  # pixels of the short side
     quality: int | None = None  # of the JPEGs that --resize writes; None: 90
     skip_broken: bool = False
-    hold_out: float | None = None
-    part: str | None = None
+    val_percent: float | None = None
+    split: str | None = None
     classes: Path | None = None
     max_megapixels: int = 500
 
@@ -44,12 +44,12 @@ class PackOptions:
             raise ValueError("--quality is for the images that --resize makes smaller; give both or neither")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"--quality is {self.quality}; use a number from 1 to 100 (above 95 gains nothing)")
-        if (self.hold_out is None) != (self.part is None):
-            raise ValueError("--hold-out and --part belong together; give both or neither")
-        if self.hold_out is not None and not 0 < self.hold_out < 100:
-            raise ValueError(f"--hold-out is {self.hold_out}; use a percentage between 0 and 100")
-        if self.part not in (None, *PARTS):
-            raise ValueError(f'--part is "{self.part}"; use {" or ".join(PARTS)}')
+        if (self.val_percent is None) != (self.split is None):
+            raise ValueError("--val-percent and --split belong together; give both or neither")
+        if self.val_percent is not None and not 0 < self.val_percent < 100:
+            raise ValueError(f"--val-percent is {self.val_percent}; use a percentage between 0 and 100")
+        if self.split not in (None, *SPLITS):
+            raise ValueError(f'--split is "{self.split}"; use {" or ".join(SPLITS)}')
 
     def flags(self) -> Iterator[str]:
         """The options that differ from the defaults, as the command takes them."""
@@ -61,12 +61,12 @@ class PackOptions:
                 yield f"{name}={value}"
 
     @property
-    def shrink(self) -> Shrink | None:
-        return None if self.resize is None else Shrink(self.resize, self.quality or 90)
+    def downscale(self) -> Downscale | None:
+        return None if self.resize is None else Downscale(self.resize, self.quality or 90)
 
 
 def add_options(parser: argparse._ActionsContainer) -> None:
-    """Adds all options but --part, and what is to be packed and where."""
+    """Adds all options but --split, and what is to be packed and where."""
     parser.add_argument(
         "--shard-mib",
         type=int,
@@ -103,10 +103,10 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         help="leave out and list files that are no images or do not pass the check; without it they are an error",
     )
     parser.add_argument(
-        "--hold-out",
+        "--val-percent",
         type=float,
         metavar="PERCENT",
-        help="split SOURCE in two and pack one --part: for images without a validation set, run twice with the same"
+        help="split SOURCE in two and pack one --split: for images without a validation set, run twice with the same"
         " percentage. Of each class that percentage is held out, chosen by a hash of each image's path: at least one"
         " image, and never all",
     )

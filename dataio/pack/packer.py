@@ -26,31 +26,31 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import empty, new_folder, printable, sync
-from dataio.images import SHRINK_VERSION
+from dataio.files import atomic_folder, printable, sync
+from dataio.images import DOWNSCALE_VERSION
 from dataio.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     SAMPLE_DTYPE,
     SAMPLES_NAME,
-    Broken,
     Manifest,
     ManifestFile,
+    SkippedFile,
     load_manifest,
     parse_manifest,
 )
-from dataio.pack.journal import UNFINISHED, FinishedShard, Journal
+from dataio.pack.journal import TEMP_SUFFIX, FinishedShard, Journal
 from dataio.pack.options import PackOptions
 from dataio.pack.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
 from dataio.pack.source import ImageFile, Source, find_images, read_names
-from dataio.sampler import STORAGE_STREAM, philox
-from dataio.terminal import progress_bar, status
+from dataio.sampler import PACK_SHUFFLE_STREAM, philox
+from dataio.terminal import progress_bar, spinner
 from dataio.workers import available_cores, worker_pool
 
 REPORT_NAME = "report.json"
 
 _SMALLEST_SHARD = 16 * 2**20  # bytes; a small source is cut into shards of this size …
-_SHARDS_WANTED = 64  # … or into so many, so that all workers have their share of it
+_MIN_SHARDS = 64  # … or into so many, so that all workers have their share of it
 _INDEX_BYTES = 128  # of an image, at most, in its .idx and samples.npy
 _BROKEN_SHOWN, _NAMES_SHOWN = 20, 3
 _SYNCED_AT_ONCE = 16
@@ -67,18 +67,18 @@ def pack(source: str | Path, target: str | Path, options: PackOptions | None = N
     source, target = Path(source), Path(target)
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{target} lies inside {source}; choose a folder beside it, or it would become a class")
-    with new_folder(target, resume=True) as folder:
-        with status(f"listing {source}"):
+    with atomic_folder(target, resume=True) as folder:
+        with spinner(f"listing {source}"):
             found = find_images(source, options.classes and read_names(options.classes))
-        parts = None if options.hold_out is None else split(found, options.hold_out)
+        parts = None if options.val_percent is None else split(found, options.val_percent)
         if parts is not None:  # a file that is no image lies in the kept part
-            broken = found.broken if options.part == "kept" else []
-            found = replace(found, images=parts[options.part], broken=broken)
-        for line in _remarks(found):
+            broken = found.broken if options.split == "train" else []
+            found = replace(found, images=parts[options.split], broken=broken)
+        for line in _warnings(found):
             print(line, file=sys.stderr)
         if found.broken and not options.skip_broken:
             raise _broken_error(found, found.broken[0])
-        tasks = _plan(found, folder.parent, options)
+        tasks = _plan_shards(found, folder.parent, options)
         with worker_pool(min(options.workers or available_cores(), len(tasks))) as pool:
             shards = _write_shards(found, tasks, folder, pool, options)
         report = _report(found, parts, [shard.written for shard in shards], options)
@@ -86,12 +86,12 @@ def pack(source: str | Path, target: str | Path, options: PackOptions | None = N
     return load_manifest(target)
 
 
-def _remarks(found: Source) -> Iterator[str]:
+def _warnings(found: Source) -> Iterator[str]:
     """What a source holds and its user may not expect."""
     plain = sorted(found.classes)
     pairs = enumerate(zip(found.classes, plain, strict=True))
     different = next((number for number, names in pairs if names[0] != names[1]), None)
-    if found.natural and different is not None:
+    if found.natural_order and different is not None:
         yield (
             f'classes are in natural order, as in timm: class {different} is "{found.classes[different]}", where'
             f' torchvision has "{plain[different]}"; --classes FILE, with a name in each line, gives them another order'
@@ -109,7 +109,7 @@ def _first_of(names: Sequence[str]) -> str:
 
 
 def split(found: Source, percent: float) -> dict[str, list[ImageFile]]:
-    """The images of each of PARTS. Of every class that percentage is held out, at least one image and never all.
+    """The images of each of SPLITS. Of every class that percentage is held out, at least one image and never all.
 
     A class of one image is kept. Which ones are held out is decided by a hash of their paths, so that further images
     move no more than one of each class. Raises ValueError if no class has two.
@@ -125,18 +125,18 @@ def split(found: Source, percent: float) -> dict[str, list[ImageFile]]:
     if not held_out:
         raise ValueError(f"no class of {found.name} has two images, so that one could be held out; add some")
     return {
-        "held-out": [image for place, image in enumerate(found.images) if place in held_out],
-        "kept": [image for place, image in enumerate(found.images) if place not in held_out],
+        "val": [image for place, image in enumerate(found.images) if place in held_out],
+        "train": [image for place, image in enumerate(found.images) if place not in held_out],
     }
 
 
-def _plan(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
+def _plan_shards(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
     """The images in seeded order, cut where the next one would make the shard too large."""
-    stream = philox(options.seed, STORAGE_STREAM)
+    stream = philox(options.seed, PACK_SHUFFLE_STREAM)
     order = np.argsort(stream.random_raw(len(found.images)), kind="stable").tolist()
     images = [found.images[number] for number in order]
     ends = np.cumsum([_bytes_of(image) for image in images])
-    limit = min(options.shard_mib * 2**20, max(_SMALLEST_SHARD, int(ends[-1]) // _SHARDS_WANTED))
+    limit = min(options.shard_mib * 2**20, max(_SMALLEST_SHARD, int(ends[-1]) // _MIN_SHARDS))
     limit -= tarfile.RECORDSIZE  # the end mark takes at most one record
     tasks, start = [], 0
     while start < len(images):
@@ -144,12 +144,12 @@ def _plan(found: Source, folder: Path, options: PackOptions) -> list[ShardTask]:
         end = max(start + 1, int(np.searchsorted(ends, used + limit, side="right")))
         tasks.append(
             ShardTask(
-                path=folder / f"shard-{len(tasks):06d}{UNFINISHED}",
+                path=folder / f"shard-{len(tasks):06d}{TEMP_SUFFIX}",
                 reader=found.reader,
                 first_key=start,
                 images=images[start:end],
                 check=options.check,
-                shrink=options.shrink,
+                downscale=options.downscale,
                 skip_broken=options.skip_broken,
                 max_megapixels=options.max_megapixels,
             )
@@ -167,8 +167,8 @@ def _write_shards(
     found: Source, tasks: list[ShardTask], folder: Path, pool: ProcessPoolExecutor, options: PackOptions
 ) -> list[FinishedShard]:
     """All shards, in the order of the tasks. An error ends all others; of several it is the first in that order."""
-    with status("looking for finished shards"):
-        journal = Journal(folder, _request(found, options), pool)
+    with spinner("looking for finished shards"):
+        journal = Journal(folder, _pack_settings(found, options), pool)
     with journal:
         if journal.changed:
             changed = ", ".join(journal.changed)
@@ -188,11 +188,11 @@ def _write_shards(
         return journal.shards
 
 
-def _request(found: Source, options: PackOptions) -> dict[str, Any]:
+def _pack_settings(found: Source, options: PackOptions) -> dict[str, Any]:
     """What decides about every byte, by names that a message can show."""
     return {
         "format": FORMAT_VERSION,
-        "source (its files, their sizes and times of change)": found.stamp,
+        "source (its files, their sizes and times of change)": found.fingerprint,
         "classes": list(found.classes),
         "choice of images": hashlib.sha256(os.fsencode("\n".join(image.path for image in found.images))).hexdigest(),
         "--shard-mib": options.shard_mib,
@@ -200,10 +200,10 @@ def _request(found: Source, options: PackOptions) -> dict[str, Any]:
         "--check": options.check,
         "--max-megapixels": options.max_megapixels,
         "--resize": options.resize,
-        "--quality": options.shrink and options.shrink.quality,
-        "version of Pillow": options.shrink and SHRINK_VERSION,
-        "--hold-out": options.hold_out,
-        "--part": options.part,
+        "--quality": options.downscale and options.downscale.quality,
+        "version of Pillow": options.downscale and DOWNSCALE_VERSION,
+        "--val-percent": options.val_percent,
+        "--split": options.split,
     }
 
 
@@ -231,7 +231,7 @@ def _results(tasks: list[ShardTask], pool: ProcessPoolExecutor) -> Iterator[Writ
             yield future.result()
 
 
-def _broken_error(found: Source, broken: Broken) -> ValueError:
+def _broken_error(found: Source, broken: SkippedFile) -> ValueError:
     return ValueError(
         f"broken image {found.name}/{broken.file}: {broken.reason}; repair or remove it, or pack with --skip-broken"
         f" to leave out all such files"
@@ -239,15 +239,15 @@ def _broken_error(found: Source, broken: Broken) -> ValueError:
 
 
 def _write_tables(
-    folder: Path, found: Source, finished: list[FinishedShard], options: PackOptions, report: "Report"
+    folder: Path, found: Source, finished: list[FinishedShard], options: PackOptions, report: "PackReport"
 ) -> None:
     """samples.npy, report.json and manifest.json; and waits until all that is in the folder is on disk."""
     written = [shard.written for shard in finished]
     rows = [shard.rows for shard in written if len(shard.rows)]
     samples = np.concatenate([np.empty(0, SAMPLE_DTYPE), *rows])
     lost = {image.label for image in found.images} - set(np.unique(samples["label"]).tolist())
-    if lost and options.part != "held-out":  # of which some classes have no image at all
-        empty(folder)  # the source must change, and then all shards are others
+    if lost and options.split != "val":  # of which some classes have no image at all
+        clear_folder(folder)  # the source must change, and then all shards are others
         name = found.classes[min(lost)]
         raise ValueError(f'class "{name}" has only broken images; repair one or remove {found.name}/{name}')
     samples["shard"] = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
@@ -257,8 +257,8 @@ def _write_tables(
     manifest = ManifestFile(
         format=FORMAT_VERSION,
         seed=options.seed,
-        hold_out=options.hold_out,
-        part=options.part,
+        hold_out=options.val_percent,
+        part=options.split,
         samples=len(samples),
         samples_sha256=hashlib.sha256(table.getvalue()).hexdigest(),
         classes=found.classes,
@@ -279,7 +279,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Report:
+class PackReport:
     """What report.json says: how the images were packed, and the paths of those that training may not expect."""
 
     check: str
@@ -289,19 +289,19 @@ class Report:
     resized: int  # images that were made smaller
     cmyk: list[str]
     rotated: list[str]  # their EXIF asks for a rotation or a flip
-    parts: dict[str, int] | None = None  # with --hold-out: how many images each of PARTS has
+    parts: dict[str, int] | None = None  # with --val-percent: how many images each of SPLITS has
     ignored: int = 0  # texts and tables among the images
 
 
 def _report(
     found: Source, parts: dict[str, list[ImageFile]] | None, written: list[WrittenShard], options: PackOptions
-) -> Report:
-    shrink = options.shrink
-    return Report(
+) -> PackReport:
+    downscale = options.downscale
+    return PackReport(
         check=options.check,
         resize=options.resize,
-        quality=shrink and shrink.quality,
-        encoder=shrink and SHRINK_VERSION,
+        quality=downscale and downscale.quality,
+        encoder=downscale and DOWNSCALE_VERSION,
         resized=sum(shard.shrunk for shard in written),
         cmyk=sorted(path for shard in written for path in shard.cmyk),
         rotated=sorted(path for shard in written for path in shard.rotated),
@@ -310,5 +310,5 @@ def _report(
     )
 
 
-def read_report(folder: Path) -> Report:
-    return Report(**json.loads((folder / REPORT_NAME).read_text()))
+def read_report(folder: Path) -> PackReport:
+    return PackReport(**json.loads((folder / REPORT_NAME).read_text()))

@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dataio.images import Header, Shrink, check_image, shrink_image
-from dataio.manifest import SAMPLE_DTYPE, Broken
-from dataio.pack.source import LABEL_ENDING, ImageFile, Reader
+from dataio.images import Downscale, Header, check_image, downscale_image
+from dataio.manifest import SAMPLE_DTYPE, SkippedFile
+from dataio.pack.source import LABEL_EXTENSION, ImageFile, Reader
 
 _BLOCK = tarfile.BLOCKSIZE
-_MOST_BYTES = 2**31 - 2**13  # that Linux reads at once
+_MAX_READ_BYTES = 2**31 - 2**13  # that Linux reads at once
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ShardTask:
     first_key: int
     images: list[ImageFile]
     check: str
-    shrink: Shrink | None
+    downscale: Downscale | None
     skip_broken: bool
     max_megapixels: int | None = None
 
@@ -44,7 +44,7 @@ class WrittenShard:
     idx: bytes
     bytes: int
     sha256: str
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[SkippedFile] = field(default_factory=list)
     cmyk: list[str] = field(default_factory=list)
     rotated: list[str] = field(default_factory=list)
     shrunk: int = 0
@@ -53,7 +53,7 @@ class WrittenShard:
 class BrokenImageError(ValueError):
     """An image that cannot be packed, in a source that must not have one."""
 
-    def __init__(self, broken: Broken) -> None:
+    def __init__(self, broken: SkippedFile) -> None:
         super().__init__(broken)
         self.broken = broken
 
@@ -71,16 +71,16 @@ def write_shard(task: ShardTask) -> WrittenShard:
             try:
                 data, header = _read(task, image, written)
             except ValueError as error:
-                written.broken.append(Broken(image.path, str(error)))
+                written.broken.append(SkippedFile(image.path, str(error)))
                 if not task.skip_broken:
                     raise BrokenImageError(written.broken[-1]) from error
                 continue
-            name, label = f"{key:08d}.{header.ending}", str(image.label)
-            label_name = f"{key:08d}.{LABEL_ENDING}"
+            name, label = f"{key:08d}.{header.extension}", str(image.label)
+            label_name = f"{key:08d}.{LABEL_EXTENSION}"
             offset, label_offset = tar.add((name, data), (label_name, label.encode()))
             rows.append((0, image.label, offset, len(data), header.width, header.height))
             lines.append(
-                f"{header.ending} {offset} {len(data)} {name} {LABEL_ENDING} {label_offset} {len(label)} {label_name}\n"
+                f"{header.extension} {offset} {len(data)} {name} {LABEL_EXTENSION} {label_offset} {len(label)} {label_name}\n"
             )
         written.bytes, written.sha256 = tar.close()
     written.rows = np.array(rows, SAMPLE_DTYPE)
@@ -90,17 +90,17 @@ def write_shard(task: ShardTask) -> WrittenShard:
 
 def _read(task: ShardTask, image: ImageFile, written: WrittenShard) -> tuple[bytes, Header]:
     """(bytes to store, their header), noting in `written` what is odd. Raises ValueError with what is broken."""
-    if image.bytes > _MOST_BYTES:
+    if image.bytes > _MAX_READ_BYTES:
         raise ValueError(f"it has {image.bytes} bytes; make it smaller than 2 GiB")
     try:
-        data = task.reader.read(image.bytes, image.place)
+        data = task.reader.read(image.bytes, image.locator)
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror or error}") from error
     if len(data) != image.bytes:
         raise RuntimeError(f"{image.path} was changed while it was being packed; pack again when nothing changes it")
     header = check_image(data, task.check, task.max_megapixels)
-    if task.shrink is not None:
-        stored, header = shrink_image(data, header, task.shrink)
+    if task.downscale is not None:
+        stored, header = downscale_image(data, header, task.downscale)
         written.shrunk += stored is not data
         data = stored
     if header.cmyk:
@@ -123,11 +123,11 @@ class TarWriter:
     def add(self, *members: tuple[str, bytes]) -> list[int]:
         """Writes (name, content) of each; returns the offsets of the contents in the file."""
         pieces, offsets = [], []
-        place = self._bytes
+        position = self._bytes
         for name, content in members:
-            offsets.append(place + _BLOCK)
+            offsets.append(position + _BLOCK)
             pieces += _tar_header(name.encode("ascii"), len(content)), content, bytes(-len(content) % _BLOCK)
-            place += member_bytes(len(content))
+            position += member_bytes(len(content))
         self._write(b"".join(pieces))
         return offsets
 

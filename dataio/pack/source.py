@@ -20,28 +20,36 @@ from typing import NamedTuple, Protocol
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dataio.files import list_folder, printable
-from dataio.images import ENDINGS
-from dataio.manifest import MANIFEST_NAME, Broken, read_manifest_file
+from dataio.images import EXTENSIONS
+from dataio.manifest import MANIFEST_NAME, SkippedFile, read_manifest_file
 from dataio.pack.archives import Member, TarReader
-from dataio.pack.layout import find_classes, is_image, is_visible, levels_of, open_archive, read_members, split_archive
+from dataio.pack.layout import (
+    archive_listings,
+    find_classes,
+    is_image,
+    is_visible,
+    open_archive,
+    read_members,
+    split_archive,
+)
 
-LABEL_ENDING = "cls"
+LABEL_EXTENSION = "cls"
 
-_LOOKED_AT = 100  # members of a tar file, to tell a WebDataset from a class folder
-_MOST_CLASSES = 2**20  # without names
+_MEMBERS_PROBED = 100  # members of a tar file, to tell a WebDataset from a class folder
+_MAX_CLASSES = 2**20  # without names
 _NO_CLASS_FOLDER = "it lies in no class folder"
-_OTHER_ENDING = f"its name ends with none of {' '.join(ENDINGS)}"
+_OTHER_EXTENSION = f"its name ends with none of {' '.join(EXTENSIONS)}"
 #: Images that others decode and DALI does not.
-_FOREIGN = (".avif", ".gif", ".heic", ".heif", ".ico", ".jxl", ".psd", ".svg", ".tga")
+_UNSUPPORTED = (".avif", ".gif", ".heic", ".heif", ".ico", ".jxl", ".psd", ".svg", ".tga")
 #: What is often kept beside images: annotations, tables, texts.
-_COMPANIONS = (".aae", ".csv", ".html", ".ini", ".json", ".md", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml")
+_SIDECAR_EXTENSIONS = (".aae", ".csv", ".html", ".ini", ".json", ".md", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml")
 _UNREADABLE = "it is a link to nothing, or no regular file"
 
 
 class Reader(Protocol):
     """Gets the bytes of images in a worker process, which it is sent to."""
 
-    def read(self, size: int, place: tuple) -> bytes:
+    def read(self, size: int, locator: tuple) -> bytes:
         """The bytes, another number than `size` if the file has changed. Raises OSError if they cannot be read."""
 
 
@@ -51,35 +59,35 @@ class ImageFile(NamedTuple):
     path: str
     label: int
     bytes: int
-    place: tuple
+    locator: tuple
 
 
 @dataclass(frozen=True)
 class Source:
     """What there is to pack, in a fixed order. `broken` are the files that need not be opened to tell.
 
-    stamp: a hash of all paths, sizes and times of change. ignored: texts and tables among the images. natural: whether
+    fingerprint: a hash of all paths, sizes and times of change. ignored: texts and tables among the images. natural_order: whether
     the classes are in natural order, since neither a file nor numbers say another.
     """
 
     name: str  # as the command has it
     classes: tuple[str, ...]
     images: list[ImageFile]
-    broken: list[Broken]
-    stamp: str
+    broken: list[SkippedFile]
+    fingerprint: str
     reader: Reader
     ignored: int = 0
-    natural: bool = False
+    natural_order: bool = False
 
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Reads the files of a folder. A place is (path inside it,)."""
+    """Reads the files of a folder. A locator is (path inside it,)."""
 
     folder: str
 
-    def read(self, size: int, place: tuple[str]) -> bytes:
-        file = os.open(f"{self.folder}/{place[0]}", os.O_RDONLY)
+    def read(self, size: int, locator: tuple[str]) -> bytes:
+        file = os.open(f"{self.folder}/{locator[0]}", os.O_RDONLY)
         try:
             return os.read(file, size + 1)
         finally:
@@ -137,12 +145,12 @@ def _find_in_folder(path: Path, class_names: Sequence[str] | None) -> Source:
     files = [
         Member(entry.name, fault=None if entry.exists() else _UNREADABLE) for entry in entries if not entry.is_dir()
     ]
-    stamp = hashlib.sha256()
+    fingerprint = hashlib.sha256()
     for name in classes:
         for member, changed in sorted(_files_below(path, name)):
-            stamp.update(b"%b\0%d\0%d\n" % (os.fsencode(member.name), member.bytes, changed))
+            fingerprint.update(b"%b\0%d\0%d\n" % (os.fsencode(member.name), member.bytes, changed))
             files.append(member)
-    return _of_class_folder(path, classes, files, class_names, stamp.hexdigest(), FolderReader(str(path)))
+    return _of_class_folder(path, classes, files, class_names, fingerprint.hexdigest(), FolderReader(str(path)))
 
 
 def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
@@ -174,10 +182,10 @@ def _find_in_archive(archive: Path, inside: str, class_names: Sequence[str] | No
     reader = open_archive(archive)
     members = read_members(reader)
     _require_unique(archive, members)
-    levels = levels_of(members)
-    if inside not in levels:
+    listings = archive_listings(members)
+    if inside not in listings:
         raise ValueError(f"{archive} holds no folder {inside}; name one that it holds, or the archive alone")
-    path = find_classes(archive / inside, lambda place: levels[split_archive(place)[1]])
+    path = find_classes(archive / inside, lambda locator: listings[split_archive(locator)[1]])
     top = "".join(f"{folder}/" for folder in path.relative_to(archive).parts)
     members = [
         member._replace(name=member.name.removeprefix(top))
@@ -186,7 +194,7 @@ def _find_in_archive(archive: Path, inside: str, class_names: Sequence[str] | No
     ]
     classes = sorted({member.name.partition("/")[0] for member in members if "/" in member.name})
     files = sorted((member for member in members if not member.name.endswith("/")), key=_by_class)
-    return _of_class_folder(path, classes, files, class_names, _stamp_of([archive]), reader)
+    return _of_class_folder(path, classes, files, class_names, _fingerprint_of([archive]), reader)
 
 
 def _by_class(member: Member) -> tuple[str, ...]:
@@ -198,7 +206,7 @@ def _of_class_folder(
     folders: list[str],
     files: Iterable[Member],
     class_names: Sequence[str] | None,
-    stamp: str,
+    fingerprint: str,
     reader: Reader,
 ) -> Source:
     """The source of these files, in this order; those of a class are called FOLDER/…"""
@@ -209,15 +217,15 @@ def _of_class_folder(
         fault = file.fault or _fault_of_name(file.name)
         if not slash:
             if file.fault or is_image(file.name):
-                broken.append(Broken(file.name, file.fault or _NO_CLASS_FOLDER))
+                broken.append(SkippedFile(file.name, file.fault or _NO_CLASS_FOLDER))
         elif fault is None:
-            images.append(ImageFile(file.name, labels[folder], file.bytes, file.place))
+            images.append(ImageFile(file.name, labels[folder], file.bytes, file.locator))
         else:
             others[folder] += 1
-            if file.name.lower().endswith(_COMPANIONS):
+            if file.name.lower().endswith(_SIDECAR_EXTENSIONS):
                 ignored += 1
             else:
-                broken.append(Broken(file.name, fault))
+                broken.append(SkippedFile(file.name, fault))
     used = {image.label for image in images}
     for folder in folders if class_names is None or not images else ():
         if labels[folder] not in used:
@@ -226,7 +234,7 @@ def _of_class_folder(
                 f'class "{folder}" has no images{kinds}; add some to {path / folder}, remove that folder, or name all'
                 f" classes in a file for --classes"
             )
-    return Source(str(path), tuple(classes), images, broken, stamp, reader, ignored, natural=class_names is None)
+    return Source(str(path), tuple(classes), images, broken, fingerprint, reader, ignored, natural_order=class_names is None)
 
 
 def _label_folders(
@@ -268,8 +276,8 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 def _fault_of_name(name: str) -> str | None:
     if is_image(name):
         return None
-    ending = os.path.splitext(name)[1].lower()
-    return f"DALI does not decode {ending} files; convert it to JPEG or PNG" if ending in _FOREIGN else _OTHER_ENDING
+    extension = os.path.splitext(name)[1].lower()
+    return f"DALI does not decode {extension} files; convert it to JPEG or PNG" if extension in _UNSUPPORTED else _OTHER_EXTENSION
 
 
 # WebDatasets
@@ -299,8 +307,8 @@ def _shards_of(path: Path) -> list[Path]:
 
 def _has_labels(path: Path) -> bool:
     """Whether one of the first members is a sample's label."""
-    members = islice(TarReader((path,)).members(0), _LOOKED_AT)
-    return any(member.name.endswith(f".{LABEL_ENDING}") for member in members)
+    members = islice(TarReader((path,)).members(0), _MEMBERS_PROBED)
+    return any(member.name.endswith(f".{LABEL_EXTENSION}") for member in members)
 
 
 def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | None) -> Source:
@@ -310,17 +318,17 @@ def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | N
     for number, shard in enumerate(shards):
         for image, label in _samples(shard, list(reader.members(number))):
             images.append(image._replace(name=f"{shard.name}/{image.name}"))
-            text = reader.read(label.bytes, label.place).decode(errors="replace").strip()
+            text = reader.read(label.bytes, label.locator).decode(errors="replace").strip()
             labels.append(unicodedata.normalize("NFC", text))
             if not labels[-1]:
                 raise ValueError(f"{shard}: {label.name} is empty; write the class's number or name into it")
     if not images:
-        raise ValueError(f"{path} holds no samples: no member of its tar files ends with .{LABEL_ENDING}")
+        raise ValueError(f"{path} holds no samples: no member of its tar files ends with .{LABEL_EXTENSION}")
     classes, numbers, natural = _classes(path, labels, class_names)
     files = [
-        ImageFile(image.name, number, image.bytes, image.place) for image, number in zip(images, numbers, strict=True)
+        ImageFile(image.name, number, image.bytes, image.locator) for image, number in zip(images, numbers, strict=True)
     ]
-    return Source(str(path), tuple(classes), files, [], _stamp_of(shards), reader, natural=natural)
+    return Source(str(path), tuple(classes), files, [], _fingerprint_of(shards), reader, natural_order=natural)
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member]]:
@@ -329,25 +337,25 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
     Or before the last one, if a label has such a key: webdataset would read none of 2.5.jpg and 2.5.cls.
     """
     _require_unique(shard, members)
-    labelled = {member.name.removesuffix(f".{LABEL_ENDING}") for member in members}
+    labelled = {member.name.removesuffix(f".{LABEL_EXTENSION}") for member in members}
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
-        key, _, ending = name.partition(".")
+        key, _, extension = name.partition(".")
         if member.name.rpartition(".")[0] in labelled:
-            key, _, ending = name.rpartition(".")
-        if key and ending:
-            samples.setdefault(f"{folder}{slash}{key}", {})[ending] = member
+            key, _, extension = name.rpartition(".")
+        if key and extension:
+            samples.setdefault(f"{folder}{slash}{key}", {})[extension] = member
     for key, fields in samples.items():
-        label = fields.get(LABEL_ENDING)
-        images = [member for ending, member in fields.items() if f".{ending.lower()}" in ENDINGS]
+        label = fields.get(LABEL_EXTENSION)
+        images = [member for extension, member in fields.items() if f".{extension.lower()}" in EXTENSIONS]
         if label is None and not images:
             continue
         if label is None or len(images) != 1:
             found = "no .cls" if label is None else f"{len(images)} images"
             raise ValueError(
                 f"{shard}: sample {key} has {found}; a sample needs one image and its class, like {key}.jpg and"
-                f" {key}.{LABEL_ENDING}"
+                f" {key}.{LABEL_EXTENSION}"
             )
         if fault := images[0].fault or label.fault:
             raise ValueError(f"{shard}: sample {key}: {fault}; replace it by a regular file")
@@ -362,7 +370,7 @@ def _classes(path: Path, labels: list[str], class_names: Sequence[str] | None) -
     if all(label.isascii() and label.isdigit() for label in labels):
         numbers = [int(label) for label in labels]
         highest = max(numbers)
-        if names is None and highest < _MOST_CLASSES:
+        if names is None and highest < _MAX_CLASSES:
             names = [str(number) for number in range(highest + 1)]
         if names is None or highest >= len(names):
             raise ValueError(
@@ -385,6 +393,6 @@ def _require_unique(path: Path, members: list[Member]) -> None:
         names.add(member.name)
 
 
-def _stamp_of(files: list[Path]) -> str:
+def _fingerprint_of(files: list[Path]) -> str:
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -19,11 +19,11 @@ from dataio.manifest import (
     make_manifest,
     parse_manifest,
 )
-from dataio.remote.cache_folder import Entry, Reserved, fill, reserve
-from dataio.remote.fetch import Wait, read_remote
+from dataio.remote.cache_folder import CacheEntry, Reservation, reserve
+from dataio.remote.fetch import Deadline, fetch_bytes
 from dataio.remote.options import CacheOptions, Remote
 from dataio.shards import read_sample
-from dataio.urls import shown
+from dataio.urls import redact_url
 
 _THREADS = 4
 _HEADER_BYTES = 4096  # of a .npy file, at most: NumPy writes 256 for SAMPLE_DTYPE
@@ -35,27 +35,27 @@ def open_remote(url: str, cache: CacheOptions) -> Manifest:
     Raises what `load_manifest` and `fetch` raise.
     """
     remote = Remote(url.rstrip("/"), cache)
-    file, digest = parse_manifest(read_remote(remote, MANIFEST_NAME), shown(remote.address(MANIFEST_NAME)))
+    file, digest = parse_manifest(fetch_bytes(remote, MANIFEST_NAME), redact_url(remote.file_url(MANIFEST_NAME)))
     folder = cache.folder.absolute() / digest[:16]
     table_bytes = _HEADER_BYTES + file.samples * SAMPLE_DTYPE.itemsize
-    table = Entry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
-    cache.require_room({shown(remote.url): table.bytes})
-    wait = Wait(cache.patience.file_seconds)
-    os.close(fill(remote, table, reserve(remote, table, wait), wait))
+    table = CacheEntry(folder / SAMPLES_NAME, table_bytes, file.samples_sha256)
+    cache.check_cache_size({redact_url(remote.url): table.bytes})
+    deadline = Deadline(cache.retry_policy.file_timeout_seconds)
+    os.close(fetch_reserved(remote, table, reserve(remote, table, deadline), deadline))
     return make_manifest(folder, file, digest, remote)
 
 
 @dataclass
-class _Held:
+class _ShardFetch:
     """A shard that is asked for: its open file, as soon as it is there."""
 
-    entry: Entry
+    entry: CacheEntry
     file: "futures.Future[int]" = field(default_factory=futures.Future)
-    given_up: threading.Event = field(default_factory=threading.Event)
-    reserved: Reserved | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    reserved: Reservation | None = None
 
     @property
-    def waits(self) -> bool:
+    def is_queued(self) -> bool:
         return not (self.file.running() or self.file.done())
 
     @property
@@ -63,35 +63,35 @@ class _Held:
         return self.file.done() and self.file.exception() is not None
 
 
-class ShardCache:
+class RemoteShards:
     """The encoded images of a remote data set. A few threads fetch the shards that were asked for, in that order.
 
     A shard that cannot be had is an error of the `read` that needs it, not of the threads that fetched ahead; so is a
-    batch that waits longer for its shards than Patience allows.
+    batch that waits longer for its shards than RetryPolicy allows.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._held: dict[int, _Held] = {}
+        self._fetches: dict[int, _ShardFetch] = {}
         self._queue: deque[int] = deque()  # those that no thread works on yet
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
-        self._turn = threading.Lock()  # room is claimed in the order of need
-        self._batch_seconds = manifest.remote.cache.patience.batch_seconds
-        self._seconds_left = self._batch_seconds  # that the batch may still wait
+        self._reservation_lock = threading.Lock()  # room is claimed in the order of need
+        self._batch_timeout_seconds = manifest.remote.cache.retry_policy.batch_timeout_seconds
+        self._seconds_left = self._batch_timeout_seconds  # that the batch may still wait
         for number in range(_THREADS):
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True).start()
 
-    def hold(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """Begins a batch: fetches these shards, in this order, and keeps them; gives up all others."""
-        self._seconds_left = self._batch_seconds
+        self._seconds_left = self._batch_timeout_seconds
         with self._changed:
-            for shard in self._held.keys() - set(shards):
-                self._give_up(shard)
+            for shard in self._fetches.keys() - set(shards):
+                self._cancel(shard)
             for shard in shards:
-                if shard not in self._held or self._held[shard].failed:
-                    self._held[shard] = _Held(self._entry(shard))
-            self._queue = deque(shard for shard in shards if self._held[shard].waits)
+                if shard not in self._fetches or self._fetches[shard].failed:
+                    self._fetches[shard] = _ShardFetch(self._entry(shard))
+            self._queue = deque(shard for shard in shards if self._fetches[shard].is_queued)
             self._changed.notify_all()
 
     def read_ahead(self, samples: Sequence[int]) -> None:
@@ -103,80 +103,80 @@ class ShardCache:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the cache was closed; nothing can be read through it any more")
-            if shard not in self._held:  # of a batch before: a stand-in is looked for
-                self._held[shard] = _Held(self._entry(shard))
+            if shard not in self._fetches:  # of a batch before: a substitute is looked for
+                self._fetches[shard] = _ShardFetch(self._entry(shard))
                 self._queue.appendleft(shard)
                 self._changed.notify()
-            held = self._held[shard]
+            shard_fetch = self._fetches[shard]
         began = time.monotonic()
-        if not futures.wait([held.file], self._seconds_left).done:
-            raise RuntimeError(self._describe_wait(held))
+        if not futures.wait([shard_fetch.file], self._seconds_left).done:
+            raise RuntimeError(self._describe_wait(shard_fetch))
         self._seconds_left = max(0.0, self._seconds_left - (time.monotonic() - began))
-        error = held.file.exception()
+        error = shard_fetch.file.exception()
         if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
             raise RuntimeError(str(error) or type(error).__name__) from error
-        return read_sample(self._manifest, sample, held.file.result())
+        return read_sample(self._manifest, sample, shard_fetch.file.result())
 
-    def _describe_wait(self, held: _Held) -> str:
+    def _describe_wait(self, shard_fetch: _ShardFetch) -> str:
         remote = self._manifest.remote
         return (
-            f"waited {self._batch_seconds:g} s for shards of a batch, at last for"
-            f" {shown(remote.address(held.entry.path.name))}; check server and network, or read from fewer shards"
-            f" (data.window_shards, --batch, --count){remote.cache.patience.longer}"
+            f"waited {self._batch_timeout_seconds:g} s for shards of a batch, at last for"
+            f" {redact_url(remote.file_url(shard_fetch.entry.path.name))}; check server and network, or read from fewer shards"
+            f" (data.shuffle_window_shards, --batch, --count){remote.cache.retry_policy.timeout_hint}"
         )
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            for shard in list(self._held):
-                self._give_up(shard)
+            for shard in list(self._fetches):
+                self._cancel(shard)
             self._queue.clear()
             self._changed.notify_all()
 
-    def _give_up(self, shard: int) -> None:
-        held = self._held.pop(shard)
-        held.given_up.set()
-        if held.file.done() and not held.failed:
-            os.close(held.file.result())
+    def _cancel(self, shard: int) -> None:
+        shard_fetch = self._fetches.pop(shard)
+        shard_fetch.cancelled.set()
+        if shard_fetch.file.done() and not shard_fetch.failed:
+            os.close(shard_fetch.file.result())
 
-    def _entry(self, number: int) -> Entry:
+    def _entry(self, number: int) -> CacheEntry:
         shard = self._manifest.shards[number]
-        return Entry(self._manifest.folder / shard.name, shard.bytes, shard.sha256)
+        return CacheEntry(self._manifest.folder / shard.name, shard.bytes, shard.sha256)
 
     def _work(self) -> None:
         while True:
-            with self._turn:
-                held = self._take()
-                if held is None:
+            with self._reservation_lock:
+                shard_fetch = self._next_fetch()
+                if shard_fetch is None:
                     return
-                wait = Wait(self._manifest.remote.cache.patience.file_seconds, held.given_up)
-                self._attempt(self._reserve, held, wait)
-            self._attempt(self._complete, held, wait)
+                deadline = Deadline(self._manifest.remote.cache.retry_policy.file_timeout_seconds, shard_fetch.cancelled)
+                self._attempt(self._reserve, shard_fetch, deadline)
+            self._attempt(self._complete, shard_fetch, deadline)
 
-    def _take(self) -> _Held | None:
+    def _next_fetch(self) -> _ShardFetch | None:
         """The next shard to work on; None when there will be none."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
                 return None
-            held = self._held[self._queue.popleft()]
-            held.file.set_running_or_notify_cancel()
-            return held
+            shard_fetch = self._fetches[self._queue.popleft()]
+            shard_fetch.file.set_running_or_notify_cancel()
+            return shard_fetch
 
-    def _attempt(self, part: Callable[[_Held, Wait], None], held: _Held, wait: Wait) -> None:
+    def _attempt(self, part: Callable[[_ShardFetch, Deadline], None], shard_fetch: _ShardFetch, deadline: Deadline) -> None:
         try:
-            part(held, wait)
+            part(shard_fetch, deadline)
         except BaseException as error:  # whatever it is, somebody may be waiting
-            held.file.set_exception(error)
+            shard_fetch.file.set_exception(error)
 
-    def _reserve(self, held: _Held, wait: Wait) -> None:
-        held.reserved = reserve(self._manifest.remote, held.entry, wait)
+    def _reserve(self, shard_fetch: _ShardFetch, deadline: Deadline) -> None:
+        shard_fetch.reserved = reserve(self._manifest.remote, shard_fetch.entry, deadline)
 
-    def _complete(self, held: _Held, wait: Wait) -> None:
-        if held.failed:
+    def _complete(self, shard_fetch: _ShardFetch, deadline: Deadline) -> None:
+        if shard_fetch.failed:
             return
-        file = fill(self._manifest.remote, held.entry, held.reserved, wait)
+        file = fetch_reserved(self._manifest.remote, shard_fetch.entry, shard_fetch.reserved, deadline)
         with self._changed:
-            held.file.set_result(file)
-            if held.given_up.is_set():
+            shard_fetch.file.set_result(file)
+            if shard_fetch.cancelled.is_set():
                 os.close(file)

@@ -20,21 +20,21 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.callbacks import Callback
 
 from dataio.files import sha256_of, sync
-from dataio.remote.options import Patience, Remote
-from dataio.urls import shown
+from dataio.remote.options import Remote, RetryPolicy
+from dataio.urls import redact_url
 
 _Result = TypeVar("_Result")
-_LONGEST_WAIT_SECONDS, _POLL_SECONDS = 30, 0.05
+_MAX_BACKOFF_SECONDS, _POLL_SECONDS = 30, 0.05
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
+_PERMANENT_HTTP_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
 
 
 @dataclass(frozen=True)
-class Wait:
+class Deadline:
     """The time that a file is given, from now on, and an event that ends it earlier."""
 
     seconds: float
-    given_up: threading.Event = field(default_factory=threading.Event)
+    cancelled: threading.Event = field(default_factory=threading.Event)
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -42,31 +42,31 @@ class Wait:
         return max(0.0, self.began + self.seconds - time.monotonic())
 
     def check(self) -> None:
-        """Raises GivenUpError or TooLateError if it has ended."""
-        if self.given_up.is_set():
-            raise GivenUpError("it is not needed any more")
+        """Raises FetchCancelledError or FetchTimeoutError if it has ended."""
+        if self.cancelled.is_set():
+            raise FetchCancelledError("it is not needed any more")
         if not self.seconds_left:
-            raise TooLateError(f"it is not there after {self.seconds:g} s")
+            raise FetchTimeoutError(f"it is not there after {self.seconds:g} s")
 
 
-class GivenUpError(Exception):
+class FetchCancelledError(Exception):
     """Nobody waits for a file any more."""
 
 
-class TooLateError(Exception):
+class FetchTimeoutError(Exception):
     """A file has had its time."""
 
 
-class DamagedError(OSError):
+class IntegrityError(OSError):
     """What was fetched is not what the manifest names."""
 
 
-class _Watch(Callback):
+class _TransferCallback(Callback):
     """Ends a transfer that announces or has brought more bytes than it may, or whose wait has ended."""
 
-    def __init__(self, limit: int, wait: Wait) -> None:
+    def __init__(self, limit: int, deadline: Deadline) -> None:
         super().__init__()
-        self._limit, self._wait = limit, wait
+        self._limit, self._deadline = limit, deadline
 
     def set_size(self, size: int | None) -> None:
         """Of a transfer that begins; gcsfs may begin several, as it tries again by itself."""
@@ -74,25 +74,25 @@ class _Watch(Callback):
         super().set_size(size)
 
     def call(self, *arguments: object, **more: object) -> None:
-        self._wait.check()
+        self._deadline.check()
         bytes_known = max(self.size or 0, self.value)
         if bytes_known > self._limit:
-            raise DamagedError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
+            raise IntegrityError(f"it has {bytes_known} bytes or more, by the manifest at most {self._limit}")
 
 
-def read_remote(remote: Remote, name: str) -> bytes:
+def fetch_bytes(remote: Remote, name: str) -> bytes:
     """The content of a small file. Raises as `fetch` does."""
-    wait = Wait(remote.cache.patience.file_seconds)
+    deadline = Deadline(remote.cache.retry_policy.file_timeout_seconds)
 
     def read(system: fsspec.AbstractFileSystem, path: str) -> bytes:
         if isinstance(system, AsyncFileSystem):
-            return _finish(system, system._cat_file(path), wait)
+            return _run_with_deadline(system, system._cat_file(path), deadline)
         return system.cat_file(path)
 
-    return _tried_again(remote, name, read, wait)
+    return _with_retries(remote, name, read, deadline)
 
 
-def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, wait: Wait) -> None:
+def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, deadline: Deadline) -> None:
     """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
 
     size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
@@ -102,20 +102,20 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, wait:
     """
 
     def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
-        watch = _Watch(size, wait)
+        watch = _TransferCallback(size, deadline)
         if isinstance(system, AsyncFileSystem):
-            _finish(system, system._get_file(path, str(target), callback=watch), wait)
+            _run_with_deadline(system, system._get_file(path, str(target), callback=watch), deadline)
         else:
             watch.set_size(system.size(path))  # it may tell nothing on its way
             system.get_file(path, str(target), callback=watch)
         if sha256_of(target) != sha256:
-            raise DamagedError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
+            raise IntegrityError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
         sync(target)
 
-    _tried_again(remote, name, transfer, wait)
+    _with_retries(remote, name, transfer, deadline)
 
 
-def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: Wait) -> _Result:
+def _run_with_deadline(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], deadline: Deadline) -> _Result:
     """What the work comes to. It is cancelled when the wait ends, and has ended when this raises."""
 
     async def watched() -> _Result:
@@ -123,8 +123,8 @@ def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: W
         while not task.done():
             await asyncio.wait([task], timeout=_POLL_SECONDS)
             try:
-                wait.check()
-            except (GivenUpError, TooLateError):
+                deadline.check()
+            except (FetchCancelledError, FetchTimeoutError):
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 raise
@@ -133,47 +133,47 @@ def _finish(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], wait: W
     return asyncio.run_coroutine_threadsafe(watched(), system.loop).result()
 
 
-def _tried_again(remote: Remote, name: str, action: Callable[[Any, str], _Result], wait: Wait) -> _Result:
+def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Result], deadline: Deadline) -> _Result:
     """What `action` returns at the first attempt that succeeds; it gets a file system, and the path of `name` there."""
-    address, patience = remote.address(name), remote.cache.patience
-    place = shown(address)
+    address, retry_policy = remote.file_url(name), remote.cache.retry_policy
+    redacted = redact_url(address)
     faults: list[BaseException] = []  # of attempts that were followed by another
     try:
         import tenacity  # needed here alone: who has shards on a local disk has no use for it
 
-        system, path = _open_system(address, patience)
+        system, path = _open_system(address, retry_policy)
         for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception(_may_pass),
-            stop=tenacity.stop_after_attempt(patience.attempts) | tenacity.stop_before_delay(wait.seconds_left),
-            wait=tenacity.wait_exponential(patience.first_wait_seconds, max=_LONGEST_WAIT_SECONDS),
-            sleep=tenacity.sleep_using_event(wait.given_up),
+            retry=tenacity.retry_if_exception(_is_retryable),
+            stop=tenacity.stop_after_attempt(retry_policy.max_attempts) | tenacity.stop_before_delay(deadline.seconds_left),
+            wait=tenacity.wait_exponential(retry_policy.initial_backoff_seconds, max=_MAX_BACKOFF_SECONDS),
+            sleep=tenacity.sleep_using_event(deadline.cancelled),
             before_sleep=lambda state: faults.append(state.outcome.exception()),
             reraise=True,
         ):
             with attempt:
-                wait.check()
+                deadline.check()
                 return action(system, path)
     except ImportError as error:
         protocol = address.partition("://")[0]
         raise RuntimeError(
-            f"cannot read {place}: {protocol}:// needs another package ({error});"
+            f"cannot read {redacted}: {protocol}:// needs another package ({error});"
             " pip install aiohttp gcsfs s3fs tenacity"
         ) from error
     except Exception as error:  # each file system raises kinds of its own
-        cause = error if place == address else None  # a traceback would show the whole URL
+        cause = error if redacted == address else None  # a traceback would show the whole URL
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
-            raise ValueError(f"cannot read {place}: {error}; use s3://, gs://, https:// or a folder") from cause
-        raise RuntimeError(f"cannot fetch {place}: {_describe(error, faults, patience)}") from cause
+            raise ValueError(f"cannot read {redacted}: {error}; use s3://, gs://, https:// or a folder") from cause
+        raise RuntimeError(f"cannot fetch {redacted}: {_describe(error, faults, retry_policy)}") from cause
     raise AssertionError("tenacity neither returned nor raised")
 
 
-def _open_system(address: str, patience: Patience) -> tuple[fsspec.AbstractFileSystem, str]:
+def _open_system(address: str, retry_policy: RetryPolicy) -> tuple[fsspec.AbstractFileSystem, str]:
     """(the file system, the path on it) of an address; credentials and endpoints are where fsspec looks for them.
 
     Its retries are left to us, as far as they can be; the user's own settings in fsspec's configuration win.
     """
     protocol = address.partition("://")[0]
-    seconds = patience.silent_seconds
+    seconds = retry_policy.read_timeout_seconds
     ours: dict[str, Any] = {}
     if protocol in ("http", "https"):
         ours["client_kwargs"] = {"timeout": _aiohttp_timeout(seconds)}
@@ -192,12 +192,12 @@ def _aiohttp_timeout(seconds: float) -> Any:
     return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_retryable(error: BaseException) -> bool:
     """Whether another attempt may go better."""
-    hopeless = ImportError, FileNotFoundError, PermissionError, GivenUpError, TooLateError
+    hopeless = ImportError, FileNotFoundError, PermissionError, FetchCancelledError, FetchTimeoutError
     if isinstance(error, hopeless) or not isinstance(error, Exception):
         return False
-    return _http_status(error) not in _REFUSED_STATUS
+    return _http_status(error) not in _PERMANENT_HTTP_STATUS
 
 
 def _http_status(error: Exception) -> int | None:
@@ -207,16 +207,16 @@ def _http_status(error: Exception) -> int | None:
     return getattr(error, "status", None) or getattr(error, "code", None)
 
 
-def _describe(error: BaseException, earlier: list[BaseException], patience: Patience) -> str:
+def _describe(error: BaseException, earlier: list[BaseException], retry_policy: RetryPolicy) -> str:
     """Fault and remedy. earlier: what became of the attempts before."""
     attempts = 1 + len(earlier)
-    if isinstance(error, GivenUpError):
+    if isinstance(error, FetchCancelledError):
         return str(error)
-    if isinstance(error, TooLateError):
+    if isinstance(error, FetchTimeoutError):
         before = f", {_fault(earlier[-1])} before that" if earlier else ""
         return (
             f"{error}{before}, attempts: {attempts}; check server and network, or pack smaller shards"
-            f" (--shard-mib){patience.longer}"
+            f" (--shard-mib){retry_policy.timeout_hint}"
         )
     if isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410):
         return "it is not there; check the address, and that the whole packed folder was copied to it"
@@ -227,7 +227,7 @@ def _describe(error: BaseException, earlier: list[BaseException], patience: Pati
             f"{os.strerror(error.errno)} in the cache; free some space, name a folder of a larger disk, or allow the"
             " cache fewer bytes"
         )
-    if isinstance(error, DamagedError):
+    if isinstance(error, IntegrityError):
         return f"{_fault(error)}, attempts: {attempts}; copy it there again, or pack the folder again"
     return (
         f"{_fault(error)}, attempts: {attempts}; check server and network, then start again: the run goes on from"
@@ -237,7 +237,7 @@ def _describe(error: BaseException, earlier: list[BaseException], patience: Pati
 
 def _fault(error: BaseException) -> str:
     """What an error says, in one line and without secrets."""
-    said = shown(" ".join(str(error).split())) or type(error).__name__
+    said = redact_url(" ".join(str(error).split())) or type(error).__name__
     return (
         f"the server was too slow or silent ({said})"
         if isinstance(error, TimeoutError | asyncio.TimeoutError)

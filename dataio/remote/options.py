@@ -12,16 +12,16 @@ from dataio.urls import is_url
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a server, or room on the disk, is waited for before that is an error."""
 
-    attempts: int = 6
-    first_wait_seconds: float = 0.5  # before the second attempt; twice as long before each later one
-    silent_seconds: float = 30  # that a server may send nothing, or take to answer
-    room_seconds: float = 60  # that shards in use may take up the cache
-    file_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
-    batch_seconds: float = 480  # that a batch may wait for all its files
-    longer: str = ""  # how to allow more of both, ending a message
+    max_attempts: int = 6
+    initial_backoff_seconds: float = 0.5  # before the second attempt; twice as long before each later one
+    read_timeout_seconds: float = 30  # that a server may send nothing, or take to answer
+    eviction_timeout_seconds: float = 60  # that shards in use may take up the cache
+    file_timeout_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
+    batch_timeout_seconds: float = 480  # that a batch may wait for all its files
+    timeout_hint: str = ""  # how to allow more of both, ending a message
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class CacheOptions:
 
     folder: Path
     limit_bytes: int
-    patience: Patience = Patience()
+    retry_policy: RetryPolicy = RetryPolicy()
 
-    def require_room(self, needed: dict[str, int]) -> None:
+    def check_cache_size(self, needed: dict[str, int]) -> None:
         """Raises ValueError if the cache is too small for what is needed of it at once: bytes by data set."""
         whole = sum(needed.values())
         if whole > self.limit_bytes:
-            parts = ", ".join(f"{place} needs {gib(count)}" for place, count in needed.items())
+            parts = ", ".join(f"{path_or_url} needs {format_gib(count)}" for path_or_url, count in needed.items())
             raise ValueError(
-                f"a cache of {gib(self.limit_bytes)} is too small, {parts} at a time; allow it"
-                f" {math.ceil(100 * whole / 2**30) / 100:g} (data.cache_gib, --cache-gib), or lower data.window_shards"
+                f"a cache of {format_gib(self.limit_bytes)} is too small, {parts} at a time; allow it"
+                f" {math.ceil(100 * whole / 2**30) / 100:g} (data.cache_gib, --cache-gib), or lower data.shuffle_window_shards"
             )
 
 
 @dataclass(frozen=True)
 class Remote:
-    """Where a data set is fetched from, and to. The URL may hold a password: print what `shown` makes of it.
+    """Where a data set is fetched from, and to. The URL may hold a password: print what `redact_url` makes of it.
 
     Raises ValueError if there may be a blank in one.
     """
@@ -56,17 +56,17 @@ class Remote:
     def __post_init__(self) -> None:
         free_path = re.match(r"(file|s3a?|gc?s)://", self.url)  # in which @, ? and blanks mean nothing
         secret = r"^\w*://[^/]*\s[^/]*@" if free_path else r"\s[^@?]*[@?]|[@?].*\s"
-        if re.search(secret, self.url, re.DOTALL):  # `shown` could not tell where it ends
+        if re.search(secret, self.url, re.DOTALL):  # `redact_url` could not tell where it ends
             protocol = self.url.partition("://")[0]
             raise ValueError(f"{protocol}://… has a password or a token, and a blank; write it as %20")
 
-    def address(self, name: str) -> str:
+    def file_url(self, name: str) -> str:
         """Of one of its files: what follows a question mark (https://host/set?token=…) is asked for each of them."""
         folder, mark, query = self.url.partition("?") if self.url.startswith("http") else (self.url, "", "")
         return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
-def gib(count: int) -> str:
+def format_gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
@@ -76,13 +76,13 @@ def cache_options(folder: Path | None, gib: float, *places: str) -> CacheOptions
     Raises ValueError or RuntimeError if that one is needed and is not theirs alone to write to.
     """
     if folder is None:
-        folder = _own_folder()
-        if any(is_url(place) for place in places):
-            _require_own(folder)
+        folder = _default_cache_folder()
+        if any(is_url(path_or_url) for path_or_url in places):
+            _check_private(folder)
     return CacheOptions(folder, int(gib * 2**30))
 
 
-def _own_folder() -> Path:
+def _default_cache_folder() -> Path:
     """In the user's folder for caches if one is set, else among temporary files: home may be small, and far away."""
     chosen = os.environ.get("XDG_CACHE_HOME")
     if chosen:
@@ -90,7 +90,7 @@ def _own_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"polaformer-shards-{os.getuid()}"
 
 
-def _require_own(folder: Path) -> None:
+def _check_private(folder: Path) -> None:
     """Makes the folder. What lies in it is trusted: nobody else may have made it, or may write to it."""
     remedy = "name a folder of your own with data.cache, --cache"
     try:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from launch.interrupt import INTERRUPTED
+from launch.interrupt import EXIT_INTERRUPTED
 
 COMMANDS = {
     "kernel": "polarity attention against eager, compiled eager and softmax attention",
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
             return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
         except KeyboardInterrupt:  # its processes have ended
             print("interrupted", file=sys.stderr)
-            return INTERRUPTED
+            return EXIT_INTERRUPTED
     listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark",

@@ -19,7 +19,7 @@ _LONGEST_SECONDS = 60
 _TRY = """
 import torch
 from polaformer import ops
-fault = ops.why_no_kernels("cuda")
+fault = ops.kernels_unavailable_reason("cuda")
 if fault:
     raise SystemExit(fault)
 x = torch.ones(1, 1, 4, 32, device="cuda", dtype=torch.bfloat16)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from launch.benchmark.contenders import Attention, Entrant, Inputs, Shape, make_inputs
+from launch.benchmark.implementations import Attention, AttentionCall, Inputs, Shape, make_inputs
 from polaformer import reference
 
-#: An error may be so many times that of eager in the same dtype, plus `FLOOR` of the exact values' own size.
-FACTORS = {"out": 2, "grad_q": 3, "grad_k": 3, "grad_v": 3, "grad_same_logits": 3, "grad_opposite_logits": 3}
-FLOOR = 16 * torch.finfo(torch.float32).eps
+#: An error may be so many times that of eager in the same dtype, plus `TOLERANCE_FLOOR` of the exact values' own size.
+TOLERANCE_FACTORS = {"out": 2, "grad_q": 3, "grad_k": 3, "grad_v": 3, "grad_same_logits": 3, "grad_opposite_logits": 3}
+TOLERANCE_FLOOR = 16 * torch.finfo(torch.float32).eps
 _SIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda x: x.abs().max(),  # one wrong token shows here
     "root mean square": lambda x: x.square().mean().sqrt(),  # and a little wrong everywhere here
@@ -36,7 +36,7 @@ class Errors:
 
 
 def check(attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Errors]]:
-    """The errors of the last image. Raises WrongResult if one exceeds what `FACTORS` and `FLOOR` allow."""
+    """The errors of the last image. Raises WrongResult if one exceeds what `TOLERANCE_FACTORS` and `TOLERANCE_FLOOR` allow."""
     errors = find_errors(attention, shape, dtype, device)
     for name, sizes in errors.items():
         for size, found in sizes.items():
@@ -68,17 +68,17 @@ def find_errors(
     )
     ours = _compute(attention, inputs)
     ours = [x[chosen] for x in ours[:4]] + ours[4:]  # the logits' gradients have no batch
-    computed = zip(FACTORS, ours, _compute(reference.plain, alone), _exact(alone), strict=True)
+    computed = zip(TOLERANCE_FACTORS, ours, _compute(reference.eager_polarity_attention, alone), _exact(alone), strict=True)
     return {
-        name: {size: _errors(of, own, eager, exact, FACTORS[name]) for size, of in _SIZES.items()}
+        name: {size: _errors(of, own, eager, exact, TOLERANCE_FACTORS[name]) for size, of in _SIZES.items()}
         for name, own, eager, exact in computed
     }
 
 
 def _compute(attention: Attention, inputs: Inputs) -> list[Tensor]:
-    entrant = Entrant(attention, inputs)
-    out = entrant.forward()
-    return [out.detach(), *entrant.backward(out)]
+    call = AttentionCall(attention, inputs)
+    out = call.forward()
+    return [out.detach(), *call.backward(out)]
 
 
 def _exact(inputs: Inputs) -> list[Tensor]:
@@ -92,4 +92,4 @@ def _exact(inputs: Inputs) -> list[Tensor]:
 def _errors(size: Callable[[Tensor], Tensor], ours: Tensor, eager: Tensor, exact: Tensor, factor: int) -> Errors:
     scale = size(exact)
     share_ours, share_eager = ((size(x.double() - exact) / scale).item() for x in (ours, eager))
-    return Errors(share_ours, share_eager, factor * share_eager + FLOOR)
+    return Errors(share_ours, share_eager, factor * share_eager + TOLERANCE_FLOOR)

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from launch.benchmark.check import find_errors
-from launch.benchmark.contenders import Entrant, Shape, implementation, make_inputs, parse_shape
+from launch.benchmark.implementations import AttentionCall, Shape, get_implementation, make_inputs, parse_shape
 from launch.benchmark.report import describe_run, prepare_output, user_path, write_report
 from polaformer import ops
 
-#: Sizes that fill no tile, one head width that no vector divides, and the widest. One token alone is not among them:
+#: Sizes that fill no tile, one head dimension that no vector divides, and the widest. One token alone is not among them:
 #: there the gradients of q and k vanish, and relative errors mean nothing.
-AWKWARD = (
+EDGE_CASES = (
     ("2,3,7x9,32", "bfloat16"),
     ("1,2,5x13,98", "bfloat16"),
     ("3,1,33x31,96", "bfloat16"),
@@ -41,15 +41,15 @@ AWKWARD = (
     ("1,1,5x13,128", "float32"),
 )
 #: Stages with polarity attention: of b4 and b5, and of a narrower model.
-REAL = (
+MODEL_CASES = (
     ("128,1,56x56,96", "bfloat16"),
     ("128,2,28x28,96", "bfloat16"),
     ("256,1,56x56,32", "bfloat16"),
     ("64,1,56x56,96", "float16"),
     ("16,1,56x56,96", "float32"),
 )
-TINY = (*AWKWARD, ("1,1,1x1,96", "bfloat16"), ("1,1,1x1,96", "float32"))
-PROFILED = REAL[0]
+TINY = (*EDGE_CASES, ("1,1,1x1,96", "bfloat16"), ("1,1,1x1,96", "float32"))
+PROFILED = MODEL_CASES[0]
 _OVERFLOWING = 40.0  # q and k times that: beyond what exp can hold, so that the kernels' second passes have work
 
 Case = tuple[str, str]  # shape, dtype
@@ -58,7 +58,7 @@ Case = tuple[str, str]  # shape, dtype
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
     """What the report says of one shape: errors by image, tensor and size, which of them are too large, and bits."""
     shape, dtype = parse_shape(case[0]), getattr(torch, case[1])
-    attention = implementation("ours")
+    attention = get_implementation("ours")
     errors = {image: find_errors(attention, shape, dtype, device, image) for image in sorted({0, shape.batch - 1})}
     return {
         "shape": case[0],
@@ -79,11 +79,11 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def _is_bit_identical(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
-    entrant = Entrant(implementation("ours"), make_inputs(shape, dtype, device))
+    call = AttentionCall(get_implementation("ours"), make_inputs(shape, dtype, device))
     runs = []
     for _ in range(2):
-        out = entrant.forward()
-        runs.append((out.detach(), *entrant.backward(out)))
+        out = call.forward()
+        runs.append((out.detach(), *call.backward(out)))
     return all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
@@ -136,9 +136,9 @@ def run_tiny(device: torch.device) -> None:
             with torch.no_grad():
                 for x in inputs.tensors[:2]:
                     x.mul_(scale)
-            entrant = Entrant(implementation("ours"), inputs)
-            out = entrant.forward()
-            results = (out, *entrant.backward(out))
+            call = AttentionCall(get_implementation("ours"), inputs)
+            out = call.forward()
+            results = (out, *call.backward(out))
             if not all(x.isfinite().all() for x in results):
                 raise RuntimeError(f"{text} in {dtype}, q and k times {scale:g}: not every result is finite")
             print(f"{text} in {dtype}, q and k times {scale:g}: ran", flush=True)
@@ -146,14 +146,14 @@ def run_tiny(device: torch.device) -> None:
 
 def run_profiled(device: torch.device) -> None:
     """Runs forward and backward three times, the last time within cudaProfilerStart and cudaProfilerStop."""
-    entrant = Entrant(
-        implementation("ours"), make_inputs(parse_shape(PROFILED[0]), getattr(torch, PROFILED[1]), device)
+    call = AttentionCall(
+        get_implementation("ours"), make_inputs(parse_shape(PROFILED[0]), getattr(torch, PROFILED[1]), device)
     )
     for _ in range(2):
-        entrant.both()
+        call.both()
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile():
-        entrant.both()
+        call.both()
         torch.cuda.synchronize()
 
 
@@ -178,7 +178,7 @@ def _find_fault(device: torch.device, mode: str) -> str:
         return "PyTorch sees no NVIDIA GPU; use --device cpu"
     if device.type == "cpu" and mode == "profiled":
         return "Nsight Compute profiles GPUs alone; leave --device out"
-    return ops.why_no_kernels(device.type)
+    return ops.kernels_unavailable_reason(device.type)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if arguments.mode == "errors":
-        cases = {"all": AWKWARD + REAL, "awkward": AWKWARD, "real": REAL}[arguments.shapes]
+        cases = {"all": EDGE_CASES + MODEL_CASES, "awkward": EDGE_CASES, "real": MODEL_CASES}[arguments.shapes]
         return int(not check_all(cases, device, arguments.output))
     (run_tiny if arguments.mode == "tiny" else run_profiled)(device)
     return 0

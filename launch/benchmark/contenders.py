@@ -1,6 +1,6 @@
 """Who takes part in the kernel benchmark, and on what.
 
-Axes: B batch, H heads, N = height·width tokens, D head width, C = H·D channels.
+Axes: B batch, H heads, N = height·width tokens, D head dimension, C = H·D channels.
 """
 
 import re
@@ -15,10 +15,10 @@ from launch.benchmark.measure import peak_bytes
 from polaformer import PRESETS, ops, reference
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-CONTENDERS = ("ours", "eager", "compiled", "sdpa")
+IMPLEMENTATIONS = ("ours", "eager", "compiled", "sdpa")
 #: Elements per token and head that no implementation can leave unread or unwritten: q, k, v → out; those and the
 #: gradient of out → gradients of q, k, v.
-FLOOR_ELEMENTS = {"forward": 4, "backward": 7, "both": 11}
+MIN_TRAFFIC_ELEMENTS = {"forward": 4, "backward": 7, "both": 11}
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Shape:
     heads: int
     height: int
     width: int
-    head_width: int
+    head_dim: int
 
     def __str__(self) -> str:
-        return f"{self.batch},{self.heads},{self.height}x{self.width},{self.head_width}"
+        return f"{self.batch},{self.heads},{self.height}x{self.width},{self.head_dim}"
 
     @property
     def tokens(self) -> int:
@@ -41,7 +41,7 @@ class Shape:
     @property
     def elements(self) -> int:
         """Of q; k, v and the output have as many."""
-        return self.batch * self.heads * self.tokens * self.head_width
+        return self.batch * self.heads * self.tokens * self.head_dim
 
 
 def parse_shape(text: str) -> Shape:
@@ -49,8 +49,8 @@ def parse_shape(text: str) -> Shape:
     if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*x[1-9]\d*,[1-9]\d*", text):
         raise ValueError(f"shape {text!r} is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96")
     shape = Shape(*(int(number) for number in re.split("[,x]", text)))
-    if shape.head_width % 2:
-        raise ValueError(f"shape {text} has an odd head width {shape.head_width}; polarity attention needs an even one")
+    if shape.head_dim % 2:
+        raise ValueError(f"shape {text} has an odd head dimension {shape.head_dim}; polarity attention needs an even one")
     return shape
 
 
@@ -65,23 +65,23 @@ def model_shapes(resolutions: Sequence[int], batches: Sequence[int]) -> list[Sha
     return shapes
 
 
-def implementation(contender: str) -> Attention:
-    """The function that a contender is. After it was given a shape, "compiled" is compiled for that one alone."""
-    if contender == "compiled":
-        return torch.compile(reference.plain, dynamic=False, fullgraph=True)
-    return {"ours": ops.polarity_attention, "eager": reference.plain, "sdpa": _softmax_attention}[contender]
+def get_implementation(implementation: str) -> Attention:
+    """The function that a implementation is. After it was given a shape, "compiled" is compiled for that one alone."""
+    if implementation == "compiled":
+        return torch.compile(reference.eager_polarity_attention, dynamic=False, fullgraph=True)
+    return {"ours": ops.polarity_attention, "eager": reference.eager_polarity_attention, "sdpa": _softmax_attention}[implementation]
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, _same: Tensor, _opposite: Tensor, _h: int, _w: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def flops(contender: str, shape: Shape) -> dict[str, int]:
+def flops(implementation: str, shape: Shape) -> dict[str, int]:
     """Operations of a contender's matrix products, by pass."""
-    if contender == "sdpa":
+    if implementation == "sdpa":
         forward, backward = (count * shape.elements * shape.tokens for count in (4, 10))
     else:
-        forward, backward = (count * shape.elements * shape.head_width for count in (8, 20))
+        forward, backward = (count * shape.elements * shape.head_dim for count in (8, 20))
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
@@ -102,19 +102,19 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
         return torch.randn(*sizes, generator=generator, device=device, dtype=dtype)
 
     def heads_first(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (shape.heads, shape.head_width)).transpose(1, 2)
+        return x.unflatten(-1, (shape.heads, shape.head_dim)).transpose(1, 2)
 
-    channels = shape.heads * shape.head_width
+    channels = shape.heads * shape.head_dim
     projection = draw(shape.batch, shape.tokens, 4 * channels, dtype=dtype)
     views = [heads_first(part) for part in projection.chunk(4, dim=-1)[:3]]
-    logits = [draw(shape.heads, 2 * shape.head_width, dtype=torch.float32) for _ in range(2)]
+    logits = [draw(shape.heads, 2 * shape.head_dim, dtype=torch.float32) for _ in range(2)]
     grad_out = heads_first(draw(shape.batch, shape.tokens, channels, dtype=dtype))
     tensors = tuple(x.detach().requires_grad_() for x in (*views, *logits))
     return Inputs(tensors, grad_out, (shape.height, shape.width))
 
 
 @dataclass(frozen=True)
-class Entrant:
+class AttentionCall:
     """An implementation with its inputs: one of the contestants that a clock times."""
 
     attention: Attention
@@ -136,13 +136,13 @@ def input_bytes(shape: Shape, dtype: torch.dtype) -> int:
     return 5 * shape.elements * dtype.itemsize
 
 
-def predict_bytes(contender: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
+def predict_bytes(implementation: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> int:
     """Memory that forward and backward will need, their inputs aside, from what one piece of one image needs.
 
     Compilation does not need more than eager execution, which stands in for it. Softmax attention counts as linear:
     PyTorch's has no matrix of N².
     """
     piece = replace(shape, batch=1, height=min(shape.height, max(1, 4096 // shape.width)))
-    attention = implementation("eager" if contender == "compiled" else contender)
-    peak = peak_bytes(Entrant(attention, make_inputs(piece, dtype, device)).both, device)
+    attention = get_implementation("eager" if implementation == "compiled" else implementation)
+    peak = peak_bytes(AttentionCall(attention, make_inputs(piece, dtype, device)).both, device)
     return peak * shape.elements // piece.elements

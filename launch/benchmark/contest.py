@@ -1,6 +1,6 @@
 """One shape's contest: who has room, who runs, and the turns that they take.
 
-contenders.py says who they are, measure.py how they are timed; kernel.py holds the contests and reports them.
+implementations.py says who they are, measure.py how they are timed; kernel.py holds the contests and reports them.
 """
 
 from collections.abc import Sequence
@@ -9,33 +9,33 @@ from dataclasses import dataclass, replace
 import torch
 
 from launch.benchmark.check import Errors, check
-from launch.benchmark.contenders import (
-    Entrant,
+from launch.benchmark.implementations import (
+    AttentionCall,
     Inputs,
     Shape,
     flops,
-    implementation,
+    get_implementation,
     input_bytes,
     make_inputs,
     predict_bytes,
 )
 from launch.benchmark.measure import (
     Clock,
-    Spread,
-    copy_rate,
+    Quantiles,
+    copy_bandwidth,
     free_bytes,
+    matmul_throughput,
     peak_bytes,
-    product_rate,
+    quantiles,
     rounds_within,
-    spread,
 )
 
 _SHARE_OF_FREE_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
-class Rules:
-    """seconds: about so long for each shape; limit: a contender may take so many seconds for forward and backward."""
+class Settings:
+    """seconds: about so long for each shape; limit: a implementation may take so many seconds for forward and backward."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -44,37 +44,37 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Rates:
+class DevicePeaks:
     """What the device can do at best: bytes per second of a copy, operations per second of products by dtype."""
 
-    copy: Spread
-    products: dict[torch.dtype, Spread]
+    copy: Quantiles
+    products: dict[torch.dtype, Quantiles]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One contender on one shape: its times and memory, or why there are none."""
+    """One implementation on one shape: its times and memory, or why there are none."""
 
-    contender: str
+    implementation: str
     shape: Shape
     dtype: torch.dtype
     skipped: str | None = None
-    seconds: dict[str, Spread] | None = None  # by pass
+    seconds: dict[str, Quantiles] | None = None  # by pass
     peak_extra_bytes: dict[str, int] | None = None  # of "forward" and "both"; outputs and gradients count
 
 
 class _Skipped(Exception):
-    """Why a contender is not measured."""
+    """Why a implementation is not measured."""
 
 
-class Contest:
+class KernelBenchmark:
     """Measures the device when it is made, then shape after shape; remembers where ours could not be checked."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
-        self._clock = Clock(rules.device)
-        products = {dtype: product_rate(self._clock, rules.device, dtype) for dtype in rules.dtypes}
-        self.rates = Rates(copy_rate(self._clock, rules.device), products)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._clock = Clock(settings.device)
+        products = {dtype: matmul_throughput(self._clock, settings.device, dtype) for dtype in settings.dtypes}
+        self.peaks = DevicePeaks(copy_bandwidth(self._clock, settings.device), products)
         self._unchecked: dict[tuple[Shape, torch.dtype], str] = {}
 
     def check_ours(self, shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Errors]] | str:
@@ -85,77 +85,77 @@ class Contest:
         try:
             self._require_room("ours", shape, dtype)
             self._require_room("eager", replace(shape, batch=1), dtype)
-            return check(implementation("ours"), shape, dtype, self.rules.device)
+            return check(get_implementation("ours"), shape, dtype, self.settings.device)
         except (_Skipped, RuntimeError) as error:
             reason = self._unchecked[shape, dtype] = f"not checked: {_reason('ours', error)}"
         return reason
 
-    def run(self, shape: Shape, contenders: Sequence[str]) -> list[Result]:
-        """A result for every contender in every dtype."""
+    def run(self, shape: Shape, implementations: Sequence[str]) -> list[Result]:
+        """A result for every implementation in every dtype."""
         torch.compiler.reset()  # or after some shapes it would run what it should compile
-        if self.rules.device.type == "cuda":
+        if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
         results: list[Result] = []
-        racing: dict[int, Entrant] = {}  # by place among the results
+        calls: dict[int, AttentionCall] = {}  # by place among the results
         one_round = 0.0
-        for dtype in self.rules.dtypes:
-            inputs: list[Inputs] = []  # made by the first contender that has room, and shared
-            for contender in contenders:
-                result = Result(contender, shape, dtype)
+        for dtype in self.settings.dtypes:
+            inputs: list[Inputs] = []  # made by the first implementation that has room, and shared
+            for implementation in implementations:
+                result = Result(implementation, shape, dtype)
                 try:
-                    self._require_room(contender, shape, dtype)
-                    entrant, seconds, peaks = self._warm_up(contender, shape, dtype, inputs)
+                    self._require_room(implementation, shape, dtype)
+                    call, seconds, peaks = self._warm_up(implementation, shape, dtype, inputs)
                 except (_Skipped, RuntimeError) as error:
-                    results.append(replace(result, skipped=_reason(contender, error)))
+                    results.append(replace(result, skipped=_reason(implementation, error)))
                     continue
                 one_round += seconds
-                racing[len(results)] = entrant
+                calls[len(results)] = call
                 results.append(replace(result, peak_extra_bytes=peaks))
-        if racing:
-            rounds = rounds_within(self.rules.seconds, one_round)
-            times = self._clock.race(list(racing.values()), rounds)
-            for place, own in zip(racing, times, strict=True):
-                seconds = {name: spread(values) for name, values in own.items()}
+        if calls:
+            rounds = rounds_within(self.settings.seconds, one_round)
+            times = self._clock.time_interleaved(list(calls.values()), rounds)
+            for place, own in zip(calls, times, strict=True):
+                seconds = {name: quantiles(values) for name, values in own.items()}
                 results[place] = replace(results[place], seconds=seconds)
         return results
 
-    def _require_room(self, contender: str, shape: Shape, dtype: torch.dtype) -> None:
-        """Raises _Skipped if a contender must exceed the time limit, or the memory where that would end the process."""
-        if contender == "ours" and (shape, dtype) in self._unchecked:
+    def _require_room(self, implementation: str, shape: Shape, dtype: torch.dtype) -> None:
+        """Raises _Skipped if a implementation must exceed the time limit, or the memory where that would end the process."""
+        if implementation == "ours" and (shape, dtype) in self._unchecked:
             raise _Skipped(self._unchecked[shape, dtype])
-        least, limit = flops(contender, shape)["both"] / self.rates.products[dtype].median, self.rules.limit
+        least, limit = flops(implementation, shape)["both"] / self.peaks.products[dtype].median, self.settings.limit
         if least > limit:
             raise _Skipped(f"its products alone take {least:.3g} s at the measured rate, more than --limit {limit:g}")
-        if self.rules.device.type == "cpu":  # a GPU's allocator says itself when it is full
-            needed = input_bytes(shape, dtype) + predict_bytes(contender, shape, dtype, self.rules.device)
+        if self.settings.device.type == "cpu":  # a GPU's allocator says itself when it is full
+            needed = input_bytes(shape, dtype) + predict_bytes(implementation, shape, dtype, self.settings.device)
             free = free_bytes()
             if needed > _SHARE_OF_FREE_MEMORY * free:
                 raise _Skipped(f"needs about {needed / 1e9:.3g} GB of memory; {free / 1e9:.3g} GB are free")
 
     def _warm_up(
-        self, contender: str, shape: Shape, dtype: torch.dtype, inputs: list[Inputs]
-    ) -> tuple[Entrant, float, dict[str, int]]:
-        """The entrant, ready; seconds of forward and backward; peak memory. Raises _Skipped if that is too long."""
+        self, implementation: str, shape: Shape, dtype: torch.dtype, inputs: list[Inputs]
+    ) -> tuple[AttentionCall, float, dict[str, int]]:
+        """The call, ready; seconds of forward and backward; peak memory. Raises _Skipped if that is too long."""
         if not inputs:
-            inputs.append(make_inputs(shape, dtype, self.rules.device))
-        entrant = Entrant(implementation(contender), inputs[0])
-        if contender == "compiled" or self.rules.device.type == "cuda":
-            entrant.both()  # compiles, loads kernels: the limit is not for that
-        [times] = self._clock.race([entrant], 1)
+            inputs.append(make_inputs(shape, dtype, self.settings.device))
+        call = AttentionCall(get_implementation(implementation), inputs[0])
+        if implementation == "compiled" or self.settings.device.type == "cuda":
+            call.both()  # compiles, loads kernels: the limit is not for that
+        [times] = self._clock.time_interleaved([call], 1)
         [seconds] = times["both"]
-        if seconds > self.rules.limit:
-            raise _Skipped(f"took {seconds:.3g} s, more than --limit {self.rules.limit:g}")
-        peaks = {name: peak_bytes(getattr(entrant, name), self.rules.device) for name in ("forward", "both")}
-        return entrant, seconds, peaks
+        if seconds > self.settings.limit:
+            raise _Skipped(f"took {seconds:.3g} s, more than --limit {self.settings.limit:g}")
+        peaks = {name: peak_bytes(getattr(call, name), self.settings.device) for name in ("forward", "both")}
+        return call, seconds, peaks
 
 
-def _reason(contender: str, error: Exception) -> str:
+def _reason(implementation: str, error: Exception) -> str:
     """In one line. What ails ours is no reason to go on, unless it is memory: raises the error then."""
     if isinstance(error, _Skipped):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
-    if contender == "ours":
+    if implementation == "ours":
         raise error
     message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # advice for PyTorch's developers follows
     return " ".join(f"{type(error).__name__}: {message}".split())

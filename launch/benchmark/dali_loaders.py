@@ -1,6 +1,6 @@
-"""The data benchmark's contenders that need DALI: ours, and DALI's own WebDataset reader.
+"""The data benchmark's loaders that need DALI: ours, and DALI's own WebDataset reader.
 
-loaders.py has the others, and says what a contender has to do.
+loaders.py has the others, and says what a loader has to do.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,178 +15,178 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
-from dataio.augment.views import train_views
-from dataio.decode import Request, decode_batches
+from dataio.augment.views import train_params
+from dataio.decode import BatchRequest, decode_batches
 from dataio.loader import EvalLoader
 from dataio.manifest import Manifest, load_manifest
-from dataio.sampler import Order, draws_at
+from dataio.sampler import Sampler, draws_at
 from dataio.shards import open_shards
-from launch.benchmark.loaders import ENDINGS, SEED, SHUFFLED, Delivery, Task, grid_of
+from launch.benchmark.loaders import EXTENSIONS, SEED, SHUFFLE_BUFFER, LoadedBatch, LoaderConfig, grid_of
 from launch.config import DataSection
 from launch.plan import image_options
 
-_DEPTH = 2  # batches under way, as ours has
+_PREFETCH_QUEUE_DEPTH = 2  # batches under way, as ours has
 
 
-class Ours:
+class DataioLoader:
     """dataio, as launch/train.py and launch/evaluate.py use it."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.manifest = task, load_manifest(task.folder)
-        self._options, self._device = image_options(task.data()), torch.device(task.device)
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config, self.manifest = config, load_manifest(config.folder)
+        self._options, self._device = image_options(config.data()), torch.device(config.device)
 
-    def epoch(self, number: int) -> Iterator[Delivery]:
-        if self.task.work == "read":
+    def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        if self.config.workload == "read":
             return self._read(number)
-        if self.task.work == "evaluation":
+        if self.config.workload == "evaluation":
             return self._evaluate()
         return self._train(number)
 
-    def _read(self, number: int) -> Iterator[Delivery]:
+    def _read(self, number: int) -> Iterator[LoadedBatch]:
         with closing(open_shards(self.manifest)) as shards:
-            for _, samples in _training_order(self.manifest, number, self.task.batch):
+            for _, samples in _training_order(self.manifest, number, self.config.batch):
                 encoded = [shards.read(sample) for sample in samples]
-                yield Delivery(encoded, self.manifest.samples["label"][samples], samples)
+                yield LoadedBatch(encoded, self.manifest.samples["label"][samples], samples)
 
-    def _evaluate(self) -> Iterator[Delivery]:
-        for batch in EvalLoader(self.manifest, self._options, self.task.batch, 0, 1, self._device):
-            yield Delivery(batch.images, batch.labels, batch.samples)
+    def _evaluate(self) -> Iterator[LoadedBatch]:
+        for batch in EvalLoader(self.manifest, self._options, self.config.batch, 0, 1, self._device):
+            yield LoadedBatch(batch.images, batch.labels, batch.samples)
 
-    def _train(self, number: int) -> Iterator[Delivery]:
-        """TrainLoader has no end, and would be decoding the next epoch when a rival's turn begins."""
+    def _train(self, number: int) -> Iterator[LoadedBatch]:
+        """TrainLoader has no end, and would be decoding the next epoch when a baseline's turn begins."""
         requests = self._requests(number)
-        for request, images in decode_batches(self.manifest, self._options, requests, self.task.batch, self._device):
+        for request, images in decode_batches(self.manifest, self._options, requests, self.config.batch, self._device):
             labels = torch.from_numpy(self.manifest.samples["label"][request.samples].astype(np.int64))
-            yield Delivery(images, labels.to(self._device), request.samples)
+            yield LoadedBatch(images, labels.to(self._device), request.samples)
 
-    def _requests(self, number: int) -> Iterator[Request]:
-        for first, samples in _training_order(self.manifest, number, self.task.batch):
+    def _requests(self, number: int) -> Iterator[BatchRequest]:
+        for first, samples in _training_order(self.manifest, number, self.config.batch):
             draws = draws_at(SEED, first, len(samples), self._options.draws_per_image)
-            yield Request(first, samples, train_views(self.manifest.samples[samples], draws, self._options))
+            yield BatchRequest(first, samples, train_params(self.manifest.samples[samples], draws, self._options))
 
 
-class NativeReader:
+class DaliWebDatasetLoader:
     """DALI alone: fn.readers.webdataset, decoding, cropping, normalising in one graph."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self._manifest = task, load_manifest(task.folder)
-        self._pipeline = _native_graph(task, self._manifest, **_pipeline_arguments(task))
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config, self._manifest = config, load_manifest(config.folder)
+        self._pipeline = _webdataset_pipeline(config, self._manifest, **_pipeline_arguments(config))
         self._started = False
 
-    def epoch(self, number: int) -> Iterator[Delivery]:
-        samples, batch = len(self._manifest), self.task.batch
+    def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        samples, batch = len(self._manifest), self.config.batch
         batches = -(-samples // batch)
-        for _ in range(_DEPTH if self._started else 1):  # the first call starts `_DEPTH` batches
+        for _ in range(_PREFETCH_QUEUE_DEPTH if self._started else 1):  # the first call starts `_PREFETCH_QUEUE_DEPTH` batches
             self._pipeline.schedule_run()
         self._started = True
         for place in range(batches):
             images, texts = self._pipeline.share_outputs()
             first = place * batch
             count = min(batch, samples - first)  # the last batch is padded
-            delivery = Delivery(
-                _hand_over(images, self.task)[:count],
-                torch.tensor([int(texts.at(number).tobytes()) for number in range(count)]).to(self.task.device),
-                None if self.task.shuffled else np.arange(first, first + count),
+            loaded = LoadedBatch(
+                _to_output(images, self.config)[:count],
+                torch.tensor([int(texts.at(number).tobytes()) for number in range(count)]).to(self.config.device),
+                None if self.config.shuffled else np.arange(first, first + count),
             )
             self._pipeline.release_outputs()
-            if place + _DEPTH < batches:  # none of the next epoch while others have their turn
+            if place + _PREFETCH_QUEUE_DEPTH < batches:  # none of the next epoch while others have their turn
                 self._pipeline.schedule_run()
-            yield delivery
+            yield loaded
 
 
-class OursDecoding:
+class DataioDecodeLoader:
     """Our shards' reader and DALI's decoder, in the order of a file: training never decodes whole images."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self._manifest = task, load_manifest(task.folder)
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config, self._manifest = config, load_manifest(config.folder)
 
-    def epoch(self, number: int) -> Iterator[Delivery]:
-        samples, batch = len(self._manifest), self.task.batch
+    def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        samples, batch = len(self._manifest), self.config.batch
         requests = (np.arange(first, min(first + batch, samples)) for first in range(0, samples, batch))
-        under_way: list[np.ndarray] = []
+        in_flight: list[np.ndarray] = []
 
         def feed() -> list[np.ndarray]:
-            under_way.append(next(requests))
-            return [np.frombuffer(shards.read(sample), dtype=np.uint8) for sample in under_way[-1]]
+            in_flight.append(next(requests))
+            return [np.frombuffer(shards.read(sample), dtype=np.uint8) for sample in in_flight[-1]]
 
         with closing(open_shards(self._manifest)) as shards:
-            pipeline = _decoding_graph(feed, self.task, **_pipeline_arguments(self.task))
+            pipeline = _decode_pipeline(feed, self.config, **_pipeline_arguments(self.config))
             pipeline.schedule_run()
-            while under_way:
+            while in_flight:
                 (images,) = pipeline.share_outputs()
-                rows = under_way.pop(0)
-                delivery = Delivery(_hand_over(images, self.task), self._manifest.samples["label"][rows], rows)
+                rows = in_flight.pop(0)
+                loaded = LoadedBatch(_to_output(images, self.config), self._manifest.samples["label"][rows], rows)
                 pipeline.release_outputs()
                 pipeline.schedule_run()
-                yield delivery
+                yield loaded
 
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """An epoch's batches: (position of the first sample, samples)."""
-    order = Order(SEED, manifest.shard_samples)
+    order = Sampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
         yield position, order.samples_at(np.arange(position, min(position + batch, end)))
 
 
-def _pipeline_arguments(task: Task) -> dict[str, Any]:
-    device_id = None if task.device == "cpu" else torch.cuda.current_device()
+def _pipeline_arguments(config: LoaderConfig) -> dict[str, Any]:
+    device_id = None if config.device == "cpu" else torch.cuda.current_device()
     return {
-        "batch_size": task.batch,
-        "num_threads": task.cores,
+        "batch_size": config.batch,
+        "num_threads": config.cores,
         "device_id": device_id,
-        "prefetch_queue_depth": _DEPTH,
+        "prefetch_queue_depth": _PREFETCH_QUEUE_DEPTH,
         "seed": SEED,
     }
 
 
 @pipeline_def(enable_conditionals=True)
-def _native_graph(task: Task, manifest: Manifest) -> tuple[DataNode, DataNode]:
+def _webdataset_pipeline(config: LoaderConfig, manifest: Manifest) -> tuple[DataNode, DataNode]:
     encoded, text = fn.readers.webdataset(
         paths=[str(manifest.folder / shard.name) for shard in manifest.shards],
         index_paths=[str(manifest.folder / shard.idx_name) for shard in manifest.shards],
-        ext=[";".join(ENDINGS), "cls"],
+        ext=[";".join(EXTENSIONS), "cls"],
         missing_component_behavior="error",
-        random_shuffle=task.shuffled,
-        initial_fill=SHUFFLED,
+        random_shuffle=config.shuffled,
+        initial_fill=SHUFFLE_BUFFER,
         pad_last_batch=True,
         prefetch_queue_depth=1,
     )
-    if task.work == "read":
+    if config.workload == "read":
         return encoded, text
-    if task.work == "decode":
-        return _decode(encoded, task), text
-    return _normalised(encoded, task, task.data()), text
+    if config.workload == "decode":
+        return _decode(encoded, config), text
+    return _normalised(encoded, config, config.data()), text
 
 
 @pipeline_def
-def _decoding_graph(feed: Callable[[], list[np.ndarray]], task: Task) -> DataNode:
-    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), task)
+def _decode_pipeline(feed: Callable[[], list[np.ndarray]], config: LoaderConfig) -> DataNode:
+    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), config)
 
 
-def _decode(encoded: DataNode, task: Task) -> DataNode:
-    return fn.decoders.image(encoded, device=_decoder(task), adjust_orientation=False, jpeg_fancy_upsampling=True)
+def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
+    return fn.decoders.image(encoded, device=_decoder(config), adjust_orientation=False, jpeg_fancy_upsampling=True)
 
 
-def _normalised(encoded: DataNode, task: Task, data: DataSection) -> DataNode:
+def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> DataNode:
     """The evaluation's or the training's images, with DALI's own random numbers."""
-    decoding = {"device": _decoder(task), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
-    if task.work == "evaluation":
-        images, side, mirror = fn.decoders.image(encoded, **decoding), int(task.size / data.eval_crop_fraction), 0
-        margin = max(1, side - task.size)
+    decoding = {"device": _decoder(config), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    if config.workload == "evaluation":
+        images, side, mirror = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct), 0
+        margin = max(1, side - config.size)
         place = round(margin / 2) / margin  # half to even, as PIL's users have it; DALI's own default rounds up
     else:
         images = fn.decoders.image_random_crop(
             encoded, random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **decoding
         )
-        side, place, mirror = task.size, 0.5, fn.random.coin_flip(probability=data.flip_probability)
+        side, place, mirror = config.size, 0.5, fn.random.coin_flip(probability=data.hflip)
     images = fn.resize(images, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
-    if task.work == "rand-augment":
-        for _ in range(data.rand_augment.layers):
+    if config.workload == "rand-augment":
+        for _ in range(data.rand_augment.num_layers):
             images = _rand_augment(images, data)
     return fn.crop_mirror_normalize(
         images,
-        crop=(task.size, task.size),
+        crop=(config.size, config.size),
         crop_pos_x=place,
         crop_pos_y=place,
         mirror=mirror,
@@ -200,7 +200,7 @@ def _normalised(encoded: DataNode, task: Task, data: DataSection) -> DataNode:
 def _rand_augment(images: DataNode, data: DataSection) -> DataNode:
     """One of DALI's own 13 operations; they are nearly timm's 15, of the same strength on average."""
     settings = data.rand_augment
-    if fn.random.coin_flip(probability=settings.probability, dtype=types.BOOL):
+    if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):
         images = rand_augment(
             images,
             n=1,
@@ -212,15 +212,15 @@ def _rand_augment(images: DataNode, data: DataSection) -> DataNode:
     return images
 
 
-def _decoder(task: Task) -> str:
-    return "cpu" if task.device == "cpu" else "mixed"
+def _decoder(config: LoaderConfig) -> str:
+    return "cpu" if config.device == "cpu" else "mixed"
 
 
-def _hand_over(output: Any, task: Task) -> Any:
+def _to_output(output: Any, config: LoaderConfig) -> Any:
     """What the consumer gets of a batch."""
-    if task.work == "read":
+    if config.workload == "read":
         return [output.at(place).tobytes() for place in range(len(output))]
-    if task.work == "decode":
+    if config.workload == "decode":
         output = output.as_cpu()
         return np.stack([grid_of(output.at(place)) for place in range(len(output))])
     return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # not copied, as DALI's own iterators do it

@@ -10,8 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.benchmark.loading import Peak, Turn
-from launch.benchmark.measure import spread
+from launch.benchmark.loading import PeakMemory, Trial
+from launch.benchmark.measure import quantiles
 
 DESCRIPTIONS = {
     "ours": "dataio",
@@ -28,41 +28,41 @@ _COLORS = {
     "dali": "#6aa84f",
 }
 _TABLE_WIDTH = 200  # wider than the widest, so that nothing is cut
-_INCHES, _DPI = (9, 1.9), 80  # of the chart, a row of works
+_INCHES, _DPI = (9, 1.9), 80  # of the chart, a row of workloads
 
 
-def describe(contest: dict[str, Any], work: str) -> list[dict[str, Any]]:
-    """An entry for each contender of a work. Ratios are of turns of the same round."""
+def describe(measured_by_loader: dict[str, Any], workload: str) -> list[dict[str, Any]]:
+    """An entry for each loader of a workload. Ratios are of trials of the same round."""
     return [
-        {"work": work, "contender": name}
-        | _describe_turns(measured["turns"])
+        {"work": workload, "contender": name}
+        | _describe_trials(measured["trials"])
         | _describe_peak(measured["peak"])
         | {
             "difference_to_first": measured["differences"],
             "times_faster_than": {
-                other: asdict(spread(_ratios(rival["turns"], measured["turns"])))
-                for other, rival in contest.items()
+                other: asdict(quantiles(_ratios(baseline["trials"], measured["trials"])))
+                for other, baseline in measured_by_loader.items()
                 if other != name
             },
         }
-        for name, measured in contest.items()
+        for name, measured in measured_by_loader.items()
     ]
 
 
-def _describe_turns(turns: Sequence[Turn]) -> dict[str, Any]:
-    images = sum(turns[0].labels)
+def _describe_trials(trials: Sequence[Trial]) -> dict[str, Any]:
+    images = sum(trials[0].labels)
     return {
         "images": images,
-        "images_per_second": asdict(spread([images / turn.seconds for turn in turns])),
-        "cpu_seconds_per_1000_images": asdict(spread([1000 * turn.cpu_seconds / images for turn in turns])),
+        "images_per_second": asdict(quantiles([images / trial.seconds for trial in trials])),
+        "cpu_seconds_per_1000_images": asdict(quantiles([1000 * trial.cpu_seconds / images for trial in trials])),
     }
 
 
-def _describe_peak(peak: Peak) -> dict[str, int]:
+def _describe_peak(peak: PeakMemory) -> dict[str, int]:
     return {"peak_resident_bytes": peak.resident, "peak_own_bytes": peak.own}
 
 
-def _ratios(slower: Sequence[Turn], faster: Sequence[Turn]) -> list[float]:
+def _ratios(slower: Sequence[Trial], faster: Sequence[Trial]) -> list[float]:
     return [a.seconds / b.seconds for a, b in zip(slower, faster, strict=True)]
 
 
@@ -102,13 +102,13 @@ def _heading(report: dict[str, Any]) -> str:
     )
 
 
-def _three(spread: dict[str, float], form: str) -> str:
-    median, low, high = (format(spread[name], form) for name in ("median", "low", "high"))
+def _three(quantiles: dict[str, float], form: str) -> str:
+    median, low, high = (format(quantiles[name], form) for name in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 
 
 def _times_ours(report: dict[str, Any], entry: dict[str, Any]) -> float | None:
-    """How many times faster ours is than another contender in the same work."""
+    """How many times faster ours is than another loader in the same workload."""
     for ours in report["results"]:
         if ours["contender"] == "ours" and ours["work"] == entry["work"]:
             return ours["times_faster_than"].get(entry["contender"], {}).get("median")
@@ -124,14 +124,14 @@ def _feeding_line(entry: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Writes the bar chart: images/s of all contenders, work by work, with quantiles."""
-    works = list(dict.fromkeys(entry["work"] for entry in report["results"]))
-    columns = min(3, len(works))
-    rows = -(-len(works) // columns)
+    """Writes the bar chart: images/s of all contenders, workload by workload, with quantiles."""
+    workloads = list(dict.fromkeys(entry["work"] for entry in report["results"]))
+    columns = min(3, len(workloads))
+    rows = -(-len(workloads) // columns)
     figure = Figure(figsize=(_INCHES[0], 0.5 + _INCHES[1] * rows), dpi=_DPI, layout="constrained")
-    for place, work in enumerate(works):
+    for place, workload in enumerate(workloads):
         axes = figure.add_subplot(rows, columns, place + 1)
-        entries = [entry for entry in report["results"] if entry["work"] == work][::-1]
+        entries = [entry for entry in report["results"] if entry["work"] == workload][::-1]
         rates = [entry["images_per_second"] for entry in entries]
         medians = [rate["median"] for rate in rates]
         spans = [[rate["median"] - rate["low"] for rate in rates], [rate["high"] - rate["median"] for rate in rates]]
@@ -139,7 +139,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         bars = axes.barh(names, medians, xerr=spans, color=[_COLORS[name] for name in names], error_kw={"lw": 1})
         axes.bar_label(bars, [f" {median:,.0f}" for median in medians], fontsize=8)
         axes.set_xlim(0, 1.3 * max(medians))
-        axes.set_title(work, fontsize=10, loc="left")
+        axes.set_title(workload, fontsize=10, loc="left")
         axes.set_xticks([])
         axes.tick_params(labelsize=8, length=0)
         axes.spines[["top", "right", "bottom"]].set_visible(False)

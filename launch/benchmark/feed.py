@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import polaformer  # noqa: F401  registers the models
-from dataio.loader import Batch, TrainLoader, TrainPlan
+from dataio.loader import Batch, LoaderOptions, TrainLoader
 from dataio.manifest import Manifest, load_manifest
-from launch.benchmark.measure import LEAST_ROUNDS, spread
+from launch.benchmark.measure import MIN_ROUNDS, quantiles
 from launch.config import DataSection
 from launch.plan import image_options
 
@@ -25,7 +25,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Feeding:
+class DataStallConfig:
     """What is to be fed: `steps` of a model at a time, in turns with and without the loader."""
 
     model: str
@@ -36,33 +36,33 @@ class Feeding:
     steps: int
 
 
-def measure_feeding(feeding: Feeding, folder: Path, device: torch.device) -> dict[str, Any]:
+def measure_data_stalls(config: DataStallConfig, folder: Path, device: torch.device) -> dict[str, Any]:
     """Rates of the model alone and of the model with our loader, in images/s, and their ratio."""
     manifest = load_manifest(folder)
-    batches = _batches(feeding, manifest, device)
-    step = _make_step(feeding, len(manifest.classes), device)
+    batches = _batches(config, manifest, device)
+    step = _make_step(config, len(manifest.classes), device)
     ready = next(batches)
     for _ in range(_WARM_UP_STEPS):
         step(ready)
     alone, fed = [], []
-    for _ in range(LEAST_ROUNDS):
-        alone.append(_rate(feeding, step, lambda: ready, device))
-        fed.append(_rate(feeding, step, lambda: next(batches), device))
-    return asdict(feeding) | {
-        "step_images_per_second": asdict(spread(alone)),
-        "fed_images_per_second": asdict(spread(fed)),
-        "share_fed": spread([a / b for a, b in zip(fed, alone, strict=True)]).median,
+    for _ in range(MIN_ROUNDS):
+        alone.append(_rate(config, step, lambda: ready, device))
+        fed.append(_rate(config, step, lambda: next(batches), device))
+    return asdict(config) | {
+        "step_images_per_second": asdict(quantiles(alone)),
+        "fed_images_per_second": asdict(quantiles(fed)),
+        "share_fed": quantiles([a / b for a, b in zip(fed, alone, strict=True)]).median,
     }
 
 
-def _batches(feeding: Feeding, manifest: Manifest, device: torch.device) -> Iterator[Batch]:
-    data = DataSection(train="-", val="-", image_size=feeding.size, threads=feeding.cores, recipe=feeding.recipe)
-    return TrainLoader(manifest, image_options(data), TrainPlan(_SEED, feeding.batch), device)
+def _batches(config: DataStallConfig, manifest: Manifest, device: torch.device) -> Iterator[Batch]:
+    data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, augmentation=config.recipe)
+    return TrainLoader(manifest, image_options(data), LoaderOptions(_SEED, config.batch), device)
 
 
-def _make_step(feeding: Feeding, classes: int, device: torch.device) -> Callable[[Batch], None]:
+def _make_step(config: DataStallConfig, classes: int, device: torch.device) -> Callable[[Batch], None]:
     torch.manual_seed(_SEED)
-    model = timm.create_model(feeding.model, num_classes=classes).to(device, memory_format=torch.channels_last).train()
+    model = timm.create_model(config.model, num_classes=classes).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(batch: Batch) -> None:
@@ -75,14 +75,14 @@ def _make_step(feeding: Feeding, classes: int, device: torch.device) -> Callable
     return step
 
 
-def _rate(feeding: Feeding, step: Callable[[Batch], None], take: Callable[[], Batch], device: torch.device) -> float:
-    """Images per second over `feeding.steps` steps."""
+def _rate(config: DataStallConfig, step: Callable[[Batch], None], take: Callable[[], Batch], device: torch.device) -> float:
+    """Images per second over `config.steps` steps."""
     _wait(device)
     began = time.perf_counter()
-    for _ in range(feeding.steps):
+    for _ in range(config.steps):
         step(take())
     _wait(device)
-    return feeding.steps * feeding.batch / (time.perf_counter() - began)
+    return config.steps * config.batch / (time.perf_counter() - began)
 
 
 def _wait(device: torch.device) -> None:

@@ -30,9 +30,9 @@ import torch
 from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
 from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output, user_path
 
-PASSED, FAILED, ENDED, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
+PASSED, FAILED, TIMED_OUT, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
 _KILL_AFTER_SECONDS = 5
-_ENDED_BY_TIMEOUT = (124, 137)  # by SIGTERM; by SIGKILL, where that did not suffice
+_TIMEOUT_STATUSES = (124, 137)  # by SIGTERM; by SIGKILL, where that did not suffice
 _HEADLINE_WIDTH = 110
 
 
@@ -54,12 +54,12 @@ def run_parts(
         )
         if reason := part.missing or ("no kernels that run here, see build" if no_kernels else ""):
             entry = {"name": part.name, "outcome": SKIPPED, "headline": reason}
-        elif part.usual_seconds > left:
-            reason = f"takes about {part.usual_seconds:.0f} s, and {max(left, 0):.0f} s are left"
+        elif part.expected_seconds > left:
+            reason = f"takes about {part.expected_seconds:.0f} s, and {max(left, 0):.0f} s are left"
             entry = {"name": part.name, "outcome": LEFT_OUT, "headline": reason}
         else:
             print(f"{part.name} …", flush=True)
-            entry = run_part(part, folder / part.name, min(part.limit_seconds, left))
+            entry = run_part(part, folder / part.name, min(part.timeout_seconds, left))
             entry.pop("result")  # part.json has it
         print(f"{part.name}: {entry['outcome']}, {entry['headline']}", flush=True)
         report["parts"].append(entry)
@@ -68,22 +68,22 @@ def run_parts(
             _archive(folder, archive)
 
 
-def run_part(part: Part, folder: Path, limit_seconds: float) -> dict[str, Any]:
+def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]:
     """What part.json says of a part that was run: how it ended, its result, and the headline of that."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    entry = {"name": part.name, "command": list(part.command), "limit_seconds": round(limit_seconds, 1)}
+    entry = {"name": part.name, "command": list(part.command), "limit_seconds": round(timeout_seconds, 1)}
     _write(folder / "part.json", entry | {"outcome": "running"})
     began = time.monotonic()
     with open(folder / LOG, "wb") as log:
-        status = _run_within(limit_seconds, part, log)
+        status = _run_within(timeout_seconds, part, log)
     entry["seconds"] = round(time.monotonic() - began, 1)
     entry["exit_status"] = status
-    ended = status in _ENDED_BY_TIMEOUT and entry["seconds"] > limit_seconds - 0.2
-    entry["outcome"] = PASSED if status == 0 else ENDED if ended else FAILED
+    ended = status in _TIMEOUT_STATUSES and entry["seconds"] > timeout_seconds - 0.2
+    entry["outcome"] = PASSED if status == 0 else TIMED_OUT if ended else FAILED
     try:
-        entry["result"], entry["headline"] = part.digest(folder)
+        entry["result"], entry["headline"] = part.parse_result(folder)
     except Exception as error:  # whatever a command that did not end well, or not as foreseen, has left
         entry["result"], entry["headline"] = last_line(folder)
         if status == 0:
@@ -93,13 +93,13 @@ def run_part(part: Part, folder: Path, limit_seconds: float) -> dict[str, Any]:
     return entry
 
 
-def _run_within(limit_seconds: float, part: Part, log: Any) -> int:
+def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
     """Its exit status. If it exceeds the limit, it is ended with the processes that it started.
 
     `timeout` sees to that, even if this process is killed meanwhile.
     """
     environ = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environ)
-    limited = ("timeout", f"--kill-after={_KILL_AFTER_SECONDS}", f"{limit_seconds:.3f}", *part.command)
+    limited = ("timeout", f"--kill-after={_KILL_AFTER_SECONDS}", f"{timeout_seconds:.3f}", *part.command)
     process = subprocess.Popen(
         limited, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
     )
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 60 * arguments.minutes if arguments.minutes else float("inf")
     run_parts(parts, folder, seconds, report, arguments.archive)
     print(f"\n{format_summary(report['parts'])}\nwritten to {folder}")
-    bad = (FAILED, ENDED, SKIPPED) if arguments.parts else (FAILED, ENDED)
+    bad = (FAILED, TIMED_OUT, SKIPPED) if arguments.parts else (FAILED, TIMED_OUT)
     return int(any(entry["outcome"] in bad for entry in report["parts"]))
 
 

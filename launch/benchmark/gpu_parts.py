@@ -20,7 +20,7 @@ from launch.benchmark.report import read_report
 
 FILES = REPORT, LOG, TESTS, COUNTERS = "report.json", "log.txt", "tests.xml", "counters.csv"  # in each part's folder
 
-Digest = Callable[[Path], tuple[Any, str]]  # a part's folder → its result, for JSON, and the headline of that
+ResultParser = Callable[[Path], tuple[Any, str]]  # a part's folder → its result, for JSON, and the headline of that
 
 _PYTHON = (sys.executable, "-m")
 _CHECK = (*_PYTHON, "launch.benchmark.check_kernels")
@@ -46,9 +46,9 @@ class Part:
 
     name: str
     command: tuple[str, ...]
-    usual_seconds: float
-    limit_seconds: float
-    digest: Digest
+    expected_seconds: float
+    timeout_seconds: float
+    parse_result: ResultParser
     missing: str = ""  # why it cannot run here
     needs_kernels: bool = True
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -66,15 +66,15 @@ def _plan_first(folder: Path) -> list[Part]:
         for name, shapes in (("check", "real"), ("check-awkward", "awkward"))
     )
     eager = ("--modes", "eager", "--seconds", "3")
-    side_by_side = ("--contenders", "ours", "eager", "sdpa", "--seconds", "3")
+    side_by_side = ("--implementations", "ours", "eager", "sdpa", "--seconds", "3")
     return [
         Part("build", (*_PYTHON, "launch.benchmark.build_kernels"), 15, 300, last_line, needs_kernels=False),
-        Part("check", real, 20, 60, digest_checks),
-        Part("check-awkward", awkward, 15, 60, digest_checks),
-        Part("kernels", _benchmark(folder / "kernels", "profile"), 30, 90, digest_profile),
-        Part("tests", _pytest(folder / "tests", *_KERNEL_TESTS), 60, 150, digest_tests),
-        Part("kernel", _benchmark(folder / "kernel", "kernel", *side_by_side), 60, 150, digest_kernel),
-        Part("step", _benchmark(folder / "step", "step", *eager), 90, 180, digest_steps, needs_kernels=False),
+        Part("check", real, 20, 60, parse_checks),
+        Part("check-awkward", awkward, 15, 60, parse_checks),
+        Part("kernels", _benchmark(folder / "kernels", "profile"), 30, 90, parse_profile),
+        Part("tests", _pytest(folder / "tests", *_KERNEL_TESTS), 60, 150, parse_tests),
+        Part("kernel", _benchmark(folder / "kernel", "kernel", *side_by_side), 60, 150, parse_kernel),
+        Part("step", _benchmark(folder / "step", "step", *eager), 90, 180, parse_steps, needs_kernels=False),
     ]
 
 
@@ -91,30 +91,30 @@ def _plan_tools(folder: Path) -> list[Part]:
     memory = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *_CHECK, "tiny")
     races = ("--tool", "racecheck", "--error-exitcode", "9", *_CHECK, "tiny")
     return [
-        _tool_part("counters", "ncu", counters, 40, 120, digest_counters),
-        _tool_part("memcheck", "compute-sanitizer", memory, 45, 120, digest_sanitizer, environ=uncached),
-        _tool_part("racecheck", "compute-sanitizer", races, 45, 120, digest_sanitizer, environ=uncached),
+        _tool_part("counters", "ncu", counters, 40, 120, parse_counters),
+        _tool_part("memcheck", "compute-sanitizer", memory, 45, 120, parse_sanitizer, environ=uncached),
+        _tool_part("racecheck", "compute-sanitizer", races, 45, 120, parse_sanitizer, environ=uncached),
     ]
 
 
 def _plan_long(folder: Path) -> list[Part]:
-    compiled = ("--shapes", *_STAGES, "--contenders", "ours", "compiled", "--growth", "--seconds", "2")
+    compiled = ("--shapes", *_STAGES, "--implementations", "ours", "compiled", "--growth", "--seconds", "2")
     of_b5 = ("--model", "polaformerpp_b5")
     steps = ("--modes", "compiled", "--models", "polaformerpp_b5", "vit_base_patch16_224", "convnext_base")
     of_data = ("--images", "8192", "--batch", "128")
     every_test = _pytest(folder / "all-tests", "tests")
-    no_tests = lacking("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage")
-    no_data = lacking("nvidia.dali", "pydantic", "webdataset", "matplotlib", "skimage", "psutil", "rich")
-    no_resume = lacking("nvidia.dali", "pydantic", "matplotlib", "skimage")
+    no_tests = missing_modules("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage")
+    no_data = missing_modules("nvidia.dali", "pydantic", "webdataset", "matplotlib", "skimage", "psutil", "rich")
+    no_resume = missing_modules("nvidia.dali", "pydantic", "matplotlib", "skimage")
     data, resume = _benchmark(folder / "data", "data", *of_data), _benchmark(folder / "resume", "resume")
     return [
-        Part("compiled", _benchmark(folder / "compiled", "kernel", *compiled), 60, 180, digest_kernel),
-        Part("operators", _benchmark(folder / "operators", "profile", *of_b5), 40, 120, digest_operators),
-        Part("compiled-step", _benchmark(folder / "compiled-step", "step", *steps), 180, 420, digest_steps),
-        Part("all-tests", every_test, 600, 3600, digest_tests, no_tests),
+        Part("compiled", _benchmark(folder / "compiled", "kernel", *compiled), 60, 180, parse_kernel),
+        Part("operators", _benchmark(folder / "operators", "profile", *of_b5), 40, 120, parse_operators),
+        Part("compiled-step", _benchmark(folder / "compiled-step", "step", *steps), 180, 420, parse_steps),
+        Part("all-tests", every_test, 600, 3600, parse_tests, no_tests),
         Part("data", data, 600, 3600, last_line, no_data, needs_kernels=False),
         Part("resume", resume, 300, 1800, last_line, no_resume, needs_kernels=False),
-        Part("full", _benchmark(folder / "full", "kernel", "--full"), 1800, 5400, digest_kernel),
+        Part("full", _benchmark(folder / "full", "kernel", "--full"), 1800, 5400, parse_kernel),
     ]
 
 
@@ -139,7 +139,7 @@ def _tool_part(name: str, tool: str, arguments: tuple[str, ...], *rest: Any, **o
     return Part(name, (path or tool, *arguments), *rest, missing=missing, **options)
 
 
-def lacking(*modules: str) -> str:
+def missing_modules(*modules: str) -> str:
     """Which of these modules are not installed, in a sentence; empty if all are."""
     missing = [name for name in modules if not _is_installed(name)]
     return f"not installed: {', '.join(missing)}" if missing else ""
@@ -158,14 +158,14 @@ def last_line(folder: Path) -> tuple[None, str]:
     return None, next((line.strip() for line in reversed(lines) if line.strip() and not _ADVICE.match(line)), "")
 
 
-def reporting(benchmark: str, headline: Callable[[dict[str, Any]], str]) -> Digest:
-    """The digest of a part that writes a benchmark's JSON."""
+def report_parser(benchmark: str, headline: Callable[[dict[str, Any]], str]) -> ResultParser:
+    """The parse_result of a part that writes a benchmark's JSON."""
 
-    def digest(folder: Path) -> tuple[dict[str, Any], str]:
+    def parse_result(folder: Path) -> tuple[dict[str, Any], str]:
         report = read_report(folder / REPORT, benchmark)
         return report, headline(report)
 
-    return digest
+    return parse_result
 
 
 def _headline_of_checks(report: dict[str, Any]) -> str:
@@ -210,14 +210,14 @@ def _headline_of_operators(report: dict[str, Any]) -> str:
     return f"{report['model']}: {1000 * report['seconds']:.0f} ms a step; {slowest}"
 
 
-digest_checks = reporting("check_kernels", _headline_of_checks)
-digest_kernel = reporting("kernel", _headline_of_kernel)
-digest_profile = reporting("profile", _headline_of_profile)
-digest_operators = reporting("profile", _headline_of_operators)
-digest_steps = reporting("step", _headline_of_steps)
+parse_checks = report_parser("check_kernels", _headline_of_checks)
+parse_kernel = report_parser("kernel", _headline_of_kernel)
+parse_profile = report_parser("profile", _headline_of_profile)
+parse_operators = report_parser("profile", _headline_of_operators)
+parse_steps = report_parser("step", _headline_of_steps)
 
 
-def digest_tests(folder: Path) -> tuple[dict[str, Any], str]:
+def parse_tests(folder: Path) -> tuple[dict[str, Any], str]:
     """How many tests passed, failed and so on, and which failed, from pytest's junitxml."""
     suite = ElementTree.parse(folder / TESTS).getroot().find("testsuite")
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
@@ -228,7 +228,7 @@ def digest_tests(folder: Path) -> tuple[dict[str, Any], str]:
     return counts | {"failed": failed}, shown
 
 
-def digest_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
+def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """The metrics of each launch, in order, from Nsight Compute's CSV: one line there for each launch and metric."""
     launches: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(_skip_to_header((folder / COUNTERS).read_text())):
@@ -251,7 +251,7 @@ def _skip_to_header(text: str) -> list[str]:
     return [line for line in lines[starts[0] :] if line.startswith('"')] if starts else []
 
 
-def digest_sanitizer(folder: Path) -> tuple[dict[str, int], str]:
+def parse_sanitizer(folder: Path) -> tuple[dict[str, int], str]:
     """How many errors and hazards compute-sanitizer's summary counts."""
     log = (folder / LOG).read_text(errors="replace")
     [summary] = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log)

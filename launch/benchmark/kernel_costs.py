@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
 
-from launch.benchmark.machine_code import CLASSES, Kernel, Loop, UnexplainedLoops
+from launch.benchmark.machine_code import CLASSES, Kernel, Loop, UnmatchedLoops
 
 TILE_TOKENS = 16  # that costs are counted for
 
 
 @dataclass(frozen=True)
-class Nest:
+class LoopNest:
     """A loop of the source and those in it. trips: of one run of what is around it, by padded width."""
 
     name: str
     trips: Callable[[int], int | Fraction]
-    inner: tuple["Nest", ...] = ()
+    inner: tuple["LoopNest", ...] = ()
     multiplies: bool = True  # whether there are products in it
 
-    def nested(self) -> Iterator["Nest"]:
+    def nested(self) -> Iterator["LoopNest"]:
         """All loops in this one."""
         for nest in self.inner:
             yield nest
@@ -49,7 +49,7 @@ class Work:
 
     rows: int
     warps: Callable[[int], int]
-    loop: Nest
+    loop: LoopNest
     products: Callable[[int], int]
     extra: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
 
@@ -57,23 +57,23 @@ class Work:
         return self.products(width) + sum(count(width) for count in self.extra.values())
 
 
-# As forward_bf16.cu and backward_bf16.cu are written; `Nest.trips` counts as if nothing were unrolled: what the
+# As forward_bf16.cu and backward_bf16.cu are written; `LoopNest.trips` counts as if nothing were unrolled: what the
 # compiler unrolls or peels is found out from the HMMAs in the code.
 WORK = {
     "sum_keys": Work(
         rows=2,  # k, v
         warps=lambda w: w // 16,
-        loop=Nest("32 tokens", lambda w: Fraction(1, 2), (Nest("16 tokens", lambda w: 2),)),
+        loop=LoopNest("32 tokens", lambda w: Fraction(1, 2), (LoopNest("16 tokens", lambda w: 2),)),
         products=lambda w: 2 * (w // 16) * (w // 8),
         extra={"means": lambda w: 2 * (w // 16)},
     ),
     "attend": Work(
         rows=2,  # q, out
         warps=lambda w: 1,
-        loop=Nest(
+        loop=LoopNest(
             "32 tokens, above W = 96 16",
             lambda w: Fraction(1, 2) if w <= 96 else 1,
-            (Nest("16 columns", lambda w: w // 16),),
+            (LoopNest("16 columns", lambda w: w // 16),),
         ),
         products=lambda w: 2 * 2 * (w // 16) * (w // 16),
         extra={"normalizers": lambda w: 2 * 2 * (w // 16)},
@@ -81,10 +81,10 @@ WORK = {
     "differentiate_queries": Work(
         rows=3,  # q, dout, dq
         warps=lambda w: 1,
-        loop=Nest(
+        loop=LoopNest(
             "16 tokens",
             lambda w: 1,
-            (Nest("16 columns of S dout", lambda w: w // 16), Nest("16 columns of dq", lambda w: w // 16)),
+            (LoopNest("16 columns of S dout", lambda w: w // 16), LoopNest("16 columns of dq", lambda w: w // 16)),
         ),
         products=lambda w: 2 * 2 * (w // 16) * (w // 16),
         extra={
@@ -96,14 +96,14 @@ WORK = {
     "sum_queries": Work(
         rows=2,  # q, dout
         warps=lambda w: w // 16,
-        loop=Nest("32 tokens", lambda w: Fraction(1, 2), (Nest("16 tokens", lambda w: 2),)),
+        loop=LoopNest("32 tokens", lambda w: Fraction(1, 2), (LoopNest("16 tokens", lambda w: 2),)),
         products=lambda w: 2 * 2 * (w // 16) * (w // 16),
         extra={"means": lambda w: 2 * 2 * (w // 16)},
     ),
     "differentiate_keys": Work(
         rows=4,  # k, v, dk, dv
         warps=lambda w: 1,
-        loop=Nest("16 tokens", lambda w: 1, (Nest("16 columns", lambda w: w // 16),)),
+        loop=LoopNest("16 tokens", lambda w: 1, (LoopNest("16 columns", lambda w: w // 16),)),
         products=lambda w: 2 * (2 * (w // 16) * (w // 8)),  # dS v and R(φ) dS
     ),
 }
@@ -124,9 +124,9 @@ class Cost:
 
 
 def cost(kernel: Kernel, work: Work | None = None) -> Cost:
-    """What 16 tokens cost in one of WORK's kernels. Raises UnexplainedLoops if its code contradicts WORK."""
+    """What 16 tokens cost in one of WORK's kernels. Raises UnmatchedLoops if its code contradicts WORK."""
     work = work or WORK[kernel.name]
-    loop, trips = _settle_trips(kernel, work)
+    loop, trips = _resolve_trips(kernel, work)
     warps = work.warps(kernel.width)
     classes, shared_clocks = dict.fromkeys(CLASSES, Fraction()), Fraction()
     for each in loop.nested():
@@ -136,7 +136,7 @@ def cost(kernel: Kernel, work: Work | None = None) -> Cost:
     return Cost(warps, trips, {name: float(count) for name, count in classes.items()}, float(shared_clocks))
 
 
-def _settle_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:
+def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:
     """The loop over tokens, and how often it and each loop in it runs per 16 tokens, by address."""
     loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
     needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
@@ -155,7 +155,7 @@ def _settle_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]
     wanted = " + ".join(
         [str(work.products(kernel.width)), *(f"{n(kernel.width)} ({x})" for x, n in work.extra.items())]
     )
-    raise UnexplainedLoops(
+    raise UnmatchedLoops(
         f"{kernel}: {fault} of its loop over tokens give the {wanted} HMMAs that {work.warps(kernel.width)} warps need"
         f" for {TILE_TOKENS} tokens; declared is {work.loop.describe(kernel.width)}, the code has {loop};"
         " correct WORK in launch/benchmark/kernel_costs.py"
@@ -169,14 +169,14 @@ def _multiply_out(loop: Loop, inner: Mapping[int, int], trips: dict[int, Fractio
         _multiply_out(each, inner, trips)
 
 
-def _readings(loop: Loop, nest: Nest, width: int) -> Iterator[tuple[int, dict[int, int]]]:
+def _readings(loop: Loop, nest: LoopNest, width: int) -> Iterator[tuple[int, dict[int, int]]]:
     """The ways to take the loops in `loop` for such in `nest`: changes by the compiler, and trips by address."""
     for choice in product(*(_readings_of_one(each, loop, nest, width) for each in loop.inner)):
         trips = {address: count for _, some in choice for address, count in some.items()}
         yield sum(changes for changes, _ in choice), trips
 
 
-def _readings_of_one(loop: Loop, around: Loop, nest: Nest, width: int) -> list[tuple[int, dict[int, int]]]:
+def _readings_of_one(loop: Loop, around: Loop, nest: LoopNest, width: int) -> list[tuple[int, dict[int, int]]]:
     """Likewise for `loop` itself, which may be unrolled in part or have its first or last run outside of it."""
     found = []
     for candidate in nest.nested():

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from launch.benchmark.contenders import FLOOR_ELEMENTS, flops
-from launch.benchmark.contest import Rates, Result
+from launch.benchmark.implementations import MIN_TRAFFIC_ELEMENTS, flops
+from launch.benchmark.kernel_runner import DevicePeaks, Result
 from launch.benchmark.measure import PASSES
 from launch.benchmark.report import format_table
 
@@ -18,41 +18,41 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(result: Result, rivals: Sequence[Result], rates: Rates) -> dict[str, Any]:
-    """A result with what follows from it. rivals: all results on the same shape, this one among them."""
-    entry = {"contender": result.contender, "shape": str(result.shape), "tokens": result.shape.tokens}
+def describe(result: Result, baselines: Sequence[Result], peaks: DevicePeaks) -> dict[str, Any]:
+    """A result with what follows from it. baselines: all results on the same shape, this one among them."""
+    entry = {"contender": result.implementation, "shape": str(result.shape), "tokens": result.shape.tokens}
     entry |= {"dtype": dtype_name(result.dtype)}
     if result.seconds is None:
         return entry | {"skipped": result.skipped}
     others = {}
-    for rival in rivals:
-        if rival.seconds is None or rival is result:
+    for baseline in baselines:
+        if baseline.seconds is None or baseline is result:
             continue
-        if rival.dtype == result.dtype:
-            others[rival.contender] = rival
-        elif rival.contender == result.contender:  # bf16 against float32
-            others[f"{rival.contender} {dtype_name(rival.dtype)}"] = rival
+        if baseline.dtype == result.dtype:
+            others[baseline.implementation] = baseline
+        elif baseline.implementation == result.implementation:  # bf16 against float32
+            others[f"{baseline.implementation} {dtype_name(baseline.dtype)}"] = baseline
     peak = result.peak_extra_bytes["both"]
     return entry | {
-        "passes": {name: _describe_pass(result, name, others, rates) for name in PASSES},
+        "passes": {name: _describe_pass(result, name, others, peaks) for name in PASSES},
         "peak_extra_bytes": result.peak_extra_bytes,
-        "peak_as_share_of": {name: peak / rival.peak_extra_bytes["both"] for name, rival in others.items()},
+        "peak_as_share_of": {name: peak / baseline.peak_extra_bytes["both"] for name, baseline in others.items()},
     }
 
 
-def _describe_pass(result: Result, name: str, others: dict[str, Result], rates: Rates) -> dict[str, Any]:
+def _describe_pass(result: Result, name: str, others: dict[str, Result], peaks: DevicePeaks) -> dict[str, Any]:
     """floor_bytes: what any implementation must move; shares: of the device's measured rates."""
     seconds = result.seconds[name]
-    floor_bytes = FLOOR_ELEMENTS[name] * result.shape.elements * result.dtype.itemsize
-    operations = flops(result.contender, result.shape)[name]
+    floor_bytes = MIN_TRAFFIC_ELEMENTS[name] * result.shape.elements * result.dtype.itemsize
+    operations = flops(result.implementation, result.shape)[name]
     return {
         "seconds": asdict(seconds),
         "floor_bytes": floor_bytes,
         "bytes_per_second": floor_bytes / seconds.median,
-        "share_of_copy_rate": floor_bytes / seconds.median / rates.copy.median,
+        "share_of_copy_rate": floor_bytes / seconds.median / peaks.copy.median,
         "flops": operations,
-        "share_of_product_rate": operations / seconds.median / rates.products[result.dtype].median,
-        "times_faster_than": {other: rival.seconds[name].median / seconds.median for other, rival in others.items()},
+        "share_of_product_rate": operations / seconds.median / peaks.products[result.dtype].median,
+        "times_faster_than": {other: baseline.seconds[name].median / seconds.median for other, baseline in others.items()},
     }
 
 
@@ -81,7 +81,7 @@ def show(report: dict[str, Any], markdown: bool) -> None:
     """Prints a report, for people."""
     print(_heading(report))
     for title, key, columns in (
-        ("side by side", "results", {**_COLUMNS, **_RIVAL_COLUMNS}),
+        ("side by side", "results", {**_COLUMNS, **_BASELINE_COLUMNS}),
         ("growth", "growth", _COLUMNS),
     ):
         if report[key]:
@@ -145,10 +145,10 @@ def _forward_and_backward(key: str, unit: float, form: str) -> _Column:
     return lambda entry: "·".join(format(entry["passes"][name][key] / unit, form) for name in PASSES[:2])
 
 
-def _times_faster(rival: str) -> _Column:
+def _times_faster(baseline: str) -> _Column:
     def cell(entry: dict[str, Any]) -> str:
         ratios = entry["passes"]["both"]["times_faster_than"]
-        other = rival or f"{entry['contender']} float32"
+        other = baseline or f"{entry['contender']} float32"
         return f"{ratios[other]:.2f}" if other in ratios else ""
 
     return cell
@@ -166,8 +166,8 @@ _COLUMNS: dict[str, _Column] = {
     "% of products": lambda entry: f"{100 * entry['passes']['both']['share_of_product_rate']:.1f}",
     "peak MiB": lambda entry: f"{entry['peak_extra_bytes']['both'] / 2**20:.4g}",
 }
-_RIVAL_COLUMNS: dict[str, _Column] = {
+_BASELINE_COLUMNS: dict[str, _Column] = {
     "of eager's": _share_of_eager_memory,
-    **{f"× {rival}": _times_faster(rival) for rival in ("eager", "compiled", "sdpa")},
+    **{f"× {baseline}": _times_faster(baseline) for baseline in ("eager", "compiled", "sdpa")},
     "× float32": _times_faster(""),
 }

@@ -1,6 +1,6 @@
-"""What the data benchmark's contenders have to do, and those that read with webdataset and decode with PIL.
+"""What the data benchmark's loaders have to do, and those that read with webdataset and decode with PIL.
 
-Each is an object made for one task, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
+Each is an object made for one config, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
 ours among them; loading.py runs each in a process of its own.
 """
 
@@ -19,20 +19,20 @@ from torchvision.transforms import InterpolationMode, v2
 from dataio.manifest import Manifest, load_manifest
 from launch.config import DataSection
 
-RECIPES = get_args(DataSection.model_fields["recipe"].annotation)
+AUGMENTATIONS = get_args(DataSection.model_fields["augmentation"].annotation)
 #: What is done to the images.
-WORKS = ("read", "decode", "evaluation", *reversed(RECIPES))  # from least to most
+WORKLOADS = ("read", "decode", "evaluation", *reversed(AUGMENTATIONS))  # from least to most
 GRID = 8  # decoded images are handed over as so many pixels a side, taken from all over them
-ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp")
-SHUFFLED = 1000  # encoded images in a rival's buffer
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+SHUFFLE_BUFFER = 1000  # encoded images in a baseline's buffer
 SEED = 0
 
 
 @dataclass(frozen=True)
-class Task:
+class LoaderConfig:
     """What is to be loaded, and with how much. `cores`: threads or worker processes."""
 
-    work: str  # of WORKS
+    workload: str  # of WORKLOADS
     folder: Path  # packed
     batch: int
     size: int  # pixels, of the normalised images
@@ -42,15 +42,15 @@ class Task:
     @property
     def shuffled(self) -> bool:
         """In another order each epoch; otherwise in stored order, so that pixels can be compared."""
-        return self.work not in ("decode", "evaluation")
+        return self.workload not in ("decode", "evaluation")
 
     def data(self) -> DataSection:
         """The configuration by which images are prepared."""
-        recipe = {"recipe": self.work} if self.work in RECIPES else {}
-        return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **recipe)
+        augmentation = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
+        return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **augmentation)
 
 
-class Delivery(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch. `rows`: of the manifest, None where the loader does not know and nobody asks.
 
     images: B encoded images; (B, GRID, GRID, 3) uint8; or (B, 3, S, S) float32, normalised, on the device.
@@ -64,11 +64,11 @@ class Delivery(NamedTuple):
 class Loader(Protocol):
     """A contestant."""
 
-    def epoch(self, number: int) -> Iterator[Delivery]:
+    def epoch(self, number: int) -> Iterator[LoadedBatch]:
         """Every image once."""
 
 
-def row_of_names(manifest: Manifest) -> dict[str, int]:
+def rows_by_key(manifest: Manifest) -> dict[str, int]:
     """Keys of samples in their shards, as webdataset calls them → rows of the manifest."""
     rows: dict[str, int] = {}
     for shard in manifest.shards:
@@ -80,38 +80,38 @@ def row_of_names(manifest: Manifest) -> dict[str, int]:
 class WebDataset:
     """webdataset's reader in torch's worker processes, which decode with PIL; `transform` does the rest there."""
 
-    def __init__(self, task: Task, transform: Callable[[Image.Image], Any] | None = None) -> None:
+    def __init__(self, config: LoaderConfig, transform: Callable[[Image.Image], Any] | None = None) -> None:
         import webdataset
 
-        self.task, self._transform = task, transform
-        manifest = load_manifest(task.folder)
-        self._rows = row_of_names(manifest)
+        self.config, self._transform = config, transform
+        manifest = load_manifest(config.folder)
+        self._rows = rows_by_key(manifest)
         urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
         # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do.
-        workers = min(task.cores, len(urls)) * (task.work != "read")  # bytes are read faster than workers hand them on
-        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if task.shuffled else False, seed=SEED)
-        if task.shuffled:
-            dataset = dataset.shuffle(SHUFFLED)
-        if task.work != "read":
+        workers = min(config.cores, len(urls)) * (config.workload != "read")  # bytes are read faster than workers hand them on
+        dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if config.shuffled else False, seed=SEED)
+        if config.shuffled:
+            dataset = dataset.shuffle(SHUFFLE_BUFFER)
+        if config.workload != "read":
             dataset = dataset.decode("pil")
-        dataset = dataset.to_tuple("__key__", ";".join(ENDINGS), "cls").map_tuple(str, self._transform_image, int)
-        dataset = dataset.batched(task.batch, collation_fn=default_collate)  # writes into shared memory at once
+        dataset = dataset.to_tuple("__key__", ";".join(EXTENSIONS), "cls").map_tuple(str, self._transform_image, int)
+        dataset = dataset.batched(config.batch, collation_fn=default_collate)  # writes into shared memory at once
         self._loader = webdataset.WebLoader(
             dataset,
             batch_size=None,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=task.device != "cpu" and workers > 0,
+            pin_memory=config.device != "cpu" and workers > 0,
         )
 
     def _transform_image(self, image: Any) -> Any:
         return image if self._transform is None else self._transform(image)
 
-    def epoch(self, number: int) -> Iterator[Delivery]:
+    def epoch(self, number: int) -> Iterator[LoadedBatch]:
         for names, images, labels in self._loader:
             if isinstance(images, Tensor):
-                images = images.to(self.task.device, non_blocking=True)
-            yield Delivery(images, labels, np.array([self._rows[name] for name in names]))
+                images = images.to(self.config.device, non_blocking=True)
+            yield LoadedBatch(images, labels, np.array([self._rows[name] for name in names]))
 
 
 def grid_of(pixels: np.ndarray) -> np.ndarray:
@@ -125,39 +125,39 @@ def pil_grid(image: Image.Image) -> np.ndarray:
     return grid_of(np.asarray(image))
 
 
-def torchvision_transform(task: Task) -> Callable[[Image.Image], Tensor]:
+def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
     """torchvision's evaluation or training transform, for PIL images."""
-    data, bicubic = task.data(), InterpolationMode.BICUBIC
-    if task.work == "evaluation":
-        side = int(task.size / data.eval_crop_fraction)
-        cut = [v2.Resize((side, side), bicubic), v2.CenterCrop(task.size)]
+    data, bicubic = config.data(), InterpolationMode.BICUBIC
+    if config.workload == "evaluation":
+        side = int(config.size / data.crop_pct)
+        cut = [v2.Resize((side, side), bicubic), v2.CenterCrop(config.size)]
     else:
         cut = [
-            v2.RandomResizedCrop(task.size, data.crop_scale, data.crop_ratio, bicubic),
-            v2.RandomHorizontalFlip(data.flip_probability),
+            v2.RandomResizedCrop(config.size, data.crop_scale, data.crop_ratio, bicubic),
+            v2.RandomHorizontalFlip(data.hflip),
         ]
     to_numbers = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
     return v2.Compose([*cut, *to_numbers])
 
 
-def timm_transform(task: Task) -> Callable[[Image.Image], Tensor]:
-    """timm's, likewise; its names for the recipes are beside ours."""
+def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
+    """timm's, likewise; its names for the augmentations are beside ours."""
     from timm.data import auto_augment, create_transform
 
     # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
-    data = task.data()
+    data = config.data()
     shared = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
-    if task.work == "evaluation":
-        return create_transform(task.size, crop_pct=data.eval_crop_fraction, crop_mode="squash", **shared)
+    if config.workload == "evaluation":
+        return create_transform(config.size, crop_pct=data.crop_pct, crop_mode="squash", **shared)
     return create_transform(
-        task.size,
+        config.size,
         is_training=True,
         scale=data.crop_scale,
         ratio=data.crop_ratio,
-        hflip=data.flip_probability,
-        auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[task.work],
-        color_jitter=0.3 if task.work == "three-augment" else None,  # DeiT III's, as ours
+        hflip=data.hflip,
+        auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[config.workload],
+        color_jitter=0.3 if config.workload == "three-augment" else None,  # DeiT III's, as ours
         **shared,
     )
 

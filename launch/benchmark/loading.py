@@ -1,8 +1,8 @@
-"""The data benchmark's contest: each loader in a process of its own, which waits until it is its turn.
+"""The data benchmark's contest: each loader in a process of its own, which waits until it is its trial.
 
-loaders.py and dali_loaders.py say who takes part; data.py asks and reports. A turn is one epoch, from the first
+loaders.py and dali_loaders.py say who takes part; data.py asks and reports. A trial is one epoch, from the first
 request to the last batch handed over, so that nobody decodes ahead while others are timed. The first epoch of each is
-looked at: nothing is timed unless all hand over the same. In the second the memory is watched; then they take turns.
+looked at: nothing is timed unless all hand over the same. In the second the memory is watched; then they take trials.
 """
 
 import importlib.util
@@ -23,12 +23,12 @@ import numpy as np
 import psutil
 import torch
 
-from dataio.workers import ctrl_c_held_back
+from dataio.workers import sigint_blocked
 from launch.benchmark import loaders
-from launch.benchmark.loaders import RECIPES, Delivery, Loader, Task
+from launch.benchmark.loaders import RECIPES, LoadedBatch, Loader, LoaderConfig
 
 #: Who can do what.
-CONTENDERS = {
+LOADERS = {
     "ours": ("read", "decode", "evaluation", *RECIPES),
     "webdataset": ("read", "decode"),
     "torchvision": ("evaluation", "simple"),
@@ -41,13 +41,13 @@ _TOLERANCES = (0.5, 16.0)
 _SAMPLED_SECONDS = 0.02
 
 
-class UnequalWork(Exception):
-    """A contender does not hand over what the others do; its time would mean nothing."""
+class OutputMismatch(Exception):
+    """A loader does not hand over what the others do; its time would mean nothing."""
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One epoch of a contender. labels: images of each class."""
+class Trial:
+    """One epoch of a loader. labels: images of each class."""
 
     seconds: float
     cpu_seconds: float  # of the process with its threads and workers
@@ -55,8 +55,8 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a contender hands over, as far as it can be compared."""
+class OutputFingerprint:
+    """What a loader hands over, as far as it can be compared."""
 
     labels: tuple[int, ...]
     shape: tuple[int, ...] = ()  # of an image, where all have one
@@ -66,64 +66,64 @@ class Look:
 
 
 @dataclass
-class Peak:
+class PeakMemory:
     """Memory in bytes. resident: of the process, and what its workers do not share; own: without mapped files."""
 
     resident: int = 0
     own: int = 0
 
 
-def make_loader(contender: str, task: Task) -> Loader:
+def make_loader(name: str, config: LoaderConfig) -> Loader:
     """Imports DALI only for those that use it, so that it is in nobody else's memory."""
-    if contender in ("ours", "dali"):
+    if name in ("ours", "dali"):
         from launch.benchmark import dali_loaders
 
-        own = dali_loaders.OursDecoding if task.work == "decode" else dali_loaders.Ours
-        return (own if contender == "ours" else dali_loaders.NativeReader)(task)
-    if contender == "webdataset":
-        return loaders.WebDataset(task, loaders.pil_grid if task.work == "decode" else None)
-    make = {"torchvision": loaders.torchvision_transform, "timm": loaders.timm_transform}[contender]
-    return loaders.WebDataset(task, make(task))
+        own = dali_loaders.DataioDecodeLoader if config.workload == "decode" else dali_loaders.DataioLoader
+        return (own if name == "ours" else dali_loaders.DaliWebDatasetLoader)(config)
+    if name == "webdataset":
+        return loaders.WebDataset(config, loaders.pil_grid if config.workload == "decode" else None)
+    make = {"torchvision": loaders.torchvision_transform, "timm": loaders.timm_transform}[name]
+    return loaders.WebDataset(config, make(config))
 
 
-def take_turn(loader: Loader, task: Task, number: int, classes: int) -> Turn:
+def run_trial(loader: Loader, config: LoaderConfig, number: int, classes: int) -> Trial:
     """One epoch, timed. The consumer counts labels and does nothing else with what it gets."""
     labels = np.zeros(classes, dtype=np.int64)
     cpu, began = _cpu_seconds(), time.perf_counter()
-    for delivery in loader.epoch(number):
-        labels += _count_labels(delivery, classes)
-    if task.device != "cpu":
+    for loaded in loader.epoch(number):
+        labels += _count_labels(loaded, classes)
+    if config.device != "cpu":
         torch.cuda.synchronize()
-    return Turn(time.perf_counter() - began, _cpu_seconds() - cpu, tuple(labels.tolist()))
+    return Trial(time.perf_counter() - began, _cpu_seconds() - cpu, tuple(labels.tolist()))
 
 
-def look(loader: Loader, task: Task, number: int, classes: int) -> Look:
+def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int) -> OutputFingerprint:
     """One epoch, for `compare`."""
     labels, digests, shapes = np.zeros(classes, dtype=np.int64), [], set()
     levels: dict[int, np.ndarray] = {}
     moments = []
-    data = task.data()
-    for delivery in loader.epoch(number):
-        labels += _count_labels(delivery, classes)
-        if task.work == "read":
-            pairs = zip(np.asarray(delivery.labels).tolist(), delivery.images, strict=True)
+    data = config.data()
+    for loaded in loader.epoch(number):
+        labels += _count_labels(loaded, classes)
+        if config.workload == "read":
+            pairs = zip(np.asarray(loaded.labels).tolist(), loaded.images, strict=True)
             digests += [sha256(b"%d %s" % (label, bytes(image))).hexdigest() for label, image in pairs]
             continue
-        if not task.shuffled:
-            pairs = zip(delivery.rows, np.asarray(delivery.labels), strict=True)
+        if not config.shuffled:
+            pairs = zip(loaded.rows, np.asarray(loaded.labels), strict=True)
             digests += [f"row {row} label {label} " for row, label in pairs]
-        images = torch.as_tensor(delivery.images).cpu()
+        images = torch.as_tensor(loaded.images).cpu()
         shapes.add((str(images.dtype), *images.shape[1:]))
-        if task.work in RECIPES:
+        if config.workload in RECIPES:
             moments.append((len(images), images.mean((0, 2, 3)), images.square().mean((0, 2, 3))))
             continue
-        if task.work == "evaluation":
+        if config.workload == "evaluation":
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
             images = 255 * (images * std + mean)
-        levels |= {row: images[place].numpy() for place, row in enumerate(delivery.rows) if row < _COMPARED}
+        levels |= {row: images[place].numpy() for place, row in enumerate(loaded.rows) if row < _COMPARED}
     if len(shapes) > 1:
-        raise UnequalWork(f"its batches differ: {sorted(shapes)}")
-    return Look(
+        raise OutputMismatch(f"its batches differ: {sorted(shapes)}")
+    return OutputFingerprint(
         tuple(labels.tolist()),
         next(iter(shapes), ()),
         sha256("".join(sorted(digests)).encode()).hexdigest() if digests else "",
@@ -132,10 +132,10 @@ def look(loader: Loader, task: Task, number: int, classes: int) -> Look:
     )
 
 
-def _count_labels(delivery: Delivery, classes: int) -> np.ndarray:
-    labels = np.asarray(torch.as_tensor(delivery.labels).cpu()).astype(np.int64)
-    if len(labels) != len(delivery.images):
-        raise UnequalWork(f"{len(delivery.images)} images came with {len(labels)} labels")
+def _count_labels(loaded: LoadedBatch, classes: int) -> np.ndarray:
+    labels = np.asarray(torch.as_tensor(loaded.labels).cpu()).astype(np.int64)
+    if len(labels) != len(loaded.images):
+        raise OutputMismatch(f"{len(loaded.images)} images came with {len(labels)} labels")
     return np.bincount(labels, minlength=classes)
 
 
@@ -158,32 +158,32 @@ def _cpu_seconds() -> float:
     return spent
 
 
-def compare(task: Task, looks: dict[str, Look], expected_labels: tuple[int, ...]) -> dict[str, dict[str, float]]:
+def compare(config: LoaderConfig, fingerprints: dict[str, OutputFingerprint], expected_labels: tuple[int, ...]) -> dict[str, dict[str, float]]:
     """How far each contender's images are from the first one's: by contender, by quantity.
 
-    Raises UnequalWork if one hands over other labels, bytes, shapes or pixels.
+    Raises OutputMismatch if one hands over other labels, bytes, shapes or pixels.
     """
-    first = next(iter(looks))
+    first = next(iter(fingerprints))
     found = {}
-    for name, seen in looks.items():
-        _require_labels(task, name, seen.labels, expected_labels)
-        if seen.shape != looks[first].shape or seen.digest != looks[first].digest:
-            fault = f"images of {seen.shape}, not {looks[first].shape},"
-            if seen.shape == looks[first].shape:
-                fault = "bytes" if task.work == "read" else "labels of the same images"
-            raise UnequalWork(f"{task.work}: {name} hands over other {fault} than {first}; nothing was timed")
+    for name, found_output in fingerprints.items():
+        _require_labels(config, name, found_output.labels, expected_labels)
+        if found_output.shape != fingerprints[first].shape or found_output.digest != fingerprints[first].digest:
+            fault = f"images of {found_output.shape}, not {fingerprints[first].shape},"
+            if found_output.shape == fingerprints[first].shape:
+                fault = "bytes" if config.workload == "read" else "labels of the same images"
+            raise OutputMismatch(f"{config.workload}: {name} hands over other {fault} than {first}; nothing was timed")
         found[name] = {}
-        if seen.levels is not None:
-            difference = np.abs(seen.levels - looks[first].levels)
+        if found_output.levels is not None:
+            difference = np.abs(found_output.levels - fingerprints[first].levels)
             found[name] = {"mean_levels": float(difference.mean()), "largest_levels": float(difference.max())}
             allowed = dict(zip(found[name], _TOLERANCES, strict=True))
-        elif seen.statistics is not None:
-            found[name] = {"statistics": float(np.abs(seen.statistics - looks[first].statistics).max())}
+        elif found_output.statistics is not None:
+            found[name] = {"statistics": float(np.abs(found_output.statistics - fingerprints[first].statistics).max())}
             allowed = {"statistics": _statistics_tolerance(sum(expected_labels))}
         for quantity, value in found[name].items():
             if not value <= allowed[quantity]:
-                raise UnequalWork(
-                    f"{task.work}: {name} hands over other pixels than {first}: {quantity} {value:.3g}, allowed"
+                raise OutputMismatch(
+                    f"{config.workload}: {name} hands over other pixels than {first}: {quantity} {value:.3g}, allowed"
                     f" {allowed[quantity]:g}; nothing was timed"
                 )
     return found
@@ -194,28 +194,28 @@ def _statistics_tolerance(images: int) -> float:
     return 0.1 + 4 / math.sqrt(images)
 
 
-def _require_labels(task: Task, name: str, labels: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _require_labels(config: LoaderConfig, name: str, labels: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if labels != expected:
-        raise UnequalWork(
-            f"{task.work}: {name} hands over {sum(labels)} images, {labels} of each class, where {sum(expected)},"
+        raise OutputMismatch(
+            f"{config.workload}: {name} hands over {sum(labels)} images, {labels} of each class, where {sum(expected)},"
             f" {expected}, are packed; its time would mean nothing"
         )
 
 
-def serve(connection: Connection, contender: str, task: Task, classes: int) -> None:
+def serve(connection: Connection, name: str, config: LoaderConfig, classes: int) -> None:
     """A contender's process: epochs as they are asked for, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with suppress(EOFError, ConnectionError):  # the parent has closed it, or is gone
         try:
-            loader = make_loader(contender, task)
+            loader = make_loader(name, config)
             connection.send(None)
             while True:
                 act, number = connection.recv()
-                connection.send(act(loader, task, number, classes))
+                connection.send(act(loader, config, number, classes))
         except (EOFError, ConnectionError):
             raise
         except Exception as error:  # whatever libraries raise; one line of it tells the parent enough
-            connection.send(error if isinstance(error, UnequalWork) else RuntimeError(_in_one_line(error)))
+            connection.send(error if isinstance(error, OutputMismatch) else RuntimeError(_in_one_line(error)))
     _leave()
 
 
@@ -231,15 +231,15 @@ def _in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class Contestant:
-    """A contender's process, started by `contestants`."""
+class LoaderProcess:
+    """A contender's process, started by `loader_processes`."""
 
-    def __init__(self, name: str, task: Task, classes: int) -> None:
-        self.name, self._task = name, task
+    def __init__(self, name: str, config: LoaderConfig, classes: int) -> None:
+        self.name, self._task = name, config
         context = multiprocessing.get_context("spawn")  # with nothing of this process, DALI's threads least of all
         self._connection, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, name, task, classes))
-        with ctrl_c_held_back():
+        self.process = context.Process(target=serve, args=(other, name, config, classes))
+        with sigint_blocked():
             self.process.start()
         other.close()
         self._epochs = 0
@@ -249,7 +249,7 @@ class Contestant:
         self._answer()
 
     def run(self, act: Any) -> Any:
-        """What `look` or `take_turn` returns for its next epoch. Raises RuntimeError or UnequalWork if it fails."""
+        """What `fingerprint` or `run_trial` returns for its next epoch. Raises RuntimeError or OutputMismatch if it fails."""
         self._connection.send((act, self._epochs))
         self._epochs += 1
         return self._answer()
@@ -260,11 +260,11 @@ class Contestant:
         except (EOFError, ConnectionResetError) as error:
             self.process.join()
             raise RuntimeError(
-                f"{self._task.work}: {self.name}'s process ended with status {self.process.exitcode};"
-                " free some memory, or leave it out with --contenders"
+                f"{self._task.workload}: {self.name}'s process ended with status {self.process.exitcode};"
+                " free some memory, or leave it out with --loaders"
             ) from error
         if isinstance(answer, Exception):
-            raise type(answer)(f"{self._task.work}: {self.name} failed: {answer}")
+            raise type(answer)(f"{self._task.workload}: {self.name} failed: {answer}")
         return answer
 
     def close(self) -> None:
@@ -275,23 +275,23 @@ class Contestant:
 
 
 @contextmanager
-def contestants(names: list[str], task: Task, classes: int) -> Iterator[list[Contestant]]:
+def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> Iterator[list[LoaderProcess]]:
     """Their processes, each with its loader made; they end with the block."""
-    started: list[Contestant] = []
+    started: list[LoaderProcess] = []
     try:
         for name in names:
-            started.append(Contestant(name, task, classes))
-        for contestant in started:
-            contestant.ready()
+            started.append(LoaderProcess(name, config, classes))
+        for worker in started:
+            worker.ready()
         yield started
     finally:
-        for contestant in started:
-            contestant.close()
+        for worker in started:
+            worker.close()
 
 
-def watch_memory(contestant: Contestant) -> Peak:
+def watch_memory(worker: LoaderProcess) -> PeakMemory:
     """The peak of one epoch."""
-    process, peak, done = psutil.Process(contestant.process.pid), Peak(), threading.Event()
+    process, peak, done = psutil.Process(worker.process.pid), PeakMemory(), threading.Event()
 
     def watch() -> None:
         while not done.wait(_SAMPLED_SECONDS):
@@ -301,14 +301,14 @@ def watch_memory(contestant: Contestant) -> Peak:
     _sample(process, peak)  # an epoch may be shorter than the watcher's first step
     watcher.start()
     try:
-        contestant.run(take_turn)
+        worker.run(run_trial)
     finally:
         done.set()
         watcher.join()
     return peak
 
 
-def _sample(process: psutil.Process, peak: Peak) -> None:
+def _sample(process: psutil.Process, peak: PeakMemory) -> None:
     with suppress(psutil.NoSuchProcess):
         resident, files = process.memory_info().rss, _mapped_files(process)
         of_workers = sum(child.memory_full_info().uss for child in process.children(recursive=True))
@@ -325,24 +325,24 @@ def _mapped_files(process: psutil.Process) -> int:
 def require_tools(names: list[str]) -> None:
     """Raises RuntimeError if a library that contenders need is not installed."""
     if set(names) - {"ours", "dali"} and importlib.util.find_spec("webdataset") is None:
-        raise RuntimeError("webdataset is not installed; install it, or choose --contenders ours dali")
+        raise RuntimeError("webdataset is not installed; install it, or choose --loaders ours dali")
 
 
-def hold_contest(names: list[str], task: Task, expected_labels: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """What was measured: by contender, its differences to the first one, peak memory and turns.
+def benchmark_loaders(names: list[str], config: LoaderConfig, expected_labels: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """What was measured: by contender, its differences to the first one, peak memory and trials.
 
-    Raises UnequalWork if one does not hand over what the others do, RuntimeError if one fails.
+    Raises OutputMismatch if one does not hand over what the others do, RuntimeError if one fails.
     """
-    with contestants(names, task, len(expected_labels)) as racing:
-        looks = {contestant.name: contestant.run(look) for contestant in racing}
-        differences = compare(task, looks, expected_labels)
-        peaks = {contestant.name: watch_memory(contestant) for contestant in racing}
-        turns: dict[str, list[Turn]] = {contestant.name: [] for contestant in racing}
+    with loader_processes(names, config, len(expected_labels)) as workers:
+        fingerprints = {worker.name: worker.run(fingerprint) for worker in workers}
+        differences = compare(config, fingerprints, expected_labels)
+        peaks = {worker.name: watch_memory(worker) for worker in workers}
+        trials: dict[str, list[Trial]] = {worker.name: [] for worker in workers}
         for number in range(rounds):
-            shift = number % len(racing)
-            for contestant in racing[shift:] + racing[:shift]:  # everybody is first once
-                turns[contestant.name].append(contestant.run(take_turn))
-    for name, own in turns.items():
-        for turn in own:
-            _require_labels(task, name, turn.labels, expected_labels)
-    return {name: {"differences": differences[name], "peak": peaks[name], "turns": turns[name]} for name in turns}
+            shift = number % len(workers)
+            for worker in workers[shift:] + workers[:shift]:  # everybody is first once
+                trials[worker.name].append(worker.run(run_trial))
+    for name, own in trials.items():
+        for trial in own:
+            _require_labels(config, name, trial.labels, expected_labels)
+    return {name: {"differences": differences[name], "peak": peaks[name], "trials": trials[name]} for name in trials}

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-WIDTHS = (32, 64, 96, 128)  # that head widths are padded to
+PADDED_HEAD_DIMS = (32, 64, 96, 128)  # that head dimensions are padded to
 
 
-class UnexplainedLoops(RuntimeError):
+class UnmatchedLoops(RuntimeError):
     """A kernel's loops cannot be found, or are not those that its source declares."""
 
 
@@ -84,7 +84,7 @@ class Instruction(NamedTuple):
         """Whether the next instruction may follow, and the address of another that may."""
         never, always = self.predicate == "@!PT", self.predicate in ("", "@PT")
         if self.stem in ("BRX", "JMX"):
-            raise UnexplainedLoops(f"an indirect branch at {self.address:#x}; loops cannot be told from such code")
+            raise UnmatchedLoops(f"an indirect branch at {self.address:#x}; loops cannot be told from such code")
         if never or self.opcode == "BRA.DIV":  # of warps that diverged: none is assumed to
             return True, None
         if self.stem in ("EXIT", "RET"):
@@ -192,7 +192,7 @@ def find_extension() -> Path:
 def identify(symbol: str) -> tuple[str, str, int]:
     """Name, operand and padded width of a kernel from its mangled name.
 
-    The width is its first template argument that is an int. The operand is told by the template argument Tensor32;
+    The width is its first template argument that is an int. The operand is told by the template argument Tf32Operand;
     a template of a width that has none is bf16's. Where only a bool says what is read: "16" or "float32".
     """
     rest, name = symbol.removeprefix("_Z").removeprefix("N"), symbol
@@ -204,8 +204,8 @@ def identify(symbol: str) -> tuple[str, str, int]:
     width = re.search(r"Li(\d+)E", rest)
     if width is None:
         return name, {"ILb0E": "16", "ILb1E": "float32"}.get(rest[:5], ""), 0
-    flags = re.search(r"Tensor32ILb(\d)ELb(\d)E", rest)
-    operand = {None: "bf16", "11": "float32", "01": "any float32", "00": "any 16"}[flags and flags[1] + flags[2]]
+    flags = re.search(r"Tf32OperandILb(\d)ELb(\d)E", rest)
+    operand = {None: "bf16", "11": "float32", "01": "generic float32", "00": "generic 16-bit"}[flags and flags[1] + flags[2]]
     return name, operand, int(width[1])
 
 

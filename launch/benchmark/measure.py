@@ -1,6 +1,6 @@
 """Time, memory and what the device can do at best; knows nothing of what is measured.
 
-Contestants take turns, so that a clock or a neighbour that changes meets all of them alike.
+Calls are timed in turn, so that a clock or a neighbour that changes meets all of them alike.
 """
 
 import os
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 PASSES = ("forward", "backward", "both")
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
-_FLUSHING_BYTES = 1 << 30  # several times the L2 cache of any GPU, and read for longer than a launch takes the host
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+_L2_FLUSH_BYTES = 1 << 30  # several times the L2 cache of any GPU, and read for longer than a launch takes the host
 _COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-_PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}
+_MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Spread:
+class Quantiles:
     """Median and the quantiles 0.2 and 0.8 of so many repetitions."""
 
     median: float
@@ -32,12 +32,12 @@ class Spread:
     repetitions: int
 
 
-def spread(values: Sequence[float]) -> Spread:
+def quantiles(values: Sequence[float]) -> Quantiles:
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
-    return Spread(median, low, high, len(values))
+    return Quantiles(median, low, high, len(values))
 
 
-class Contestant(Protocol):
+class Benchmarked(Protocol):
     """Something with a forward pass that keeps what its backward pass needs."""
 
     def forward(self) -> Tensor: ...
@@ -50,32 +50,32 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._flushing = torch.zeros(_FLUSHING_BYTES // 4 if self._is_cuda else 0, device=device)
+        self._flushing = torch.zeros(_L2_FLUSH_BYTES // 4 if self._is_cuda else 0, device=device)
         self._sum = torch.zeros((), device=device)
 
     def time(self, run: Callable[[], Any], repetitions: int) -> list[float]:
         """Seconds of each repetition."""
-        laps = []
+        intervals = []
         for _ in range(repetitions):
             began = self._begin()
             run()
-            laps.append((began, self._mark()))
-        return self._seconds(laps)
+            intervals.append((began, self._mark()))
+        return self._seconds(intervals)
 
-    def race(self, contestants: Sequence[Contestant], rounds: int) -> list[dict[str, list[float]]]:
-        """For each contestant the seconds of each round, by pass; in a round everybody has one turn."""
-        laps: list[list[tuple[Any, Any]]] = [[] for _ in contestants]
+    def time_interleaved(self, calls: Sequence[Benchmarked], rounds: int) -> list[dict[str, list[float]]]:
+        """For each call the seconds of each round, by pass; in a round everybody has one turn."""
+        intervals: list[list[tuple[Any, Any]]] = [[] for _ in calls]
         for _ in range(rounds):
-            for contestant, own in zip(contestants, laps, strict=True):
+            for call, own in zip(calls, intervals, strict=True):
                 began = self._begin()
-                out = contestant.forward()
+                out = call.forward()
                 own.append((began, self._mark()))
                 began = self._begin()
-                contestant.backward(out)
+                call.backward(out)
                 own.append((began, self._mark()))
                 del out
         times = []
-        for own in laps:
+        for own in intervals:
             seconds = self._seconds(own)
             forward, backward = seconds[::2], seconds[1::2]
             both = [a + b for a, b in zip(forward, backward, strict=True)]
@@ -96,16 +96,16 @@ class Clock:
         event.record()
         return event
 
-    def _seconds(self, laps: list[tuple[Any, Any]]) -> list[float]:
+    def _seconds(self, intervals: list[tuple[Any, Any]]) -> list[float]:
         if not self._is_cuda:
-            return [ended - began for began, ended in laps]
+            return [ended - began for began, ended in intervals]
         torch.cuda.synchronize()
-        return [began.elapsed_time(ended) / 1000 for began, ended in laps]
+        return [began.elapsed_time(ended) / 1000 for began, ended in intervals]
 
 
 def rounds_within(seconds: float, one_round: float) -> int:
     """How many rounds to run in about that time."""
-    return int(min(max(seconds / one_round, LEAST_ROUNDS), MOST_ROUNDS))
+    return int(min(max(seconds / one_round, MIN_ROUNDS), MAX_ROUNDS))
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
@@ -129,25 +129,25 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return int(np.cumsum([0, *(event.nbytes() for event in events)]).max())
 
 
-def copy_rate(clock: Clock, device: torch.device) -> Spread:
+def copy_bandwidth(clock: Clock, device: torch.device) -> Quantiles:
     """Bytes per second that a large copy reads and writes."""
     source = torch.zeros(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return _rate(clock, lambda: target.copy_(source), 2 * source.numel())
 
 
-def product_rate(clock: Clock, device: torch.device, dtype: torch.dtype) -> Spread:
+def matmul_throughput(clock: Clock, device: torch.device, dtype: torch.dtype) -> Quantiles:
     """Operations per second of a large square matrix product, a multiply-add counted as two."""
-    size = _PRODUCT_SIZE[device.type]
+    size = _MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     target = torch.empty_like(a)
     return _rate(clock, lambda: torch.mm(a, b, out=target), 2 * size**3)
 
 
-def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Spread:
+def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Quantiles:
     run()
     [once] = clock.time(run, 1)
-    return spread([amount / seconds for seconds in clock.time(run, rounds_within(1.0, once))])
+    return quantiles([amount / seconds for seconds in clock.time(run, rounds_within(1.0, once))])
 
 
 def free_bytes() -> int:

@@ -4,7 +4,7 @@ python -m launch.benchmark pack
 python -m launch.benchmark pack --images 36000 --output launch/benchmark/results/pack-cpu.json
 python -m launch.benchmark pack --show launch/benchmark/results/pack-cpu.json --markdown
 
-Whole commands, their start included, take turns, in each round in another order. Before each the disk writes all that
+Whole commands, their start included, take trials, in each round in another order. Before each the disk writes all that
 it still has to, untimed; after it the images in what it made are counted. What dataio.pack has made is on disk when it
 ends. The others leave that for later, so that one of them is timed with it, too.
 """
@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dataio.workers import available_cores
-from launch.benchmark.measure import spread
-from launch.benchmark.photographs import DESCRIPTION, make_photographs
+from launch.benchmark.measure import quantiles
 from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
+from launch.benchmark.sample_images import DESCRIPTION, make_images
 
 _IMAGES = 6000
 _BASELINE = "cp -r"
@@ -69,14 +69,14 @@ COMMANDS: dict[str, Callable[[str, str, int], Sequence[str]]] = {
 
 
 @dataclass(frozen=True)
-class Turn:
+class Trial:
     """A command, from its start to its end. cpu_seconds: with all processes that it started."""
 
     seconds: float
     cpu_seconds: float
 
 
-def take_turn(name: str, source: Path, folder: Path, workers: int) -> Turn:
+def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
     """Runs a command into the empty `folder`, which is empty again afterwards.
 
     Raises RuntimeError if it fails, or not all images are in what it made.
@@ -85,13 +85,13 @@ def take_turn(name: str, source: Path, folder: Path, workers: int) -> Turn:
     os.sync()
     cpu, began = _cpu_seconds(), time.perf_counter()
     run = subprocess.run(command, capture_output=True, text=True)
-    turn = Turn(time.perf_counter() - began, _cpu_seconds() - cpu)
+    trial = Trial(time.perf_counter() - began, _cpu_seconds() - cpu)
     made, expected = count_images(folder), count_images(source)
     if run.returncode or made != expected:
         raise RuntimeError(f"{name} made {made} of {expected} images and said: {run.stderr.strip()[-500:]}")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return turn
+    return trial
 
 
 def _cpu_seconds() -> float:
@@ -114,7 +114,7 @@ def file_system(folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def rotated(names: list[str], first: int) -> list[str]:
+def rotate_order(names: list[str], first: int) -> list[str]:
     return names[first:] + names[:first]
 
 
@@ -125,29 +125,29 @@ def measure(images: int, workers: int, rounds: int) -> dict[str, Any]:
         source, target = Path(folder, "photographs"), Path(folder, "target")
         target.mkdir()
         print(f"making {images} photographs", file=sys.stderr)
-        make_photographs(source, images, workers)
+        make_images(source, images, workers)
         whole = sum(path.stat().st_size for path in source.rglob("*.jpg"))
         report["data"] = {"description": DESCRIPTION, "images": images, "bytes": whole}
         report |= {"workers": workers, "rounds": rounds, "file_system": file_system(target)}
-        turns: dict[str, list[Turn]] = {name: [] for name in COMMANDS}
+        trials: dict[str, list[Trial]] = {name: [] for name in COMMANDS}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
-            for name in rotated(list(COMMANDS), number * len(COMMANDS) // rounds):
-                turns[name].append(take_turn(name, source, target, workers))
-    report["results"] = [describe(name, turns) for name in turns]
+            for name in rotate_order(list(COMMANDS), number * len(COMMANDS) // rounds):
+                trials[name].append(run_trial(name, source, target, workers))
+    report["results"] = [describe(name, trials) for name in trials]
     return report
 
 
-def describe(name: str, turns: dict[str, list[Turn]]) -> dict[str, Any]:
-    """A contender's entry. Ratios are of turns of the same round."""
-    own = turns[name]
+def describe(name: str, trials: dict[str, list[Trial]]) -> dict[str, Any]:
+    """A contender's entry. Ratios are of trials of the same round."""
+    own = trials[name]
     return {
         "contender": name,
-        "seconds": asdict(spread([turn.seconds for turn in own])),
-        "cpu_seconds": asdict(spread([turn.cpu_seconds for turn in own])),
+        "seconds": asdict(quantiles([trial.seconds for trial in own])),
+        "cpu_seconds": asdict(quantiles([trial.cpu_seconds for trial in own])),
         "times_faster_than": {
-            other: asdict(spread([a.seconds / b.seconds for a, b in zip(theirs, own, strict=True)]))
-            for other, theirs in turns.items()
+            other: asdict(quantiles([a.seconds / b.seconds for a, b in zip(theirs, own, strict=True)]))
+            for other, theirs in trials.items()
             if other != name
         },
     }
@@ -186,7 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--images", type=int, default=_IMAGES, help=f"so many photographs are made (default {_IMAGES})")
     add("--workers", type=int, default=available_cores(), help="processes of dataio.pack (default: one per core)")
-    add("--rounds", type=int, default=5, help="turns of each contender (default 5)")
+    add("--rounds", type=int, default=5, help="trials of each loader (default 5)")
     add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the table as Markdown")
     add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             if getattr(arguments, name) < 1:
                 raise ValueError(f"--{name} is {getattr(arguments, name)}; give a number above 0")
         if importlib.util.find_spec("webdataset") is None:
-            raise RuntimeError("webdataset, a contender, is not installed; install it")
+            raise RuntimeError("webdataset, a loader, is not installed; install it")
         path = arguments.output or default_path("pack")
         path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
         report = measure(arguments.images, arguments.workers, arguments.rounds)

@@ -17,27 +17,35 @@ from PIL import Image, ImageFilter
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
 from dataio.augment.operations import change_images
-from dataio.augment.recipes import DRAWS, RAND_AUGMENT, Kind, Operations, RandAugment, rand_amounts, rand_augment
+from dataio.augment.recipes import (
+    DRAWS_PER_OP,
+    RAND_AUGMENT_OPS,
+    Op,
+    Operations,
+    RandAugment,
+    rand_amounts,
+    sample_rand_augment,
+)
 from dataio.files import user_path, write_file
 from dataio.sampler import draws_at
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 TIMM_NAMES = {
-    Kind.ROTATE: "Rotate",
-    Kind.SHEAR_X: "ShearX",
-    Kind.SHEAR_Y: "ShearY",
-    Kind.TRANSLATE_X: "TranslateXRel",
-    Kind.TRANSLATE_Y: "TranslateYRel",
-    Kind.COLOR: "ColorIncreasing",
-    Kind.CONTRAST: "ContrastIncreasing",
-    Kind.BRIGHTNESS: "BrightnessIncreasing",
-    Kind.SHARPNESS: "SharpnessIncreasing",
-    Kind.AUTO_CONTRAST: "AutoContrast",
-    Kind.EQUALIZE: "Equalize",
-    Kind.POSTERIZE: "PosterizeIncreasing",
-    Kind.INVERT: "Invert",
-    Kind.SOLARIZE: "SolarizeIncreasing",
-    Kind.SOLARIZE_ADD: "SolarizeAdd",
+    Op.ROTATE: "Rotate",
+    Op.SHEAR_X: "ShearX",
+    Op.SHEAR_Y: "ShearY",
+    Op.TRANSLATE_X: "TranslateXRel",
+    Op.TRANSLATE_Y: "TranslateYRel",
+    Op.COLOR: "ColorIncreasing",
+    Op.CONTRAST: "ContrastIncreasing",
+    Op.BRIGHTNESS: "BrightnessIncreasing",
+    Op.SHARPNESS: "SharpnessIncreasing",
+    Op.AUTO_CONTRAST: "AutoContrast",
+    Op.EQUALIZE: "Equalize",
+    Op.POSTERIZE: "PosterizeIncreasing",
+    Op.INVERT: "Invert",
+    Op.SOLARIZE: "SolarizeIncreasing",
+    Op.SOLARIZE_ADD: "SolarizeAdd",
 }
 FILL = (124, 116, 104)  # ImageNet's mean colour, as timm fills with
 MAGNITUDES = (3, 6, 9, 10)
@@ -46,26 +54,26 @@ DRAWN = 10_000
 _SIZE = 224
 _SEED = 1
 _SIGNS_TRIED = 64  # timm tosses a coin for each sign
-_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+_UNIQUE_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_WHOLE = (Kind.POSTERIZE, Kind.SOLARIZE, Kind.SOLARIZE_ADD)  # have integers for amounts
-_WITHOUT_AMOUNT = (Kind.AUTO_CONTRAST, Kind.EQUALIZE, Kind.INVERT)
+_WHOLE = (Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD)  # have integers for op_args
+_WITHOUT_AMOUNT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
-Done = list[list[tuple[Kind, float]]]  # the operations done to each image, one after the other
+Done = list[list[tuple[Op, float]]]  # the operations done to each image, one after the other
 
 
-def in_pil(image: Image.Image, kind: Kind, amount: float, interpolation: str = "bicubic") -> Image.Image:
+def in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
     """The image after an operation, done by timm's function or PIL's filter."""
-    if kind == Kind.NONE:
+    if op == Op.NONE:
         return image
-    if kind == Kind.GREY:
+    if op == Op.GRAYSCALE:
         return image.convert("L").convert("RGB")
-    if kind == Kind.BLUR:
-        return image.filter(ImageFilter.GaussianBlur(float(amount)))
-    if kind == Kind.POSTERIZE and amount == 0:  # an error since Pillow 13, and black before
+    if op == Op.GAUSSIAN_BLUR:
+        return image.filter(ImageFilter.GaussianBlur(float(op_arg)))
+    if op == Op.POSTERIZE and op_arg == 0:  # an error since Pillow 13, and black before
         return Image.new(image.mode, image.size)
-    amounts = () if kind in _WITHOUT_AMOUNT else (int(amount),) if kind in _WHOLE else (float(amount),)
-    return NAME_TO_OP[TIMM_NAMES[kind]](image, *amounts, fillcolor=FILL, resample=_RESAMPLING[interpolation])
+    op_args = () if op in _WITHOUT_AMOUNT else (int(op_arg),) if op in _WHOLE else (float(op_arg),)
+    return NAME_TO_OP[TIMM_NAMES[op]](image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
 
 
 def read_photographs(paths: list[Path], size: int = _SIZE) -> list[Image.Image]:
@@ -88,33 +96,33 @@ def _skimage_photographs() -> list[Path]:
         import skimage  # only here: who names photographs does without
     except ImportError as error:
         raise RuntimeError("scikit-image is not installed; pip install scikit-image, or name photographs") from error
-    return [Path(skimage.data_dir, file) for file in _PHOTOGRAPHS]
+    return [Path(skimage.data_dir, file) for file in _UNIQUE_IMAGES]
 
 
 def differences(
-    images: list[Image.Image], kind: Kind, ours: list[float], theirs: list[float], interpolation: str, device: str
+    images: list[Image.Image], op: Op, ours: list[float], theirs: list[float], interpolation: str, device: str
 ) -> np.ndarray:
-    """Levels between our operation and timm's, with our amounts and its: (amounts × images, S, S, 3) int."""
+    """Levels between our operation and timm's, with our op_args and its: (op_args × images, S, S, 3) int."""
     chosen = [image for _ in ours for image in images]
-    amounts = np.repeat(np.array(ours, np.float32), len(images))[:, None]
-    wanted = Operations(np.full(amounts.shape, kind, np.int32), amounts)
+    op_args = np.repeat(np.array(ours, np.float32), len(images))[:, None]
+    wanted = Operations(np.full(op_args.shape, op, np.int32), op_args)
     got = change_images(np.stack([np.asarray(image) for image in chosen]), wanted, FILL, interpolation, device)
-    expected = [np.asarray(in_pil(image, kind, amount, interpolation)) for amount in theirs for image in images]
+    expected = [np.asarray(in_pil(image, op, op_arg, interpolation)) for op_arg in theirs for image in images]
     return np.abs(got.astype(int) - np.stack(expected))
 
 
-def timm_amounts(kind: Kind, magnitude: float) -> list[float]:
+def timm_amounts(op: Op, magnitude: float) -> list[float]:
     """What timm gives an operation at a magnitude, with either sign: one or two numbers, the smaller first."""
-    level_to_amount = LEVEL_TO_ARG[TIMM_NAMES[kind]]
+    level_to_amount = LEVEL_TO_ARG[TIMM_NAMES[op]]
     if level_to_amount is None:
         return [0.0]
     return sorted({float(level_to_amount(magnitude, {})[0]) for _ in range(_SIGNS_TRIED)})
 
 
-def our_amounts(kind: Kind, magnitude: float) -> list[float]:
+def our_amounts(op: Op, magnitude: float) -> list[float]:
     """The same of ours."""
-    amounts = rand_amounts(np.full(2, kind), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
-    return sorted(set(amounts.tolist()))
+    op_args = rand_amounts(np.full(2, op), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
+    return sorted(set(op_args.tolist()))
 
 
 def timm_draws(recipe: str, count: int) -> Done:
@@ -122,13 +130,13 @@ def timm_draws(recipe: str, count: int) -> Done:
     notes on as the image.
     """
     transform = rand_augment_transform(recipe, {"translate_const": 100, "img_mean": FILL})
-    kinds = {name: kind for kind, name in TIMM_NAMES.items()}
+    ops = {name: op for op, name in TIMM_NAMES.items()}
 
-    def note(kind: Kind, notes: list, *amounts: float, **_: object) -> list:
-        return [*notes, (kind, float(amounts[0]) if amounts else 0.0)]
+    def note(op: Op, notes: list, *op_args: float, **_: object) -> list:
+        return [*notes, (op, float(op_args[0]) if op_args else 0.0)]
 
     for operation in transform.ops:
-        operation.aug_fn = partial(note, kinds[operation.name])
+        operation.aug_fn = partial(note, ops[operation.name])
     states = random.getstate(), np.random.get_state()
     random.seed(_SEED)
     np.random.seed(_SEED)
@@ -141,16 +149,16 @@ def timm_draws(recipe: str, count: int) -> Done:
 
 def our_draws(settings: RandAugment, count: int) -> Done:
     """The same of ours."""
-    operations = rand_augment(draws_at(_SEED, 0, count, DRAWS * settings.layers), settings)
+    operations = sample_rand_augment(draws_at(_SEED, 0, count, DRAWS_PER_OP * settings.num_layers), settings)
     return [
-        [(Kind(kind), float(amount)) for kind, amount in zip(*of_image, strict=True) if kind != Kind.NONE]
+        [(Op(op), float(op_arg)) for op, op_arg in zip(*of_image, strict=True) if op != Op.NONE]
         for of_image in zip(*operations, strict=True)
     ]
 
 
-def amounts_of(done: Done, kind: Kind) -> np.ndarray:
-    """The amounts of an operation wherever it was done, to five digits: ours are float32."""
-    return np.round([amount for operations in done for other, amount in operations if other == kind], 5)
+def amounts_of(done: Done, op: Op) -> np.ndarray:
+    """The op_args of an operation wherever it was done, to five digits: ours are float32."""
+    return np.round([op_arg for operations in done for other, op_arg in operations if other == op], 5)
 
 
 def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -172,24 +180,24 @@ def chi_square(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
 class Row:
     """What was found about one operation."""
 
-    kind: Kind
+    op: Op
     levels: tuple[tuple[float, int], ...]  # for each of MAGNITUDES: mean and largest difference, of 255
     done: tuple[int, int]  # times in DRAWN images: ours, timm's
-    gap: float  # largest_gap of the amounts; 0 where there is none
+    gap: float  # largest_gap of the op_args; 0 where there is none
 
 
 def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
-    """A row for each operation of RandAugment, in the order of Kind."""
+    """A row for each operation of RandAugment, in the order of Op."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     rows = []
-    for kind in RAND_AUGMENT:
+    for op in RAND_AUGMENT_OPS:
         levels = []
         for magnitude in MAGNITUDES:
-            amounts = our_amounts(kind, magnitude), timm_amounts(kind, magnitude)
-            found = differences(images, kind, *amounts, "bicubic", device)
+            op_args = our_amounts(op, magnitude), timm_amounts(op, magnitude)
+            found = differences(images, op, *op_args, "bicubic", device)
             levels.append((float(found.mean()), int(found.max())))
-        drawn = amounts_of(ours, kind), amounts_of(theirs, kind)
-        rows.append(Row(kind, tuple(levels), (len(drawn[0]), len(drawn[1])), largest_gap(*drawn)))
+        drawn = amounts_of(ours, op), amounts_of(theirs, op)
+        rows.append(Row(op, tuple(levels), (len(drawn[0]), len(drawn[1])), largest_gap(*drawn)))
     return rows
 
 
@@ -197,8 +205,8 @@ def render(rows: list[Row]) -> str:
     """The table, in Markdown, with what belongs to it."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     lengths = [np.array([len(done) for done in part]) for part in (ours, theirs)]
-    kinds = [np.array([kind for done in part for kind, _ in done]) for part in (ours, theirs)]
-    head = ["operation", *(f"magnitude {magnitude}" for magnitude in MAGNITUDES), "done: ours · timm", "amounts apart"]
+    ops = [np.array([op for done in part for op, _ in done]) for part in (ours, theirs)]
+    head = ["operation", *(f"magnitude {magnitude}" for magnitude in MAGNITUDES), "done: ours · timm", "op_args apart"]
     table = [head, ["---"] * len(head), *map(_cells, rows)]
     return _TEXT.format(
         recipe=RECIPE,
@@ -207,15 +215,15 @@ def render(rows: list[Row]) -> str:
         table="\n".join(f"| {' | '.join(cells)} |" for cells in table),
         lengths=" · ".join(", ".join(map(str, np.bincount(part, minlength=3))) for part in lengths),
         of_lengths="{:.1f} ({} degrees of freedom)".format(*chi_square(*lengths)),
-        of_kinds="{:.1f} ({} degrees of freedom)".format(*chi_square(*kinds)),
+        of_kinds="{:.1f} ({} degrees of freedom)".format(*chi_square(*ops)),
         limit=1.95 * (2 / np.mean([row.done for row in rows])) ** 0.5,
     )
 
 
 def _cells(row: Row) -> list[str]:
     levels = [f"{mean:.3f} · {largest}" for mean, largest in row.levels]
-    gap = "" if row.kind in _WITHOUT_AMOUNT else f"{row.gap:.3f}"
-    return [TIMM_NAMES[row.kind], *levels, f"{row.done[0]} · {row.done[1]}", gap]
+    gap = "" if row.op in _WITHOUT_AMOUNT else f"{row.gap:.3f}"
+    return [TIMM_NAMES[row.op], *levels, f"{row.done[0]} · {row.done[1]}", gap]
 
 
 _TEXT = """# Our augmentation beside timm's
@@ -223,9 +231,9 @@ _TEXT = """# Our augmentation beside timm's
 Written by `python -m dataio.parity --out dataio/parity.md`; a test computes it again.
 
 Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on photographs of {size}×{size}
-pixels, bicubic, with timm's amounts for four magnitudes and both signs: **mean · largest difference** in levels of 255.
+pixels, bicubic, with timm's op_args for four magnitudes and both signs: **mean · largest difference** in levels of 255.
 Then {drawn:,} images drawn by each: how often each operation was done, and the largest distance of the distribution
-functions of its amounts (Kolmogorov and Smirnov; chance alone exceeds {limit:.3f} once in a thousand times).
+functions of its op_args (Kolmogorov and Smirnov; chance alone exceeds {limit:.3f} once in a thousand times).
 
 {table}
 

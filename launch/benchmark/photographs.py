@@ -18,7 +18,7 @@ from dataio.pack.packer import PackOptions, pack
 from dataio.workers import available_cores, worker_pool
 
 #: Class → file, in the folder of scikit-image's data or of Matplotlib's.
-PICTURES = {
+SOURCE_IMAGES = {
     "admiral": "grace_hopper.jpg",
     "astronaut": "astronaut.png",
     "cat": "chelsea.png",
@@ -35,22 +35,22 @@ _QUALITY = 95
 _LARGEST_SHARD = 15 * 2**20  # bytes; dataio.pack makes them no larger than 16 MiB of so few images
 
 
-def make_photographs(folder: Path, images: int, cores: int) -> None:
+def make_images(folder: Path, images: int, cores: int) -> None:
     """Writes so many photographs into a class folder; the same bytes every time.
 
     Raises RuntimeError if scikit-image is not installed.
     """
     numbers = [range(start, images, cores) for start in range(cores)]
-    for name in PICTURES:
+    for name in SOURCE_IMAGES:
         (folder / name).mkdir(parents=True)
     with worker_pool(cores) as pool:
         list(pool.map(_write, [folder] * cores, numbers))
 
 
-def pack_photographs(folder: Path, images: int, cores: int) -> Manifest:
-    """Packs so many photographs into `folder`/packed. Raises as `make_photographs` does."""
+def pack_images(folder: Path, images: int, cores: int) -> Manifest:
+    """Packs so many photographs into `folder`/packed. Raises as `make_images` does."""
     source = folder / "photographs"
-    make_photographs(source, images, cores)
+    make_images(source, images, cores)
     sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
     shards = cores * -(-sum(sizes) // (cores * _LARGEST_SHARD))  # each core gets as many
     equal_shards = max(1, (sum(sizes) / shards + max(sizes)) / 2**20)
@@ -58,8 +58,8 @@ def pack_photographs(folder: Path, images: int, cores: int) -> Manifest:
 
 
 def _write(folder: Path, numbers: Iterable[int]) -> None:
-    pictures = {name: _open(file) for name, file in PICTURES.items()}
-    names = list(PICTURES)
+    pictures = {name: _open(file) for name, file in SOURCE_IMAGES.items()}
+    names = list(SOURCE_IMAGES)
     for number in numbers:
         name = names[number % len(names)]
         _vary(pictures[name], random.Random(number)).save(folder / name / f"{number:06d}.jpg", quality=_QUALITY)

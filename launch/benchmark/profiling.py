@@ -29,8 +29,15 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from launch.benchmark.contenders import FLOOR_ELEMENTS, Entrant, Shape, implementation, make_inputs, parse_shape
-from launch.benchmark.measure import Clock, Spread, copy_rate, spread
+from launch.benchmark.implementations import (
+    MIN_TRAFFIC_ELEMENTS,
+    AttentionCall,
+    Shape,
+    get_implementation,
+    make_inputs,
+    parse_shape,
+)
+from launch.benchmark.measure import Clock, Quantiles, copy_bandwidth, quantiles
 from launch.benchmark.report import (
     default_path,
     describe_run,
@@ -40,7 +47,7 @@ from launch.benchmark.report import (
     user_path,
     write_report,
 )
-from launch.benchmark.step import Batch, Training, describe_error, settle_batch, settle_device
+from launch.benchmark.step import Batch, Training, describe_error, resolve_batch, resolve_device
 from polaformer import ops
 
 _SHAPES = ("128,1,56x56,96", "128,2,28x28,96", "256,1,56x56,32", "1,1,56x56,96")
@@ -67,7 +74,7 @@ class Run:
     seconds_with_gaps: float
 
 
-class FlushedProfiler:
+class ColdCacheProfiler:
     """Profiles kernels on a GPU, one run at a time, each with a cold L2 cache.
 
     The cache is flushed by reading, since written lines would still have to go to memory during the run. What reads is
@@ -79,8 +86,8 @@ class FlushedProfiler:
         self._largest = torch.zeros(_FLUSHING_ROWS, dtype=torch.uint8, device="cuda")
         self._flush()
         recorded = {event.name for event in self._record(self._flush, 1)}
-        self._dividers = {name for name in recorded if not name.startswith("Mem")}  # others may fill memory, too
-        if not self._dividers:
+        self._markers = {name for name in recorded if not name.startswith("Mem")}  # others may fill memory, too
+        if not self._markers:
             raise RuntimeError("PyTorch's profiler sees no kernels; end other profilers of this GPU and run again")
 
     def profile(self, run: Callable[[], Any], runs: int) -> list[Run]:
@@ -92,7 +99,7 @@ class FlushedProfiler:
 
         for _ in range(_WARM_UP_RUNS):
             run()
-        divided = divide(self._record(flushed_run, runs), self._dividers)
+        divided = split_by_markers(self._record(flushed_run, runs), self._markers)
         if len(divided) != runs or not all(divided):
             raise RuntimeError(f"PyTorch's profiler saw {sum(map(bool, divided))} of {runs} runs; use a smaller --runs")
         return [
@@ -126,11 +133,11 @@ def device_events(events: Iterable[Any]) -> list[Any]:
     return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
-def divide(events: Iterable[Any], dividers: set[str]) -> list[list[Any]]:
-    """The events after each divider, up to the next one; what is before the first belongs to no run."""
+def split_by_markers(events: Iterable[Any], markers: set[str]) -> list[list[Any]]:
+    """The events after each marker, up to the next one; what is before the first belongs to no run."""
     divided: list[list[Any]] = []
     for event in events:
-        if event.name in dividers:
+        if event.name in markers:
             divided.append([])
         elif divided:
             divided[-1].append(event)
@@ -163,20 +170,20 @@ def profile_shape(
 ) -> dict[str, Any]:
     """The kernels of forward and of backward, with their shares of both together."""
     inputs = make_inputs(shape, dtype, device)
-    entrant = Entrant(implementation("ours"), inputs)
-    out = entrant.forward()
+    call = AttentionCall(get_implementation("ours"), inputs)
+    out = call.forward()
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, inputs.tensors, inputs.grad_out, retain_graph=True)
 
     kernels, passes = [], {}
-    for name, run in (("forward", entrant.forward), ("backward", backward)):
+    for name, run in (("forward", call.forward), ("backward", backward)):
         found = profile_runs(run)
         kernels += [{"pass": name} | kernel for kernel in summarize(found)]
         passes[name] = {
-            "seconds": asdict(spread([sum(launch.seconds for launch in one.launches) for one in found])),
-            "seconds_with_gaps": asdict(spread([one.seconds_with_gaps for one in found])),
-            "floor_bytes": FLOOR_ELEMENTS[name] * shape.elements * dtype.itemsize,
+            "seconds": asdict(quantiles([sum(launch.seconds for launch in one.launches) for one in found])),
+            "seconds_with_gaps": asdict(quantiles([one.seconds_with_gaps for one in found])),
+            "floor_bytes": MIN_TRAFFIC_ELEMENTS[name] * shape.elements * dtype.itemsize,
         }
     total = sum(kernel["seconds"]["median"] for kernel in kernels)
     for kernel in kernels:
@@ -195,7 +202,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "name": short_name(name),
                 "signature": name,
                 "launches": statistics.median_high(map(len, own)),
-                "seconds": asdict(spread([sum(seconds) for seconds in own])),
+                "seconds": asdict(quantiles([sum(seconds) for seconds in own])),
             }
         )
     return kernels
@@ -224,10 +231,10 @@ def measure_shapes(
     Raises RuntimeError if the profiler sees nothing.
     """
     report = _start_report(device)
-    rate = copy_rate(Clock(device), device)
+    rate = copy_bandwidth(Clock(device), device)
     report |= {"dtype": str(dtype).removeprefix("torch."), "runs": runs, "copy_bytes_per_second": asdict(rate)}
     report["results"] = []
-    profile_runs = partial(FlushedProfiler().profile if device.type == "cuda" else profile_on_cpu, runs=runs)
+    profile_runs = partial(ColdCacheProfiler().profile if device.type == "cuda" else profile_on_cpu, runs=runs)
     for shape in shapes:
         print(f"profiling {shape}", file=sys.stderr)
         entry = {"shape": str(shape)}
@@ -250,7 +257,7 @@ def _start_report(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _rates(numbers: dict[str, Any], copy: Spread) -> dict[str, float]:
+def _rates(numbers: dict[str, Any], copy: Quantiles) -> dict[str, float]:
     bytes_per_second = numbers["floor_bytes"] / numbers["seconds"]["median"]
     return {"bytes_per_second": bytes_per_second, "share_of_copy_rate": bytes_per_second / copy.median}
 
@@ -406,18 +413,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan(arguments: argparse.Namespace) -> Callable[[Path], dict[str, Any]]:
+def choose_measurement(arguments: argparse.Namespace) -> Callable[[Path], dict[str, Any]]:
     """What will measure and write its report to a path.
 
     Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it.
     """
-    device = settle_device(arguments.device)
+    device = resolve_device(arguments.device)
     if arguments.runs is not None and arguments.runs < 1:
         raise ValueError(f"--runs is {arguments.runs}; give a number above 0")
     if arguments.model:
         if arguments.shapes or arguments.dtype:
             raise ValueError("--model profiles a whole model in its own dtype; leave --shapes and --dtype out")
-        batch = settle_batch([arguments.model], arguments.batch, arguments.resolution, device)
+        batch = resolve_batch([arguments.model], arguments.batch, arguments.resolution, device)
         return partial(measure_model, arguments.model, batch, arguments.runs or 5)
     shapes = [parse_shape(text) for text in dict.fromkeys(arguments.shapes or _SHAPES)]
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -430,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show:
             show(read_report(arguments.show, "profile"), arguments.markdown)
             return 0
-        measure = plan(arguments)
+        measure = choose_measurement(arguments)
         path = prepare_output(arguments.output or default_path("profile"))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

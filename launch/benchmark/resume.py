@@ -28,23 +28,23 @@ import numpy as np
 import torch
 
 from dataio.augment.views import ImageOptions
-from dataio.loader import TrainLoader, TrainPlan
+from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
-from dataio.sampler import Order
-from dataio.workers import available_cores, ctrl_c_held_back
-from launch.benchmark.measure import spread
-from launch.benchmark.photographs import DESCRIPTION, pack_photographs
+from dataio.sampler import Sampler
+from dataio.workers import available_cores, sigint_blocked
+from launch.benchmark.measure import quantiles
 from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
+from launch.benchmark.sample_images import DESCRIPTION, pack_images
 from launch.distributed import default_device_type
 
-_PHOTOGRAPHS = 128  # one shard of them
+_UNIQUE_IMAGES = 128  # one shard of them
 _SAMPLES = 1_281_167  # of ImageNet-1k
-_PLAN = TrainPlan(seed=0, global_batch=1024, ranks=8)
+_PLAN = LoaderOptions(seed=0, global_batch_size=1024, world_size=8)
 _SHARDS = 560  # of 256 MiB, if these were ImageNet's samples
 _WINDOW_SHARDS, _SHUFFLED_EPOCHS, _SHUFFLED_SEEDS = 16, 5, 3
 
 
-def multiply(manifest: Manifest, folder: Path, samples: int) -> Manifest:
+def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifest:
     """A packed folder with so many samples, or a few more, in 560 shards: another one's, as hard links.
 
     In each its samples are named again and again.
@@ -70,7 +70,7 @@ def multiply(manifest: Manifest, folder: Path, samples: int) -> Manifest:
 def state_at(step: int, folder: Path) -> dict[str, int | str]:
     """What a checkpoint keeps of the loader of a run that has done so many steps."""
     state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
-    return state | {"samples_seen": step * _PLAN.global_batch}
+    return state | {"samples_seen": step * _PLAN.global_batch_size}
 
 
 def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.device) -> float:
@@ -91,7 +91,7 @@ def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.
     return seconds
 
 
-def _get_ready(device: torch.device) -> None:
+def _warm_up(device: torch.device) -> None:
     """Imports all this, and starts the device."""
     torch.zeros(1, device=device)
 
@@ -101,7 +101,7 @@ def correlations(manifest: Manifest) -> dict[str, float]:
     largest = {}
     stored = np.arange(len(manifest))
     for window in (None, _WINDOW_SHARDS):
-        orders = [Order(seed, manifest.shard_samples, window) for seed in range(_SHUFFLED_SEEDS)]
+        orders = [Sampler(seed, manifest.shard_samples, window) for seed in range(_SHUFFLED_SEEDS)]
         seen = (order.samples_at(epoch * len(stored) + stored) for order in orders for epoch in range(_SHUFFLED_EPOCHS))
         largest[str(orders[0])] = max(abs(float(np.corrcoef(stored, samples)[0, 1])) for samples in seen)
     return largest
@@ -111,24 +111,24 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
     """The whole report."""
     report = describe_run("resume", device)
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
-        print(f"making {_PHOTOGRAPHS} photographs, and {samples} samples of them", file=sys.stderr)
-        few = pack_photographs(Path(folder), _PHOTOGRAPHS, cores=1)
-        many = multiply(few, Path(folder, "many"), samples)
+        print(f"making {_UNIQUE_IMAGES} photographs, and {samples} samples of them", file=sys.stderr)
+        few = pack_images(Path(folder), _UNIQUE_IMAGES, cores=1)
+        many = replicate_samples(few, Path(folder, "many"), samples)
         report["data"] = {"description": DESCRIPTION, "samples": len(many), "shards": len(many.shards)}
         state = state_at(step, many.folder)
-        report |= {"step": step, "state_bytes": len(json.dumps(state)), "batch": _PLAN.batch, "rounds": rounds}
+        report |= {"step": step, "state_bytes": len(json.dumps(state)), "batch": _PLAN.micro_batch_size, "rounds": rounds}
         seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
             for kind, given in (("fresh", None), ("resumed", state)):
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    with ctrl_c_held_back():
-                        ready = process.submit(_get_ready, device)
+                    with sigint_blocked():
+                        ready = process.submit(_warm_up, device)
                     ready.result()
                     seconds[kind].append(process.submit(first_batch, many.folder, given, device).result())
-    report["seconds"] = {name: asdict(spread(own)) for name, own in seconds.items()}
+    report["seconds"] = {name: asdict(quantiles(own)) for name, own in seconds.items()}
     later = [resumed - fresh for fresh, resumed in zip(*seconds.values(), strict=True)]
-    report["seconds_later_than_fresh"] = asdict(spread(later))
+    report["seconds_later_than_fresh"] = asdict(quantiles(later))
     report["correlation"] = correlations(many)
     return report
 

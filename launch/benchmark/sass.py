@@ -1,7 +1,7 @@
 """What the compiler made of the CUDA kernels for bf16: instructions, bounds, predicted times; needs no GPU.
 
 python -m launch.benchmark sass
-python -m launch.benchmark sass --card a100 --shape 128,2,28x28,96 --markdown
+python -m launch.benchmark sass --gpu a100 --shape 128,2,28x28,96 --markdown
 python -m launch.benchmark sass --extension build/_cuda.so --output runs/sass.json
 
 Counted are warp instructions for 16 tokens of one head, by all warps that share them (kernel_costs.py), of the code
@@ -20,7 +20,7 @@ white papers of A100 and H100, as are clocks (boost) and multiprocessors; pipes 
 62 % from Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (2024). A kernel is said to take
 the longest of its bounds, each over the share of it that kernels attain: 90 % for memory, 60 % for all else, which is
 an assumption until a GPU confirms it. A launch takes 3 µs; kernels that only add up, or fill tables, no more than that.
-Loading S into each block is not counted, and there are to be enough tokens to fill the card.
+Loading S into each block is not counted, and there are to be enough tokens to fill the gpu.
 """
 
 import argparse
@@ -33,17 +33,24 @@ from typing import Any
 import torch
 
 from launch.benchmark.kernel_costs import TILE_TOKENS, WORK, Cost, cost
-from launch.benchmark.machine_code import CLASSES, WIDTHS, Kernel, UnexplainedLoops, find_extension, read_kernels
+from launch.benchmark.machine_code import (
+    CLASSES,
+    PADDED_HEAD_DIMS,
+    Kernel,
+    UnmatchedLoops,
+    find_extension,
+    read_kernels,
+)
 from launch.benchmark.report import describe_run, format_table, prepare_output, user_path, write_report
 
 BYTES_PER_ELEMENT = 2  # bf16
 LAUNCH_SECONDS = 3e-6
-ATTAINED = {"memory": 0.9}  # of each bound; of the others …
-ATTAINED_OTHERWISE = 0.6
+EFFICIENCY = {"memory": 0.9}  # of each bound; of the others …
+DEFAULT_EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """What a GPU does in a second, or a multiprocessor of it in a clock, in warp instructions."""
 
     architecture: str
@@ -62,11 +69,11 @@ class Card:
         return 0.9 * self.memory_bytes_per_second
 
 
-CARDS = {  # SXM modules
-    "h100": Card("sm_90", 132, 1.755e9, 3.35e12, fma=4, hmma=0.62),
-    "h200": Card("sm_90", 132, 1.755e9, 4.8e12, fma=4, hmma=0.62),
-    "a100": Card("sm_80", 108, 1.41e9, 2.039e12, fma=2, hmma=0.5),
-    "a100-40gb": Card("sm_80", 108, 1.41e9, 1.555e12, fma=2, hmma=0.5),
+GPU_SPECS = {  # SXM modules
+    "h100": GpuSpec("sm_90", 132, 1.755e9, 3.35e12, fma=4, hmma=0.62),
+    "h200": GpuSpec("sm_90", 132, 1.755e9, 4.8e12, fma=4, hmma=0.62),
+    "a100": GpuSpec("sm_80", 108, 1.41e9, 2.039e12, fma=2, hmma=0.5),
+    "a100-40gb": GpuSpec("sm_80", 108, 1.41e9, 1.555e12, fma=2, hmma=0.5),
 }
 
 
@@ -74,36 +81,36 @@ CARDS = {  # SXM modules
 class Pass:
     """The kernels of WORK that take the time of a pass, and how many are launched with the others.
 
-    floor_rows: of D elements that no implementation can leave unmoved, for each token.
+    min_traffic_rows: of D elements that no implementation can leave unmoved, for each token.
     """
 
     kernels: tuple[str, ...]
     launches: int
-    floor_rows: int
+    min_traffic_rows: int
 
 
 PASSES = {
-    "forward": Pass(("sum_keys", "attend"), launches=5, floor_rows=4),
-    "backward": Pass(("differentiate_queries", "sum_queries", "differentiate_keys"), launches=7, floor_rows=7),
+    "forward": Pass(("sum_keys", "attend"), launches=5, min_traffic_rows=4),
+    "backward": Pass(("differentiate_queries", "sum_queries", "differentiate_keys"), launches=7, min_traffic_rows=7),
 }
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Heads of all images, tokens of each, head width; as --shape B,H,HEIGHTxWIDTH,D writes it."""
+    """Heads of all images, tokens of each, head dimension; as --shape B,H,HEIGHTxWIDTH,D writes it."""
 
     heads: int
     tokens: int
-    head_width: int
+    head_dim: int
 
     @property
     def padded_width(self) -> int:
-        return -(-self.head_width // 32) * 32
+        return -(-self.head_dim // 32) * 32
 
     @property
     def row_bytes(self) -> int:
         """Of one row of D elements for each token."""
-        return self.heads * self.tokens * self.head_width * BYTES_PER_ELEMENT
+        return self.heads * self.tokens * self.head_dim * BYTES_PER_ELEMENT
 
     @property
     def tiles(self) -> int:
@@ -114,43 +121,43 @@ def parse_shape(text: str) -> Shape:
     """Raises ValueError if `text` writes no shape that the kernels for aligned bf16 take."""
     if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*x[1-9]\d*,[1-9]\d*", text):
         raise ValueError(f"shape {text!r} is not B,H,HEIGHTxWIDTH,D; write for example 128,1,56x56,96")
-    batch, heads, height, width, head_width = map(int, re.split("[,x]", text))
-    if head_width % 16 or head_width > max(WIDTHS):
+    batch, heads, height, width, head_dim = map(int, re.split("[,x]", text))
+    if head_dim % 16 or head_dim > max(PADDED_HEAD_DIMS):
         raise ValueError(
-            f"shape {text} has head width {head_width}, which the kernels counted here do not take;"
-            f" give a multiple of 16 up to {max(WIDTHS)}"
+            f"shape {text} has head dimension {head_dim}, which the kernels counted here do not take;"
+            f" give a multiple of 16 up to {max(PADDED_HEAD_DIMS)}"
         )
-    return Shape(batch * heads, height * width, head_width)
+    return Shape(batch * heads, height * width, head_dim)
 
 
-def bounds(cost: Cost, rows: int, card: Card, shape: Shape) -> dict[str, float]:
+def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float]:
     """The least seconds of a kernel by each limit."""
     counts = cost.classes
     clocks = {
-        "issue": cost.instructions / card.issue,
-        "FMA": max((counts["FP32/HFMA2"] + counts["IMAD"]) / card.fma, counts["IMAD"] / card.imad),
-        "ALU": counts["ALU"] / card.alu,
-        "MUFU": counts["MUFU"] / card.mufu,
-        "HMMA": counts["HMMA"] / card.hmma,
+        "issue": cost.instructions / gpu.issue,
+        "FMA": max((counts["FP32/HFMA2"] + counts["IMAD"]) / gpu.fma, counts["IMAD"] / gpu.imad),
+        "ALU": counts["ALU"] / gpu.alu,
+        "MUFU": counts["MUFU"] / gpu.mufu,
+        "HMMA": counts["HMMA"] / gpu.hmma,
         "shared": cost.shared_clocks,
     }
-    per_clock = shape.tiles / (card.multiprocessors * card.clocks_per_second)
+    per_clock = shape.tiles / (gpu.multiprocessors * gpu.clocks_per_second)
     seconds = {name: count * per_clock for name, count in clocks.items()}
-    return seconds | {"memory": rows * shape.row_bytes / card.copy_bytes_per_second}
+    return seconds | {"memory": rows * shape.row_bytes / gpu.copy_bytes_per_second}
 
 
-def predict(costs: dict[str, Cost], card: Card, shape: Shape) -> dict[str, Any]:
+def predict(costs: dict[str, Cost], gpu: GpuSpec, shape: Shape) -> dict[str, Any]:
     """Bounds and time of each kernel, time and share of copy bandwidth of each pass. costs: by kernel, at its width."""
     kernels = {}
     for name, each in costs.items():
-        least = bounds(each, WORK[name].rows, card, shape)
-        taken = {bound: seconds / ATTAINED.get(bound, ATTAINED_OTHERWISE) for bound, seconds in least.items()}
+        least = bounds(each, WORK[name].rows, gpu, shape)
+        taken = {bound: seconds / EFFICIENCY.get(bound, DEFAULT_EFFICIENCY) for bound, seconds in least.items()}
         binding = max(taken, key=taken.get)
         kernels[name] = {"bounds": least, "binding": binding, "seconds": taken[binding]}
     passes = {}
     for name, each in PASSES.items():
         seconds = sum(kernels[kernel]["seconds"] for kernel in each.kernels) + each.launches * LAUNCH_SECONDS
-        floor = each.floor_rows * shape.row_bytes / card.copy_bytes_per_second
+        floor = each.min_traffic_rows * shape.row_bytes / gpu.copy_bytes_per_second
         passes[name] = {"seconds": seconds, "floor_seconds": floor, "share_of_copy_rate": floor / seconds}
     return {"kernels": kernels, "passes": passes}
 
@@ -175,26 +182,26 @@ def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
     }
 
 
-def measure(extension: Path, card_name: str, shape_text: str) -> dict[str, Any]:
+def measure(extension: Path, gpu_name: str, shape_text: str) -> dict[str, Any]:
     """The whole report. Raises ValueError or RuntimeError if something asked for is not there."""
-    card_name = card_name.lower()
-    if card_name not in CARDS:
-        raise ValueError(f"card {card_name!r} is unknown; name one of {', '.join(CARDS)}")
-    card, shape = CARDS[card_name], parse_shape(shape_text)
+    gpu_name = gpu_name.lower()
+    if gpu_name not in GPU_SPECS:
+        raise ValueError(f"card {gpu_name!r} is unknown; name one of {', '.join(GPU_SPECS)}")
+    gpu, shape = GPU_SPECS[gpu_name], parse_shape(shape_text)
     architectures = set()
 
     def is_wanted(kernel: Kernel) -> bool:
         architectures.add(kernel.architecture)
-        return kernel.architecture == card.architecture and kernel.name in WORK and kernel.operand == "bf16"
+        return kernel.architecture == gpu.architecture and kernel.name in WORK and kernel.operand == "bf16"
 
     found = read_kernels(extension, is_wanted)
-    if card.architecture not in architectures:
+    if gpu.architecture not in architectures:
         raise RuntimeError(
-            f"{extension} has code for {', '.join(sorted(architectures))}, {card_name} runs {card.architecture};"
-            " build it with that in TORCH_CUDA_ARCH_LIST, or name another --card"
+            f"{extension} has code for {', '.join(sorted(architectures))}, {gpu_name} runs {gpu.architecture};"
+            " build it with that in TORCH_CUDA_ARCH_LIST, or name another --gpu"
         )
     kernels = {(kernel.name, kernel.width): kernel for kernel in found}
-    order = [(name, width) for name in WORK for width in WIDTHS]
+    order = [(name, width) for name in WORK for width in PADDED_HEAD_DIMS]
     if lacking := [f"{name}<{width}>" for name, width in order if (name, width) not in kernels]:
         raise RuntimeError(f"{extension} lacks {', '.join(lacking)} for bf16; build it from these sources")
     costs = {key: cost(kernels[key]) for key in order}
@@ -202,15 +209,15 @@ def measure(extension: Path, card_name: str, shape_text: str) -> dict[str, Any]:
     return {
         **{key: run[key] for key in ("benchmark", "date", "commit", "versions")},
         "extension": str(extension),
-        "card": {"name": card_name, **asdict(card)},
+        "card": {"name": gpu_name, **asdict(gpu)},
         "shape": shape_text,
         "assumptions": {
-            "attained": {**ATTAINED, "otherwise": ATTAINED_OTHERWISE},
+            "attained": {**EFFICIENCY, "otherwise": DEFAULT_EFFICIENCY},
             "launch_seconds": LAUNCH_SECONDS,
-            "copy_bytes_per_second": card.copy_bytes_per_second,
+            "copy_bytes_per_second": gpu.copy_bytes_per_second,
         },
         "kernels": [describe(kernels[key], costs[key]) for key in order],
-        "prediction": predict({name: costs[name, shape.padded_width] for name in WORK}, card, shape),
+        "prediction": predict({name: costs[name, shape.padded_width] for name in WORK}, gpu, shape),
     }
 
 
@@ -225,9 +232,9 @@ def show(report: dict[str, Any], markdown: bool) -> None:
             )
         )
         print(_count_table(entries, markdown), end="\n\n")
-    card, prediction = report["card"]["name"], report["prediction"]
+    gpu, prediction = report["card"]["name"], report["prediction"]
     print(
-        title.format(f"Lower bounds for {report['shape']} in bf16 on one {card.upper()}, µs: predicted, not measured")
+        title.format(f"Lower bounds for {report['shape']} in bf16 on one {gpu.upper()}, µs: predicted, not measured")
     )
     print(_bound_table(prediction["kernels"], markdown), end="\n\n")
     print(title.format("Both passes: predicted, not measured"))
@@ -287,7 +294,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--extension", type=user_path, metavar="FILE.so", help="default: polaformer/_cuda*.so, as built in place")
-    add("--card", default="h100", help=f"of {', '.join(CARDS)} (default h100)")
+    add("--gpu", default="h100", help=f"of {', '.join(GPU_SPECS)} (default h100)")
     add("--shape", default="128,1,56x56,96", metavar="B,H,HEIGHTxWIDTH,D", help="default: 128,1,56x56,96")
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--output", type=user_path, metavar="FILE.json", help="write all numbers there, too")
@@ -299,10 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.output:
             prepare_output(arguments.output)
-        report = measure(arguments.extension or find_extension(), arguments.card, arguments.shape)
+        report = measure(arguments.extension or find_extension(), arguments.gpu, arguments.shape)
         if arguments.output:
             write_report(arguments.output, report)
-    except UnexplainedLoops as error:
+    except UnmatchedLoops as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:

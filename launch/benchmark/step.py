@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, aten, conv_flop_count
 
-from launch.benchmark.measure import Clock, Spread, product_rate, rounds_within, spread
+from launch.benchmark.measure import Clock, Quantiles, matmul_throughput, quantiles, rounds_within
 from launch.benchmark.report import (
     default_path,
     describe_run,
@@ -147,7 +147,7 @@ def measure(batch: Batch, models: Sequence[str], modes: Sequence[str], seconds: 
     report["implementation_of_ours"] = "compiled kernel" if compiled else "reference"
     report |= {"batch": batch.images, "resolution": batch.resolution, "drop_path_rate": _DROP_PATH_RATE}
     report["dtype"] = str(batch.dtype).removeprefix("torch.")
-    rate = product_rate(Clock(batch.device), batch.device, batch.dtype)
+    rate = matmul_throughput(Clock(batch.device), batch.device, batch.dtype)
     report["product_flops_per_second"] = asdict(rate)
     report["results"] = []
     for mode in modes:
@@ -163,7 +163,7 @@ def measure(batch: Batch, models: Sequence[str], modes: Sequence[str], seconds: 
     return report
 
 
-def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Spread) -> dict[str, Any]:
+def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Quantiles) -> dict[str, Any]:
     """Time, memory, size and operations of a model's steps. Raises whatever keeps it from running."""
     device = batch.device
     gc.collect()  # the last model
@@ -186,12 +186,12 @@ def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Spre
     loss = training.step().item()
     if not torch.tensor(loss).isfinite():
         raise RuntimeError(f"the loss became {loss}")
-    times = spread(steps)
+    times = quantiles(steps)
     return {
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "flops": flops,
         "seconds": asdict(times),
-        "images_per_second": asdict(spread([batch.images / step for step in steps])),
+        "images_per_second": asdict(quantiles([batch.images / step for step in steps])),
         "share_of_product_rate": flops / times.median / rate.median,
         "peak_bytes": peak,
         "first_step_seconds": first,
@@ -270,7 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def settle_device(name: str | None) -> torch.device:
+def resolve_device(name: str | None) -> torch.device:
     """Raises RuntimeError if it is not there."""
     device = torch.device(name or default_device_type())
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -278,7 +278,7 @@ def settle_device(name: str | None) -> torch.device:
     return device
 
 
-def settle_batch(models: Sequence[str], images: int, resolution: int, device: torch.device) -> Batch:
+def resolve_batch(models: Sequence[str], images: int, resolution: int, device: torch.device) -> Batch:
     """Raises ValueError if timm does not know a model, or the images are too few, or not of a size that it takes."""
     for name, value in (("batch", images), ("resolution", resolution)):
         if value < 1:
@@ -297,8 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.show:
             show(read_report(arguments.show, "step"), arguments.markdown)
             return 0
-        device = settle_device(arguments.device)
-        batch = settle_batch(arguments.models, arguments.batch, arguments.resolution, device)
+        device = resolve_device(arguments.device)
+        batch = resolve_batch(arguments.models, arguments.batch, arguments.resolution, device)
         if not arguments.seconds > 0:
             raise ValueError(f"--seconds is {arguments.seconds}; give a number above 0")
         path = prepare_output(arguments.output or default_path("step"))

@@ -1,8 +1,8 @@
 // The numbers and formulas of polarity attention that host and device share, so that the CPU's tests exercise what
 // the GPU computes. polaformer/reference.py tells them in PyTorch, and why a shift keeps every feature finite.
 //
-// Axes: B batch, H heads, N = height·width tokens (row-major), D head width; 2D features, in D pairs that the rotary
-// turn mixes: the first D/2 pairs are positive poles and turn with the token's row, the others negative, its column.
+// Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension; 2D features, in D pairs that the rotary
+// embedding mixes: the first D/2 pairs are positive parts and rotate with the token's row, the others negative, its column.
 #pragma once
 
 #include <cfloat>
@@ -18,11 +18,11 @@ namespace polaformer {
 
 // In double, for the CPU's float64: where all else in a normalizer vanishes, a rounded epsilon shows in every digit.
 constexpr double kEpsilon = 1e-6;
-constexpr float kFreeExponent = 20.f;  // the shift brings larger ones down to this
-constexpr float kLeastNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
-constexpr double kLeastGradientNormalizer = 1e-8;
-constexpr double kLargestNormalizerGradient = 1e25;
-constexpr int kMaxHeadWidth = 128;
+constexpr float kMaxUnshiftedExponent = 20.f;  // the shift brings larger ones down to this
+constexpr float kMinNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
+constexpr double kMinGradientNormalizer = 1e-8;
+constexpr double kMaxNormalizerGradient = 1e25;
+constexpr int kMaxHeadDim = 128;
 
 // The integer type as wide as F, which may wrap around; the CPU kernels add their vector types.
 template <class F>
@@ -51,13 +51,13 @@ POLAFORMER_INLINE F expm1_of_exponent(F x) {
   return power * expm1_r + (power - 1.f);
 }
 
-// A pair of features, turned by its token's angle, or back (sine negated).
+// A pair of features, rotated by its token's angle, or back (sine negated).
 template <class F>
 struct Pair {
   F first, second;
 };
 template <class F>
-POLAFORMER_INLINE Pair<F> turn(Pair<F> x, F cosine, F sine) {
+POLAFORMER_INLINE Pair<F> rotate(Pair<F> x, F cosine, F sine) {
   return {x.first * cosine - x.second * sine, x.second * cosine + x.first * sine};
 }
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from dataio.manifest import Manifest, load_manifest
 from dataio.pack.packer import PackOptions, pack
-from dataio.remote.cache import ShardCache
+from dataio.remote.cache import RemoteShards
 from dataio.remote.options import CacheOptions
 
 
@@ -321,11 +321,11 @@ def cached() -> Callable[[CacheOptions], dict[str, int]]:
 
 
 @pytest.fixture
-def hold_and_read() -> Callable[[ShardCache, Manifest, list[int]], None]:
+def hold_and_read() -> Callable[[RemoteShards, Manifest, list[int]], None]:
     """Returns a function: waits until each of these shards has been read from."""
 
-    def wait(shards: ShardCache, manifest: Manifest, wanted: list[int]) -> None:
-        shards.hold(wanted)
+    def wait(shards: RemoteShards, manifest: Manifest, wanted: list[int]) -> None:
+        shards.prefetch(wanted)
         for shard in wanted:
             shards.read(sum(manifest.shard_samples[:shard]))
 

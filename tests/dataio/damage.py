@@ -1,7 +1,7 @@
 """Damages a small packed folder in many ways, and trains on each: damage.py PACK SCRATCH FIRST COUNT SEED.
 
 Prints one line of JSON for each variant: what was done, and what came of it: "refused" (the folder was not opened),
-"error" (training ended), "replaced" (with how many), "pixels" (other ones) or "nothing". Folders of the last two stay
+"error" (training ended), "substituted" (with how many), "pixels" (other ones) or "nothing". Folders of the last two stay
 in SCRATCH. It fails itself if a label is wrong. A process of its own, so that one that crashes or hangs is noticed.
 """
 
@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from dataio.augment.views import ImageOptions
-from dataio.loader import TrainLoader, TrainPlan
+from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLE_DTYPE, SAMPLES_NAME, load_manifest
-from dataio.remote.options import CacheOptions, Patience
-from dataio.shards import open_data
+from dataio.remote.options import CacheOptions, RetryPolicy
+from dataio.shards import open_dataset
 
 OPTIONS = ImageOptions(image_size=32, threads=2, prefetch_batches=1)
 BATCH, STEPS = 24, 1  # so large that DALI reads headers in threads
@@ -184,16 +184,16 @@ class Truth:
         self.images = torch.cat([batch.images for batch in self.batches(self.manifest)])
 
     def batches(self, manifest) -> list:
-        plan = TrainPlan(seed=7, global_batch=BATCH, window_shards=2, max_broken=BATCH * STEPS)
+        plan = LoaderOptions(seed=7, global_batch_size=BATCH, shuffle_window_shards=2, max_bad_samples=BATCH * STEPS)
         loader = TrainLoader(manifest, OPTIONS, plan, torch.device("cpu"))
         return [next(loader) for _ in range(STEPS)]
 
     def outcome(self, folder: Path, far: bool, cache: Path) -> dict:
         """What comes of training on a damaged folder."""
         try:
-            patience = Patience(attempts=1, room_seconds=3600, file_seconds=3600, batch_seconds=3600)
+            patience = RetryPolicy(max_attempts=1, eviction_timeout_seconds=3600, file_timeout_seconds=3600, batch_timeout_seconds=3600)
             options = CacheOptions(cache, 2**30, patience)
-            manifest = open_data(folder.as_uri() if far else folder, options)
+            manifest = open_dataset(folder.as_uri() if far else folder, options)
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             return {"outcome": "refused", "message": str(error)}
         try:
@@ -204,9 +204,9 @@ class Truth:
         for batch in batches:
             labels = self.manifest.samples["label"][batch.samples]
             assert batch.labels.tolist() == labels.tolist(), "a wrong label"
-        replaced = [broken.reason for batch in batches for broken in batch.replaced]
-        if replaced:
-            return {"outcome": "replaced", "count": len(replaced), "message": replaced[0]}
+        substituted = [broken.reason for batch in batches for broken in batch.substituted]
+        if substituted:
+            return {"outcome": "substituted", "count": len(substituted), "message": substituted[0]}
         same = torch.equal(torch.cat([batch.images for batch in batches]), self.images)
         return {"outcome": "nothing" if same else "pixels", "message": ""}
 

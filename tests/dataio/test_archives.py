@@ -19,7 +19,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def read_all(reader, members) -> dict[str, bytes]:
     return {
-        member.name: reader.read(member.bytes, member.place)
+        member.name: reader.read(member.bytes, member.locator)
         for member in members
         if not member.name.endswith("/") and member.fault is None
     }
@@ -94,7 +94,7 @@ def test_damage_in_a_zip_file(method, photos, tmp_path):
     reader = ZipReader(tmp_path / "a.zip")
     (member,) = reader.members()
     with pytest.raises(OSError, match="its bytes do not fit its checksum in the archive|it cannot be unpacked: "):
-        reader.read(member.bytes, member.place)
+        reader.read(member.bytes, member.locator)
 
 
 def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
@@ -104,7 +104,7 @@ def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
     (member,) = reader.members()
     tracemalloc.start()
     with pytest.raises(OSError, match="its bytes do not fit its checksum in the archive"):
-        reader.read(1000, member.place)
+        reader.read(1000, member.locator)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
 

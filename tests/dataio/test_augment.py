@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.augment.mixing import Augment, MixOptions
+from dataio.augment.mixing import BatchAugment, BatchAugmentOptions
 from dataio.augment.views import ImageOptions
-from dataio.loader import Batch, TrainLoader, TrainPlan
+from dataio.loader import Batch, LoaderOptions, TrainLoader
 from dataio.manifest import load_manifest
 
 CLASSES = 10
@@ -21,14 +21,14 @@ GPU = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     ],
 )
-OFF = MixOptions(erase_probability=0, mixup=0, cutmix=0)
-ONLY_MIX = MixOptions(erase_probability=0, mix_group=16)
+OFF = BatchAugmentOptions(reprob=0, mixup=0, cutmix=0)
+ONLY_MIX = BatchAugmentOptions(reprob=0, mixup_group_size=16)
 POSITIONS = range(0, 40 * 16, 16)
 
 
 @pytest.fixture(scope="module")
 def photographs(shards) -> Batch:
-    plan = TrainPlan(seed=0, global_batch=16)
+    plan = LoaderOptions(seed=0, global_batch_size=16)
     return next(TrainLoader(load_manifest(shards), ImageOptions(image_size=32, threads=2), plan, torch.device("cpu")))
 
 
@@ -38,16 +38,16 @@ def at(batch: Batch, position: int, device: str = "cpu") -> Batch:
     return batch._replace(images=images, labels=batch.labels.to(device), position=position)
 
 
-def augment(options: MixOptions, seed: int = 3, device: str = "cpu", batch: int = 16) -> Augment:
-    return Augment(options, CLASSES, seed, batch, torch.device(device))
+def augment(options: BatchAugmentOptions, seed: int = 3, device: str = "cpu", batch: int = 16) -> BatchAugment:
+    return BatchAugment(options, CLASSES, seed, batch, torch.device(device))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_the_same_batch_is_augmented_to_the_same_bits_whatever_ran_before(photographs, device):
-    first = augment(MixOptions(), device=device)
+    first = augment(BatchAugmentOptions(), device=device)
     expected = [first(at(photographs, position, device)) for position in POSITIONS]
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    second = augment(MixOptions(), device=device)
+    second = augment(BatchAugmentOptions(), device=device)
     for position, (images, targets) in reversed(list(zip(POSITIONS, expected, strict=True))):
         got_images, got_targets = second(at(photographs, position, device))
         assert torch.equal(got_images, images)
@@ -65,7 +65,7 @@ def test_the_global_generators_go_on_as_if_nothing_had_been_drawn(photographs, d
     seed()
     expected = drawn()
     seed()
-    augment(MixOptions(), device=device)(at(photographs, 0, device))
+    augment(BatchAugmentOptions(), device=device)(at(photographs, 0, device))
     assert drawn() == expected
 
 
@@ -73,12 +73,12 @@ def test_the_global_generators_are_put_back_after_an_error(photographs):
     state = np.random.get_state()[1].tolist()
     odd = Batch(photographs.images[:5].clone(), photographs.labels[:5], photographs.samples[:5], 0)
     with pytest.raises(AssertionError, match="even"):  # timm's own
-        augment(MixOptions())(odd)
+        augment(BatchAugmentOptions())(odd)
     assert np.random.get_state()[1].tolist() == state
 
 
 def test_other_positions_and_seeds_give_others(photographs):
-    images = [augment(MixOptions(), seed)(at(photographs, position))[0] for seed, position in ((3, 0), (3, 16), (4, 0))]
+    images = [augment(BatchAugmentOptions(), seed)(at(photographs, position))[0] for seed, position in ((3, 0), (3, 16), (4, 0))]
     assert not torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
 
@@ -128,8 +128,8 @@ def test_without_mixing_the_targets_are_smoothed_and_the_images_untouched(photog
     [
         ({"mixup": 0}, True),
         ({"cutmix": 0}, False),
-        ({"switch_probability": 1}, True),
-        ({"switch_probability": 0}, False),
+        ({"mixup_switch_prob": 1}, True),
+        ({"mixup_switch_prob": 0}, False),
     ],
 )
 def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
@@ -140,7 +140,7 @@ def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
 
 
 def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
-    options = replace(ONLY_MIX, mix_probability=0.3, label_smoothing=0.4)
+    options = replace(ONLY_MIX, mixup_prob=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
     for position in POSITIONS:
@@ -153,14 +153,14 @@ def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
 
 def test_an_odd_batch_cannot_be_mixed():
     with pytest.raises(ValueError, match="batch of 7 images per rank .* in pairs; use 8, or set mixup and cutmix to 0"):
-        augment(MixOptions(), batch=7)
+        augment(BatchAugmentOptions(), batch=7)
 
 
 @pytest.mark.parametrize("group", [-2, 0, 1, 15])
 def test_images_of_a_group_can_be_paired(group):
-    with pytest.raises(ValueError, match=f"mix_group is {group}; images are mixed in pairs, use an even number ab"):
-        augment(MixOptions(mix_group=group))
-    augment(replace(OFF, mix_group=group))
+    with pytest.raises(ValueError, match=f"mixup_group_size is {group}; images are mixed in pairs, use an even number ab"):
+        augment(BatchAugmentOptions(mixup_group_size=group))
+    augment(replace(OFF, mixup_group_size=group))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -168,7 +168,7 @@ def test_images_of_a_group_can_be_paired(group):
 def test_images_and_targets_are_the_same_bits_on_any_number_of_ranks(photographs, device, ranks):
     """In steps of 48 images. No rank's batch is a group of 10; some begin or end within one, some hold several."""
     images, labels = (torch.cat([field] * 3).to(device) for field in (photographs.images, photographs.labels))
-    options, share = MixOptions(mix_group=10), 48 // ranks
+    options, share = BatchAugmentOptions(mixup_group_size=10), 48 // ranks
     for first in range(0, 20 * 48, 48):
         got = [
             augment(options, device=device, batch=share)(
@@ -188,7 +188,7 @@ def test_images_and_targets_are_the_same_bits_on_any_number_of_ranks(photographs
 
 def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
     """Of 8 images, so that a batch has two groups. Mixup's shares are of any size, boxes of cutmix may be equal."""
-    mixup, shares = augment(replace(ONLY_MIX, cutmix=0, mix_group=8)), []
+    mixup, shares = augment(replace(ONLY_MIX, cutmix=0, mixup_group_size=8)), []
     for position in POSITIONS:
         _, targets = mixup(at(photographs, position))
         for group in (slice(0, 8), slice(8, 16)):
@@ -201,7 +201,7 @@ def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
 
 
 def test_a_quarter_of_the_images_loses_a_rectangle_to_noise(photographs):
-    options = MixOptions(mixup=0, cutmix=0)
+    options = BatchAugmentOptions(mixup=0, cutmix=0)
     areas = []
     for position in POSITIONS:
         images, _ = augment(options)(at(photographs, position))

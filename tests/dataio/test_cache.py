@@ -18,29 +18,29 @@ import pytest
 import torch
 
 from dataio.augment.views import ImageOptions
-from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan
+from dataio.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest
-from dataio.remote.cache import ShardCache
-from dataio.remote.fetch import Wait
-from dataio.remote.options import CacheOptions, Patience
-from dataio.shards import open_data
+from dataio.remote.cache import RemoteShards
+from dataio.remote.fetch import Deadline
+from dataio.remote.options import CacheOptions, RetryPolicy
+from dataio.shards import open_dataset
 
 CPU = torch.device("cpu")
 SMALL = ImageOptions(image_size=32, threads=1)
 WINDOW = 3
-PLAN = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW)
+PLAN = LoaderOptions(seed=7, global_batch_size=24, shuffle_window_shards=WINDOW)
 FOREVER = 7200  # seconds, longer than a test may take
-PATIENT = Patience(
-    attempts=3,
-    first_wait_seconds=FOREVER,
-    silent_seconds=FOREVER,
-    room_seconds=FOREVER,
-    file_seconds=FOREVER,
-    batch_seconds=FOREVER,
+PATIENT = RetryPolicy(
+    max_attempts=3,
+    initial_backoff_seconds=FOREVER,
+    read_timeout_seconds=FOREVER,
+    eviction_timeout_seconds=FOREVER,
+    file_timeout_seconds=FOREVER,
+    batch_timeout_seconds=FOREVER,
 )
-HASTY = replace(PATIENT, first_wait_seconds=0.01)
+HASTY = replace(PATIENT, initial_backoff_seconds=0.01)
 # Where a server is silent. A slow machine may be taken for one that is, and is asked again.
-NERVOUS = replace(HASTY, attempts=1000, silent_seconds=0.5)
+NERVOUS = replace(HASTY, max_attempts=1000, read_timeout_seconds=0.5)
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -53,7 +53,7 @@ def expected(local) -> list[Batch]:
 
 def tight(local: Manifest) -> int:
     """Bytes: just what a step needs, with the next window."""
-    return PLAN.bytes_at_once(local)
+    return PLAN.required_cache_bytes(local)
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_training_from_afar_is_training_from_disk(
 ):
     servers = {"http": lambda far: http_server(far).url, "s3": s3_url, "gs": gs_url, "file": Path.as_uri}
     url = servers[kind](far)
-    manifest = open_data(f"{url}/", cache)
-    assert (manifest.hash, manifest.place) == (local.hash, url)
+    manifest = open_dataset(f"{url}/", cache)
+    assert (manifest.hash, manifest.location) == (local.hash, url)
     assert list(cached(cache)) == [SAMPLES_NAME]
     loader, got = TrainLoader(manifest, SMALL, PLAN, CPU), []
     for _ in expected:
@@ -89,20 +89,20 @@ def test_training_from_afar_is_training_from_disk(
 def test_a_url_with_a_token(http_server, far, cache, expected):
     """It goes with every request, and into no text."""
     server = http_server(far)
-    manifest = open_data(f"{server.url}/?token=hush", cache)
-    assert manifest.place == f"{server.url}/?…"
+    manifest = open_dataset(f"{server.url}/?token=hush", cache)
+    assert manifest.location == f"{server.url}/?…"
     assert_same([next(TrainLoader(manifest, SMALL, PLAN, CPU))], expected[:1])
     assert all(name.endswith("?token=hush") for name in server.requests)
     (far / MANIFEST_NAME).write_text("{")
     with pytest.raises(ValueError, match=r"/manifest.json\?… is not a manifest"):
-        open_data(f"{server.url}/?token=hush", cache)
+        open_dataset(f"{server.url}/?token=hush", cache)
 
 
 def test_each_shard_is_fetched_once_an_epoch_for_all_ranks(http_server, far, cache, expected, local):
     """Four ranks share the folder."""
     server = http_server(far)
-    plans = [TrainPlan(seed=7, global_batch=24, rank=rank, ranks=4, window_shards=WINDOW) for rank in range(4)]
-    of_ranks = [TrainLoader(open_data(server.url, cache), SMALL, plan, CPU) for plan in plans]
+    plans = [LoaderOptions(seed=7, global_batch_size=24, rank=rank, world_size=4, shuffle_window_shards=WINDOW) for rank in range(4)]
+    of_ranks = [TrainLoader(open_dataset(server.url, cache), SMALL, plan, CPU) for plan in plans]
     steps = len(local) // 24
     got = [next(loader) for _ in range(steps) for loader in of_ranks]
     samples = np.concatenate([batch.samples for batch in expected[:steps]])
@@ -118,22 +118,22 @@ def test_each_shard_is_fetched_once_an_epoch_for_all_ranks(http_server, far, cac
 def test_a_cache_that_holds_all_is_filled_once(http_server, far, local, expected, tmp_path):
     server = http_server(far)
     cache = CacheOptions(tmp_path / "cache", 2**30, HASTY)
-    got = list(itertools.islice(TrainLoader(open_data(server.url, cache), SMALL, PLAN, CPU), len(expected)))
+    got = list(itertools.islice(TrainLoader(open_dataset(server.url, cache), SMALL, PLAN, CPU), len(expected)))
     assert_same(got, expected)
     assert [server.requests.count(shard.name) for shard in local.shards] == [1] * len(local.shards)
 
 
 def test_a_full_order_of_remote_shards(http_server, far, local, tmp_path):
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
-    plan = TrainPlan(seed=7, global_batch=24)
+    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY))
+    plan = LoaderOptions(seed=7, global_batch_size=24)
     got, near = (list(itertools.islice(TrainLoader(each, SMALL, plan, CPU), 5)) for each in (manifest, local))
     assert_same(got, near)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_evaluation_from_afar(http_server, far, local, tmp_path, ranks, cached):
-    cache = CacheOptions(tmp_path / "cache", EvalLoader.bytes_at_once(local, 16, ranks), HASTY)
-    manifest = open_data(http_server(far).url, cache)
+    cache = CacheOptions(tmp_path / "cache", EvalLoader.required_cache_bytes(local, 16, ranks), HASTY)
+    manifest = open_dataset(http_server(far).url, cache)
     for rank in range(ranks):
         near, got = (EvalLoader(each, SMALL, 16, rank, ranks, CPU) for each in (local, manifest))
         for _ in range(2):
@@ -145,15 +145,15 @@ RANK = """
 import hashlib, sys
 from pathlib import Path
 import torch
-from dataio.shards import open_data
-from dataio.loader import TrainLoader, TrainPlan
+from dataio.shards import open_dataset
+from dataio.loader import TrainLoader, LoaderOptions
 from dataio.augment.views import ImageOptions
-from dataio.remote.options import CacheOptions, Patience
+from dataio.remote.options import CacheOptions, RetryPolicy
 
 url, folder, limit, rank, ranks, steps = sys.argv[1:]
-patience = Patience(room_seconds=3600, file_seconds=3600, batch_seconds=3600, silent_seconds=3600)
-manifest = open_data(url, CacheOptions(Path(folder), int(limit), patience))
-plan = TrainPlan(seed=7, global_batch=24, rank=int(rank), ranks=int(ranks), window_shards=3)
+retry_policy = RetryPolicy(eviction_timeout_seconds=3600, file_timeout_seconds=3600, batch_timeout_seconds=3600, read_timeout_seconds=3600)
+manifest = open_dataset(url, CacheOptions(Path(folder), int(limit), retry_policy))
+plan = LoaderOptions(seed=7, global_batch_size=24, rank=int(rank), world_size=int(ranks), shuffle_window_shards=3)
 loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), plan, torch.device("cpu"))
 for _ in range(int(steps)):
     batch = next(loader)
@@ -201,7 +201,7 @@ def sha256(content: bytes) -> str:
 @pytest.mark.parametrize("fault", ["503", "reset", "half", "wrong", "silent"])
 def test_a_server_that_fails_now_and_then(http_server, far, cache, local, expected, fault):
     server = http_server(far)
-    manifest = open_data(server.url, replace(cache, patience=NERVOUS) if fault == "silent" else cache)
+    manifest = open_dataset(server.url, replace(cache, retry_policy=NERVOUS) if fault == "silent" else cache)
     server.faults = {shard.name: [fault] for shard in local.shards[:: 6 if fault == "silent" else 2]}
     got = list(itertools.islice(TrainLoader(manifest, SMALL, PLAN, CPU), len(local) // 24))
     assert_same(got, expected[: len(got)])
@@ -211,7 +211,7 @@ def test_a_server_that_fails_now_and_then(http_server, far, cache, local, expect
 def test_a_server_that_dies_and_comes_back(http_server, free_port, far, cache, expected):
     """What is cached is still trained on; then an error; then the same batch again."""
     server = http_server(far, free_port)
-    loader = TrainLoader(open_data(server.url, cache), SMALL, PLAN, CPU)
+    loader = TrainLoader(open_dataset(server.url, cache), SMALL, PLAN, CPU)
     got = [next(loader)]
     server.stop()
     with pytest.raises(RuntimeError, match=r"cannot fetch http://127.*/shard-.*\.tar: Cannot connect .* attempts: 3"):
@@ -228,7 +228,7 @@ def test_a_shard_that_is_not_what_the_manifest_names(http_server, far, cache, lo
     content = bytearray(path.read_bytes())
     content[700] ^= 1
     path.write_bytes(content)
-    loader = TrainLoader(open_data(http_server(far).url, cache), SMALL, PLAN, CPU)
+    loader = TrainLoader(open_dataset(http_server(far).url, cache), SMALL, PLAN, CPU)
     with pytest.raises(
         RuntimeError, match="shard-000005.tar: .* bytes came, with another sha256 than the manifest's, att"
     ):
@@ -238,7 +238,7 @@ def test_a_shard_that_is_not_what_the_manifest_names(http_server, far, cache, lo
 
 def test_a_shard_that_is_missing(http_server, far, cache, local):
     (far / local.shards[5].name).unlink()
-    loader = TrainLoader(open_data(http_server(far).url, cache), SMALL, PLAN, CPU)
+    loader = TrainLoader(open_dataset(http_server(far).url, cache), SMALL, PLAN, CPU)
     with pytest.raises(RuntimeError, match="shard-000005.tar: it is not there; check the address, and that the whole"):
         list(itertools.islice(loader, len(local) // 24))
 
@@ -250,14 +250,14 @@ def test_a_broken_image_of_a_remote_shard_is_replaced(http_server, far, cache, l
     fields = json.loads((far / MANIFEST_NAME).read_text())
     fields["shards"][0]["sha256"] = sha256((far / "shard-000000.tar").read_bytes())
     (far / MANIFEST_NAME).write_text(json.dumps(fields | {"sha256": ""}))
-    manifest = open_data(http_server(far).url, cache)
-    plan = TrainPlan(seed=7, global_batch=24, window_shards=WINDOW, max_broken=1)
+    manifest = open_dataset(http_server(far).url, cache)
+    plan = LoaderOptions(seed=7, global_batch_size=24, shuffle_window_shards=WINDOW, max_bad_samples=1)
     got, near = (
         list(itertools.islice(TrainLoader(each, SMALL, plan, CPU), 17)) for each in (manifest, load_manifest(far))
     )
     assert_same(got, near)
-    met = [broken for batch in got for broken in batch.replaced]
-    assert {(broken.sample, broken.by, broken.reason) for broken in met} == {(last, 0, "not an image")}
+    met = [broken for batch in got for broken in batch.substituted]
+    assert {(broken.sample, broken.substitute, broken.reason) for broken in met} == {(last, 0, "not an image")}
 
 
 @pytest.mark.parametrize("content", ["{", "", '{"format": 1}'])
@@ -265,7 +265,7 @@ def test_a_manifest_that_is_none(http_server, far, cache, content):
     (far / MANIFEST_NAME).write_text(content)
     url = http_server(far).url
     with pytest.raises(ValueError, match=f"^{url}/manifest.json is not a manifest .*; pack the folder again"):
-        open_data(url, cache)
+        open_dataset(url, cache)
 
 
 def test_a_sample_table_that_is_not_what_the_manifest_names(http_server, far, cache, cached):
@@ -275,34 +275,34 @@ def test_a_sample_table_that_is_not_what_the_manifest_names(http_server, far, ca
     with pytest.raises(
         RuntimeError, match="samples.npy: .* bytes came, with another sha256 than the manifest's, attempt"
     ):
-        open_data(http_server(far).url, cache)
+        open_dataset(http_server(far).url, cache)
     assert cached(cache) == {}
 
 
 def test_a_cache_that_is_too_small_is_refused_at_once(http_server, far, cache, local):
     server = http_server(far)
     small = CacheOptions(cache.folder, cache.limit_bytes - 1, HASTY)
-    manifest = open_data(server.url, small)
+    manifest = open_dataset(server.url, small)
     message = (
         rf"a cache of .* GiB is too small, {server.url} needs .* GiB at a time; allow it 0.* \(data.cache_gib, --cache"
     )
     with pytest.raises(ValueError, match=message):
         TrainLoader(manifest, SMALL, PLAN, CPU)
-    few = open_data(server.url, CacheOptions(cache.folder, EvalLoader.local.bytes_at_once(16) - 1, HASTY))
+    few = open_dataset(server.url, CacheOptions(cache.folder, EvalLoader.local.required_cache_bytes(16) - 1, HASTY))
     with pytest.raises(ValueError, match="is too small"):
         EvalLoader(few, SMALL, 16, 0, 8, CPU)
     assert not [name for name in server.requests if name.endswith(".tar")]
     with pytest.raises(
         ValueError, match="a cache of 1 GiB is too small, a needs 1 GiB, b needs 0.5 GiB at a time; allow it 1.5 "
     ):
-        CacheOptions(cache.folder, 2**30).require_room({"a": 2**30, "b": 2**29})
+        CacheOptions(cache.folder, 2**30).check_cache_size({"a": 2**30, "b": 2**29})
 
 
 def test_room_is_counted_with_the_largest_shards(local):
     sizes = sorted(shard.bytes for shard in local.shards)
     table = (local.folder / SAMPLES_NAME).stat().st_size
-    assert local.bytes_at_once(2) == sum(sizes[-3:]) + table
-    assert local.bytes_at_once(1000) == sum(sizes) + table
+    assert local.required_cache_bytes(2) == sum(sizes[-3:]) + table
+    assert local.required_cache_bytes(1000) == sum(sizes) + table
 
 
 @pytest.mark.parametrize("fault", ["half", "half unsaid", "503"])
@@ -316,7 +316,7 @@ def test_a_bucket_that_breaks_off(http_server, far, local, expected, tmp_path, m
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(0.01)))  # 1 to 2 s
     for shard in local.shards[::3]:
         server.faults[f"{shard.name}?alt=media"] = [fault]
-    manifest = open_data("gs://bucket", CacheOptions(tmp_path / "cache", tight(local), HASTY))
+    manifest = open_dataset("gs://bucket", CacheOptions(tmp_path / "cache", tight(local), HASTY))
     loader = TrainLoader(manifest, SMALL, PLAN, CPU)
     assert_same([next(loader) for _ in expected], expected)
     assert not any(server.faults[name] for name in server.faults), "all were met"
@@ -325,15 +325,15 @@ def test_a_bucket_that_breaks_off(http_server, far, local, expected, tmp_path, m
 def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_end, monkeypatch):
     """A cache may be larger than its disk: shards are evicted for that as well. Without room for a window, an error."""
     cache, url = CacheOptions(small_disk / "cache", 2**30, HASTY), http_server(far).url
-    got = list(itertools.islice(TrainLoader(open_data(url, cache), SMALL, PLAN, CPU), len(local) // 24))
+    got = list(itertools.islice(TrainLoader(open_dataset(url, cache), SMALL, PLAN, CPU), len(local) // 24))
     assert_same(got, expected[: len(got)])
     await_their_end()  # what they have open still takes room
     shutil.rmtree(cache.folder)
     (small_disk / "other").write_bytes(bytes(480_000))
-    loader = TrainLoader(open_data(url, cache), SMALL, PLAN, CPU)
+    loader = TrainLoader(open_dataset(url, cache), SMALL, PLAN, CPU)
     fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache, --cache name"
     with monkeypatch.context() as patch:
-        patch.setattr("dataio.cache_folder.Wait", lambda _: Wait(0))  # for room; all else may take its time
+        patch.setattr("dataio.cache_folder.Deadline", lambda _: Deadline(0))  # for room; all else may take its time
         with pytest.raises(RuntimeError, match=fault):
             next(loader)
     (small_disk / "other").unlink()
@@ -343,7 +343,7 @@ def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_
 def test_a_closed_loader_holds_no_shard(http_server, far, expected, tmp_path, await_their_end):
     """It can still be asked for the next batch; all others of these tests are dropped without being closed."""
     loader = TrainLoader(
-        open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY)), SMALL, PLAN, CPU
+        open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, HASTY)), SMALL, PLAN, CPU
     )
     got = [next(loader)]
     assert any(thread.name.startswith("shards-") for thread in threading.enumerate())
@@ -355,14 +355,14 @@ def test_a_closed_loader_holds_no_shard(http_server, far, expected, tmp_path, aw
 
 def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
     """For a server that is silent, between two attempts, and for room."""
-    monkeypatch.setattr("dataio.remote._LONGEST_WAIT_SECONDS", FOREVER)
+    monkeypatch.setattr("dataio.remote._MAX_BACKOFF_SECONDS", FOREVER)
     server = http_server(far)
-    patience = replace(PATIENT, file_seconds=2 * FOREVER)  # else no attempt would follow
-    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 250_000, patience))
+    retry_policy = replace(PATIENT, file_timeout_seconds=2 * FOREVER)  # else no attempt would follow
+    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 250_000, retry_policy))
     server.faults = {shard.name: [fault] for shard, fault in zip(local.shards[1:3], ("silent", "503"), strict=True)}
-    shards = ShardCache(manifest)
+    shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0])
-    shards.hold([0, 1, 2, 3, 4, 5])
+    shards.prefetch([0, 1, 2, 3, 4, 5])
     while not {"shard-000001.tar", "shard-000002.tar"} <= set(server.requests):
         time.sleep(0.01)
     shards.close()
@@ -374,9 +374,9 @@ def test_a_batch_waits_for_its_shards_as_long_as_it_may(http_server, far, local,
     """Each of them comes in time; there are too many."""
     server = http_server(far)
     server.faults = {shard.name: ["silent"] * 9 for shard in local.shards}
-    patience = replace(PATIENT, batch_seconds=0.2, longer=", or wait for Godot")
-    shards = ShardCache(open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, patience)))
-    shards.hold([0, 1, 2])
+    retry_policy = replace(PATIENT, batch_timeout_seconds=0.2, timeout_hint=", or wait for Godot")
+    shards = RemoteShards(open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, retry_policy)))
+    shards.prefetch([0, 1, 2])
     fault = f"^waited 0.2 s for shards of a batch, at last for {server.url}/shard-000000.tar; check server and network"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"{fault}, or read from fewer shards \(.*\), or wait for Godot$"):
@@ -388,8 +388,8 @@ def test_a_batch_does_not_wait_while_others_are_trained_on(
     http_server, far, local, tmp_path, monkeypatch, hold_and_read
 ):
     """A stand-in may be asked for long after its batch was."""
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
-    shards = ShardCache(manifest)
+    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
+    shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0])
     later = time.monotonic() + 2 * FOREVER
     monkeypatch.setattr("dataio.cache.time", SimpleNamespace(monotonic=lambda: later))
@@ -398,7 +398,7 @@ def test_a_batch_does_not_wait_while_others_are_trained_on(
 
 
 def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
-    """No thread keeps it: the server is silent, and it has lots of patience."""
+    """No thread keeps it: the server is silent, and it has lots of retry_policy."""
     server = http_server(far)
     server.faults = {f"shard-{shard:06d}.tar": ["silent"] * 9 for shard in range(20)}
     command = [sys.executable, "-c", LEAVING, server.url, str(tmp_path / "cache")]
@@ -416,12 +416,12 @@ def test_a_process_ends_while_shards_are_fetched(http_server, far, tmp_path):
 LEAVING = """
 import sys
 from pathlib import Path
-from dataio.remote.cache import ShardCache
-from dataio.shards import open_data
-from dataio.remote.options import CacheOptions, Patience
+from dataio.remote.cache import RemoteShards
+from dataio.shards import open_dataset
+from dataio.remote.options import CacheOptions, RetryPolicy
 
-patience = Patience(silent_seconds=3600, file_seconds=3600)
-shards = ShardCache(open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience)))
-shards.hold(range(10))
+retry_policy = RetryPolicy(read_timeout_seconds=3600, file_timeout_seconds=3600)
+shards = RemoteShards(open_dataset(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, retry_policy)))
+shards.prefetch(range(10))
 sys.stdin.read()
 """

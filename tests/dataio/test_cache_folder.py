@@ -13,18 +13,18 @@ import pytest
 
 from dataio.files import sha256_of
 from dataio.manifest import SAMPLES_NAME, Manifest
-from dataio.remote.cache import ShardCache
-from dataio.remote.options import CacheOptions, Patience
-from dataio.shards import open_data
+from dataio.remote.cache import RemoteShards
+from dataio.remote.options import CacheOptions, RetryPolicy
+from dataio.shards import open_dataset
 
 FOREVER = 7200  # seconds, longer than a test may take
-PATIENT = Patience(
-    attempts=3,
-    first_wait_seconds=0.01,
-    silent_seconds=FOREVER,
-    room_seconds=FOREVER,
-    file_seconds=FOREVER,
-    batch_seconds=FOREVER,
+PATIENT = RetryPolicy(
+    max_attempts=3,
+    initial_backoff_seconds=0.01,
+    read_timeout_seconds=FOREVER,
+    eviction_timeout_seconds=FOREVER,
+    file_timeout_seconds=FOREVER,
+    batch_timeout_seconds=FOREVER,
 )
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
@@ -41,8 +41,8 @@ def names(shards: list[int]) -> set[str]:
 def test_the_longest_unused_are_evicted_first_and_none_in_use(http_server, far, local, tmp_path, cached, hold_and_read):
     table = (local.folder / SAMPLES_NAME).stat().st_size
     limit = table + 5 * max(shard.bytes for shard in local.shards)
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, PATIENT))
-    one, other = ShardCache(manifest), ShardCache(manifest)
+    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", limit, PATIENT))
+    one, other = RemoteShards(manifest), RemoteShards(manifest)
     hold_and_read(one, manifest, [0])
     for shard in (1, 2, 3):
         hold_and_read(other, manifest, [shard])
@@ -59,8 +59,8 @@ def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_a
     """Another process holds them all; when it lets go, the same batch can be had."""
     table = (local.folder / SAMPLES_NAME).stat().st_size
     limit = table + sum(shard.bytes for shard in local.shards[:4])
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", limit, replace(PATIENT)))
-    holder, other = ShardCache(manifest), ShardCache(manifest)
+    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", limit, replace(PATIENT)))
+    holder, other = RemoteShards(manifest), RemoteShards(manifest)
     hold_and_read(holder, manifest, [0, 1, 2, 3])
     fault = r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
     with hasty(manifest), pytest.raises(RuntimeError, match=fault):
@@ -74,29 +74,29 @@ def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_a
 @contextmanager
 def hasty(manifest: Manifest) -> Iterator[None]:
     """Inside, room and locks are waited for a moment only: too short for a slow machine where they must be had."""
-    patience = manifest.remote.cache.patience
-    object.__setattr__(patience, "room_seconds", 0.2)
+    retry_policy = manifest.remote.cache.retry_policy
+    object.__setattr__(retry_policy, "eviction_timeout_seconds", 0.2)
     yield
-    object.__setattr__(patience, "room_seconds", FOREVER)
+    object.__setattr__(retry_policy, "eviction_timeout_seconds", FOREVER)
 
 
-def in_time(manifest: Manifest, file_seconds: float) -> Manifest:
-    """The same data set with `file_seconds` for each file."""
+def in_time(manifest: Manifest, file_timeout_seconds: float) -> Manifest:
+    """The same data set with `file_timeout_seconds` for each file."""
     cache = manifest.remote.cache
-    patience = replace(cache.patience, file_seconds=file_seconds)
-    return replace(manifest, remote=replace(manifest.remote, cache=replace(cache, patience=patience)))
+    retry_policy = replace(cache.retry_policy, file_timeout_seconds=file_timeout_seconds)
+    return replace(manifest, remote=replace(manifest.remote, cache=replace(cache, retry_policy=retry_policy)))
 
 
 def test_another_process_that_stands_still_while_it_fetches(http_server, far, local, cache, hold_and_read):
     """It was stopped, and has its lock: an error when the shard's time is over; when it is ended, the shard."""
-    manifest = open_data(http_server(far).url, cache)
-    hasty, patient = ShardCache(in_time(manifest, 0.2)), ShardCache(manifest)
+    manifest = open_dataset(http_server(far).url, cache)
+    hasty, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
     fault = "^another process is fetching .*shard-000000.tar, and has not got it after 0.2 s; end it if it was stopped,"
     claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
     with standing_still(claim):
         with pytest.raises(RuntimeError, match=fault):
             hold_and_read(hasty, manifest, [0])
-        patient.hold([0])
+        patient.prefetch([0])
     hold_and_read(patient, manifest, [0])
     hasty.close()
     patient.close()
@@ -105,10 +105,10 @@ def test_another_process_that_stands_still_while_it_fetches(http_server, far, lo
 @pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
 def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, tmp_path, name, hold_and_read):
     """Of those that are held for a moment."""
-    manifest = open_data(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, replace(PATIENT)))
-    shards = ShardCache(manifest)
+    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, replace(PATIENT)))
+    shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0])
-    shards.hold([])
+    shards.prefetch([])
     path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
     fault = f"^another process holds a lock on {path}; end it"
     with standing_still(path), hasty(manifest), pytest.raises(RuntimeError, match=fault):
@@ -118,11 +118,11 @@ def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, t
 
 
 def test_no_lock_is_waited_for_longer_than_for_its_shard(http_server, far, cache, await_their_end):
-    manifest = open_data(http_server(far).url, cache)
+    manifest = open_dataset(http_server(far).url, cache)
     with standing_still(cache.folder / "lock"):
-        patient, hasty = ShardCache(manifest), ShardCache(in_time(manifest, 0.2))
-        hasty.hold([0])
-        patient.hold([0])
+        patient, hasty = RemoteShards(manifest), RemoteShards(in_time(manifest, 0.2))
+        hasty.prefetch([0])
+        patient.prefetch([0])
         with pytest.raises(RuntimeError, match="another process holds a lock on .*lock; end it if it was stopped"):
             hasty.read(0)
         hasty.close()
@@ -166,16 +166,16 @@ def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, sma
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from dataio.remote.cache import ShardCache
-from dataio.shards import open_data
-from dataio.remote.options import CacheOptions, Patience
+from dataio.remote.cache import RemoteShards
+from dataio.shards import open_dataset
+from dataio.remote.options import CacheOptions, RetryPolicy
 
-patience = Patience(attempts=2, first_wait_seconds=0.01, silent_seconds=3600, file_seconds=3600, batch_seconds=3600)
-manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, patience))
+retry_policy = RetryPolicy(max_attempts=2, initial_backoff_seconds=0.01, read_timeout_seconds=3600, file_timeout_seconds=3600, batch_timeout_seconds=3600)
+manifest = open_dataset(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, retry_policy))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-shards = ShardCache(manifest)
-shards.hold([0])
+shards = RemoteShards(manifest)
+shards.prefetch([0])
 try:
     shards.read(0)
 except RuntimeError as error:
@@ -188,11 +188,11 @@ def test_a_folder_that_cannot_be_written(http_server, far, cache):
     with pytest.raises(
         RuntimeError, match="cannot keep .*samples.npy: Not a directory; make the folder writable, or na"
     ):
-        open_data(http_server(far).url, cache)
+        open_dataset(http_server(far).url, cache)
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far, cache, local, hold_and_read):
-    manifest = open_data(http_server(far).url, cache)
+    manifest = open_dataset(http_server(far).url, cache)
     left, busy = (manifest.folder / f".{shard.name}.99.claim" for shard in local.shards[-2:])
     foreign = cache.folder / "photos" / "shard-000000.tar"
     foreign.parent.mkdir()
@@ -202,7 +202,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far
         path.write_bytes(b"x" * 99)
     with open(busy) as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
-        shards = ShardCache(manifest)
+        shards = RemoteShards(manifest)
         for shard in range(len(local.shards) // 2):
             hold_and_read(shards, manifest, [shard])
         shards.close()
@@ -212,14 +212,14 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far
 
 def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local, hold_and_read):
     server = http_server(far)
-    manifest = open_data(server.url, cache)
+    manifest = open_dataset(server.url, cache)
     for shard, damage in ((0, 0), (1, 1)):
         content = bytearray((far / local.shards[shard].name).read_bytes())
         content[600] ^= damage
         path = manifest.folder / local.shards[shard].name
         path.write_bytes(content)
         os.utime(path, (1e9, 1e9))
-    shards = ShardCache(manifest)
+    shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0, 1])
     shards.close()
     assert [name for name in server.requests if name.endswith(".tar")] == ["shard-000001.tar"]
@@ -230,8 +230,8 @@ def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, c
 def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, tmp_path, hold_and_read):
     """By whatever process, after this one has read it; the size stays."""
     server = http_server(far)
-    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
-    shards = ShardCache(manifest)
+    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
+    shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0, 1])
     with open(manifest.folder / "shard-000000.tar", "r+b") as file:
         file.seek(600)
@@ -246,18 +246,18 @@ def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, t
 READING = """
 import sys
 from pathlib import Path
-from dataio.remote.cache import ShardCache
-from dataio.shards import open_data
+from dataio.remote.cache import RemoteShards
+from dataio.shards import open_dataset
 from dataio.remote.options import CacheOptions
 
-manifest = open_data(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30))
-shards = ShardCache(manifest)
+manifest = open_dataset(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30))
+shards = RemoteShards(manifest)
 
 def bytes_read():
     return int(Path("/proc/self/io").read_text().split()[1])
 
 before = bytes_read()
-shards.hold(range(len(manifest.shards)))
+shards.prefetch(range(len(manifest.shards)))
 for number in range(len(manifest.shards)):
     shards.read(sum(manifest.shard_samples[:number]))
 print(bytes_read() - before)
@@ -269,10 +269,10 @@ shards.close()
 def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read, damaged):
     """The slower one removes nothing that the faster one has fetched meanwhile, or found to be whole."""
     server = http_server(far)
-    manifest = open_data(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
-    faster, slower = ShardCache(manifest), ShardCache(manifest)
+    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
+    faster, slower = RemoteShards(manifest), RemoteShards(manifest)
     hold_and_read(faster, manifest, [0])
-    faster.hold([])
+    faster.prefetch([])
     path = manifest.folder / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[:: -1 if damaged else 1])
 

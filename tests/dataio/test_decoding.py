@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: named with the reason, replaced, and none where memory ran out."""
+"""Images that cannot be decoded: named with the reason, substituted, and none where memory ran out."""
 
 import io
 import itertools
@@ -14,10 +14,10 @@ from PIL import Image
 
 from dataio.augment.resize import Resizer
 from dataio.augment.views import ImageOptions
-from dataio.loader import EvalLoader, TrainLoader, TrainPlan
+from dataio.loader import EvalLoader, LoaderOptions, TrainLoader
 from dataio.manifest import Manifest, load_manifest
 from dataio.pack.packer import pack
-from dataio.shards import ShardFiles
+from dataio.shards import LocalShards
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def evaluate(manifest: Manifest, prefetch_batches: int = 2) -> None:
 
 @pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
 def test_a_truncated_image_is_named_with_the_remedy(damaged, truncate, prefetch_batches):
-    files = ShardFiles(damaged)
+    files = LocalShards(damaged)
     broken = next(sample for sample in range(20, len(damaged)) if files.read(sample).startswith(b"\xff\xd8"))
     truncate(damaged, broken)
     row = damaged.samples[broken]
@@ -57,14 +57,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from dataio.manifest import load_manifest
-from dataio.decode import Request, decode_batches
-from dataio.augment.views import ImageOptions, eval_views
+from dataio.decode import BatchRequest, decode_batches
+from dataio.augment.views import ImageOptions, eval_params
 manifest, samples = load_manifest(Path(sys.argv[1])), np.arange(48)
 options = ImageOptions(image_size=32, threads=2)
 for _ in range(5):
-    views = eval_views(manifest.samples[samples], options)
+    params = eval_params(manifest.samples[samples], options)
     try:
-        list(decode_batches(manifest, options, iter([Request(0, samples, views)]), 48, torch.device("cpu")))
+        list(decode_batches(manifest, options, iter([BatchRequest(0, samples, params)]), 48, torch.device("cpu")))
     except RuntimeError as error:
         print(error)
 """
@@ -112,13 +112,13 @@ def test_images_that_cannot_be_scaled_are_not_taken_for_broken_ones(manifest, mo
         return scale(*arguments)
 
     monkeypatch.setattr(Resizer, "_resize", fail)
-    plan = TrainPlan(seed=0, global_batch=8, max_broken=99)
+    plan = LoaderOptions(seed=0, global_batch_size=8, max_bad_samples=99)
     loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=2), plan, CPU)
     with pytest.raises(
         RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"
     ):
         list(itertools.islice(loader, 5))
-    assert loader.broken == 0
+    assert loader.bad_samples == 0
 
 
 @pytest.mark.parametrize(("size", "limit"), [((70000, 40), None), ((64, 48), 100)], ids=["wide", "beyond PIL's limit"])
@@ -131,20 +131,20 @@ def test_a_broken_image_of_any_size_is_replaced(tmp_path, truncate, monkeypatch,
     broken = int(manifest.samples["width"].argmax())
     truncate(manifest, broken)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    plan = TrainPlan(seed=0, global_batch=2, max_broken=1)
+    plan = LoaderOptions(seed=0, global_batch_size=2, max_bad_samples=1)
     batch = next(TrainLoader(manifest, ImageOptions(image_size=32), plan, CPU))
-    assert [(met.sample, met.by) for met in batch.replaced] == [(broken, 1 - broken)]
-    assert "unrecognized data stream" in batch.replaced[0].reason
+    assert [(met.sample, met.substitute) for met in batch.substituted] == [(broken, 1 - broken)]
+    assert "unrecognized data stream" in batch.substituted[0].reason
 
 
 SCARCE = """
 import resource, sys
 import torch
 from dataio.manifest import load_manifest
-from dataio.loader import TrainLoader, TrainPlan
+from dataio.loader import TrainLoader, LoaderOptions
 from dataio.augment.views import ImageOptions
 
-plan = TrainPlan(seed=0, global_batch=1, max_broken=99)
+plan = LoaderOptions(seed=0, global_batch_size=1, max_bad_samples=99)
 options = ImageOptions(image_size=32, threads=1, prefetch_batches=1)
 loader = TrainLoader(load_manifest(sys.argv[1]), options, plan, torch.device("cpu"))
 next(loader)
@@ -152,7 +152,7 @@ pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + int(sys.argv[2]) * 2**20,) * 2)
 try:
     for batch in loader:  # 8 % or more of each image, until it is too much
-        assert not batch.replaced
+        assert not batch.substituted
 except RuntimeError as error:
     print(error)
 """

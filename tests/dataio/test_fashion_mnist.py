@@ -1,4 +1,4 @@
-"""The real photographs, and what is said where they cannot be had."""
+"""The real images, and what is said where they cannot be had."""
 
 import numpy as np
 import pytest
@@ -6,17 +6,17 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 
 from dataio.pack import fashion_mnist
-from dataio.pack.fashion_mnist import Photographs, main, read_photographs, write_photographs
+from dataio.pack.fashion_mnist import LabeledImages, load_fashion_mnist, main, write_images
 
 
 @pytest.fixture(scope="module")
-def photographs():
-    return read_photographs()
+def images():
+    return load_fashion_mnist()
 
 
-def test_all_photographs_are_there(photographs):
+def test_all_photographs_are_there(images):
     for part, per_class in (("train", 6000), ("val", 1000)):
-        pixels, classes = photographs[part].pixels, photographs[part].classes
+        pixels, classes = images[part].pixels, images[part].classes
         assert pixels.shape == (10 * per_class, 28, 28)
         assert pixels.dtype == np.uint8
         names, counts = np.unique(classes, return_counts=True)
@@ -25,9 +25,9 @@ def test_all_photographs_are_there(photographs):
         assert set(names) >= {"T-shirt_top", "Ankle_boot", "Sneaker"}
 
 
-def test_labels_belong_to_their_photographs(photographs):
-    """The nearest class mean names two thirds of the photographs rightly; by chance it would be a tenth."""
-    train, val = photographs["train"], photographs["val"]
+def test_labels_belong_to_their_photographs(images):
+    """The nearest class mean names two thirds of the images rightly; by chance it would be a tenth."""
+    train, val = images["train"], images["val"]
     names = sorted(set(train.classes))
     labels = np.array(train.classes)
     means = np.stack([train.pixels[labels == name].mean(axis=0).ravel() for name in names])
@@ -36,9 +36,9 @@ def test_labels_belong_to_their_photographs(photographs):
     assert np.mean(np.array(names)[nearest] == np.array(val.classes)) > 0.6
 
 
-def test_files_hold_the_pixels(photographs, tmp_path):
-    some = Photographs(photographs["val"].pixels[:50], photographs["val"].classes[:50])
-    write_photographs(tmp_path, some, first=100)
+def test_files_hold_the_pixels(images, tmp_path):
+    some = LabeledImages(images["val"].pixels[:50], images["val"].classes[:50])
+    write_images(tmp_path, some, first=100)
     files = sorted(tmp_path.glob("*/*.png"), key=lambda file: file.name)
     assert [file.name for file in files] == [f"{number:05d}.png" for number in range(100, 150)]
     assert [file.parent.name for file in files] == some.classes
@@ -51,7 +51,7 @@ def test_files_hold_the_pixels(photographs, tmp_path):
 def test_the_command_writes_all_and_keeps_what_is_complete(tmp_path, capsys):
     target = tmp_path / "fashion"
     assert main([str(target)]) == 0
-    assert capsys.readouterr().out.startswith(f"wrote 70000 photographs to {target} in ")
+    assert capsys.readouterr().out.startswith(f"wrote 70000 images to {target} in ")
     assert len(list((target / "train").iterdir())) == len(list((target / "val").iterdir())) == 10
     file = target / "val" / "Bag" / "00018.png"
     changed = file.stat().st_mtime_ns

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from dataio import files
-from dataio.files import BusyError, new_folder, partial_folder, sha256_of, write_file
+from dataio.files import FolderLockedError, atomic_folder, sha256_of, staging_folder, write_file
 
 OTHER_PROCESS = """
 import sys
 from pathlib import Path
-from dataio.files import new_folder
+from dataio.files import atomic_folder
 
-with new_folder(Path(sys.argv[1])) as folder:
+with atomic_folder(Path(sys.argv[1])) as folder:
     print(folder, flush=True)
     sys.stdin.read()
 """
@@ -29,7 +29,7 @@ def target(tmp_path) -> Path:
 
 @pytest.fixture
 def other(target):
-    """(a process that stays in the block of new_folder(target) until its input ends, its hidden folder)."""
+    """(a process that stays in the block of atomic_folder(target) until its input ends, its hidden folder)."""
     with subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS, target],
         stdin=subprocess.PIPE,
@@ -42,7 +42,7 @@ def other(target):
 
 
 def make(target: Path, content: bytes = b"ours") -> None:
-    with new_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write_file(folder / "file", content)
 
 
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_folder_appears_when_it_is_complete(target):
     target = target / "of" / "three"
-    with new_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write_file(folder / "file", b"ours")
         assert not target.exists()
     assert contents(target) == {"file": b"ours"}
@@ -72,13 +72,13 @@ def test_target_that_exists(target, tmp_path):
         with pytest.raises(ValueError, match=f"{taken} exists already; delete it or name another folder"):
             make(taken)
     assert contents(tmp_path) == {"file": b"mine"}
-    assert not partial_folder(tmp_path).exists()
+    assert not staging_folder(tmp_path).exists()
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_block_that_fails_leaves_nothing(error, target, tmp_path):
     def write_half() -> None:
-        with new_folder(target) as folder:
+        with atomic_folder(target) as folder:
             write_file(folder / "file", b"ours")
             raise error("in the middle")
 
@@ -92,7 +92,7 @@ def test_a_killed_process_does_not_disturb_the_next(other, target, tmp_path):
     (left / "theirs").write_text("half")
     process.kill()
     process.wait()
-    assert left.parent == partial_folder(target) == tmp_path / ".target.partial"
+    assert left.parent == staging_folder(target) == tmp_path / ".target.partial"
     make(target)
     assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
 
@@ -102,7 +102,7 @@ def test_two_at_once(other, target, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_LOCK_SECONDS", 0.1)
     (theirs / "theirs").write_text("half")
     message = f"another process is writing {target}; wait until it has ended, or name another folder"
-    with pytest.raises(BusyError, match=message):
+    with pytest.raises(FolderLockedError, match=message):
         make(target)
     process.communicate()
     assert process.returncode == 0
@@ -130,7 +130,7 @@ def test_one_that_waits_while_the_other_ends(other, target, tmp_path, monkeypatc
 
 def test_a_target_that_appears_meanwhile(target, tmp_path):
     def write_both() -> None:
-        with new_folder(target) as folder:
+        with atomic_folder(target) as folder:
             write_file(folder / "file", b"ours")
             target.mkdir()
             write_file(target / "file", b"mine")
@@ -147,7 +147,7 @@ def test_a_folder_is_gone_on_with(target, tmp_path):
     """After an error in the block, what it wrote is there again, also what it wrote beside the folder."""
 
     def write_half() -> None:
-        with new_folder(target, resume=True) as folder:
+        with atomic_folder(target, resume=True) as folder:
             assert contents(folder) == {}
             write_file(folder / "first", b"1")
             write_file(folder.parent / "notes", b"one")
@@ -156,7 +156,7 @@ def test_a_folder_is_gone_on_with(target, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_half()
     assert not target.exists()
-    with new_folder(target, resume=True) as folder:
+    with atomic_folder(target, resume=True) as folder:
         assert contents(folder) == {"first": b"1"}
         assert (folder.parent / "notes").read_bytes() == b"one"
         write_file(folder / "second", b"2")
@@ -165,7 +165,7 @@ def test_a_folder_is_gone_on_with(target, tmp_path):
 
 def test_an_empty_folder_is_not_worth_going_on_with(target, tmp_path):
     def write_notes() -> None:
-        with new_folder(target, resume=True) as folder:
+        with atomic_folder(target, resume=True) as folder:
             write_file(folder.parent / "notes", b"one")
             raise OSError("full")
 
@@ -183,7 +183,7 @@ def test_what_appears_is_on_disk(target, tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", observed_fsync)
-    with new_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write_file(folder / "file", b"ours")
     assert synced == [(f"{folder}/file", False), (f"{folder}", False), (f"{tmp_path}", True)]
 

@@ -10,7 +10,7 @@ import skimage
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from dataio.images import CHECKS, Header, Shrink, _stored_pixels, check_image, shrink_image
+from dataio.images import CHECKS, Downscale, Header, _stored_pixels, check_image, downscale_image
 
 ORIENTATION = 0x0112
 
@@ -58,7 +58,7 @@ def test_headers_of_all_photographs(check, photos):
         header = check_image(path.read_bytes(), check)
         with Image.open(path) as image:
             assert (header.width, header.height) == image.size
-        assert header.ending == path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        assert header.extension == path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
         assert (header.cmyk, header.rotated) == odd.get(str(path.relative_to(photos)), (False, False))
     assert len(paths) == 48
 
@@ -106,9 +106,9 @@ def test_rotations_of_other_formats(check, kind, orientation, photograph):
     assert header == Header(kind.lower(), 300, 200, rotated=orientation != 1)
 
 
-@pytest.mark.parametrize("ending", ["bmp", "jp2", "jpg", "pgm", "png", "tif", "webp"])
-def test_dali_decodes_what_is_let_in(ending, tmp_path, photograph):
-    path = tmp_path / f"image.{ending}"
+@pytest.mark.parametrize("extension", ["bmp", "jp2", "jpg", "pgm", "png", "tif", "webp"])
+def test_dali_decodes_what_is_let_in(extension, tmp_path, photograph):
+    path = tmp_path / f"image.{extension}"
     photograph.convert("L").save(path)
     header = check_image(path.read_bytes(), "decode")
     with Image.open(path) as image:
@@ -269,7 +269,7 @@ def test_random_bytes_are_broken_images_and_no_other_error(photograph):
 def test_the_short_side_is_what_was_asked_for(size, photograph):
     data = encoded(photograph.resize(size), "PNG")
     header = check_image(data, "decode")
-    smaller, after = shrink_image(data, header, Shrink(48, 90))
+    smaller, after = downscale_image(data, header, Downscale(48, 90))
     short = min(size)
     assert after == Header("jpg", round(size[0] * 48 / short), round(size[1] * 48 / short))
     with Image.open(io.BytesIO(smaller)) as image:
@@ -280,16 +280,16 @@ def test_small_images_keep_their_bytes(photograph):
     data = encoded(photograph, "PNG")
     header = check_image(data, "decode")
     for side in (200, 201, 1000):
-        assert shrink_image(data, header, Shrink(side, 90)) == (data, header)
-    assert shrink_image(data, header, Shrink(199, 90))[1] == Header("jpg", 298, 199)
+        assert downscale_image(data, header, Downscale(side, 90)) == (data, header)
+    assert downscale_image(data, header, Downscale(199, 90))[1] == Header("jpg", 298, 199)
 
 
 def test_quality_and_determinism(photograph):
     data = encoded(photograph, "PNG")
     header = check_image(data, "decode")
-    sizes = [len(shrink_image(data, header, Shrink(100, quality))[0]) for quality in (50, 90, 95)]
+    sizes = [len(downscale_image(data, header, Downscale(100, quality))[0]) for quality in (50, 90, 95)]
     assert sizes == sorted(set(sizes))
-    assert shrink_image(data, header, Shrink(100, 90)) == shrink_image(data, header, Shrink(100, 90))
+    assert downscale_image(data, header, Downscale(100, 90)) == downscale_image(data, header, Downscale(100, 90))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"])
@@ -300,8 +300,8 @@ def test_smaller_images_look_like_the_stored_ones(mode, photograph):
     else:
         stored = photograph.convert(mode)
     data = encoded(stored, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 98} if mode == "CMYK" else {}))
-    smaller, header = shrink_image(data, check_image(data, "decode"), Shrink(100, 95))
-    assert (header.ending, header.cmyk) == ("jpg", mode == "CMYK")
+    smaller, header = downscale_image(data, check_image(data, "decode"), Downscale(100, 95))
+    assert (header.extension, header.cmyk) == ("jpg", mode == "CMYK")
     expected = Image.fromarray(by_dali(data).astype(np.uint8)).resize((150, 100), Image.Resampling.LANCZOS)
     assert np.abs(by_dali(smaller) - np.asarray(expected).astype(int)).mean() < 4  # most of it from P's dithering
 
@@ -310,7 +310,7 @@ def test_smaller_images_look_like_the_stored_ones(mode, photograph):
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
 def test_smaller_images_are_not_rotated(kind, orientation, photograph):
     data = encoded(photograph, kind, exif=rotation(orientation))
-    smaller, header = shrink_image(data, check_image(data, "decode"), Shrink(100, 95))
+    smaller, header = downscale_image(data, check_image(data, "decode"), Downscale(100, 95))
     assert header == Header("jpg", 150, 100, rotated=orientation != 1)
     expected = np.asarray(photograph.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(by_dali(smaller) - expected).mean() < 3
@@ -321,7 +321,7 @@ def test_smaller_images_are_not_rotated(kind, orientation, photograph):
 def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
     large = photograph.resize((1500, 1000), Image.Resampling.BICUBIC)
     data = encoded(large, "JPEG", quality=95)
-    smaller, _ = shrink_image(data, check_image(data, "header"), Shrink(100, 95))
+    smaller, _ = downscale_image(data, check_image(data, "header"), Downscale(100, 95))
     expected = np.asarray(large.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(by_dali(smaller) - expected).mean() < 3
 
@@ -329,7 +329,7 @@ def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
 def test_an_image_that_breaks_when_it_is_made_smaller(photograph):
     data = encoded(photograph, "JPEG")[:3000]
     with pytest.raises(ValueError, match="it cannot be decoded: image file is truncated"):
-        shrink_image(data, check_image(data, "none"), Shrink(100, 90))
+        downscale_image(data, check_image(data, "none"), Downscale(100, 90))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -339,7 +339,7 @@ def test_the_limit_of_pixels_is_ours(check, photograph, monkeypatch):
     for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
         data = encoded(photograph.resize((1500, 1000)), kind)
         header = check_image(data, check, max_megapixels=2)
-        assert shrink_image(data, header, Shrink(100, 90))[1] == Header("jpg", 150, 100)
+        assert downscale_image(data, header, Downscale(100, 90))[1] == Header("jpg", 150, 100)
         with pytest.raises(
             ValueError, match="it has 1500×1000 pixels, more than the 1 million of --max-megapixels; al"
         ):

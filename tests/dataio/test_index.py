@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dataio.files import sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
-from dataio.sampler import Order, draws_at, epoch_order, samples_at
+from dataio.sampler import Sampler, draws_at, epoch_permutation, samples_at
 
 WORD = 2**64
 
@@ -36,44 +36,44 @@ def philox(key: tuple[int, int], count: int, first_block: int = 0) -> list[int]:
 @pytest.mark.parametrize(("seed", "epoch", "samples"), [(0, 0, 1), (0, 0, 10), (7, 3, 101), (2**63 - 1, 90, 64)])
 def test_order_is_the_ranking_of_philox_words(seed, epoch, samples):
     words = philox((seed, 2 * epoch), samples)
-    assert epoch_order(seed, epoch, samples).tolist() == sorted(range(samples), key=words.__getitem__)
+    assert epoch_permutation(seed, epoch, samples).tolist() == sorted(range(samples), key=words.__getitem__)
 
 
 def test_order_stays_what_it_was():
     """A run that was started with an older version must resume in the same order."""
-    assert epoch_order(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    assert epoch_order(42, 5, 10).tolist() == [9, 3, 1, 0, 7, 4, 6, 5, 8, 2]
+    assert epoch_permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert epoch_permutation(42, 5, 10).tolist() == [9, 3, 1, 0, 7, 4, 6, 5, 8, 2]
 
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), samples=st.integers(1, 300))
 def test_order_holds_each_sample_once(seed, epoch, samples):
-    assert sorted(epoch_order(seed, epoch, samples)) == list(range(samples))
+    assert sorted(epoch_permutation(seed, epoch, samples)) == list(range(samples))
 
 
 def test_epochs_and_seeds_differ():
-    orders = {tuple(epoch_order(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
+    orders = {tuple(epoch_permutation(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
 
 
 def test_order_cannot_be_changed_by_its_readers():
     with pytest.raises(ValueError, match="read-only"):
-        epoch_order(0, 0, 10)[0] = 1
+        epoch_permutation(0, 0, 10)[0] = 1
 
 
 def test_samples_at_crosses_epochs():
-    expected = np.concatenate([epoch_order(3, epoch, 7) for epoch in range(4)])
+    expected = np.concatenate([epoch_permutation(3, epoch, 7) for epoch in range(4)])
     assert samples_at(3, np.arange(28), 7).tolist() == expected.tolist()
     assert samples_at(3, np.arange(5, 16), 7).tolist() == expected[5:16].tolist()
     assert samples_at(3, np.array([20, 6, 7]), 7).tolist() == expected[[20, 6, 7]].tolist()
 
 
-def windows_by_hand(seed: int, epoch: int, sizes: list[int], window_shards: int) -> list[tuple[list, list]]:
+def windows_by_hand(seed: int, epoch: int, sizes: list[int], shuffle_window_shards: int) -> list[tuple[list, list]]:
     """(shards, samples) of each window of an epoch, from the definition: no NumPy, and no jump in the stream.
 
     Rows of as many neighbouring shards as there are windows deal one shard to each, in the order of their words; the
     middle row may lack some. Then each place of the epoch has a word, and those of a window rank its samples.
     """
-    windows = -(-len(sizes) // window_shards)
+    windows = -(-len(sizes) // shuffle_window_shards)
     rows = -(-len(sizes) // windows)
     words = iter(philox((seed, 2 * epoch), rows * windows + sum(sizes) + 4))
     dealt = [[] for _ in range(windows)]
@@ -104,21 +104,21 @@ WINDOWS = st.integers(1, 14)
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), sizes=SIZES, window=WINDOWS)
 def test_windowed_order_is_its_definition(seed, epoch, sizes, window):
-    order = Order(seed, tuple(sizes), window)
+    order = Sampler(seed, tuple(sizes), window)
     by_hand = windows_by_hand(seed, epoch, sizes, window)
-    first = epoch * order.samples
+    first = epoch * order.samples_per_epoch
     expected = [sample for _, samples in by_hand for sample in samples]
-    assert order.samples_at(np.arange(first, first + order.samples)).tolist() == expected
-    assert sorted(expected) == list(range(order.samples))
+    assert order.samples_at(np.arange(first, first + order.samples_per_epoch)).tolist() == expected
+    assert sorted(expected) == list(range(order.samples_per_epoch))
     counts = [len(shards) for shards, _ in by_hand]
     assert max(counts) <= window
     assert max(counts) - min(counts) <= 1
-    assert len(by_hand) == order.windows
+    assert len(by_hand) == order.windows_per_epoch
 
 
 def test_windowed_order_stays_what_it_was():
     """A run that was started with an older version must resume in the same order."""
-    order = Order(42, (3, 2, 4, 1, 2), 2)
+    order = Sampler(42, (3, 2, 4, 1, 2), 2)
     first = [4, 3, 11, 10, 1, 2, 0, 9, 6, 5, 8, 7]
     second = [0, 1, 2, 5, 11, 6, 7, 10, 8, 3, 9, 4]
     assert order.samples_at(np.arange(24)).tolist() == first + second
@@ -127,9 +127,9 @@ def test_windowed_order_stays_what_it_was():
 @settings(max_examples=60)
 @given(sizes=SIZES, window=WINDOWS | st.none(), data=st.data())
 def test_any_positions_in_any_order(sizes, window, data):
-    order = Order(7, tuple(sizes), window)
-    whole = order.samples_at(np.arange(3 * order.samples))
-    positions = data.draw(st.lists(st.integers(0, 3 * order.samples - 1), min_size=1, max_size=20))
+    order = Sampler(7, tuple(sizes), window)
+    whole = order.samples_at(np.arange(3 * order.samples_per_epoch))
+    positions = data.draw(st.lists(st.integers(0, 3 * order.samples_per_epoch - 1), min_size=1, max_size=20))
     assert order.samples_at(np.array(positions)).tolist() == whole[positions].tolist()
 
 
@@ -137,60 +137,60 @@ def test_any_positions_in_any_order(sizes, window, data):
 @given(sizes=SIZES, window=WINDOWS | st.none(), first=st.integers(0, 200), length=st.integers(1, 40))
 def test_shards_ahead(sizes, window, first, length):
     """All that the stretch needs and the window after its first one, in the order of need, and no more than bounded."""
-    order = Order(3, tuple(sizes), window)
-    ahead = order.shards_ahead(first, first + length - 1)
+    order = Sampler(3, tuple(sizes), window)
+    ahead = order.shards_to_prefetch(first, first + length - 1)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     needed = [int(shard_of[sample]) for sample in order.samples_at(np.arange(first, first + length))]
     assert set(needed) <= set(ahead)
-    assert len(ahead) == len(set(ahead)) <= order.most_held(length)
+    assert len(ahead) == len(set(ahead)) <= order.max_prefetched_shards(length)
     if window is None:
         assert sorted(ahead) == list(range(len(sizes)))
         return
-    epochs = range(first // order.samples, (first + length) // order.samples + 2)
+    epochs = range(first // order.samples_per_epoch, (first + length) // order.samples_per_epoch + 2)
     windows = [shards for epoch in epochs for shards, _ in windows_by_hand(3, epoch, sizes, window)]
-    ends = np.cumsum([sum(sizes[shard] for shard in shards) for shards in windows]) + epochs[0] * order.samples
+    ends = np.cumsum([sum(sizes[shard] for shard in shards) for shards in windows]) + epochs[0] * order.samples_per_epoch
     begin = int(np.searchsorted(ends, first, side="right"))
     end = max(begin + 1, int(np.searchsorted(ends, first + length - 1, side="right")))
     assert list(ahead) == list(dict.fromkeys(shard for shards in windows[begin : end + 1] for shard in shards))
 
 
 def test_a_far_position_of_a_windowed_order():
-    order = Order(5, (100,) * 64, 16)
+    order = Sampler(5, (100,) * 64, 16)
     far = 10**12 // 6400 * 6400
     assert sorted(order.samples_at(np.arange(far, far + 6400))) == list(range(6400))
     window = order.samples_at(np.arange(far, far + 1600)) // 100
-    assert sorted(set(window.tolist())) == sorted(order.shards_ahead(far, far)[:16])
+    assert sorted(set(window.tolist())) == sorted(order.shards_to_prefetch(far, far)[:16])
 
 
-def correlations(order: Order, epochs: int) -> np.ndarray:
+def correlations(order: Sampler, epochs: int) -> np.ndarray:
     """Of place and stored place, for each epoch."""
-    stored = np.arange(order.samples)
-    orders = [order.samples_at(epoch * order.samples + stored) for epoch in range(epochs)]
+    stored = np.arange(order.samples_per_epoch)
+    orders = [order.samples_at(epoch * order.samples_per_epoch + stored) for epoch in range(epochs)]
     return np.array([np.corrcoef(stored, seen)[0, 1] for seen in orders])
 
 
 def test_a_full_order_is_unlike_the_stored_one():
-    assert np.abs(correlations(Order(0, (1000,) * 64), 10)).max() <= 0.02
+    assert np.abs(correlations(Sampler(0, (1000,) * 64), 10)).max() <= 0.02
 
 
 @pytest.mark.parametrize("shards", [17, 40, 64, 250])
 def test_an_order_in_windows_of_16_shards_is_nearly_so(shards):
     """Over an epoch, and within each window."""
-    order = Order(0, (256,) * shards, 16)
+    order = Sampler(0, (256,) * shards, 16)
     assert np.abs(correlations(order, 5)).max() <= 0.1
-    seen = order.samples_at(np.arange(order.samples))
-    ends = np.flatnonzero(np.diff([order.shards_ahead(place, place)[0] for place in range(order.samples)])) + 1
+    seen = order.samples_at(np.arange(order.samples_per_epoch))
+    ends = np.flatnonzero(np.diff([order.shards_to_prefetch(place, place)[0] for place in range(order.samples_per_epoch)])) + 1
     within = [np.corrcoef(np.arange(len(part)), part)[0, 1] for part in np.split(seen, ends)]
-    assert len(within) == order.windows
+    assert len(within) == order.windows_per_epoch
     assert np.abs(within).max() <= 0.1
 
 
 def test_orders_by_name():
-    assert str(Order(0, (3, 2))) == "full"
-    assert str(Order(0, (3, 2), 16)) == "windowed by 16 shards"
-    assert Order(0, (3, 2)).samples_at(np.arange(5)).tolist() == epoch_order(0, 0, 5).tolist()
-    with pytest.raises(ValueError, match="window_shards is 0; use at least 1"):
-        Order(0, (3, 2), 0)
+    assert str(Sampler(0, (3, 2))) == "full"
+    assert str(Sampler(0, (3, 2), 16)) == "windowed by 16 shards"
+    assert Sampler(0, (3, 2)).samples_at(np.arange(5)).tolist() == epoch_permutation(0, 0, 5).tolist()
+    with pytest.raises(ValueError, match="shuffle_window_shards is 0; use at least 1"):
+        Sampler(0, (3, 2), 0)
 
 
 def test_draws_are_the_upper_bits_of_philox_words():
@@ -224,7 +224,7 @@ def test_draws_refuse_a_part_of_a_block():
 def test_seeds_beyond_the_range(seed):
     message = rf"seed is {seed}; use a number from 0 to 2\*\*63 - 1"
     with pytest.raises(ValueError, match=message):
-        epoch_order(seed, 0, 10)
+        epoch_permutation(seed, 0, 10)
     with pytest.raises(ValueError, match=message):
         draws_at(seed, 0, 1, 4)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataio.manifest import Broken
+from dataio.manifest import SkippedFile
 from dataio.pack.journal import Journal
 from dataio.pack.shard_writer import ShardTask, WrittenShard, write_shard
 from dataio.pack.source import find_images
@@ -36,7 +36,7 @@ def written(photos, folder, pool) -> list[WrittenShard]:
         for number in range(4):
             images = found.images[6 * number : 6 * number + 6]
             if number == 2:
-                images = [image._replace(place=("none.jpg",)) for image in images]
+                images = [image._replace(locator=("none.jpg",)) for image in images]
             path = folder.parent / f"{number}.new"
             all_written.append(write_shard(ShardTask(path, found.reader, 0, images, "decode", None, True)))
             journal.add(path, all_written[-1])
@@ -58,7 +58,7 @@ def test_finished_shards_are_found_again(written, folder, pool):
             assert np.array_equal(finished.written.rows, expected.rows)
             for field in ("bytes", "sha256", "broken", "cmyk", "rotated", "shrunk"):
                 assert getattr(finished.written, field) == getattr(expected, field)
-        assert journal.shards[2].written.broken[0] == Broken(
+        assert journal.shards[2].written.broken[0] == SkippedFile(
             "cat/00.jpg", "it cannot be read: No such file or directory"
         )
     assert files(folder) == [f"shard-00000{number}.{ending}" for number in range(3) for ending in ("idx", "tar")]

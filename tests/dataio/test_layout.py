@@ -70,7 +70,7 @@ def test_layouts(case, kind, photos, tmp_path):
     if case != "flat":
         found = find_images(layout.train)
         assert found.classes[:1] in [("cat",), ("bus",)]
-        assert all(found.reader.read(image.bytes, image.place)[:2] == b"\xff\xd8" for image in found.images)
+        assert all(found.reader.read(image.bytes, image.locator)[:2] == b"\xff\xd8" for image in found.images)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])

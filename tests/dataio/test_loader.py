@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dataio.augment.views import ImageOptions
-from dataio.loader import Batch, EvalLoader, TrainLoader, TrainPlan, check_labels, count_classes, map_labels
+from dataio.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, check_labels, count_classes, map_labels
 from dataio.manifest import Manifest, load_manifest
 from dataio.sampler import samples_at
 
@@ -35,16 +35,16 @@ def many(many_shards) -> Manifest:
 
 
 def loaders(
-    manifest: Manifest, ranks: int, accumulation: int = 1, global_batch: int = 24, options=SMALL, **more
+    manifest: Manifest, ranks: int, gradient_accumulation_steps: int = 1, global_batch_size: int = 24, options=SMALL, **more
 ) -> list[TrainLoader]:
     """One loader for each rank."""
-    plan = TrainPlan(seed=7, global_batch=global_batch, accumulation=accumulation, ranks=ranks, **more)
+    plan = LoaderOptions(seed=7, global_batch_size=global_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, world_size=ranks, **more)
     return [TrainLoader(manifest, options, dataclasses.replace(plan, rank=rank), CPU) for rank in range(ranks)]
 
 
 def next_steps(of_ranks: list[TrainLoader], steps: int) -> list[Batch]:
     """What all ranks get in these steps, in the order of positions."""
-    micro_steps = steps * of_ranks[0].plan.accumulation
+    micro_steps = steps * of_ranks[0].loader_options.gradient_accumulation_steps
     return [next(loader) for _ in range(micro_steps) for loader in of_ranks]
 
 
@@ -67,10 +67,10 @@ def test_each_epoch_has_each_sample_once(clothes, ranks):
     assert not np.array_equal(*epochs)
 
 
-@pytest.mark.parametrize("recipe", ["rand-augment", "three-augment", "simple"])
-def test_pixels_do_not_depend_on_ranks_or_accumulation(manifest, recipe):
+@pytest.mark.parametrize("augmentation", ["rand-augment", "three-augment", "simple"])
+def test_pixels_do_not_depend_on_ranks_or_accumulation(manifest, augmentation):
     """Through two epochs and a part; photographs, on which each operation shows."""
-    options = dataclasses.replace(SMALL, recipe=recipe)
+    options = dataclasses.replace(SMALL, augmentation=augmentation)
     alone = next_steps(loaders(manifest, 1, options=options), 5)
     for ranks, accumulation in ((2, 1), (3, 1), (4, 1), (8, 1), (1, 4), (2, 3)):
         assert_same(next_steps(loaders(manifest, ranks, accumulation, options=options), 5), alone)
@@ -96,11 +96,11 @@ SWITCHES = [1, 2, 1, 3, 1, 4, 1, 8, 1, 2, 3, 2, 4, 2, 8, 2, 3, 4, 3, 8, 3, 4, 8,
 
 
 @pytest.mark.parametrize(
-    ("window_shards", "recipe"), [pytest.param(None, "rand-augment", marks=pytest.mark.slow), (3, "simple")]
+    ("shuffle_window_shards", "augmentation"), [pytest.param(None, "rand-augment", marks=pytest.mark.slow), (3, "simple")]
 )
-def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards, recipe):
+def test_any_switch_between_1_2_3_4_and_8_ranks(many, shuffle_window_shards, augmentation):
     """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
-    more = {"window_shards": window_shards, "options": dataclasses.replace(SMALL, recipe=recipe)}
+    more = {"shuffle_window_shards": shuffle_window_shards, "options": dataclasses.replace(SMALL, augmentation=augmentation)}
     counts = set(SWITCHES)
     assert set(itertools.pairwise(SWITCHES)) == {(before, after) for before in counts for after in counts - {before}}
     steps = 2 * len(SWITCHES)
@@ -125,7 +125,7 @@ def test_any_switch_between_1_2_3_4_and_8_ranks(many, window_shards, recipe):
 
 def test_a_window_is_read_before_the_next(many):
     """Of the shards of three windows, each is read in one stretch of the epoch."""
-    (loader,) = loaders(many, 1, window_shards=-(-len(many.shards) // 3))
+    (loader,) = loaders(many, 1, shuffle_window_shards=-(-len(many.shards) // 3))
     order = np.concatenate([batch.samples for batch in next_steps([loader], len(many) // 24)])
     of_shard = [np.flatnonzero(many.samples["shard"][order] == shard) for shard in range(len(many.shards))]
     assert max(np.ptp(places) for places in of_shard) < len(many) / 2.5
@@ -133,8 +133,8 @@ def test_a_window_is_read_before_the_next(many):
 
 
 def test_the_state_is_small_and_step_a_million_no_further_than_the_first(many):
-    for window_shards in (None, 16):
-        (loader,) = loaders(many, 1, window_shards=window_shards)
+    for shuffle_window_shards in (None, 16):
+        (loader,) = loaders(many, 1, shuffle_window_shards=shuffle_window_shards)
         loader.restore({**loader.state(), "samples_seen": 24 * 10**6})
         batch = next(loader)
         assert batch.position == 24 * 10**6
@@ -142,14 +142,14 @@ def test_the_state_is_small_and_step_a_million_no_further_than_the_first(many):
 
 
 def test_a_run_of_one_rank_goes_on_with_four_within_an_epoch(manifest):
-    uninterrupted = next_steps(loaders(manifest, 1, global_batch=16), 7)
-    (begun,) = loaders(manifest, 1, global_batch=16)
+    uninterrupted = next_steps(loaders(manifest, 1, global_batch_size=16), 7)
+    (begun,) = loaders(manifest, 1, global_batch_size=16)
     next_steps([begun], 4)
     state = json.loads(json.dumps(begun.state()))
     expected = {"seed": 7, "samples_seen": 64, "manifest_hash": manifest.hash, "global_batch": 16, "order": "full"}
     assert state == expected
     assert state["samples_seen"] % len(manifest), "the run must stop within an epoch"
-    resumed = loaders(manifest, 4, accumulation=2, global_batch=16)
+    resumed = loaders(manifest, 4, gradient_accumulation_steps=2, global_batch_size=16)
     for loader in resumed:
         loader.restore(state)
     assert_same(next_steps(resumed, 3), uninterrupted[4:])
@@ -157,7 +157,7 @@ def test_a_run_of_one_rank_goes_on_with_four_within_an_epoch(manifest):
 
 
 def test_the_state_counts_whole_steps(clothes):
-    (loader,) = loaders(clothes, 1, accumulation=3)
+    (loader,) = loaders(clothes, 1, gradient_accumulation_steps=3)
     seen = [loader.state()["samples_seen"]]
     for _ in range(7):
         next(loader)
@@ -201,11 +201,11 @@ def test_the_state_of_another_run_is_refused(manifest, change, message):
 
 
 def test_another_window_is_refused(many):
-    (loader,) = loaders(many, 1, window_shards=3)
+    (loader,) = loaders(many, 1, shuffle_window_shards=3)
     state = loader.state()
-    for window_shards, name in ((None, "full"), (4, "windowed by 4 shards")):
+    for shuffle_window_shards, name in ((None, "full"), (4, "windowed by 4 shards")):
         with pytest.raises(ValueError, match=f"began with order windowed by 3 shards, this is order {name}; set it"):
-            loaders(many, 1, window_shards=window_shards)[0].restore(state)
+            loaders(many, 1, shuffle_window_shards=shuffle_window_shards)[0].restore(state)
 
 
 def test_a_state_from_before_there_were_windows(many):
@@ -214,7 +214,7 @@ def test_a_state_from_before_there_were_windows(many):
     loader.restore({**state, "samples_seen": 48})
     assert loader.state()["samples_seen"] == 48
     with pytest.raises(ValueError, match="the run began with order full, this is order windowed by 3 shards"):
-        loaders(many, 1, window_shards=3)[0].restore(state)
+        loaders(many, 1, shuffle_window_shards=3)[0].restore(state)
 
 
 @pytest.fixture
@@ -240,15 +240,15 @@ def shard_range(manifest: Manifest, shard: int) -> range:
     return range(first, first + manifest.shard_samples[shard])
 
 
-@pytest.mark.parametrize(("ranks", "window_shards"), [(1, None), (2, None), (3, 3), (8, 3)])
-def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite, truncate, ranks, window_shards):
+@pytest.mark.parametrize(("ranks", "shuffle_window_shards"), [(1, None), (2, None), (3, 3), (8, 3)])
+def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite, truncate, ranks, shuffle_window_shards):
     """Three in one batch of the first step, one whose next one is broken too, and the last one of a shard.
 
     Whatever the number of ranks, all other pixels stay as they were, and the stand-in is looked at as the broken one
     would have been.
     """
     ends = [shard_range(damaged, shard)[-1] for shard in range(len(damaged.shards))]
-    (first,) = next_steps(loaders(damaged, 1, window_shards=window_shards), 1)
+    (first,) = next_steps(loaders(damaged, 1, shuffle_window_shards=shuffle_window_shards), 1)
     together = [int(sample) for sample in first.samples if {sample, sample + 1}.isdisjoint(ends)][:3]
     pair = next(
         sample for sample in range(ends[-2] + 1, ends[-1]) if not {sample - 1, sample, sample + 1} & {*together}
@@ -257,41 +257,41 @@ def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite,
     stand_ins = {sample: sample + 1 for sample in together if sample + 1 not in together}
     stand_ins |= {sample: sample + 2 for sample in together if sample + 1 in together}
     stand_ins |= {pair: pair + 2, pair + 1: pair + 2, last: ends[3] + 1}
-    expected = next_steps(loaders(as_if(damaged, stand_ins), 1, window_shards=window_shards), 40)
+    expected = next_steps(loaders(as_if(damaged, stand_ins), 1, shuffle_window_shards=shuffle_window_shards), 40)
     truncate(damaged, together[0])
     overwrite(damaged, together[1], b"no image" * 8)
     overwrite(damaged, together[2], b"9", -512)  # no more than its name in the shard
     truncate(damaged, pair)
     truncate(damaged, pair + 1)
     truncate(damaged, last)
-    got = next_steps(loaders(damaged, ranks, window_shards=window_shards, max_broken=6), 40)
+    got = next_steps(loaders(damaged, ranks, shuffle_window_shards=shuffle_window_shards, max_bad_samples=6), 40)
     assert_same(without_samples(got), without_samples(expected))
     rows = damaged.samples["label"]
     assert all(batch.labels.tolist() == rows[batch.samples].tolist() for batch in got)
-    met = [(broken.sample, broken.by) for batch in got for broken in batch.replaced]
+    met = [(broken.sample, broken.substitute) for batch in got for broken in batch.substituted]
     epochs = 40 * 24 / len(damaged)
     assert set(met) == set(stand_ins.items())
     assert all(int(epochs) <= met.count(each) <= int(epochs) + 1 for each in met)
-    reasons = {broken.sample: broken.reason for batch in got for broken in batch.replaced}
+    reasons = {broken.sample: broken.reason for batch in got for broken in batch.substituted}
     assert (reasons[together[1]], reasons[together[2]]) == ("not an image", "its shard has no label behind it")
 
 
 @pytest.mark.slow
 def test_which_views_of_a_truncated_image_are_broken_does_not_depend_on_the_batch(shards, tmp_path, truncate):
-    """Of a JPEG, the upper part can still be decoded: such crops stay, though others in their batch are replaced."""
+    """Of a JPEG, the upper part can still be decoded: such crops stay, though others in their batch are substituted."""
     manifest = load_manifest(shutil.copytree(shards, tmp_path / "damaged"))
     for sample in range(0, len(manifest), 4):
         truncate(manifest, sample)
     options = dataclasses.replace(SMALL, crop_scale=(0.01, 0.05))
-    alone = next_steps(loaders(manifest, 1, options=options, max_broken=1000), 6)
-    met = {(batch.position + broken.place, broken.by) for batch in alone for broken in batch.replaced}
+    alone = next_steps(loaders(manifest, 1, options=options, max_bad_samples=1000), 6)
+    met = {(batch.position + broken.index, broken.substitute) for batch in alone for broken in batch.substituted}
     seen = np.concatenate([batch.samples for batch in alone])
     assert any(seen % 4 == 0)
     assert len(met) > 5
     for ranks in (2, 8):
-        together = next_steps(loaders(manifest, ranks, options=options, max_broken=1000), 6)
+        together = next_steps(loaders(manifest, ranks, options=options, max_bad_samples=1000), 6)
         assert_same(together, alone)
-        assert met == {(batch.position + broken.place, broken.by) for batch in together for broken in batch.replaced}
+        assert met == {(batch.position + broken.index, broken.substitute) for batch in together for broken in batch.substituted}
 
 
 def test_more_broken_images_than_are_allowed(damaged, overwrite):
@@ -299,15 +299,15 @@ def test_more_broken_images_than_are_allowed(damaged, overwrite):
     broken = sorted(int(sample) for sample in order[:100:20])  # 5 in the first epoch
     for sample in broken:
         overwrite(damaged, sample, b"no image" * 8)
-    (loader,) = loaders(damaged, 1, max_broken=5)
+    (loader,) = loaders(damaged, 1, max_bad_samples=5)
     counts = []
     while loader.state()["samples_seen"] < 2 * len(damaged):
         batch = next(loader)
-        counts.append((batch.position // len(damaged), loader.broken))  # a batch is a step here
+        counts.append((batch.position // len(damaged), loader.bad_samples))  # a batch is a step here
     assert [max(count for epoch, count in counts if epoch == number) for number in (0, 1)] == [5, 5]
     assert min(count for epoch, count in counts if epoch == 1) < 5, "each epoch begins anew"
 
-    (loader,) = loaders(damaged, 1, max_broken=3)
+    (loader,) = loaders(damaged, 1, max_bad_samples=3)
     named = ".*".join(f"sample {sample} .*: not an image" for sample in order[:61:20])
     for _ in range(2):  # met again by a further next()
         with pytest.raises(
@@ -321,13 +321,13 @@ def test_a_resumed_run_counts_anew_and_replaces_alike(damaged, truncate):
     order = samples_at(7, np.arange(len(damaged)), len(damaged))
     for sample in (order[30], order[60]):
         truncate(damaged, int(sample))
-    (loader,) = loaders(damaged, 1, max_broken=2)
+    (loader,) = loaders(damaged, 1, max_bad_samples=2)
     next_steps([loader], 2)
-    assert loader.broken == 1
+    assert loader.bad_samples == 1
     state = loader.state()
     uninterrupted = next_steps([loader], 4)
-    assert loader.broken == 2
-    resumed = loaders(damaged, 4, max_broken=2)
+    assert loader.bad_samples == 2
+    resumed = loaders(damaged, 4, max_bad_samples=2)
     for one in resumed:
         one.restore(state)
     assert_same(next_steps(resumed, 4), uninterrupted)
@@ -337,7 +337,7 @@ def test_a_resumed_run_counts_anew_and_replaces_alike(damaged, truncate):
 def test_a_shard_without_any_whole_image(damaged, overwrite):
     for sample in shard_range(damaged, 3):
         overwrite(damaged, sample, b"no image" * 8)
-    (loader,) = loaders(damaged, 1, max_broken=1000)
+    (loader,) = loaders(damaged, 1, max_bad_samples=1000)
     fault = r"cannot decode sample \d+ \(shard-000003.*: not an image, and no sample after it can stand for it; check"
     with pytest.raises(RuntimeError, match=fault):
         next_steps([loader], 20)
@@ -368,10 +368,10 @@ def test_in_an_evaluation_a_broken_image_is_an_error(damaged, overwrite):
         list(EvalLoader(damaged, SMALL, 16, 0, 1, CPU))
 
 
-@pytest.mark.parametrize("max_broken", [0, 10])
-def test_a_shard_that_vanishes_is_an_error_and_no_broken_image(damaged, max_broken):
+@pytest.mark.parametrize("max_bad_samples", [0, 10])
+def test_a_shard_that_vanishes_is_an_error_and_no_broken_image(damaged, max_bad_samples):
     path = damaged.folder / damaged.shards[2].name
-    (loader,) = loaders(damaged, 1, max_broken=max_broken)
+    (loader,) = loaders(damaged, 1, max_bad_samples=max_bad_samples)
     next(loader)
     content = path.read_bytes()
     path.write_bytes(b"")
@@ -385,18 +385,18 @@ def test_a_shard_that_vanishes_is_an_error_and_no_broken_image(damaged, max_brok
     ("fields", "message"),
     [
         (
-            {"global_batch": 1000, "ranks": 8, "accumulation": 2},
+            {"global_batch_size": 1000, "world_size": 8, "gradient_accumulation_steps": 2},
             "global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008",
         ),
-        ({"global_batch": 3, "ranks": 4}, "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4"),
-        ({"global_batch": 0}, "global batch 0, .* must be at least 1"),
-        ({"global_batch": 8, "seed": -1}, "seed -1 at least 0"),
-        ({"global_batch": 8, "rank": 2, "ranks": 2}, "rank 2 is not one of 2 ranks; use 0 to 1"),
+        ({"global_batch_size": 3, "world_size": 4}, "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4"),
+        ({"global_batch_size": 0}, "global batch 0, .* must be at least 1"),
+        ({"global_batch_size": 8, "seed": -1}, "seed -1 at least 0"),
+        ({"global_batch_size": 8, "rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks; use 0 to 1"),
     ],
 )
 def test_plans_that_cannot_be_dealt_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        TrainPlan(**{"seed": 0, **fields})
+        LoaderOptions(**{"seed": 0, **fields})
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -466,7 +466,7 @@ def test_labels_follow_names(fashion_shards, manifest):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_batches_are_on_the_gpu_and_nearly_those_of_the_cpu(manifest):
-    plan = TrainPlan(seed=7, global_batch=24)
+    plan = LoaderOptions(seed=7, global_batch_size=24)
     on_gpu = TrainLoader(manifest, SMALL, plan, torch.device("cuda"))
     on_cpu = TrainLoader(manifest, SMALL, plan, CPU)
     for _ in range(5):

@@ -25,10 +25,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from wds2idx import IndexCreator
 
-from dataio.files import partial_folder
+from dataio.files import staging_folder
 from dataio.images import FORMATS
 from dataio.loader import map_labels
-from dataio.manifest import SAMPLES_NAME, Broken, load_manifest
+from dataio.manifest import SAMPLES_NAME, SkippedFile, load_manifest
 from dataio.pack.packer import PackOptions, main, pack, read_report, split
 from dataio.pack.source import find_images
 from dataio.verify import verify
@@ -279,11 +279,11 @@ def test_target_inside_the_source(source):
             ["--resize", "64", "--quality", "101"],
             "--quality is 101; use a number from 1 to 100 (above 95 gains nothing)",
         ),
-        (["--hold-out", "10"], "--hold-out and --part belong together; give both or neither"),
-        (["--part", "kept"], "--hold-out and --part belong together; give both or neither"),
+        (["--val-percent", "10"], "--val-percent and --split belong together; give both or neither"),
+        (["--split", "train"], "--val-percent and --split belong together; give both or neither"),
         (
-            ["--hold-out", "100", "--part", "kept"],
-            "--hold-out is 100.0; use a percentage between 0 and 100",
+            ["--val-percent", "100", "--split", "train"],
+            "--val-percent is 100.0; use a percentage between 0 and 100",
         ),
         (["--max-megapixels", "0"], "--max-megapixels is 0; use 1 or more"),
     ],
@@ -295,8 +295,8 @@ def test_options_that_cannot_be(options, message, photos, tmp_path, capsys):
 
 
 def test_part_of_another_name():
-    with pytest.raises(ValueError, match='--part is "rest"; use held-out or kept'):
-        PackOptions(hold_out=10, part="rest")
+    with pytest.raises(ValueError, match='--split is "rest"; use train or val'):
+        PackOptions(val_percent=10, split="rest")
 
 
 def test_check_of_another_name():
@@ -330,8 +330,8 @@ def test_hold_out_splits_the_images(fashion, fashion_shards, tmp_path):
         assert sum(count for (of, _), count in held_out.items() if of == name) == int(len(images) / 4 + 0.5)
     assert load_manifest(fashion_shards / "train").classes == load_manifest(fashion_shards / "val").classes
     report = read_report(fashion_shards / "val")
-    assert report.parts == {"kept": kept.total(), "held-out": held_out.total()}
-    pack(fashion, tmp_path / "val", PackOptions(hold_out=25, part="held-out", seed=9))
+    assert report.parts == {"train": kept.total(), "val": held_out.total()}
+    pack(fashion, tmp_path / "val", PackOptions(val_percent=25, split="val", seed=9))
     assert packed_images(tmp_path / "val") == held_out  # the seed moves no image to the other part
 
 
@@ -366,24 +366,24 @@ def few(source, tmp_path) -> Path:
 )
 def test_each_class_of_two_images_has_one_in_both_parts(percent, expected, few, tmp_path, capsys):
     """A class of one image is trained on."""
-    for part in ("kept", "held-out"):
-        assert main([str(few), str(tmp_path / part), "--hold-out", str(percent), "--part", part]) == 0
-    kept, held_out = (packed_images(tmp_path / part) for part in ("kept", "held-out"))
+    for part in ("train", "val"):
+        assert main([str(few), str(tmp_path / part), "--val-percent", str(percent), "--split", part]) == 0
+    kept, held_out = (packed_images(tmp_path / part) for part in ("train", "val"))
     assert kept + held_out == images_by_class(few.glob("*/*"))
     assert Counter(name for name, _ in held_out.elements()) == dict(
         zip(("cat", "coffee", "rocket"), expected, strict=True)
     )
     assert "classes without images: 1 (astronaut)\n" in capsys.readouterr().err
-    assert verify(tmp_path / "held-out") == []
+    assert verify(tmp_path / "val") == []
 
 
 def test_a_further_image_moves_no_other(source):
-    before = {image.path for image in split(find_images(source), 25)["held-out"]}
+    before = {image.path for image in split(find_images(source), 25)["val"]}
     shutil.copy(source / "cat" / "00.jpg", source / "cat" / "new.jpg")
-    after = {image.path for image in split(find_images(source), 25)["held-out"]}
+    after = {image.path for image in split(find_images(source), 25)["val"]}
     assert len(after ^ before) <= 2  # the new one may take the place of another of its class
     moved = source.rename(source.with_name("moved"))
-    assert {image.path for image in split(find_images(moved), 25)["held-out"]} == after
+    assert {image.path for image in split(find_images(moved), 25)["val"]} == after
 
 
 def test_nothing_to_hold_out(source, tmp_path):
@@ -391,20 +391,20 @@ def test_nothing_to_hold_out(source, tmp_path):
         if file.stem != "00":
             file.unlink()
     with pytest.raises(ValueError, match="no class of .* has two images, so that one could be held out; add some"):
-        pack(source, tmp_path / "target", PackOptions(hold_out=10, part="kept"))
+        pack(source, tmp_path / "target", PackOptions(val_percent=10, split="train"))
 
 
 def test_the_only_image_held_out_of_a_class_is_broken(few, tmp_path, capsys):
     """The class is left without one; in the part that is trained on that would be an error."""
-    (file,) = (image.path for image in split(find_images(few), 10)["held-out"] if image.path.startswith("cat/"))
+    (file,) = (image.path for image in split(find_images(few), 10)["val"] if image.path.startswith("cat/"))
     (few / file).unlink()
     (few / file).write_bytes(b"no image")
     (few / "cat" / "notes").write_bytes(b"of the kept part")
-    assert main([str(few), str(tmp_path / "val"), "--hold-out=10", "--part=held-out", "--skip-broken"]) == 0
+    assert main([str(few), str(tmp_path / "val"), "--val-percent=10", "--split=val", "--skip-broken"]) == 0
     manifest = load_manifest(tmp_path / "val")
     assert [broken.file for broken in manifest.broken] == [file]
     assert [manifest.classes[label] for label in sorted(set(manifest.samples["label"]))] == ["coffee", "rocket"]
-    pack(few, tmp_path / "train", PackOptions(hold_out=10, part="kept", skip_broken=True))
+    pack(few, tmp_path / "train", PackOptions(val_percent=10, split="train", skip_broken=True))
     assert [broken.file for broken in load_manifest(tmp_path / "train").broken] == ["cat/notes"]
 
 
@@ -486,7 +486,7 @@ def test_a_webdataset_with_numbers_and_names(photos, tmp_path):
     manifest = load_manifest(tmp_path / "target")
     assert manifest.classes == ("astronaut", "cat", "tea", "coffee")
     assert sorted(manifest.samples["label"].tolist()) == [1] * 6 + [3] * 6
-    held_out = [pack(source, tmp_path / part, PackOptions(hold_out=40, part=part)) for part in ("kept", "held-out")]
+    held_out = [pack(source, tmp_path / part, PackOptions(val_percent=40, split=part)) for part in ("train", "val")]
     assert sum(map(len, held_out)) == 12
 
 
@@ -671,7 +671,7 @@ def killed_pack(shards: int, many: Path, target: Path, *options: str) -> str:
 
 def finished(target: Path) -> dict[str, tuple[int, int]]:
     """The inode and time of change of each shard that an unfinished pack has noted as finished."""
-    partial = partial_folder(target)
+    partial = staging_folder(target)
     if not (partial / "journal").exists():
         return {}
     shards = sorted((partial / "content").glob("*.tar"))[: (partial / "journal").read_bytes().count(b"\n") - 1]
@@ -734,7 +734,7 @@ def test_killed_at_every_step(photos, shards, tmp_path):
             pack(photos, target, PackOptions(shard_mib=1))
             inodes = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")}
             assert inodes.items() >= noted.items()
-            assert not partial_folder(target).exists()
+            assert not staging_folder(target).exists()
         assert contents(target) == expected
         if process.exitcode == 0:
             break
@@ -745,7 +745,7 @@ def test_killed_at_every_step(photos, shards, tmp_path):
 def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted, tmp_path):
     target = tmp_path / "target"
     killed_pack(6, many, target)
-    content = partial_folder(target) / "content"
+    content = staging_folder(target) / "content"
     with open(content / "shard-000004.tar", "r+b") as file:
         file.seek(1000)
         file.write(b"damage")
@@ -757,7 +757,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted
 def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys):
     target = tmp_path / "target"
     killed_pack(6, many, target)
-    journal = partial_folder(target) / "journal"
+    journal = staging_folder(target) / "journal"
     lines = journal.read_bytes().splitlines(keepends=True)
     lines[4] = spoil(lines[4])
     journal.write_bytes(b"".join(lines))
@@ -779,7 +779,7 @@ def interrupted_pack(many: Path, target: Path, shards: int = 3) -> str:
 def test_ctrl_c_keeps_finished_shards(many, uninterrupted, tmp_path, capsys):
     target = tmp_path / "target"
     assert interrupted_pack(many, target) == (
-        f"interrupted; {target} is not written; finished shards are kept in {partial_folder(target)}, and the same"
+        f"interrupted; {target} is not written; finished shards are kept in {staging_folder(target)}, and the same"
         f" command goes on from there\n"
     )
     assert main([str(many), str(target), *LONG_PACK, "--workers", "1"]) == 0
@@ -793,7 +793,7 @@ def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
     target = tmp_path / "target"
     command = start_pack(many, target, shards=0)
     if delay is None:
-        while not any(partial_folder(target).glob("*.new")):
+        while not any(staging_folder(target).glob("*.new")):
             assert command.poll() is None, said(command)
             time.sleep(0.002)
     else:
@@ -812,7 +812,7 @@ def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
         (["--check", "none"], "--check"),
         (["--max-megapixels", "1"], "--max-megapixels"),
         (["--classes", "names"], "classes"),
-        (["--hold-out", "50", "--part", "kept"], "choice of images, --hold-out, --part"),
+        (["--val-percent", "50", "--split", "train"], "choice of images, --val-percent, --split"),
     ],
 )
 def test_other_options_start_anew(options, changed, many, tmp_path, capsys, monkeypatch):
@@ -822,7 +822,7 @@ def test_other_options_start_anew(options, changed, many, tmp_path, capsys, monk
     interrupted_pack(many, target)
     assert main([str(many), str(target), *LONG_PACK, *options]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
-    assert first == f"starting anew: the unfinished pack in {partial_folder(target)} had another {changed}"
+    assert first == f"starting anew: the unfinished pack in {staging_folder(target)} had another {changed}"
     main([str(many), str(tmp_path / "expected"), *LONG_PACK, *options])
     assert contents(target) == contents(tmp_path / "expected")
 
@@ -833,7 +833,7 @@ def test_a_changed_source_starts_anew(many, source, tmp_path, capsys):
     assert main([str(source), str(target)]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
     assert first == (
-        f"starting anew: the unfinished pack in {partial_folder(target)} had another source (its files, their sizes"
+        f"starting anew: the unfinished pack in {staging_folder(target)} had another source (its files, their sizes"
         " and times of change), classes, choice of images, --shard-mib"
     )
     assert packed_images(target) == images_by_class(source.glob("*/*"))
@@ -847,12 +847,12 @@ def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys):
         (folder / "copy00" / f"broken{number}.jpg").write_bytes(b"no image")
     target = tmp_path / "target"
     for seed in map(str, range(20)):
-        shutil.rmtree(partial_folder(target), ignore_errors=True)
+        shutil.rmtree(staging_folder(target), ignore_errors=True)
         assert main([str(folder), str(target), *LONG_PACK, "--seed", seed]) == 2
         error, *kept = capsys.readouterr().err.splitlines()
         if kept:
             break
-    assert kept == [f"finished shards are kept in {partial_folder(target)}, and the same command goes on from there"]
+    assert kept == [f"finished shards are kept in {staging_folder(target)}, and the same command goes on from there"]
     before = finished(target)
     assert len(before) >= 1
     assert main([str(folder), str(target), *LONG_PACK, "--seed", seed]) == 2
@@ -879,7 +879,7 @@ def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, cap
     assert main([str(folder), str(target), *LONG_PACK, "--skip-broken"]) == 0
     broken = load_manifest(target).broken
     assert len(broken) == 40
-    assert broken[0] == Broken("copy00/broken0.jpg", "it is no image, or of an unknown format")
+    assert broken[0] == SkippedFile("copy00/broken0.jpg", "it is no image, or of an unknown format")
     assert len(load_manifest(target)) == 48 * MANY
 
 
@@ -904,7 +904,7 @@ def test_a_killed_worker_is_an_error(many, tmp_path):
     assert command.returncode == 2
     assert message == (
         "error: a worker was killed, most often because memory ran out; free some, or use fewer workers\n"
-        f"finished shards are kept in {partial_folder(target)}, and the same command goes on from there\n"
+        f"finished shards are kept in {staging_folder(target)}, and the same command goes on from there\n"
     )
 
 
@@ -922,8 +922,8 @@ def test_help_explains_each_option(capsys):
         "--resize",
         "--quality",
         "--skip-broken",
-        "--hold-out",
-        "--part",
+        "--val-percent",
+        "--split",
         "--classes",
         "--max-megapixels",
     ):
@@ -932,4 +932,4 @@ def test_help_explains_each_option(capsys):
 
 def test_the_manifest_records_the_options(fashion_shards):
     fields = json.loads((fashion_shards / "val" / "manifest.json").read_text())
-    assert (fields["seed"], fields["hold_out"], fields["part"]) == (0, 25, "held-out")
+    assert (fields["seed"], fields["hold_out"], fields["part"]) == (0, 25, "val")

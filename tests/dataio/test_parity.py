@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataio.augment.recipes import AFFINE, RAND_AUGMENT, Kind
+from dataio.augment.recipes import AFFINE, RAND_AUGMENT_OPS, Op
 from launch.benchmark import parity
 from launch.benchmark.parity import (
     MAGNITUDES,
     TIMM_NAMES,
     Row,
     chi_square,
-    largest_gap,
+    ks_statistic,
     main,
     measure,
     read_photographs,
@@ -22,7 +22,7 @@ from launch.benchmark.parity import (
     timm_draws,
 )
 
-MEAN = {Kind.SHARPNESS: 0.4, Kind.EQUALIZE: 0.4, Kind.AUTO_CONTRAST: 0.01, Kind.COLOR: 0.002}  # of 255; others 0
+MEAN = {Op.SHARPNESS: 0.4, Op.EQUALIZE: 0.4, Op.AUTO_CONTRAST: 0.01, Op.COLOR: 0.002}  # of 255; others 0
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def test_the_committed_table_is_what_is_computed(rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", range(len(RAND_AUGMENT)), ids=lambda place: RAND_AUGMENT[place].name)
+@pytest.mark.parametrize("place", range(len(RAND_AUGMENT_OPS)), ids=lambda place: RAND_AUGMENT_OPS[place].name)
 def test_differences_and_draws_are_within_bounds(rows, place):
     row = rows[place]
-    assert row.kind == RAND_AUGMENT[place]
+    assert row.op == RAND_AUGMENT_OPS[place]
     assert len(row.levels) == len(MAGNITUDES)
     for mean, largest in row.levels:
-        assert mean <= (0.9 if row.kind in AFFINE else MEAN.get(row.kind, 0))
-        assert largest <= (80 if row.kind in (*AFFINE, Kind.SHARPNESS) else 1)
+        assert mean <= (0.9 if row.op in AFFINE else MEAN.get(row.op, 0))
+        assert largest <= (80 if row.op in (*AFFINE, Op.SHARPNESS) else 1)
     ours, theirs = row.done
     assert abs(ours - theirs) < 4 * (ours + theirs) ** 0.5
     assert row.gap < 1.95 * (1 / ours + 1 / theirs) ** 0.5, "exceeded by chance once in 1000 times"
@@ -59,8 +59,8 @@ def test_differences_and_draws_are_within_bounds(rows, place):
 def test_other_draws_are_told_apart():
     """The statistics see timm's magnitude of 8 beside its 9, and a probability of 0.4 beside 0.5."""
     usual, weaker, fewer = (timm_draws(f"rand-{name}-mstd0.5-inc1", 5000) for name in ("m9", "m8", "m9-p0.4"))
-    of_color = [parity.amounts_of(part, Kind.COLOR) for part in (usual, weaker)]
-    assert largest_gap(*of_color) > 1.95 * sum(1 / len(part) for part in of_color) ** 0.5
+    of_color = [parity.op_args_of(part, Op.COLOR) for part in (usual, weaker)]
+    assert ks_statistic(*of_color) > 1.95 * sum(1 / len(part) for part in of_color) ** 0.5
     lengths = [np.array([len(done) for done in part]) for part in (usual, fewer)]
     assert chi_square(*lengths)[0] > 50
 

@@ -12,14 +12,14 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
-from dataio.augment.recipes import Kind, RandAugment
-from dataio.augment.views import ImageOptions, Views, eval_views, train_views
-from dataio.decode import Request, decode_batches
+from dataio.augment.recipes import Op, RandAugment
+from dataio.augment.views import ImageOptions, TransformParams, eval_params, train_params
+from dataio.decode import BatchRequest, decode_batches
 from dataio.manifest import Manifest, load_manifest
-from dataio.pipeline import make_graph
+from dataio.pipeline import build_pipeline
 from dataio.sampler import draws_at
-from dataio.shards import ShardFiles
-from launch.benchmark.parity import in_pil
+from dataio.shards import LocalShards
+from launch.benchmark.parity import apply_op_in_pil
 
 CPU = torch.device("cpu")
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -41,17 +41,17 @@ def manifest(shards) -> Manifest:
     return load_manifest(shards)
 
 
-def requests(views: Views, batch: int) -> Iterator[Request]:
-    """All samples that there are views of, in order; the last batch may be shorter."""
-    samples = np.arange(len(views.flips))
+def requests(params: TransformParams, batch: int) -> Iterator[BatchRequest]:
+    """All samples that there are params of, in order; the last batch may be shorter."""
+    samples = np.arange(len(params.flips))
     for first in samples[::batch]:
         chosen = samples[first : first + batch]
-        yield Request(int(first), chosen, Views(*(field[chosen] for field in views)))
+        yield BatchRequest(int(first), chosen, TransformParams(*(field[chosen] for field in params)))
 
 
-def decode(manifest: Manifest, options: ImageOptions, views: Views, device: torch.device = CPU) -> torch.Tensor:
+def decode(manifest: Manifest, options: ImageOptions, params: TransformParams, device: torch.device = CPU) -> torch.Tensor:
     """All images of the manifest in one tensor: (N, 3, S, S)."""
-    batches = decode_batches(manifest, options, requests(views, 7), 7, device)
+    batches = decode_batches(manifest, options, requests(params, 7), 7, device)
     return torch.cat([images for _, images in batches])
 
 
@@ -62,12 +62,12 @@ def levels(images: torch.Tensor, options: ImageOptions) -> torch.Tensor:
 
 
 def pil_images(manifest: Manifest) -> list[Image.Image]:
-    shards = ShardFiles(manifest)
+    shards = LocalShards(manifest)
     return [Image.open(io.BytesIO(shards.read(sample))).convert("RGB") for sample in range(len(manifest))]
 
 
-def draw_views(manifest: Manifest, options: ImageOptions, seed: int = 5) -> Views:
-    return train_views(manifest.samples, draws_at(seed, 0, len(manifest), options.draws_per_image), options)
+def draw_views(manifest: Manifest, options: ImageOptions, seed: int = 5) -> TransformParams:
+    return train_params(manifest.samples, draws_at(seed, 0, len(manifest), options.draws_per_image), options)
 
 
 def scale(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
@@ -76,13 +76,13 @@ def scale(image: Image.Image, size: tuple[int, int], resample: Image.Resampling)
 
 
 def cut(
-    manifest: Manifest, views: Views, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+    manifest: Manifest, params: TransformParams, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> list[Image.Image]:
-    """The windows of all images in PIL, scaled to size × size and flipped."""
-    windows = zip(pil_images(manifest), views.windows.tolist(), strict=True)
-    scaled = [image.crop((left, top, left + width, top + height)) for image, (left, top, width, height) in windows]
+    """The crop_boxes of all images in PIL, scaled to size × size and flipped."""
+    crop_boxes = zip(pil_images(manifest), params.crop_boxes.tolist(), strict=True)
+    scaled = [image.crop((left, top, left + width, top + height)) for image, (left, top, width, height) in crop_boxes]
     scaled = [scale(image, (size, size), resample) for image in scaled]
-    return [vision.hflip(image) if flip else image for image, flip in zip(scaled, views.flips, strict=True)]
+    return [vision.hflip(image) if flip else image for image, flip in zip(scaled, params.flips, strict=True)]
 
 
 def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) -> None:
@@ -101,19 +101,19 @@ def assert_close(got: torch.Tensor, expected: list[Image.Image], device: str) ->
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("eval_resize", ["squash", "short"])
-@pytest.mark.parametrize(("size", "eval_crop_fraction"), [(224, 224 / 256), (97, 0.9), (64, 1.0)])
-def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_resize, size, eval_crop_fraction):
+@pytest.mark.parametrize("crop_mode", ["squash", "center"])
+@pytest.mark.parametrize(("size", "crop_pct"), [(224, 224 / 256), (97, 0.9), (64, 1.0)])
+def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, crop_mode, size, crop_pct):
     options = ImageOptions(
         image_size=size,
         interpolation=interpolation,
-        eval_resize=eval_resize,
-        eval_crop_fraction=eval_crop_fraction,
+        crop_mode=crop_mode,
+        crop_pct=crop_pct,
         threads=2,
     )
-    got = levels(decode(manifest, options, eval_views(manifest.samples, options), torch.device(device)), options)
-    side = int(size / eval_crop_fraction)
-    resize = Resize((side, side) if eval_resize == "squash" else side, InterpolationMode(interpolation))
+    got = levels(decode(manifest, options, eval_params(manifest.samples, options), torch.device(device)), options)
+    side = int(size / crop_pct)
+    resize = Resize((side, side) if crop_mode == "squash" else side, InterpolationMode(interpolation))
     images = pil_images(manifest)
     scaled = [scale(image, resize(image).size, RESAMPLING[interpolation]) for image in images]
     assert_close(got, [CenterCrop(size)(image) for image in scaled], device)
@@ -121,11 +121,11 @@ def test_evaluation_is_the_recipe_in_pil(manifest, device, interpolation, eval_r
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
-    options = ImageOptions(image_size=96, recipe="simple", threads=2)
-    views = draw_views(manifest, options)
-    assert 0 < views.flips.sum() < len(manifest)
+    options = ImageOptions(image_size=96, augmentation="simple", threads=2)
+    params = draw_views(manifest, options)
+    assert 0 < params.flips.sum() < len(manifest)
     assert_close(
-        levels(decode(manifest, options, views, torch.device(device)), options), cut(manifest, views, 96), device
+        levels(decode(manifest, options, params, torch.device(device)), options), cut(manifest, params, 96), device
     )
 
 
@@ -134,39 +134,39 @@ def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
     "options",
     [
         pytest.param(ImageOptions(image_size=96, threads=2), id="rand-augment"),
-        pytest.param(ImageOptions(image_size=96, threads=2, rand_augment=RandAugment(layers=1)), id="one layer"),
+        pytest.param(ImageOptions(image_size=96, threads=2, rand_augment=RandAugment(num_layers=1)), id="one layer"),
         pytest.param(ImageOptions(image_size=96, threads=2, interpolation="bilinear"), id="bilinear"),
-        pytest.param(ImageOptions(image_size=96, threads=2, recipe="three-augment"), id="three-augment"),
-        pytest.param(ImageOptions(image_size=96, threads=2, recipe="simple", color_jitter=0.4), id="colour jitter"),
+        pytest.param(ImageOptions(image_size=96, threads=2, augmentation="three-augment"), id="three-augment"),
+        pytest.param(ImageOptions(image_size=96, threads=2, augmentation="simple", color_jitter=0.4), id="colour jitter"),
     ],
 )
 def test_training_recipes_are_the_same_in_pil(manifest, options, device):
     """From the encoded image to its last operation. One pixel may decide on all of an image: hence no maximum."""
-    views = draw_views(manifest, options)
-    assert (views.kinds != Kind.NONE).any(axis=0).all()
+    params = draw_views(manifest, options)
+    assert (params.ops != Op.NONE).any(axis=0).all()
     resample = RESAMPLING[options.interpolation]
     expected = []
-    for image, kinds, amounts in zip(cut(manifest, views, 96, resample), views.kinds, views.amounts, strict=True):
-        for kind, amount in zip(kinds, amounts, strict=True):
-            image = in_pil(image, Kind(kind), amount, options.interpolation)
+    for image, ops, op_args in zip(cut(manifest, params, 96, resample), params.ops, params.op_args, strict=True):
+        for op, op_arg in zip(ops, op_args, strict=True):
+            image = apply_op_in_pil(image, Op(op), op_arg, options.interpolation)
         expected.append(vision.pil_to_tensor(image))
-    got = levels(decode(manifest, options, views, torch.device(device)), options)
+    got = levels(decode(manifest, options, params, torch.device(device)), options)
     differences = (got - torch.stack(expected)).abs().mean(dim=(1, 2, 3))
     assert differences.median() < 0.5
     assert differences.mean() < 0.8
 
 
-@pytest.mark.parametrize("recipe", ["simple", "three-augment", "rand-augment"])
-def test_a_graph_for_a_gpu_can_be_composed_without_one(recipe):
+@pytest.mark.parametrize("augmentation", ["simple", "three-augment", "rand-augment"])
+def test_a_graph_for_a_gpu_can_be_composed_without_one(augmentation):
     """DALI refuses operators that are not there for a GPU, and arguments that would lie on it."""
-    options = ImageOptions(recipe=recipe)
-    make_graph(options, lambda: (), 4, torch.device("cuda", 0), None)
+    options = ImageOptions(augmentation=augmentation)
+    build_pipeline(options, lambda: (), 4, torch.device("cuda", 0), None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_images_are_channels_last_float32_on_the_device(manifest, device):
     options = ImageOptions(image_size=48, threads=2)
-    images = decode(manifest, options, eval_views(manifest.samples, options), torch.device(device))
+    images = decode(manifest, options, eval_params(manifest.samples, options), torch.device(device))
     assert images.shape == (len(manifest), 3, 48, 48)
     assert images.dtype == torch.float32
     assert images.device.type == device
@@ -176,10 +176,10 @@ def test_images_are_channels_last_float32_on_the_device(manifest, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, device):
     options = ImageOptions(image_size=64, threads=2)
-    views = eval_views(manifest.samples, options)
+    params = eval_params(manifest.samples, options)
     batches = [
         (images, images.clone())
-        for _, images in decode_batches(manifest, options, requests(views, 4), 4, torch.device(device))
+        for _, images in decode_batches(manifest, options, requests(params, 4), 4, torch.device(device))
     ]
     assert len(batches) == len(manifest) // 4
     assert all(torch.equal(kept, at_first) for kept, at_first in batches)
@@ -189,45 +189,45 @@ def test_a_batch_keeps_its_pixels_while_the_next_ones_are_decoded(manifest, devi
 def test_a_batch_outlives_its_pipeline_and_is_the_caller_s_to_write_to(manifest, device):
     """Neither does DALI overwrite what is still held, nor what the caller overwrites come back from it."""
     options = ImageOptions(image_size=64, threads=2)
-    views = [draw_views(manifest, options, seed) for seed in range(3)]
-    expected = [decode(manifest, options, of_seed, torch.device(device)).clone() for of_seed in views]
-    begun = decode_batches(manifest, options, requests(views[0], 4), 4, torch.device(device))
+    params = [draw_views(manifest, options, seed) for seed in range(3)]
+    expected = [decode(manifest, options, of_seed, torch.device(device)).clone() for of_seed in params]
+    begun = decode_batches(manifest, options, requests(params[0], 4), 4, torch.device(device))
     held = [images for _, images in itertools.islice(begun, 8)]
     begun.close()  # in the middle, with batches under way
     del begun
     gc.collect()
-    later = decode(manifest, options, views[1], torch.device(device))
+    later = decode(manifest, options, params[1], torch.device(device))
     assert torch.equal(torch.cat(held), expected[0][:32])
     assert torch.equal(later, expected[1])
     for images in held:
         images.fill_(torch.nan)
-    assert torch.equal(decode(manifest, options, views[2], torch.device(device)), expected[2])
+    assert torch.equal(decode(manifest, options, params[2], torch.device(device)), expected[2])
     assert torch.cat(held).isnan().all()
     assert torch.equal(later, expected[1])
 
 
 def test_flipping_mirrors_the_same_pixels(manifest):
-    plain, flipped = (ImageOptions(image_size=64, recipe="simple", flip_probability=share) for share in (0, 1))
+    plain, flipped = (ImageOptions(image_size=64, augmentation="simple", hflip=share) for share in (0, 1))
     images, mirrored = (decode(manifest, options, draw_views(manifest, options)) for options in (plain, flipped))
     assert torch.equal(images.flip(3), mirrored)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("recipe", ["simple", "three-augment", "rand-augment"])
-def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest, recipe, device):
-    few = ImageOptions(image_size=64, recipe=recipe, threads=1, prefetch_batches=1)
-    many = ImageOptions(image_size=64, recipe=recipe, threads=3, prefetch_batches=4)
-    views = draw_views(manifest, few)
+@pytest.mark.parametrize("augmentation", ["simple", "three-augment", "rand-augment"])
+def test_pixels_do_not_depend_on_batch_threads_or_prefetch(manifest, augmentation, device):
+    few = ImageOptions(image_size=64, augmentation=augmentation, threads=1, prefetch_batches=1)
+    many = ImageOptions(image_size=64, augmentation=augmentation, threads=3, prefetch_batches=4)
+    params = draw_views(manifest, few)
     backwards = np.arange(len(manifest))[::-1]
-    in_one = [Request(0, backwards, Views(*(field[backwards] for field in views)))]
+    in_one = [BatchRequest(0, backwards, TransformParams(*(field[backwards] for field in params)))]
     ((_, images),) = decode_batches(manifest, many, iter(in_one), len(manifest), torch.device(device))
-    assert torch.equal(images.flip(0), decode(manifest, few, views, torch.device(device)))
+    assert torch.equal(images.flip(0), decode(manifest, few, params, torch.device(device)))
 
 
-@pytest.mark.parametrize("recipe", ["three-augment", "rand-augment"])
-def test_a_recipe_leaves_evaluation_alone(manifest, recipe):
-    simple, other = (ImageOptions(image_size=64, recipe=name, threads=2) for name in ("simple", recipe))
-    images = [decode(manifest, options, eval_views(manifest.samples, options)) for options in (simple, other)]
+@pytest.mark.parametrize("augmentation", ["three-augment", "rand-augment"])
+def test_a_recipe_leaves_evaluation_alone(manifest, augmentation):
+    simple, other = (ImageOptions(image_size=64, augmentation=name, threads=2) for name in ("simple", augmentation))
+    images = [decode(manifest, options, eval_params(manifest.samples, options)) for options in (simple, other)]
     assert torch.equal(*images)
 
 
@@ -235,7 +235,7 @@ def test_a_recipe_leaves_windows_and_flips_alone(manifest):
     """A sample is cut in the same way under each, but for the position of its draws in the stream."""
     draws = draws_at(0, 0, len(manifest), ImageOptions().draws_per_image)
     cuts = [
-        train_views(manifest.samples, draws[:, : options.draws_per_image], options)[:4]
-        for options in (ImageOptions(), ImageOptions(recipe="simple"), ImageOptions(recipe="simple", color_jitter=0.0))
+        train_params(manifest.samples, draws[:, : options.draws_per_image], options)[:4]
+        for options in (ImageOptions(), ImageOptions(augmentation="simple"), ImageOptions(augmentation="simple", color_jitter=0.0))
     ]
     assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))

@@ -16,20 +16,20 @@ from types import SimpleNamespace
 import fsspec.asyn
 import pytest
 
-from dataio.remote.fetch import TooLateError, Wait, fetch, read_remote
-from dataio.remote.options import CacheOptions, Patience, Remote
-from dataio.urls import is_url, shown
+from dataio.remote.fetch import Deadline, FetchTimeoutError, fetch, fetch_bytes
+from dataio.remote.options import CacheOptions, Remote, RetryPolicy
+from dataio.urls import is_url, redact_url
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FOREVER = 7200  # seconds, longer than a test may take
-HASTY = Patience(attempts=3, first_wait_seconds=0.01, silent_seconds=FOREVER, file_seconds=FOREVER)
+HASTY = RetryPolicy(max_attempts=3, initial_backoff_seconds=0.01, read_timeout_seconds=FOREVER, file_timeout_seconds=FOREVER)
 # Where a server is silent. A slow machine may be taken for one that is, and is asked again.
-NERVOUS = replace(HASTY, attempts=1000, silent_seconds=0.5)
+NERVOUS = replace(HASTY, max_attempts=1000, read_timeout_seconds=0.5)
 
 
 @dataclass(frozen=True)
-class WaitUntil(Wait):
+class WaitUntil(Deadline):
     """A wait whose time is over when something has happened."""
 
     over: Callable[[], bool] = lambda: False
@@ -62,13 +62,13 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def remote(url: str, tmp_path: Path, patience: Patience = HASTY) -> Remote:
-    return Remote(url, CacheOptions(tmp_path / "cache", 2**30, patience))
+def remote(url: str, tmp_path: Path, retry_policy: RetryPolicy = HASTY) -> Remote:
+    return Remote(url, CacheOptions(tmp_path / "cache", 2**30, retry_policy))
 
 
 def fetch_shard(source: Remote, tmp_path: Path) -> bytes:
     target = tmp_path / "shard.tar"
-    fetch(source, "shard.tar", target, len(CONTENT), SHA256, Wait(source.cache.patience.file_seconds))
+    fetch(source, "shard.tar", target, len(CONTENT), SHA256, Deadline(source.cache.retry_policy.file_timeout_seconds))
     return target.read_bytes()
 
 
@@ -81,14 +81,14 @@ def test_over_http_and_from_files(http_server, folder, tmp_path):
     server = http_server(folder)
     for url in (server.url, folder.as_uri()):
         assert fetch_shard(remote(url, tmp_path), tmp_path) == CONTENT
-        assert read_remote(remote(url, tmp_path), "shard.tar") == CONTENT
+        assert fetch_bytes(remote(url, tmp_path), "shard.tar") == CONTENT
 
 
 @pytest.mark.parametrize("bucket", ["s3_url", "gs_url"])
 def test_from_buckets(request, bucket, folder, tmp_path):
     url = request.getfixturevalue(bucket)(folder)
     assert fetch_shard(remote(url, tmp_path), tmp_path) == CONTENT
-    assert read_remote(remote(url, tmp_path), "shard.tar") == CONTENT
+    assert fetch_bytes(remote(url, tmp_path), "shard.tar") == CONTENT
 
 
 @pytest.mark.parametrize("fault", ["503", "500", "429", "reset", "half", "half unsaid", "wrong", "empty", "silent"])
@@ -119,9 +119,9 @@ def test_a_fault_that_passes_is_tried_again(http_server, folder, tmp_path, fault
 def test_a_fault_that_stays_is_one_error(http_server, folder, tmp_path, fault, message):
     server = http_server(folder)
     server.faults["shard.tar"] = [fault] * 9
-    patience = replace(HASTY, silent_seconds=0.5 if fault == "silent" else FOREVER)
+    retry_policy = replace(HASTY, read_timeout_seconds=0.5 if fault == "silent" else FOREVER)
     with pytest.raises(RuntimeError, match=f"^cannot fetch {server.url}/shard.tar: .*{message}") as raised:
-        fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
+        fetch_shard(remote(server.url, tmp_path, retry_policy), tmp_path)
     assert "\n" not in str(raised.value)
     asked = server.requests.count("shard.tar")
     if fault == "silent":
@@ -163,28 +163,28 @@ def test_secrets_of_a_url_are_used_and_not_shown(http_server, folder, tmp_path, 
     server = http_server(shutil.copytree(folder, tmp_path / "root" / "set").parent)
     host = server.url.partition("://")[2]
     source, name = remote(url.format(host), tmp_path), "shard.tar" + "".join(url.partition("?")[1:])
-    assert shown(source.url) == hidden.format(host)
+    assert redact_url(source.url) == hidden.format(host)
     assert fetch_shard(source, tmp_path) == CONTENT
     assert server.requests == [name]
     assert server.credentials == {"Basic YW5uOmh1c2g=" if "@" in url else None}
     for fault in ("403", "404", "503", "silent", "reset", "empty"):
         server.faults[name] = [fault] * 9
-        patience = replace(HASTY, silent_seconds=0.5 if fault == "silent" else FOREVER)
+        retry_policy = replace(HASTY, read_timeout_seconds=0.5 if fault == "silent" else FOREVER)
         with pytest.raises(RuntimeError, match="cannot fetch") as raised:
-            fetch_shard(remote(source.url, tmp_path, patience), tmp_path)
+            fetch_shard(remote(source.url, tmp_path, retry_policy), tmp_path)
         text = "".join(traceback.format_exception(raised.value))
-        assert shown(source.address("shard.tar")) in text
+        assert redact_url(source.file_url("shard.tar")) in text
         assert "hush" not in text
 
 
 def test_what_is_shown_of_texts_with_urls():
     for text in ("s3://bucket/a", "file:///a/b c", "is it there? at https://host/a/b", "C:/a?b", "a@b"):
-        assert shown(text) == text
-    assert shown("a: 'https://host/a?b=c', b: ftp://me:pass@word@host/a") == "a: 'https://host/a?… b: ftp://…@host/a"
+        assert redact_url(text) == text
+    assert redact_url("a: 'https://host/a?b=c', b: ftp://me:pass@word@host/a") == "a: 'https://host/a?… b: ftp://…@host/a"
     for hush in ("h/ush", "h?ush", "h#ush", "h@ush"):  # as they should not be written
-        assert shown(f"at https://ann:{hush}@host/a (404)") == "at https://…@host/a (404)"
+        assert redact_url(f"at https://ann:{hush}@host/a (404)") == "at https://…@host/a (404)"
     for hush in ("h'ush", "h/ush", "h?ush"):
-        assert shown(f"at https://host/a?token={hush} (404)") == "at https://host/a?… (404)"
+        assert redact_url(f"at https://host/a?token={hush} (404)") == "at https://host/a?… (404)"
 
 
 @pytest.mark.parametrize(
@@ -210,11 +210,11 @@ def test_other_blanks_are_not(folder, tmp_path):
 def test_what_came_before_the_end_of_its_time_is_told(http_server, folder, tmp_path):
     server = http_server(folder)
     server.faults["shard.tar"] = ["silent", *["drip"] * 9]
-    patience = replace(NERVOUS, longer=", or ask your grandmother")
-    wait = WaitUntil(FOREVER, over=lambda: len(server.requests) >= 2)
+    retry_policy = replace(NERVOUS, timeout_hint=", or ask your grandmother")
+    deadline = WaitUntil(FOREVER, over=lambda: len(server.requests) >= 2)
     fault = r"it is not there after 7200 s, the server was too slow or silent \(.*\) before that, attempts: \d+; check"
     with pytest.raises(RuntimeError, match=f"shard.tar: {fault} server .* shards .*, or ask your grandmother$"):
-        fetch(remote(server.url, tmp_path, patience), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, wait)
+        fetch(remote(server.url, tmp_path, retry_policy), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, deadline)
 
 
 CHUNK = 5 * 2**20  # of fsspec's HTTP, the largest
@@ -229,7 +229,7 @@ def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, 
     url = others.get(kind, lambda: server.url)()
     target = tmp_path / "shard.tar"
     with pytest.raises(RuntimeError, match=r"it has \d+ bytes or more, by the manifest at most 1024000, attempts: 3; "):
-        fetch(remote(url, tmp_path), "shard.tar", target, len(CONTENT), SHA256, Wait(FOREVER))
+        fetch(remote(url, tmp_path), "shard.tar", target, len(CONTENT), SHA256, Deadline(FOREVER))
     left = target.stat().st_size if target.exists() else 0
     assert left <= (len(CONTENT) + CHUNK if kind == "http unsaid" else 0)
 
@@ -237,7 +237,7 @@ def test_a_file_that_is_larger_than_it_may_be_is_not_fetched_whole(http_server, 
 def test_nothing_there(http_server, s3_url, gs_url, folder, tmp_path):
     for url in (http_server(folder).url, s3_url(folder), gs_url(folder), folder.as_uri()):
         with pytest.raises(RuntimeError, match=f"cannot fetch {url}/other: it is not there; check the address"):
-            read_remote(remote(url, tmp_path), "other")
+            fetch_bytes(remote(url, tmp_path), "other")
 
 
 @pytest.mark.parametrize("bucket", ["s3_url", "gs_url"])
@@ -256,17 +256,17 @@ def test_no_server(free_port, tmp_path):
 def test_pauses_grow(http_server, folder, tmp_path):
     server = http_server(folder)
     server.faults["shard.tar"] = ["503"] * 3
-    patience = replace(HASTY, attempts=4, first_wait_seconds=0.1)
-    fetch_shard(remote(server.url, tmp_path, patience), tmp_path)
+    retry_policy = replace(HASTY, max_attempts=4, initial_backoff_seconds=0.1)
+    fetch_shard(remote(server.url, tmp_path, retry_policy), tmp_path)
     pauses = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
     assert all(pause >= wait for pause, wait in zip(pauses, (0.1, 0.2, 0.4), strict=True))
 
 
 def test_the_time_for_a_file():
-    assert 3500 < Wait(7200, began=time.monotonic() - 3600).seconds_left <= 3600
-    Wait(FOREVER).check()
-    with pytest.raises(TooLateError, match="^it is not there after 2.5 s$"):
-        Wait(2.5, began=time.monotonic() - 2.5).check()
+    assert 3500 < Deadline(7200, began=time.monotonic() - 3600).seconds_left <= 3600
+    Deadline(FOREVER).check()
+    with pytest.raises(FetchTimeoutError, match="^it is not there after 2.5 s$"):
+        Deadline(2.5, began=time.monotonic() - 2.5).check()
 
 
 def test_a_server_that_never_ends(http_server, folder, tmp_path, monkeypatch):
@@ -275,16 +275,16 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path, monkeypatch):
     server.faults["shard.tar"] = ["drip"] * 9
     source = remote(server.url, tmp_path)
 
-    def until_asked(seconds: float) -> Wait:
+    def until_asked(seconds: float) -> Deadline:
         asked = len(server.requests)
         return WaitUntil(seconds, over=lambda: len(server.requests) > asked)
 
-    monkeypatch.setattr("dataio.remote.Wait", until_asked)
+    monkeypatch.setattr("dataio.remote.Deadline", until_asked)
     fault = "shard.tar: it is not there after 7200 s, attempts: 1; check server and network, or pack smaller shards "
     with pytest.raises(RuntimeError, match=fault):
         fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, until_asked(FOREVER))
     with pytest.raises(RuntimeError, match=fault):
-        read_remote(source, "shard.tar")
+        fetch_bytes(source, "shard.tar")
     assert server.requests == ["shard.tar"] * 2
 
 
@@ -294,10 +294,10 @@ def test_no_attempt_begins_when_the_time_for_a_file_is_over(http_server, folder,
     for user in ("dataio.remote.time", "tenacity.time"):
         monkeypatch.setattr(user, clock)
     server.faults["shard.tar"] = ["503"] * 9
-    source = remote(server.url, tmp_path, replace(HASTY, attempts=9, first_wait_seconds=2))
-    wait = Wait(5, clock, clock.monotonic())
+    source = remote(server.url, tmp_path, replace(HASTY, max_attempts=9, initial_backoff_seconds=2))
+    deadline = Deadline(5, clock, clock.monotonic())
     with pytest.raises(RuntimeError, match="shard.tar: 503.* attempts: 2;"):
-        fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, wait)
+        fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, deadline)
     assert server.requests == ["shard.tar"] * 2
     assert clock.pauses == [2]
 
@@ -309,20 +309,20 @@ def test_giving_up_ends_a_transfer(http_server, folder, tmp_path, monkeypatch, p
     server = http_server(folder)
     url = server.url if protocol == "http" else google_api(server, folder, monkeypatch)
     server.faults["shard.tar"] = server.faults["shard.tar?alt=media"] = [fault] * 99
-    monkeypatch.setattr("dataio.remote._LONGEST_WAIT_SECONDS", FOREVER)
+    monkeypatch.setattr("dataio.remote._MAX_BACKOFF_SECONDS", FOREVER)
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(FOREVER)))
-    source = remote(url, tmp_path, replace(HASTY, first_wait_seconds=FOREVER))
-    given_up, target, others = threading.Event(), tmp_path / "shard.tar", tasks()
+    source = remote(url, tmp_path, replace(HASTY, initial_backoff_seconds=FOREVER))
+    cancelled, target, others = threading.Event(), tmp_path / "shard.tar", tasks()
 
     def give_up_when_asked() -> None:
         while not server.requests:
             time.sleep(0.01)
         time.sleep(0.2)  # most often long enough for the answer, and the pause after it, to have begun
-        given_up.set()
+        cancelled.set()
 
     threading.Thread(target=give_up_when_asked, daemon=True).start()
     with pytest.raises(RuntimeError, match="shard.tar: it is not needed any more"):
-        fetch(source, "shard.tar", target, len(CONTENT), SHA256, Wait(2 * FOREVER, given_up))
+        fetch(source, "shard.tar", target, len(CONTENT), SHA256, Deadline(2 * FOREVER, cancelled))
     target.write_bytes(b"of another")
     while tasks() - others:  # one that goes on would never end
         time.sleep(0.01)
@@ -349,10 +349,10 @@ def google_api(server, folder: Path, monkeypatch) -> str:
 
 
 def test_what_is_not_needed_any_more_is_not_asked_for(http_server, folder, tmp_path):
-    server, given_up = http_server(folder), threading.Event()
-    given_up.set()
+    server, cancelled = http_server(folder), threading.Event()
+    cancelled.set()
     with pytest.raises(RuntimeError, match="shard.tar: it is not needed any more"):
-        fetch(remote(server.url, tmp_path), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, Wait(FOREVER, given_up))
+        fetch(remote(server.url, tmp_path), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, Deadline(FOREVER, cancelled))
     assert server.requests == []
 
 
@@ -360,7 +360,7 @@ def test_a_protocol_that_nobody_knows(tmp_path):
     with pytest.raises(
         ValueError, match="cannot read nfs3://host/a/x: Protocol not known: nfs3; use s3://, gs://, htt"
     ):
-        read_remote(remote("nfs3://host/a", tmp_path), "x")
+        fetch_bytes(remote("nfs3://host/a", tmp_path), "x")
 
 
 WITHOUT = """
@@ -368,10 +368,10 @@ import sys
 from pathlib import Path
 sys.modules[sys.argv[1]] = None  # importing it fails as if it were not installed
 from dataio.remote.options import CacheOptions, Remote
-from dataio.remote.fetch import read_remote
+from dataio.remote.fetch import fetch_bytes
 
 try:
-    read_remote(Remote(f"{sys.argv[2]}://h/a", CacheOptions(Path(), 0)), "x")
+    fetch_bytes(Remote(f"{sys.argv[2]}://h/a", CacheOptions(Path(), 0)), "x")
 except RuntimeError as error:
     print(error)
 """

@@ -50,7 +50,7 @@ def test_bytes_of_a_member(member):
 
 def task_of(source: Path, folder: Path, **options) -> ShardTask:
     found = find_images(source)
-    fields = {"check": "decode", "shrink": None, "skip_broken": False} | options
+    fields = {"check": "decode", "downscale": None, "skip_broken": False} | options
     return ShardTask(path=folder / "new", reader=found.reader, first_key=0, images=found.images, **fields)
 
 

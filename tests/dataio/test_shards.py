@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dataio.manifest import Manifest, load_manifest
-from dataio.shards import BrokenSampleError, ShardFiles
+from dataio.shards import BadSampleError, LocalShards
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def label_offset(manifest: Manifest, sample: int) -> int:
 
 
 def test_every_sample_is_what_tar_reads(manifest):
-    files = ShardFiles(manifest)
+    files = LocalShards(manifest)
     sample = 0
     for shard in manifest.shards:
         with tarfile.open(manifest.folder / shard.name) as tar:
@@ -47,8 +47,8 @@ def test_a_label_that_is_another_one(damaged, overwrite):
     label = int(damaged.samples["label"][30])
     other = (label + 1) % 10
     overwrite(damaged, 30, b"%d" % other, label_offset(damaged, 30))
-    files = ShardFiles(damaged)
-    with pytest.raises(BrokenSampleError, match=f"its label is '{other}' in its shard and {label} in the sample table"):
+    files = LocalShards(damaged)
+    with pytest.raises(BadSampleError, match=f"its label is '{other}' in its shard and {label} in the sample table"):
         files.read(30)
     files.read(29)
     files.read(31)
@@ -57,8 +57,8 @@ def test_a_label_that_is_another_one(damaged, overwrite):
 @pytest.mark.parametrize("content", [b"\0", b"x", b"\xb2", b"-"])
 def test_a_label_that_is_none(damaged, overwrite, content):
     overwrite(damaged, 30, content, label_offset(damaged, 30))
-    with pytest.raises(BrokenSampleError, match="its label is '.*' in its shard and . in the sample table"):
-        ShardFiles(damaged).read(30)
+    with pytest.raises(BadSampleError, match="its label is '.*' in its shard and . in the sample table"):
+        LocalShards(damaged).read(30)
 
 
 @pytest.mark.parametrize("content", [b"7", b"9", b"\0", b"-", b" ", b"\xff"])
@@ -66,14 +66,14 @@ def test_a_label_that_is_none(damaged, overwrite, content):
 def test_an_image_of_another_size(damaged, overwrite, digit, content):
     """The 11 octal digits of its tar header, one of them changed."""
     overwrite(damaged, 30, content, 124 + digit - 512)
-    with pytest.raises(BrokenSampleError, match="its shard has something else there"):
-        ShardFiles(damaged).read(30)
+    with pytest.raises(BadSampleError, match="its shard has something else there"):
+        LocalShards(damaged).read(30)
 
 
 def test_a_label_of_another_image(damaged, overwrite):
     overwrite(damaged, 30, b"9", label_offset(damaged, 30) - 512)  # the key's first digit
-    with pytest.raises(BrokenSampleError, match="its shard has no label behind it"):
-        ShardFiles(damaged).read(30)
+    with pytest.raises(BadSampleError, match="its shard has no label behind it"):
+        LocalShards(damaged).read(30)
 
 
 def test_a_shard_that_was_exchanged_gives_no_image_with_a_wrong_label(damaged):
@@ -83,12 +83,12 @@ def test_a_shard_that_was_exchanged_gives_no_image_with_a_wrong_label(damaged):
     size = max(map(len, contents))
     for path, content in zip(paths, reversed(contents), strict=True):
         path.write_bytes(content.ljust(size, b"\0"))
-    files, right = ShardFiles(damaged), 0
+    files, right = LocalShards(damaged), 0
     for sample in range(sum(damaged.shard_samples[:2])):
         row = damaged.samples[sample]
         try:
             image = files.read(sample)
-        except BrokenSampleError:
+        except BadSampleError:
             continue
         other = contents[1 - row["shard"]]
         at = int(row["offset"])
@@ -104,7 +104,7 @@ def test_a_shard_that_was_cut_off_is_named(damaged):
     os.truncate(damaged.folder / name, int(last["offset"]) + 10)
     fault = rf"cannot read sample {len(damaged) - 1} \({name}, .*its shard ends too early; check the folder with"
     with pytest.raises(RuntimeError, match=fault):
-        ShardFiles(damaged).read(len(damaged) - 1)
+        LocalShards(damaged).read(len(damaged) - 1)
 
 
 def test_a_shard_that_cannot_be_read_is_named(damaged):
@@ -113,13 +113,13 @@ def test_a_shard_that_cannot_be_read_is_named(damaged):
     path.unlink()
     path.mkdir()
     with pytest.raises(RuntimeError, match=rf"cannot read sample .* \({path.name}, .*Is a directory; check the folder"):
-        ShardFiles(damaged).read(len(damaged) - 1)
+        LocalShards(damaged).read(len(damaged) - 1)
 
 
 def test_a_shard_that_is_gone_is_named(damaged):
     (damaged.folder / damaged.shards[-1].name).unlink()
     with pytest.raises(RuntimeError, match=f"cannot open {damaged.shards[-1].name}: No such file.*dataio.verify"):
-        ShardFiles(damaged)
+        LocalShards(damaged)
 
 
 def test_more_shards_than_open_files_allowed_says_so(manifest):
@@ -127,7 +127,7 @@ def test_more_shards_than_open_files_allowed_says_so(manifest):
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
         with pytest.raises(RuntimeError, match=f"allow more than {len(manifest.shards)} with ulimit -n"):
-            ShardFiles(manifest)
+            LocalShards(manifest)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -139,7 +139,7 @@ def test_shards_are_closed_with_their_last_use(manifest, by):
         return sum(link.startswith(str(manifest.folder)) for link in links)
 
     before = open_shards()
-    shards = ShardFiles(manifest)
+    shards = LocalShards(manifest)
     assert open_shards() == before + len(manifest.shards)
     if by == "close":
         shards.close()
@@ -156,7 +156,7 @@ def test_the_samples_of_a_shard_lie_together(damaged):
 
 def test_reading_ahead_is_a_hint_and_no_more(damaged, overwrite):
     """The same bytes follow, and what lies beyond a shard's end raises where it is read, not before."""
-    files = ShardFiles(damaged)
+    files = LocalShards(damaged)
     samples = np.random.default_rng(0).permutation(len(damaged))
     expected = [files.read(sample) for sample in samples]
     files.read_ahead(samples)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio.augment.mixing import Augment, MixOptions
+from dataio.augment.mixing import BatchAugment, BatchAugmentOptions
 from dataio.augment.views import ImageOptions
-from dataio.loader import TrainLoader, TrainPlan
+from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import load_manifest
 from dataio.pack.packer import pack
 from dataio.sampler import samples_at
@@ -47,9 +47,9 @@ def test_augmented_samples_below_the_stored_ones(shards):
     assert len(drawn) == 20
     rows = [drawn[:8], drawn[8:16], drawn[16:18], drawn[18:]]  # 8 columns
     before, after = rows[0] + rows[2], rows[1] + rows[3]
-    batch = next(TrainLoader(manifest, ImageOptions(image_size=64), TrainPlan(3, 10), torch.device("cpu")))
+    batch = next(TrainLoader(manifest, ImageOptions(image_size=64), LoaderOptions(3, 10), torch.device("cpu")))
     assert [title for title, _ in before] == [stored(manifest, sample)[0] for sample in batch.samples]
-    images, targets = Augment(MixOptions(), 4, 3, 10, torch.device("cpu"))(batch)
+    images, targets = BatchAugment(BatchAugmentOptions(), 4, 3, 10, torch.device("cpu"))(batch)
     mean, std = (np.array(values) for values in (ImageOptions().mean, ImageOptions().std))
     for (title, pixels), image, target in zip(after, images, targets, strict=True):
         levels = 255 * (image.permute(1, 2, 0).numpy() * std + mean)

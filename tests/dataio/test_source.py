@@ -20,7 +20,7 @@ from dataio.pack.source import Source, find_images, read_names
 def read(found: Source) -> dict[tuple[str, str], bytes]:
     """(class, path) of each image, and its bytes."""
     return {
-        (found.classes[image.label], image.path): found.reader.read(image.bytes, image.place) for image in found.images
+        (found.classes[image.label], image.path): found.reader.read(image.bytes, image.locator) for image in found.images
     }
 
 
@@ -101,7 +101,7 @@ def test_classes_are_ordered_as_timm_does(photos, tmp_path):
     _, classes = find_images_and_targets(str(tmp_path))
     assert [timm_key(name) for name in found.classes] == [timm_key(name) for name in classes]
     assert sorted(found.classes) == sorted(ODD_NAMES)
-    assert found.natural
+    assert found.natural_order
 
 
 def test_a_file_gives_the_order_of_folders(source, tmp_path):
@@ -109,7 +109,7 @@ def test_a_file_gives_the_order_of_folders(source, tmp_path):
     names = tmp_path / "names.txt"
     names.write_bytes("\ufeffrocket\r\ncoffee\r\ntea\r\ncat\r\nastronaut\r\n".encode())
     found = find_images(source, read_names(names))
-    assert (found.classes, found.natural) == (("rocket", "coffee", "tea", "cat", "astronaut"), False)
+    assert (found.classes, found.natural_order) == (("rocket", "coffee", "tea", "cat", "astronaut"), False)
     assert read(found).keys() == read(find_images(source)).keys()
     write_zip(tmp_path / "photos.zip", source, "")
     assert find_images(tmp_path / "photos.zip", read_names(names)).classes == found.classes
@@ -189,18 +189,18 @@ def test_a_class_with_a_line_break(source):
 
 def test_the_stamp_tells_changes(source):
     """Of names, sizes and times; but not where the folder lies."""
-    stamps = [find_images(source).stamp]
+    stamps = [find_images(source).fingerprint]
     moved = source.rename(source.with_name("moved"))
-    assert find_images(moved).stamp == stamps[0]
+    assert find_images(moved).fingerprint == stamps[0]
     image = moved / "cat" / "00.jpg"
     shutil.copy(moved / "cat" / "03.jpg", moved / "cat" / "new.jpg")
-    stamps.append(find_images(moved).stamp)
+    stamps.append(find_images(moved).fingerprint)
     image.rename(image.with_name("renamed.jpg"))
-    stamps.append(find_images(moved).stamp)
+    stamps.append(find_images(moved).fingerprint)
     (moved / "cat" / "new.jpg").touch()
-    stamps.append(find_images(moved).stamp)
+    stamps.append(find_images(moved).fingerprint)
     (moved / "cat" / "new.jpg").write_bytes(image.with_name("renamed.jpg").read_bytes())
-    stamps.append(find_images(moved).stamp)
+    stamps.append(find_images(moved).fingerprint)
     assert len(set(stamps)) == len(stamps)
 
 
@@ -332,7 +332,7 @@ def test_named_classes_are_in_natural_order(samples, tmp_path):
     names = {"rocket": "class 10", "cat": "class 9", "coffee": "class 100", "astronaut": "Class 1"}
     write_shards(tmp_path / "%03d.tar", [{"jpg": data, "cls": names[name]} for name, data in samples])
     found = find_images(tmp_path)
-    assert (found.classes, found.natural) == (("Class 1", "class 9", "class 10", "class 100"), True)
+    assert (found.classes, found.natural_order) == (("Class 1", "class 9", "class 10", "class 100"), True)
     assert images_of(found) == [(names[name], data) for name, data in samples]
 
 

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 CODE = """
-from dataio.terminal import progress_bar, status
-with status("listing photographs"):
+from dataio.terminal import progress_bar, spinner
+with spinner("listing photographs"):
     pass
 with progress_bar("packing", 4 * 2**20) as show:
     if show:

@@ -17,7 +17,7 @@ import yaml
 from torch.distributed import TCPStore
 
 from launch.config import Config, load_config
-from launch.distributed import find_free_port, placement, start, stop
+from launch.distributed import destroy_process_group, find_free_port, init_distributed, read_rank_info
 
 ROOT = Path(__file__).parents[2]
 SMALL_RUN = """
@@ -25,14 +25,14 @@ model: {name: polaformerpp_b0, drop_path_rate: 0.0}
 data:
   image_size: 32
   crop_scale: [0.6, 1.0]
-  recipe: simple
-  eval_crop_fraction: 1.0
+  augmentation: simple
+  crop_pct: 1.0
   mean: [0.286, 0.286, 0.286]
   std: [0.353, 0.353, 0.353]
   mixup: 0.0
   cutmix: 0.0
   threads: 1
-optimizer: {epochs: 4, global_batch: 16, lr: 1.6e-2, warmup_lr: 1.0e-5, warmup_epochs: 0.4, ema_decay: 0.8}
+optimizer: {epochs: 4, global_batch_size: 16, lr: 1.6e-2, warmup_lr: 1.0e-5, warmup_epochs: 0.4, ema_decay: 0.8}
 engine: {precision: fp32}
 checkpoint: {every_epochs: 2}
 log: {eval_every_epochs: 2}
@@ -55,8 +55,8 @@ def no_launcher() -> Iterator[None]:
 @pytest.fixture
 def alone(no_launcher) -> Iterator[torch.device]:
     """A process group of this process only, over gloo; the CPU."""
-    yield start(placement(os.environ), "cpu", timedelta(hours=1))
-    stop()
+    yield init_distributed(read_rank_info(os.environ), "cpu", timedelta(hours=1))
+    destroy_process_group()
 
 
 @pytest.fixture

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import torch
 
-from launch.distributed import count_ranks_here, placement, start, stop
+from launch.distributed import destroy_process_group, get_local_world_size, init_distributed, read_rank_info
 
 device_type, folder = sys.argv[-2:]
-place = placement(os.environ)
-device = start(place, device_type, timedelta(hours=1))
-total = torch.tensor([place.rank + 1.0], device=device)
+rank_info = read_rank_info(os.environ)
+device = init_distributed(rank_info, device_type, timedelta(hours=1))
+total = torch.tensor([rank_info.rank + 1.0], device=device)
 torch.distributed.all_reduce(total)
 found = {
-    **asdict(place),
+    **asdict(rank_info),
     "sum": total.item(),
     "group": [torch.distributed.get_rank(), torch.distributed.get_world_size()],
-    "ranks_here": count_ranks_here(),
+    "local_world_size": get_local_world_size(),
     "device": str(device),
     "backend": torch.distributed.get_backend(),
     "node": os.environ.get("SLURMD_NODENAME"),
     "master": [os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]],
 }
-Path(folder, f"{place.rank}.json").write_text(json.dumps(found))
-stop()
+Path(folder, f"{rank_info.rank}.json").write_text(json.dumps(found))
+destroy_process_group()

@@ -7,20 +7,20 @@ import json, os, sys
 from datetime import timedelta
 import torch
 from torch import nn
-from launch.averages import average_buffers
-from launch.distributed import placement, start, stop
+from launch.ema import sync_batchnorm_buffers
+from launch.distributed import read_rank_info, init_distributed, destroy_process_group
 
-place = placement(os.environ)
-start(place, "cpu", timedelta(hours=1))
+rank_info = read_rank_info(os.environ)
+init_distributed(rank_info, "cpu", timedelta(hours=1))
 model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
-model[1].running_mean += torch.tensor([1.0, 2.0]) * (place.rank + 1)
-model[2].running_var += 10.0 * place.rank
+model[1].running_mean += torch.tensor([1.0, 2.0]) * (rank_info.rank + 1)
+model[2].running_var += 10.0 * rank_info.rank
 weight = model[0].weight.clone()
-average_buffers(model)
+sync_batchnorm_buffers(model)
 kept = bool(torch.equal(weight, model[0].weight))
-with open(f"{sys.argv[1]}/{place.rank}.json", "w") as file:
+with open(f"{sys.argv[1]}/{rank_info.rank}.json", "w") as file:
     json.dump([model[1].running_mean.tolist(), model[2].running_var.tolist(), kept], file)
-stop()
+destroy_process_group()
 """
 
 

@@ -9,16 +9,16 @@ from functools import partial
 
 import pytest
 import torch
+from launch.benchmark.implementations import AttentionCall, Shape, make_inputs, model_shapes, parse_shape
 
-from launch.benchmark import __main__, contenders, data, gpu, kernel, measure
+from launch.benchmark import __main__, data, gpu, implementations, kernel, measure
 from launch.benchmark.check import WrongResult, check
-from launch.benchmark.contenders import Entrant, Shape, make_inputs, model_shapes, parse_shape
 from polaformer import ops, reference
 
 CPU = torch.device("cpu")
 BRIEF = ("--seconds", "0.01", "--limit", "1e9")  # however long it takes: nobody is left out
 SMALL = ("--shapes", "2,2,5x7,16", "1,1,8x8,8", *BRIEF)
-RIVALS = ("eager", "sdpa")
+BASELINES = ("eager", "sdpa")
 DEVICES = [
     "cpu",
     pytest.param(
@@ -28,12 +28,12 @@ DEVICES = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_yardsticks():
+def small_peak_measurements():
     """Rates of the device need no gigabytes here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
-        patch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 128, "cuda": 1024})
-        patch.setattr(measure, "MOST_ROUNDS", 20)
+        patch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(measure, "MAX_ROUNDS", 20)
         yield
 
 
@@ -53,10 +53,10 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module", params=DEVICES)
 def measured(request, tmp_path_factory):
-    """(device, report, table) of ours and its rivals on two shapes in two dtypes, and of growth."""
+    """(device, report, table) of ours and its baselines on two shapes in two dtypes, and of growth."""
     folder, device = tmp_path_factory.mktemp("measured"), request.param
     options = ("--device", device, "--dtype", "float32", "bfloat16", "--growth", "8", "4")
-    status, report, table, _ = run_into(folder, *SMALL, *options, "--contenders", "ours", *RIVALS)
+    status, report, table, _ = run_into(folder, *SMALL, *options, "--implementations", "ours", *BASELINES)
     assert status == 0
     return device, report, table
 
@@ -99,7 +99,7 @@ def test_a_report(measured):
     assert all("errors" in entry for entry in report["checks"])
     entries = [(entry["shape"], entry["dtype"], entry["contender"]) for entry in report["results"]]
     assert entries == [
-        (shape, dtype, name) for shape in SMALL[1:3] for dtype in ("float32", "bfloat16") for name in ("ours", *RIVALS)
+        (shape, dtype, name) for shape in SMALL[1:3] for dtype in ("float32", "bfloat16") for name in ("ours", *BASELINES)
     ]
     for shape, dtype, name in entries:
         assert re.search(rf"^ *{shape} +{dtype} +{name} +\d", table, re.MULTILINE)
@@ -108,9 +108,9 @@ def test_a_report(measured):
 def test_numbers_follow_from_each_other(measured):
     _, report, _ = measured
     by_key = {(entry["shape"], entry["dtype"], entry["contender"]): entry for entry in report["results"]}
-    for (text, dtype, contender), entry in by_key.items():
+    for (text, dtype, implementation), entry in by_key.items():
         shape = parse_shape(text)
-        floor = shape.batch * shape.heads * shape.tokens * shape.head_width * {"float32": 4, "bfloat16": 2}[dtype]
+        floor = shape.batch * shape.heads * shape.tokens * shape.head_dim * {"float32": 4, "bfloat16": 2}[dtype]
         for name, elements in (("forward", 4), ("backward", 7), ("both", 11)):
             numbers = entry["passes"][name]
             seconds = numbers["seconds"]
@@ -123,17 +123,17 @@ def test_numbers_follow_from_each_other(measured):
             products = report["product_flops_per_second"][dtype]["median"]
             share = numbers["flops"] / seconds["median"] / products
             assert numbers["share_of_product_rate"] == pytest.approx(share)
-            others = {rival: by_key[text, dtype, rival] for rival in ("ours", *RIVALS) if rival != contender}
+            others = {baseline: by_key[text, dtype, baseline] for baseline in ("ours", *BASELINES) if baseline != implementation}
             other_dtype = "bfloat16" if dtype == "float32" else "float32"
-            others[f"{contender} {other_dtype}"] = by_key[text, other_dtype, contender]
+            others[f"{implementation} {other_dtype}"] = by_key[text, other_dtype, implementation]
             ratios = {
-                rival: other["passes"][name]["seconds"]["median"] / seconds["median"] for rival, other in others.items()
+                baseline: other["passes"][name]["seconds"]["median"] / seconds["median"] for baseline, other in others.items()
             }
             assert numbers["times_faster_than"] == pytest.approx(ratios)
         peaks = entry["peak_extra_bytes"]
         assert 0 < peaks["forward"] <= peaks["both"]
         assert entry["peak_as_share_of"] == pytest.approx(
-            {rival: peaks["both"] / other["peak_extra_bytes"]["both"] for rival, other in others.items()}
+            {baseline: peaks["both"] / other["peak_extra_bytes"]["both"] for baseline, other in others.items()}
         )
     ours = by_key["2,2,5x7,16", "float32", "ours"]["passes"]
     assert [ours[name]["flops"] for name in measure.PASSES] == [n * 2 * 2 * 35 * 16**2 for n in (8, 20, 28)]
@@ -150,7 +150,7 @@ def test_numbers_follow_from_each_other(measured):
 
 
 def test_a_saved_report_shows_the_same_table(run, capsys, tmp_path):
-    arguments = *SMALL[:2], *BRIEF, "--dtype", "float32", "--contenders", "ours", "eager", "--growth"
+    arguments = *SMALL[:2], *BRIEF, "--dtype", "float32", "--implementations", "ours", "eager", "--growth"
     _, report, table, _ = run(*arguments, "--markdown")
     assert kernel.main(["--show", str(tmp_path / "report" / "kernel.json"), "--markdown"]) == 0
     assert capsys.readouterr().out == table
@@ -164,7 +164,7 @@ def test_a_saved_report_shows_the_same_table(run, capsys, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_is_right_passes_the_check(device, dtype):
     shape = Shape(2, 2, 7, 9, 16)
-    for attention in (ops.polarity_attention, reference.polarity_attention, reference.plain):
+    for attention in (ops.polarity_attention, reference.polarity_attention, reference.eager_polarity_attention):
         errors = check(attention, shape, dtype, torch.device(device))
         assert list(errors) == ["out", *(f"grad_{name}" for name in ("q", "k", "v", "same_logits", "opposite_logits"))]
         assert all(error.ours <= error.allowed for sizes in errors.values() for error in sizes.values())
@@ -191,7 +191,7 @@ def test_what_is_wrong_does_not(attention, tensor, dtype):
 
 def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
     wrong = perturbed(lambda out: 1.02 * out)
-    monkeypatch.setattr(contenders.ops, "polarity_attention", wrong)
+    monkeypatch.setattr(implementations.ops, "polarity_attention", wrong)
     status, report, table, errors = run(*SMALL, "--dtype", "float32")
     assert (status, report, table) == (1, None, "")
     assert "error: out of 2,2,5x7,16 in float32 is wrong" in errors
@@ -203,7 +203,7 @@ def test_without_a_compiler_the_rest_is_measured(run):
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
-        options = "--device", "cpu", "--dtype", "float32", "--contenders", "compiled", "eager"
+        options = "--device", "cpu", "--dtype", "float32", "--implementations", "compiled", "eager"
         status, report, table, _ = run(*SMALL[:2], *BRIEF, *options)
     compiled, eager = report["results"]
     assert status == 0
@@ -218,7 +218,7 @@ def test_what_takes_too_long_is_skipped(run):
     status, report, table, _ = run(*SMALL[:2], "--dtype", "float32", "--limit", "1e-9", "--growth", "--device", "cpu")
     assert status == 0
     reasons = {entry["contender"]: entry["skipped"] for entry in report["results"]}
-    assert set(reasons) == set(contenders.CONTENDERS)
+    assert set(reasons) == set(implementations.IMPLEMENTATIONS)
     assert all("products alone take" in reason and "more than --limit 1e-09" in reason for reason in reasons.values())
     assert reasons["ours"].startswith("not checked: ")
     assert report["checks"][0]["skipped"] == reasons["ours"]
@@ -236,12 +236,12 @@ def test_what_has_no_room_is_skipped(run):
 
 
 @pytest.mark.parametrize("contender", ["ours", "eager", "sdpa"])
-def test_predicted_memory(contender):
+def test_predicted_memory(implementation):
     """From a piece of one image for a batch of whole ones; what does not grow with them is counted too often."""
     shape = Shape(3, 1, 160, 64, 32)
-    entrant = Entrant(contenders.implementation(contender), make_inputs(shape, torch.float32, CPU))
-    needed = measure.peak_bytes(entrant.both, CPU)
-    assert 0.95 * needed < contenders.predict_bytes(contender, shape, torch.float32, CPU) < 2 * needed
+    call = AttentionCall(implementations.get_implementation(implementation), make_inputs(shape, torch.float32, CPU))
+    needed = measure.peak_bytes(call.both, CPU)
+    assert 0.95 * needed < implementations.predict_bytes(implementation, shape, torch.float32, CPU) < 2 * needed
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -275,7 +275,7 @@ def test_shapes_of_the_models():
     ("arguments", "message"),
     [
         ("--shapes 8,1,3136,96", "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"),
-        ("--shapes 8,1,5x5,7", "shape 8,1,5x5,7 has an odd head width 7; polarity attention needs an even one"),
+        ("--shapes 8,1,5x5,7", "shape 8,1,5x5,7 has an odd head dimension 7; polarity attention needs an even one"),
         ("--shapes 8,1,5x5,8 --full", "--shapes says all; leave --full, --resolutions and --batches out"),
         ("--resolutions 100", "--resolutions names 100; give multiples of 32, as the models need"),
         ("--batches 0", "--batches names 0; give numbers above 0"),

@@ -10,24 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch.benchmark.sample_images import pack_images
 from PIL import Image
 
 from dataio.manifest import load_manifest
-from dataio.shards import ShardFiles
+from dataio.shards import LocalShards
 from launch.benchmark import data, feed, loading
-from launch.benchmark.loaders import RECIPES, WORKS, Task, row_of_names
+from launch.benchmark.loaders import AUGMENTATIONS, WORKLOADS, LoaderConfig, rows_by_key
 from launch.benchmark.loading import (
-    CONTENDERS,
-    Look,
-    UnequalWork,
+    LOADERS,
+    OutputFingerprint,
+    OutputMismatch,
+    benchmark_loaders,
     compare,
-    contestants,
-    hold_contest,
-    look,
+    fingerprint,
+    loader_processes,
     make_loader,
-    take_turn,
+    run_trial,
 )
-from launch.benchmark.photographs import pack_photographs
 
 SMALL = ("--images", "24", "--batch", "10", "--size", "64", "--cores", "2", "--rounds", "2", "--device", "cpu")
 CLASSES = 6
@@ -37,14 +37,14 @@ CLASSES = 6
 def packed(tmp_path_factory) -> Path:
     """24 photographs in two shards."""
     folder = tmp_path_factory.mktemp("photographs")
-    pack_photographs(folder, 24, 2)
+    pack_images(folder, 24, 2)
     return folder / "packed"
 
 
 @pytest.fixture(scope="module")
-def task(packed) -> Task:
-    """To be had for each work with `replace`."""
-    return Task(work="simple", folder=packed, batch=10, size=64, cores=2, device="cpu")
+def config(packed) -> LoaderConfig:
+    """To be had for each workload with `replace`."""
+    return LoaderConfig(workload="simple", folder=packed, batch=10, size=64, cores=2, device="cpu")
 
 
 def run_into(folder, *arguments):
@@ -63,29 +63,29 @@ def test_photographs(packed):
     assert np.bincount(rows["label"]).tolist() == [4] * CLASSES
     assert 425 <= rows["width"].min() < 500 < rows["width"].max() <= 575
     assert 318 <= rows["height"].min() < 375 < rows["height"].max() <= 432
-    shards = ShardFiles(manifest)
+    shards = LocalShards(manifest)
     images = [np.asarray(Image.open(io.BytesIO(shards.read(sample)))) for sample in range(24)]
     assert len({image.tobytes() for image in images}) == 24
     assert min(image.std() for image in images) > 20  # there is something to see
-    names = row_of_names(manifest)
+    names = rows_by_key(manifest)
     assert list(names.values()) == list(range(24))
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_all_contenders_do_the_same(task, work):
-    looks = {}
-    for name, works in CONTENDERS.items():
-        if work in works:
+@pytest.mark.parametrize("work", WORKLOADS)
+def test_all_contenders_do_the_same(config, workload):
+    fingerprints = {}
+    for name, workloads in LOADERS.items():
+        if workload in workloads:
             uses_workers = name not in ("ours", "dali")  # whose end would take 5 s each; test_a_report has them
-            task = replace(task, work=work, cores=0 if uses_workers else 2)
-            loader = make_loader(name, task)
-            looks[name] = look(loader, task, 0, CLASSES)
-            assert take_turn(loader, task, 1, CLASSES).labels == (4,) * CLASSES  # in the next epoch, too
-    found = compare(task, looks, (4,) * CLASSES)
-    first = looks["ours"]
-    if work == "read":
+            config = replace(config, workload=workload, cores=0 if uses_workers else 2)
+            loader = make_loader(name, config)
+            fingerprints[name] = fingerprint(loader, config, 0, CLASSES)
+            assert run_trial(loader, config, 1, CLASSES).labels == (4,) * CLASSES  # in the next epoch, too
+    found = compare(config, fingerprints, (4,) * CLASSES)
+    first = fingerprints["ours"]
+    if workload == "read":
         assert len(first.digest) == 64
-    elif work in RECIPES:
+    elif workload in AUGMENTATIONS:
         assert first.shape == ("torch.float32", 3, 64, 64)
         assert max(found[name]["statistics"] for name in found) > 0
     else:
@@ -114,42 +114,42 @@ def test_all_contenders_do_the_same(task, work):
         ("simple", {"statistics": np.full(6, 2)}, "simple: dali hands over other .*: statistics 2, allowed 1.25"),
     ],
 )
-def test_unequal_work_is_refused(task, work, wrong, message):
-    right = Look(labels=(4, 4, 4), shape=("torch.float32", 3, 8, 8), digest="a")
+def test_unequal_work_is_refused(config, workload, wrong, message):
+    right = OutputFingerprint(labels=(4, 4, 4), shape=("torch.float32", 3, 8, 8), digest="a")
     right = replace(
         right,
-        levels=np.full((2, 3), 100.0) if work in ("evaluation", "decode") else None,
-        statistics=np.zeros(6) if work == "simple" else None,
+        levels=np.full((2, 3), 100.0) if workload in ("evaluation", "decode") else None,
+        statistics=np.zeros(6) if workload == "simple" else None,
     )
-    task = replace(task, work=work)
-    compare(task, {"ours": right, "dali": right}, (4, 4, 4))
-    with pytest.raises(UnequalWork, match=message):
-        compare(task, {"ours": right, "dali": replace(right, **wrong)}, (4, 4, 4))
+    config = replace(config, workload=workload)
+    compare(config, {"ours": right, "dali": right}, (4, 4, 4))
+    with pytest.raises(OutputMismatch, match=message):
+        compare(config, {"ours": right, "dali": replace(right, **wrong)}, (4, 4, 4))
 
 
 @pytest.mark.slow
-def test_processes_that_fail(task, monkeypatch):
-    task = replace(task, work="read")
-    with pytest.raises(UnequalWork, match=r"read: webdataset hands over 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):
-        hold_contest(["webdataset"], task, (5, 4, 4, 4, 4, 4), 1)
-    with contestants(["webdataset"], task, CLASSES) as [contestant]:
+def test_processes_that_fail(config, monkeypatch):
+    config = replace(config, workload="read")
+    with pytest.raises(OutputMismatch, match=r"read: webdataset hands over 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):
+        benchmark_loaders(["webdataset"], config, (5, 4, 4, 4, 4, 4), 1)
+    with loader_processes(["webdataset"], config, CLASSES) as [worker]:
         with pytest.raises(RuntimeError, match="^read: webdataset failed: TypeError: .*NoneType"):
-            contestant.run(None)
-        contestant.process.kill()
+            worker.run(None)
+        worker.process.kill()
         with pytest.raises(RuntimeError, match="read: webdataset's process ended with status -?[0-9]+; free some mem"):
-            contestant.run(look)
-    assert not contestant.process.is_alive()
+            worker.run(fingerprint)
+    assert not worker.process.is_alive()
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """(report, table, folder) of ours and torchvision at one work."""
+    """(report, table, folder) of ours and torchvision at one workload."""
     folder = tmp_path_factory.mktemp("measured")
-    arguments = "--works", "simple", "--contenders", "ours", "torchvision", "--models", "polaformerpp_b0"
+    arguments = "--workloads", "simple", "--loaders", "ours", "torchvision", "--models", "polaformerpp_b0"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_FED_STEPS", 1)
+        patch.setattr(data, "_STALL_STEPS", 1)
         patch.setattr(feed, "_WARM_UP_STEPS", 0)
-        patch.setattr(feed, "LEAST_ROUNDS", 2)
+        patch.setattr(feed, "MIN_ROUNDS", 2)
         status, report, table, errors = run_into(folder, *SMALL, *arguments)
     assert status == 0, errors
     return report, table, folder / "report"
@@ -175,13 +175,13 @@ def test_a_report(measured):
             assert numbers["repetitions"] == 2
         assert entry["images_per_second"]["low"] > 0
         assert 50 << 20 < entry["peak_own_bytes"] < entry["peak_resident_bytes"]
-    ours, rival = report["results"]
-    there, back = ours["times_faster_than"]["torchvision"], rival["times_faster_than"]["ours"]
+    ours, baseline = report["results"]
+    there, back = ours["times_faster_than"]["torchvision"], baseline["times_faster_than"]["ours"]
     step = (there["high"] - there["low"]) / 3
     ratios = there["low"] - step, there["high"] + step  # of both rounds, between which the quantiles lie
     assert there["median"] == pytest.approx(np.mean(ratios))
     assert back["median"] == pytest.approx(np.mean([1 / ratio for ratio in ratios]))
-    assert rival["difference_to_first"]["statistics"] < 1
+    assert baseline["difference_to_first"]["statistics"] < 1
     assert re.search(rf"simple +torchvision .* {there['median']:.2f} ×", table)
     assert report["decoding_share"] == {}  # "decode" was left out
     with Image.open(folder / "data.png") as chart:
@@ -214,14 +214,14 @@ def test_works_are_added_to_an_earlier_report(measured):
     assert [entry["work"] for entry in added["results"]] == ["read", "simple", "simple"]
     assert [entry["images"] for entry in added["results"]] == [1, 24, 24]
     assert added["feeding"] == report["feeding"]
-    with pytest.raises(ValueError, match="--add: cores was 2 and is 3; measure all works again"):
+    with pytest.raises(ValueError, match="--add: cores was 2 and is 3; measure all workloads again"):
         data.add_to(report, report | {"cores": 3})
 
 
 def test_shares_of_decoding():
     results = [
-        {"work": work, "contender": name, "images_per_second": {"median": rate}}
-        for work, name, rate in (
+        {"work": workload, "contender": name, "images_per_second": {"median": rate}}
+        for workload, name, rate in (
             ("decode", "ours", 200),
             ("simple", "ours", 50),
             ("simple", "dali", 1),
@@ -240,7 +240,7 @@ def test_shares_of_decoding():
         ("--images 9 --batch 5", "9 images are fewer than 2 batches; give 10 or more, or a smaller --batch"),
         ("--data setup.py --images 9", "--data says which images; leave --images out"),
         ("--data tests", "no manifest.json in tests; write shards there with: python -m dataio.pack SOURCE tests"),
-        ("--works three-augment --contenders dali", "none of --contenders does three-augment; add one of ours, timm"),
+        ("--workloads three-augment --loaders dali", "none of --loaders does three-augment; add one of ours, timm"),
         ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
         ("--show setup.py", "setup.py is no report of python -m launch.benchmark data; name one"),
         ("--add --output nowhere.json", "[Errno 2] No such file or directory: 'nowhere.json'"),
@@ -253,8 +253,8 @@ def test_refusals(capsys, arguments, message):
 
 def test_missing_tools(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert data.main([*SMALL, "--works", "simple"]) == 2
+    assert data.main([*SMALL, "--workloads", "simple"]) == 2
     assert capsys.readouterr().err == (
-        "error: webdataset is not installed; install it, or choose --contenders ours dali\n"
+        "error: webdataset is not installed; install it, or choose --loaders ours dali\n"
     )
     loading.require_tools(["ours", "dali"])

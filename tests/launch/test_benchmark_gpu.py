@@ -22,9 +22,9 @@ from launch.benchmark import (
     __main__,
     build_kernels,
     check_kernels,
-    contenders,
     gpu,
     gpu_parts,
+    implementations,
     measure,
     profiling,
     step,
@@ -50,8 +50,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def make_part(name, code, usual=0.0, limit=3600.0, digest=last_line, **options):
-    return Part(name, (sys.executable, "-c", code), usual, limit, digest, needs_kernels=name != "build", **options)
+def make_part(name, code, usual=0.0, limit=3600.0, parse_result=last_line, **options):
+    return Part(name, (sys.executable, "-c", code), usual, limit, parse_result, needs_kernels=name != "build", **options)
 
 
 def run(parts, folder, seconds=float("inf"), archive=None, **clock):
@@ -73,8 +73,8 @@ def read_part(folder, name):
 def test_a_part_that_passes(tmp_path):
     answer = Path(tmp_path, "counted", "answer")
     code = f"import os; print(os.environ['WORD']); open({str(answer)!r}, 'w').write('42')"
-    digest = lambda folder: (int((folder / "answer").read_text()), "counted")  # noqa: E731
-    entries = run([make_part("counted", code, digest=digest, environ={"WORD": "said"})], tmp_path)
+    parse_result = lambda folder: (int((folder / "answer").read_text()), "counted")  # noqa: E731
+    entries = run([make_part("counted", code, parse_result=parse_result, environ={"WORD": "said"})], tmp_path)
     assert (entries["counted"]["outcome"], entries["counted"]["headline"]) == ("passed", "counted")
     written = read_part(tmp_path, "counted")
     assert written["result"] == 42
@@ -89,7 +89,7 @@ def test_a_part_that_fails_keeps_none_from_running(tmp_path):
     parts = [
         make_part("failing", "print('why'); raise SystemExit(3)"),
         make_part("killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
-        make_part("silent", "", digest=unread),
+        make_part("silent", "", parse_result=unread),
         Part("nowhere", ("/nowhere/command",), 0, 3600, last_line),
         make_part("missing", "", missing="not installed: x"),
         make_part("last", "print('still ran')"),
@@ -149,14 +149,14 @@ def test_what_fits_into_the_time(tmp_path):
     """A part may begin if it usually fits into what is left, and never runs for longer than that."""
     now = [0.0]
 
-    def taking(seconds):  # a part's digest, in which the test's clock goes on
+    def taking(seconds):  # a part's parse_result, in which the test's clock goes on
         return lambda folder: now.append(now[-1] + seconds) or (None, "")
 
     parts = [
-        make_part("first", "", usual=1, digest=taking(10_000)),
+        make_part("first", "", usual=1, parse_result=taking(10_000)),
         make_part("long", "", usual=20_000),
-        make_part("short", "", usual=1, digest=taking(9_999)),
-        make_part("longer than usual", "import time; time.sleep(10**6)", usual=1, digest=taking(1)),
+        make_part("short", "", usual=1, parse_result=taking(9_999)),
+        make_part("longer than usual", "import time; time.sleep(10**6)", usual=1, parse_result=taking(1)),
         make_part("late", "", usual=1),
     ]
     entries = run(parts, tmp_path, seconds=20_000, clock=lambda: now[-1])
@@ -255,11 +255,11 @@ def test_the_plan(planned):
     order = "build check check-awkward kernels tests kernel step counters memcheck racecheck compiled operators"
     order += " compiled-step all-tests data resume full"
     assert list(planned) == order.split()
-    assert all(0 < part.usual_seconds < part.limit_seconds for part in planned.values())
+    assert all(0 < part.expected_seconds < part.timeout_seconds for part in planned.values())
     within = gpu.choose_parts(list(planned.values()), ["kernels", "check"])
     assert [part.name for part in within] == ["check", "kernels"]
     first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "step")
-    assert sum(planned[name].usual_seconds for name in first) < 6 * 60
+    assert sum(planned[name].expected_seconds for name in first) < 6 * 60
     started = {part.command[3] for part in planned.values() if part.command[2] == "launch.benchmark"}
     assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "sass"}  # all that use a GPU
 
@@ -288,7 +288,7 @@ def test_tools_of_the_toolkit(tmp_path, monkeypatch):
     assert planned["memcheck"].command[0] == str(tmp_path / "compute-sanitizer")
     assert planned["memcheck"].missing == ""
     assert planned["counters"].missing == "ncu is neither on the PATH nor in CUDA_HOME/bin"
-    assert gpu_parts.lacking("torch", "nowhere.at_all", "json.nothing") == "not installed: nowhere.at_all, json.nothing"
+    assert gpu_parts.missing_modules("torch", "nowhere.at_all", "json.nothing") == "not installed: nowhere.at_all, json.nothing"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_counts_of_tests(tmp_path):
     tests.write_text("import pytest\ndef test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('so')\n")
     command = [sys.executable, "-m", "pytest", "-q", str(tests), f"--junitxml={tmp_path / 'tests.xml'}"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
-    counts, headline = gpu_parts.digest_tests(tmp_path)
+    counts, headline = gpu_parts.parse_tests(tmp_path)
     assert counts == {
         "tests": 3,
         "failures": 1,
@@ -335,29 +335,29 @@ def test_counts_of_tests(tmp_path):
 
 
 @pytest.fixture
-def small_yardsticks(monkeypatch):
+def small_peak_measurements(monkeypatch):
     """Rates of the device need no gigabytes here."""
     monkeypatch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 128})
+    monkeypatch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128})
 
 
-def test_headlines_of_reports(tmp_path, small_yardsticks):
+def test_headlines_of_reports(tmp_path, small_peak_measurements):
     """Of what the commands write here, on the CPU; and of a shape and a model that failed."""
     output = ("--device", "cpu", "--output", str(tmp_path / "report.json"))
     shapes = ("--shapes", "1,1,4x4,8", "1,2,3x5,8", "--runs", "2")
     assert profiling.main([*shapes, *output]) == 0
-    report, headline = gpu_parts.digest_profile(tmp_path)
+    report, headline = gpu_parts.parse_profile(tmp_path)
     assert re.fullmatch(r"1,1,4x4,8 \d+ \+ \d+ µs; 1,2,3x5,8 \d+ \+ \d+ µs", headline)
     assert gpu_parts._headline_of_profile({"results": [{"shape": "1,1,4x4,8", "skipped": "so"}]}) == "1,1,4x4,8 failed"
 
     small = ("--batch", "2", "--resolution", "32")
     assert profiling.main(["--model", "polaformerpp_b0", *small, "--runs", "1", *output]) == 0
-    report, headline = gpu_parts.digest_operators(tmp_path)
+    report, headline = gpu_parts.parse_operators(tmp_path)
     assert re.fullmatch(r"polaformerpp_b0: \d+ ms a step; (\S+ \d+ %, ){2}\S+ \d+ %", headline)
 
     models = ("--models", "polaformerpp_b0", "--modes", "eager", *small)
     assert step.main([*models, "--seconds", "0.01", *output]) == 0
-    report, headline = gpu_parts.digest_steps(tmp_path)
+    report, headline = gpu_parts.parse_steps(tmp_path)
     assert re.fullmatch(r"images/s: polaformerpp_b0 \d+", headline)
     assert gpu_parts._headline_of_steps({"results": [{"model": "b5", "skipped": "so"}]}) == "images/s: b5 failed"
 
@@ -375,7 +375,7 @@ def test_counters(tmp_path):
     ]
     lines = ["==PROF== Connected to process 7", header, *rows, "==PROF== Disconnected from process 7"]
     (tmp_path / "counters.csv").write_text("\n".join(lines) + "\n")
-    launches, headline = gpu_parts.digest_counters(tmp_path)
+    launches, headline = gpu_parts.parse_counters(tmp_path)
     assert [launch["kernel"] for launch in launches] == [
         "void polaformer::sum_keys<96, 2>(Forward)",
         "void polaformer::attend(Forward)",
@@ -387,7 +387,7 @@ def test_counters(tmp_path):
     assert headline == "2 launches, 146 µs"
     (tmp_path / "counters.csv").write_text("==WARNING== No kernels were profiled.\n")
     with pytest.raises(ValueError, match="no launch of a kernel of ours"):
-        gpu_parts.digest_counters(tmp_path)
+        gpu_parts.parse_counters(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_counters(tmp_path):
 )
 def test_summary_of_a_sanitizer(tmp_path, summary, counts):
     (tmp_path / "log.txt").write_text(f"========= COMPUTE-SANITIZER\nran\n========= {summary}\n")
-    assert gpu_parts.digest_sanitizer(tmp_path) == (counts, summary.partition(": ")[2])
+    assert gpu_parts.parse_sanitizer(tmp_path) == (counts, summary.partition(": ")[2])
 
 
 def test_tables():
@@ -424,13 +424,13 @@ def test_tables():
 
 @pytest.fixture
 def two_cases(monkeypatch):
-    monkeypatch.setattr(check_kernels, "AWKWARD", (("2,3,7x9,16", "bfloat16"), ("1,1,5x3,6", "float32")))
+    monkeypatch.setattr(check_kernels, "EDGE_CASES", (("2,3,7x9,16", "bfloat16"), ("1,1,5x3,6", "float32")))
 
 
 def check_on_cpu(folder):
     output = folder / "report.json"
     status = check_kernels.main(["errors", "--shapes", "awkward", "--device", "cpu", "--output", str(output)])
-    return status, json.loads(output.read_text())["checks"], gpu_parts.digest_checks(folder)[1]
+    return status, json.loads(output.read_text())["checks"], gpu_parts.parse_checks(folder)[1]
 
 
 def test_the_check(two_cases, tmp_path, capsys):
@@ -445,13 +445,13 @@ def test_the_check(two_cases, tmp_path, capsys):
 
 
 def test_the_check_finds_what_is_wrong(two_cases, tmp_path, monkeypatch):
-    right, calls = contenders.ops.polarity_attention, []
+    right, calls = implementations.ops.polarity_attention, []
 
     def unsteady(*inputs):
         calls.append(inputs)
         return right(*inputs) * (1 if len(calls) % 2 else float("nan"))
 
-    monkeypatch.setattr(contenders.ops, "polarity_attention", unsteady)
+    monkeypatch.setattr(implementations.ops, "polarity_attention", unsteady)
     status, checks, headline = check_on_cpu(tmp_path)
     assert status == 1
     assert "; wrong: 2,3,7x9,16 bfloat16" in headline
@@ -487,7 +487,7 @@ def test_nothing_is_checked_without_a_gpu(capsys):
         ("launch.benchmark.check_kernels", "--help"),
         ("pytest", "--collect-only", "-q", "-m", "gpu", *gpu_parts._KERNEL_TESTS),
         ("launch.benchmark", "kernel", "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--growth",
-         "--contenders", "ours", "eager", "--seconds", "0.01"),
+         "--implementations", "ours", "eager", "--seconds", "0.01"),
     ],
     ids=["gpu", "kernel", "profile and step", "check_kernels", "tests", "a measurement"],
 )  # fmt: skip

@@ -3,15 +3,15 @@
 import json
 
 import pytest
+from launch.benchmark.sample_images import make_images
 
 from launch.benchmark import pack
-from launch.benchmark.photographs import make_photographs
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "photographs"
-    make_photographs(folder, 12, 1)
+    make_images(folder, 12, 1)
     return folder
 
 
@@ -41,12 +41,12 @@ def test_a_contender_that_fails_or_loses_images(source, tmp_path, monkeypatch, s
         pack.COMMANDS, "new", lambda source, made, _: ("sh", "-c", f"cp -r $0 $1/made; {script}", source, made[:-5])
     )
     with pytest.raises(RuntimeError, match=f"^new {fault}"):
-        pack.take_turn("new", source, tmp_path, 1)
+        pack.run_trial("new", source, tmp_path, 1)
 
 
 def test_turns_begin_anywhere():
-    assert pack.rotated(["a", "b", "c"], 0) == ["a", "b", "c"]
-    assert pack.rotated(["a", "b", "c"], 2) == ["c", "a", "b"]
+    assert pack.rotate_order(["a", "b", "c"], 0) == ["a", "b", "c"]
+    assert pack.rotate_order(["a", "b", "c"], 2) == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize("option", ["--images", "--workers", "--rounds"])

@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from launch.benchmark import __main__, measure, profiling
-from launch.benchmark.profiling import Launch, Run, divide, operators, profile_on_cpu, short_name, summarize
+from launch.benchmark.profiling import Launch, Run, operators, profile_on_cpu, short_name, split_by_markers, summarize
 from polaformer import ops
 
 TINY = ("--shapes", "2,1,7x9,16", "1,2,4x4,8", "--runs", "5")
@@ -38,11 +38,11 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_yardsticks():
+def small_peak_measurements():
     """The device's rate needs no gigabytes here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
-        patch.setattr(measure, "MOST_ROUNDS", 20)
+        patch.setattr(measure, "MAX_ROUNDS", 20)
         yield
 
 
@@ -87,7 +87,7 @@ def test_a_report(profiled):
 def test_the_kernels_are_those_of_the_pass(profiled):
     device, report, _ = profiled
     if not ops.has_compiled_kernels(device):
-        pytest.skip(ops.why_no_kernels(device))
+        pytest.skip(ops.kernels_unavailable_reason(device))
     forward, backward = (
         {kernel["name"] for kernel in report["results"][0]["kernels"] if kernel["pass"] == name}
         for name in ("forward", "backward")
@@ -170,7 +170,7 @@ def test_operators_of_the_cpu():
 
 def test_division_of_a_stream():
     stream = [SimpleNamespace(name=name) for name in ("early", "flush", "a", "b", "flush", "a", "flush")]
-    divided = divide(stream, {"flush"})
+    divided = split_by_markers(stream, {"flush"})
     assert [[event.name for event in run] for run in divided] == [["a", "b"], ["a"], []]
 
 
@@ -190,7 +190,7 @@ def test_summary_of_runs():
             "attend",
         ),
         ("void <unnamed>::differentiate_keys<__half, (int)96>(<unnamed>::Backward)", "differentiate_keys"),
-        ("polaformer::finish_keys(polaformer::Forward)", "finish_keys"),
+        ("polaformer::combine_key_splits(polaformer::Forward)", "combine_key_splits"),
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul> >"
             "(int, at::native::FillFunctor<float>, std::array<char*, 1ul>)",

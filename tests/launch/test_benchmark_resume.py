@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from launch.benchmark.sample_images import pack_images
 
 from dataio.augment.views import ImageOptions
 from dataio.loader import TrainLoader
 from dataio.manifest import load_manifest
-from dataio.sampler import Order
-from dataio.shards import ShardFiles
+from dataio.sampler import Sampler
+from dataio.shards import LocalShards
 from launch.benchmark import resume
-from launch.benchmark.photographs import pack_photographs
 
 CPU = torch.device("cpu")
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def many(tmp_path_factory):
     """1,680 samples, of 12 photographs."""
     folder = tmp_path_factory.mktemp("photographs")
-    return resume.multiply(pack_photographs(folder, 12, 1), folder / "many", 1500)
+    return resume.replicate_samples(pack_images(folder, 12, 1), folder / "many", 1500)
 
 
 def test_a_folder_of_many_samples_is_a_packed_one(many):
@@ -29,7 +29,7 @@ def test_a_folder_of_many_samples_is_a_packed_one(many):
     assert (len(many), len(many.shards)) == (1680, 560)
     few = load_manifest(many.folder.parent / "packed")
     for sample in (0, 1, 2, 3, 1679):
-        assert ShardFiles(many).read(sample) == ShardFiles(few).read(sample % 3)
+        assert LocalShards(many).read(sample) == LocalShards(few).read(sample % 3)
 
 
 def test_the_state_is_that_of_a_run_which_has_come_so_far(many):
@@ -48,7 +48,7 @@ def test_another_batch_than_the_first_is_refused(many, monkeypatch):
 
 @pytest.mark.slow
 def test_a_report(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(resume, "_PHOTOGRAPHS", 12)
+    monkeypatch.setattr(resume, "_UNIQUE_IMAGES", 12)
     path = tmp_path / "new" / "resume.json"
     options = ("--device", "cpu", "--samples", "1200", "--step", "1000000", "--rounds", "1")
     assert resume.main([*options, "--output", str(path)]) == 0
@@ -67,7 +67,7 @@ def test_correlations_are_those_of_the_orders(many):
     stored, found = np.arange(1680), []
     for seed in range(3):
         for epoch in range(5):
-            seen = Order(seed, (3,) * 560).samples_at(epoch * 1680 + stored)
+            seen = Sampler(seed, (3,) * 560).samples_at(epoch * 1680 + stored)
             found.append(abs(((seen - 839.5) * (stored - 839.5)).sum() / ((stored - 839.5) ** 2).sum()))
     assert resume.correlations(many)["full"] == pytest.approx(max(found))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.benchmark import __main__, machine_code, sass
-from launch.benchmark.kernel_costs import WORK, Nest, Work, cost
-from launch.benchmark.machine_code import WIDTHS, Instruction, Kernel, UnexplainedLoops
+from launch.benchmark.kernel_costs import WORK, LoopNest, Work, cost
+from launch.benchmark.machine_code import PADDED_HEAD_DIMS, Instruction, Kernel, UnmatchedLoops
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,16 +40,16 @@ def assemble(text: str) -> list[Instruction]:
     [
         ("_ZN10polaformer12_GLOBAL__N_16attendINS_8Bfloat16ELi96EEEvNS_7ForwardE", ("attend", "bf16", 96)),
         ("_ZN10polaformer4bf1612_GLOBAL__N_18sum_keysILi128EEEvNS_7ForwardE", ("sum_keys", "bf16", 128)),
-        ("_ZN10polaformer4tf3212_GLOBAL__N_18sum_keysINS_8Tensor32ILb1ELb1EEELi32EEEvNS_7ForwardE",
+        ("_ZN10polaformer4tf3212_GLOBAL__N_18sum_keysINS_11Tf32OperandILb1ELb1EEELi32EEEvNS_7ForwardE",
          ("sum_keys", "float32", 32)),
-        ("_ZN10polaformer12_GLOBAL__N_121differentiate_queriesINS_8Tensor32ILb0ELb0EEELi64EEEvNS_8BackwardE",
-         ("differentiate_queries", "any 16", 64)),
-        ("_ZN10polaformer12_GLOBAL__N_129differentiate_queries_shiftedINS_8Tensor32ILb0ELb1EEELi64EEEvNS_8BackwardE",
-         ("differentiate_queries_shifted", "any float32", 64)),
-        ("_ZN10polaformer12_GLOBAL__N_111finish_keysILb0EEEvNS_7ForwardE", ("finish_keys", "16", 0)),
-        ("_ZN10polaformer12_GLOBAL__N_111finish_keysILb1EEEvNS_7ForwardE", ("finish_keys", "float32", 0)),
-        ("_ZN10polaformer12_GLOBAL__N_114finish_queriesENS_8BackwardE", ("finish_queries", "", 0)),
-        ("_Z10fill_turnsv", ("fill_turns", "", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_121differentiate_queriesINS_11Tf32OperandILb0ELb0EEELi64EEEvNS_8BackwardE",
+         ("differentiate_queries", "generic 16-bit", 64)),
+        ("_ZN10polaformer12_GLOBAL__N_129differentiate_queries_shiftedINS_11Tf32OperandILb0ELb1EEELi64EEEvNS_8BackwardE",
+         ("differentiate_queries_shifted", "generic float32", 64)),
+        ("_ZN10polaformer12_GLOBAL__N_18combine_key_splitsILb0EEEvNS_7ForwardE", ("combine_key_splits", "16", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_18combine_key_splitsILb1EEEvNS_7ForwardE", ("combine_key_splits", "float32", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_20combine_query_splitsENS_8BackwardE", ("combine_query_splits", "", 0)),
+        ("_Z18fill_rotary_tablesv", ("fill_rotary_tables", "", 0)),
         ("plain", ("plain", "", 0)),
     ],
 )  # fmt: skip
@@ -100,14 +100,14 @@ def test_loops(text, outer, inner):
 
 def test_code_without_loops():
     assert machine_code.find_loops(assemble("FADD R0, R0, R1\nEXIT\nself: BRA self")) == []
-    with pytest.raises(UnexplainedLoops, match="an indirect branch at 0x0"):
+    with pytest.raises(UnmatchedLoops, match="an indirect branch at 0x0"):
         machine_code.find_loops(assemble("BRX R2"))
 
 
 COLUMNS = Work(
     rows=1,
     warps=lambda w: 3,
-    loop=Nest("tokens", lambda w: 1, (Nest("columns", lambda w: 4, (Nest("parts", lambda w: 2),)),)),
+    loop=LoopNest("tokens", lambda w: 1, (LoopNest("columns", lambda w: 4, (LoopNest("parts", lambda w: 2),)),)),
     products=lambda w: 3 * 8,
 )
 CODES = {
@@ -202,7 +202,7 @@ def test_trips():
     ids=["fewer", "none", "either may be unrolled", "extra"],
 )
 def test_wrong_trips_are_refused(columns, parts, extra, fault):
-    loop = Nest("tokens", lambda w: 1, (Nest("columns", lambda w: columns, (Nest("parts", lambda w: parts),)),))
+    loop = LoopNest("tokens", lambda w: 1, (LoopNest("columns", lambda w: columns, (LoopNest("parts", lambda w: parts),)),))
     wrong = Work(1, lambda w: 3, loop, lambda w: 3 * 8, {"means": lambda w: 3 * extra})
     message = (
         f"sm_90 attend<bf16, 32>: {fault} trip counts of its loop over tokens give the 24 + {3 * extra} (means) HMMAs"
@@ -210,7 +210,7 @@ def test_wrong_trips_are_refused(columns, parts, extra, fault):
         " code has 0x0: 0 HMMA of 2 (0x10: 0 HMMA of 2 (0x20: 1 HMMA of 3));"
         " correct WORK in launch/benchmark/kernel_costs.py"
     )
-    with pytest.raises(UnexplainedLoops, match=re.escape(message)):
+    with pytest.raises(UnmatchedLoops, match=re.escape(message)):
         cost(kernel_of(CODES["as written"]), wrong)
 
 
@@ -221,11 +221,11 @@ def test_a_loop_without_products_must_be_declared():
                 @P0 BRA rows
                 @P1 BRA tokens
                 EXIT""")
-    without = Work(1, lambda w: 1, Nest("tokens", lambda w: 1), lambda w: 8)
-    with pytest.raises(UnexplainedLoops, match="no trip counts"):
+    without = Work(1, lambda w: 1, LoopNest("tokens", lambda w: 1), lambda w: 8)
+    with pytest.raises(UnmatchedLoops, match="no trip counts"):
         cost(code, without)
-    rows = Nest("rows", lambda w: 5, multiplies=False)
-    counted = cost(code, Work(1, lambda w: 1, Nest("tokens", lambda w: 1, (rows,)), lambda w: 8))
+    rows = LoopNest("rows", lambda w: 5, multiplies=False)
+    counted = cost(code, Work(1, lambda w: 1, LoopNest("tokens", lambda w: 1, (rows,)), lambda w: 8))
     assert counted.classes["LDG/STG/LDGSTS"] == 5
     assert counted.shared_clocks == 10
 
@@ -283,7 +283,7 @@ def extension(tmp_path, monkeypatch) -> Path:
     tool = tmp_path / "cuobjdump"
     tool.write_text(f'#!/bin/sh\ncat "{tmp_path}/$1"\n')
     tool.chmod(0o755)
-    write_dumps(tmp_path, [(name, width) for name in WORK for width in WIDTHS])
+    write_dumps(tmp_path, [(name, width) for name in WORK for width in PADDED_HEAD_DIMS])
     path = tmp_path / "_cuda.so"
     path.touch()
     return path
@@ -299,7 +299,7 @@ def test_the_command(extension, tmp_path, capsys):
     printed, report = capsys.readouterr().out, json.loads(path.read_text())
     assert report["benchmark"] == "sass"
     assert [(entry["kernel"], entry["padded_width"]) for entry in report["kernels"]] == [
-        (name, width) for name in WORK for width in WIDTHS
+        (name, width) for name in WORK for width in PADDED_HEAD_DIMS
     ]
     for entry in report["kernels"]:
         work, width = WORK[entry["kernel"]], entry["padded_width"]
@@ -308,7 +308,7 @@ def test_the_command(extension, tmp_path, capsys):
         assert (entry["registers"], entry["threads"], entry["blocks_by_registers"]) == (100, 128, 4)
         assert (entry["static_shared_bytes"], entry["stack_bytes"], entry["local_accesses"]) == (1024, 0, 0)
     written = {tuple(line.split()) for line in printed.splitlines()}
-    assert {("HMMA", *(str(work.all_products(width)) for width in WIDTHS)) for work in WORK.values()} <= written
+    assert {("HMMA", *(str(work.all_products(width)) for width in PADDED_HEAD_DIMS)) for work in WORK.values()} <= written
     assert "Lower bounds for 128,1,56x56,96 in bf16 on one H100, µs: predicted, not measured" in printed
     assert "share of copy bandwidth" in printed
 
@@ -320,12 +320,12 @@ def test_the_command(extension, tmp_path, capsys):
 
 def test_predictions_follow_from_the_counts(extension, tmp_path):
     path = tmp_path / "sass.json"
-    assert run("--extension", extension, "--output", path, "--shape", "4,2,28x28,80", "--card", "h200") == 0
+    assert run("--extension", extension, "--output", path, "--shape", "4,2,28x28,80", "--gpu", "h200") == 0
     report = json.loads(path.read_text())
-    prediction, card = report["prediction"], sass.CARDS["h200"]
+    prediction, gpu = report["prediction"], sass.GPU_SPECS["h200"]
     counted = {entry["kernel"]: entry for entry in report["kernels"] if entry["padded_width"] == 96}
     tiles = 4 * 2 * 28 * 28 // 16
-    per_clock = tiles / (card.multiprocessors * card.clocks_per_second)
+    per_clock = tiles / (gpu.multiprocessors * gpu.clocks_per_second)
     for name, kernel in prediction["kernels"].items():
         classes, bounds = counted[name]["instructions"], kernel["bounds"]
         assert bounds["issue"] == pytest.approx(counted[name]["all_instructions"] / 4 * per_clock)
@@ -347,11 +347,11 @@ def test_predictions_follow_from_the_counts(extension, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--card b300", "card 'b300' is unknown; name one of h100, h200, a100, a100-40gb"),
-        ("--card a100", "{} has code for sm_90, a100 runs sm_80; build it with that in TORCH_CUDA_ARCH_LIST, or name"
-                        " another --card"),
+        ("--gpu b300", "card 'b300' is unknown; name one of h100, h200, a100, a100-40gb"),
+        ("--gpu a100", "{} has code for sm_90, a100 runs sm_80; build it with that in TORCH_CUDA_ARCH_LIST, or name"
+                        " another --gpu"),
         ("--shape 128,3136,96", "shape '128,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 128,1,56x56,96"),
-        ("--shape 8,1,5x5,8", "shape 8,1,5x5,8 has head width 8, which the kernels counted here do not take; give a"
+        ("--shape 8,1,5x5,8", "shape 8,1,5x5,8 has head dimension 8, which the kernels counted here do not take; give a"
                               " multiple of 16 up to 128"),
         ("--extension nothing.so", "nothing.so is no file; name a built polaformer/_cuda*.so"),
         ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
@@ -363,7 +363,7 @@ def test_refusals(extension, capsys, arguments, message):
 
 
 def test_extensions_that_are_not_what_they_should_be(extension, tmp_path, capsys):
-    write_dumps(tmp_path, [(name, width) for name in WORK for width in WIDTHS[1:]])
+    write_dumps(tmp_path, [(name, width) for name in WORK for width in PADDED_HEAD_DIMS[1:]])
     assert run("--extension", extension) == 2
     lacking = ", ".join(f"{name}<32>" for name in WORK)
     assert capsys.readouterr().err == f"error: {extension} lacks {lacking} for bf16; build it from these sources\n"

@@ -23,11 +23,11 @@ DEVICES = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small_yardsticks():
+def small_peak_measurements():
     """The device's rate needs no large matrices here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 128, "cuda": 1024})
-        patch.setattr(measure, "MOST_ROUNDS", 20)
+        patch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(measure, "MAX_ROUNDS", 20)
         yield
 
 
@@ -75,7 +75,7 @@ def test_a_report(measured):
         times, rates = entry["seconds"], entry["images_per_second"]
         assert 0 < times["low"] <= times["median"] <= times["high"]
         assert 0 < rates["low"] <= rates["median"] <= rates["high"]
-        assert times["repetitions"] == rates["repetitions"] >= measure.LEAST_ROUNDS
+        assert times["repetitions"] == rates["repetitions"] >= measure.MIN_ROUNDS
         assert 2 / times["high"] <= rates["median"] <= 2 / times["low"]
         assert entry["flops"] == count_flops(entry["model"], batch)
         model = create_model(entry["model"], 32)
@@ -212,6 +212,6 @@ def test_the_examples_of_the_help_are_valid(capsys):
 
 def test_every_usual_model_exists():
     arguments = step.parse([])
-    batch = step.settle_batch(arguments.models, arguments.batch, arguments.resolution, CPU)
+    batch = step.resolve_batch(arguments.models, arguments.batch, arguments.resolution, CPU)
     assert arguments.models[0] == "polaformerpp_b5"
     assert all(count_flops(name, batch) > 1e12 for name in arguments.models)

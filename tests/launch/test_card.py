@@ -3,27 +3,27 @@
 import pytest
 import timm
 import torch
+from launch.model_metadata import make_model_metadata, read_model_metadata
 from safetensors.torch import load_file
 
 from dataio.augment.views import ImageOptions
-from launch.card import make_card, read_card
 from polaformer.weights import save_weights
 
 IMAGES = ImageOptions(
     image_size=96, interpolation="bilinear", eval_resize="short", eval_crop_fraction=0.9, mean=(0.1, 0.2, 0.3)
 )
-CARD = make_card("polaformerpp_b1", ("T-shirt_top", "größer", 'a "quoted" one'), IMAGES)
+METADATA = make_model_metadata("polaformerpp_b1", ("T-shirt_top", "größer", 'a "quoted" one'), IMAGES)
 
 
 def test_it_comes_back_from_a_file_of_weights(tmp_path):
     state = {"head.bias": torch.arange(3.0)}
-    save_weights(state, tmp_path / "model.safetensors", CARD.metadata())
-    assert read_card(tmp_path / "model.safetensors") == CARD
+    save_weights(state, tmp_path / "model.safetensors", METADATA.safetensors_metadata())
+    assert read_model_metadata(tmp_path / "model.safetensors") == METADATA
     assert torch.equal(load_file(tmp_path / "model.safetensors")["head.bias"], state["head.bias"])
 
 
 def test_it_says_how_images_are_evaluated():
-    restored = CARD.image_options(threads=7)
+    restored = METADATA.image_options(threads=7)
     assert restored == ImageOptions(
         image_size=96,
         interpolation="bilinear",
@@ -36,10 +36,10 @@ def test_it_says_how_images_are_evaluated():
 
 @pytest.mark.parametrize(("eval_resize", "crop_mode"), [("squash", "squash"), ("short", "center")])
 def test_timm_reads_it(eval_resize, crop_mode):
-    card = make_card(
+    metadata = make_model_metadata(
         "polaformerpp_b0", ("a", "b"), ImageOptions(image_size=64, eval_resize=eval_resize, eval_crop_fraction=0.75)
     )
-    written = card.timm_config()
+    written = metadata.timm_config()
     assert (written["architecture"], written["num_classes"], written["label_names"]) == (
         "polaformerpp_b0",
         2,
@@ -64,12 +64,12 @@ def test_timm_reads_it(eval_resize, crop_mode):
 def test_files_of_others_have_none(tmp_path):
     torch.save({}, tmp_path / "official.pth")
     save_weights({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"format": "pt"})
-    assert read_card(tmp_path / "official.pth") is None
-    assert read_card(tmp_path / "foreign.safetensors") is None
+    assert read_model_metadata(tmp_path / "official.pth") is None
+    assert read_model_metadata(tmp_path / "foreign.safetensors") is None
 
 
 def test_a_file_that_is_not_what_its_name_says(tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken.safetensors is not a safetensors file .*; copy or export it again"):
-        read_card(path)
+        read_model_metadata(path)

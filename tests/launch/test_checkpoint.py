@@ -7,11 +7,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from launch.ema import ModelEma
 
 from launch import checkpoint
-from launch.averages import MovingAverage
 from launch.checkpoint import RunState
-from launch.distributed import Refusal
+from launch.distributed import RunError
 from launch.engine import build_model, start_engine
 from launch.plan import make_plan
 from polaformer.weights import save_weights
@@ -45,13 +45,13 @@ def optimizer_file(newest):
 
 
 def test_the_newest_is_taken_and_latest_names_it(folder):
-    newest, faults = checkpoint.newest(folder)
+    newest, faults = checkpoint.find_newest(folder)
     assert newest.name == names(folder)[-1] == (folder / "latest").read_text().strip()
     assert faults == []
 
 
 def test_the_manifest_names_every_file(folder):
-    newest, _ = checkpoint.newest(folder)
+    newest, _ = checkpoint.find_newest(folder)
     files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
     assert set(json.loads((newest / checkpoint.MANIFEST_NAME).read_text())) == files - {checkpoint.MANIFEST_NAME}
     assert {checkpoint.MODEL_NAME, checkpoint.EMA_NAME, checkpoint.STATE_NAME} < files
@@ -70,7 +70,7 @@ def test_the_manifest_names_every_file(folder):
 def test_a_damaged_checkpoint_is_passed_over(folder, damage, message):
     older, newer = names(folder)
     damage(folder / newer)
-    found, [fault] = checkpoint.newest(folder)
+    found, [fault] = checkpoint.find_newest(folder)
     assert found.name == older
     assert re.search(message, fault)
 
@@ -79,25 +79,25 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_not(folder, tmp_path):
     for name in names(folder):
         truncate(folder / name / checkpoint.MODEL_NAME)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*; .* Move the folder away to start anew"):
-        checkpoint.newest(folder)
-    assert checkpoint.newest(tmp_path / "nothing") == (None, [])
+        checkpoint.find_newest(folder)
+    assert checkpoint.find_newest(tmp_path / "nothing") == (None, [])
 
 
 def test_an_unfinished_checkpoint_is_not_seen(folder):
     shutil.copytree(folder / names(folder)[-1], folder / ".step-99999999")
-    newest, _ = checkpoint.newest(folder)
+    newest, _ = checkpoint.find_newest(folder)
     assert newest.name == names(folder)[-1]
 
 
 def test_the_best_is_kept_besides_the_newest(alone, folder, tmp_path):
     older, newer = (folder / name for name in names(folder))
     newer.rename(tmp_path / "later")
-    checkpoint.retain(older, is_best=True, keep=1)
+    checkpoint.mark_best_and_prune(older, is_best=True, keep=1)
     (tmp_path / "later").rename(newer)
     newest = shutil.copytree(newer, folder / "step-90000000")
-    checkpoint.retain(newest, is_best=False, keep=1)
+    checkpoint.mark_best_and_prune(newest, is_best=False, keep=1)
     assert names(folder) == [older.name, newest.name]
-    checkpoint.retain(newest, is_best=True, keep=1)
+    checkpoint.mark_best_and_prune(newest, is_best=True, keep=1)
     assert names(folder) == [newest.name]
     assert not list(folder.glob(".*"))
 
@@ -105,8 +105,8 @@ def test_the_best_is_kept_besides_the_newest(alone, folder, tmp_path):
 def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
     older, newer = names(folder)
     truncate(folder / newer / checkpoint.MODEL_NAME)
-    checkpoint.retain(folder / older, is_best=False, keep=1)
-    assert checkpoint.newest(folder)[0].name == older
+    checkpoint.mark_best_and_prune(folder / older, is_best=False, keep=1)
+    assert checkpoint.find_newest(folder)[0].name == older
 
 
 @pytest.fixture
@@ -117,9 +117,9 @@ def begin(alone, configure):
         config = configure(*overrides)
         plan = make_plan(config, 0, 1)
         model = build_model(config, plan, alone)
-        average = MovingAverage(model)
+        ema = ModelEma(model)
         state = RunState(1, "polaformerpp_b0", 10, 1, config.engine.zero_stage, {}, 0.0)
-        return start_engine(config, plan, model), average, state
+        return start_engine(config, plan, model), ema, state
 
     return start
 
@@ -128,63 +128,63 @@ def begin(alone, configure):
 def test_settings_are_the_configurations_and_not_the_checkpoints(begin, tmp_path, stage):
     """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
     staged = f"engine.zero_stage={stage}"
-    engine, average, state = begin(staged, "optimizer.clip=1.0", "optimizer.weight_decay=0.05")
-    saved = checkpoint.save(tmp_path, engine, average, state, {})
-    engine, average, _ = begin(staged, "optimizer.clip=0.25", "optimizer.weight_decay=0.3")
-    checkpoint.load(saved, engine, average)
+    engine, ema, state = begin(staged, "optimizer.max_grad_norm=1.0", "optimizer.weight_decay=0.05")
+    saved = checkpoint.save(tmp_path, engine, ema, state, {})
+    engine, ema, _ = begin(staged, "optimizer.max_grad_norm=0.25", "optimizer.weight_decay=0.3")
+    checkpoint.load(saved, engine, ema)
     assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.0, 0.3]
     assert engine.gradient_clipping() == 0.25
     assert getattr(engine.optimizer, "clip_grad", 0.25) == 0.25
 
 
 def test_files_of_a_rank_that_are_not_there(begin, tmp_path):
-    engine, average, state = begin()
-    with pytest.raises(Refusal, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
-        checkpoint.save(tmp_path, engine, average, replace(state, ranks=2), {})
-    assert checkpoint.newest(tmp_path) == (None, [])
+    engine, ema, state = begin()
+    with pytest.raises(RunError, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
+        checkpoint.save(tmp_path, engine, ema, replace(state, world_size=2), {})
+    assert checkpoint.find_newest(tmp_path) == (None, [])
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_disk_that_takes_no_more(begin, tmp_path, no_file_larger_than, stage):
     """What is there stays and is the newest, nothing is left of the new one, and with room the same engine saves."""
-    engine, average, state = begin(f"engine.zero_stage={stage}")
-    first = checkpoint.save(tmp_path, engine, average, state, {})
+    engine, ema, state = begin(f"engine.zero_stage={stage}")
+    first = checkpoint.save(tmp_path, engine, ema, state, {})
     before = sorted(tmp_path.rglob("*"))
-    with no_file_larger_than(2**20), pytest.raises(Refusal) as refusal:
-        checkpoint.save(tmp_path, engine, average, replace(state, step=2), {})
+    with no_file_larger_than(2**20), pytest.raises(RunError) as refusal:
+        checkpoint.save(tmp_path, engine, ema, replace(state, step=2), {})
     assert re.fullmatch(
         f"cannot write a checkpoint in {tmp_path}: File too large; it needs 127 MiB, [0-9,]+ MiB are free. Make room"
         " and start again: the run goes on from step-00000001",
         str(refusal.value),
     )
     assert sorted(tmp_path.rglob("*")) == before
-    assert checkpoint.newest(tmp_path) == (first, [])
-    second = checkpoint.save(tmp_path, engine, average, replace(state, step=2), {})
-    assert checkpoint.newest(tmp_path) == (second, [])
+    assert checkpoint.find_newest(tmp_path) == (first, [])
+    second = checkpoint.save(tmp_path, engine, ema, replace(state, step=2), {})
+    assert checkpoint.find_newest(tmp_path) == (second, [])
 
 
 def test_what_hinders_safetensors_is_said(begin, tmp_path, no_file_larger_than):
-    _, average, _ = begin()
+    _, ema, _ = begin()
     with (
         no_file_larger_than(2**20),
         pytest.raises(RuntimeError, match="^File too large$"),
-        checkpoint._in_the_systems_words(tmp_path, average),
+        checkpoint._with_os_error_reason(tmp_path, ema),
     ):
-        save_weights(average.module.state_dict(), tmp_path / "model.safetensors", {})
+        save_weights(ema.module.state_dict(), tmp_path / "model.safetensors", {})
 
 
 def test_the_room_that_is_asked_for_is_that_of_a_checkpoint(begin, folder):
-    saved, _ = checkpoint.newest(folder)
+    saved, _ = checkpoint.find_newest(folder)
     taken = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
-    _, average, _ = begin()
-    assert taken <= checkpoint._expected_bytes(average) < 1.02 * taken
+    _, ema, _ = begin()
+    assert taken <= checkpoint._expected_bytes(ema) < 1.02 * taken
 
 
 def test_what_killed_runs_were_writing_is_removed(begin, folder):
     (folder / ".step-00000005-0123abcd" / "engine").mkdir(parents=True)
     (folder / ".step-00000004").mkdir()
-    engine, average, state = begin()
-    checkpoint.save(folder, engine, average, state, {})
+    engine, ema, state = begin()
+    checkpoint.save(folder, engine, ema, state, {})
     assert not list(folder.glob(".*"))
 
 
@@ -198,10 +198,10 @@ def test_a_folder_that_is_another_runs_by_now(begin, tmp_path, look):
         if len(looks) == look:
             raise RuntimeError("no longer this run's")
 
-    with pytest.raises(Refusal, match="^no longer this run's$"):
+    with pytest.raises(RunError, match="^no longer this run's$"):
         checkpoint.save(tmp_path, *begin(), {}, check_lock)
     assert looks[0] == []
-    assert checkpoint.newest(tmp_path) == (None, [])
+    assert checkpoint.find_newest(tmp_path) == (None, [])
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
 
@@ -215,8 +215,8 @@ def test_everybody_may_read_weights_who_may_read_the_rest(begin, tmp_path):
 
 def test_what_a_state_continues():
     state = RunState(3, "polaformerpp_b0", 10, 2, 1, {}, 50.0)
-    state.check_continues(replace(state, step=0, best_top1=0.0))
+    state.check_compatible(replace(state, step=0, best_top1=0.0))
     with pytest.raises(ValueError, match="has number of classes 10, this start has 12; start it with 10, or choose"):
-        state.check_continues(replace(state, classes=12))
+        state.check_compatible(replace(state, num_classes=12))
     with pytest.raises(ValueError, match="has ZeRO stage 1, this start has 3"):
-        state.check_continues(replace(state, zero_stage=3))
+        state.check_compatible(replace(state, zero_stage=3))

@@ -12,7 +12,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 SMALLEST = {"output": "runs/x", "data": {"train": "shards/train", "val": "shards/val"}}
 
-# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and clip. All for 300
+# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and max_grad_norm. All for 300
 # epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
 RECIPE = {
     "polaformerpp_b0": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
@@ -42,12 +42,12 @@ def explanation(path: Path, *overrides: str) -> str:
     ("override", "message"),
     [
         ("optimiser.lr=1", "unknown key optimiser; did you mean optimizer?"),
-        ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate; known are epochs, global_batch, "),
+        ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate; known are epochs, global_batch_size, "),
         ("optimizer.warmup_epoch=1", "unknown key optimizer.warmup_epoch; did you mean warmup_epochs?"),
         ("data.imagesize=64", "unknown key data.imagesize; did you mean image_size?"),
         ("optimizer.epochs=many", "optimizer.epochs is 'many': input should be a valid number, unable to parse"),
-        ("optimizer.global_batch=1.5", "optimizer.global_batch is 1.5: input should be a valid integer"),
-        ("optimizer.global_batch=0", "optimizer.global_batch is 0: input should be greater than or equal to 1"),
+        ("optimizer.global_batch_size=1.5", "optimizer.global_batch_size is 1.5: input should be a valid integer"),
+        ("optimizer.global_batch_size=0", "optimizer.global_batch_size is 0: input should be greater than or equal to 1"),
         ("optimizer.lr=0", "optimizer.lr is 0: input should be greater than 0"),
         ("optimizer.lr=.inf", "optimizer.lr is inf: input should be a finite number"),
         ("optimizer.lr=", "optimizer.lr is None: input should be a valid number"),
@@ -58,23 +58,23 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.std=[0.2, 0.2]", "data.std.2 is [0.2, 0.2]: field required"),
         ("data.image_size=100", "data.image_size is 100: input should be a multiple of 32"),
         ("data.image_size=0", "data.image_size is 0: input should be greater than or equal to 32"),
-        ("data.flip_probability=2", "data.flip_probability is 2: input should be less than or equal to 1"),
-        ("data.eval_crop_fraction=0", "data.eval_crop_fraction is 0: input should be greater than 0"),
-        ("data.recipe=full", "data.recipe is 'full': input should be 'rand-augment', 'three-augment' or 'simple'"),
+        ("data.hflip=2", "data.hflip is 2: input should be less than or equal to 1"),
+        ("data.crop_pct=0", "data.crop_pct is 0: input should be greater than 0"),
+        ("data.augmentation=full", "data.augmentation is 'full': input should be 'rand-augment', 'three-augment' or 'simple'"),
         ("data.rand_augment.magnitude=11", "data.rand_augment.magnitude is 11: input should be less than or equal to"),
-        ("data.rand_augment.layers=0", "data.rand_augment.layers is 0: input should be greater than or equal to 1"),
+        ("data.rand_augment.num_layers=0", "data.rand_augment.num_layers is 0: input should be greater than or equal to 1"),
         (
             "data.rand_augment.std=1",
-            "unknown key data.rand_augment.std; known are magnitude, spread, layers, probability",
+            "unknown key data.rand_augment.std; known are magnitude, magnitude_std, num_layers, prob",
         ),
         ("data.rand_augment=9", "data.rand_augment is 9: input should be a valid dictionary or instance of"),
         ("data.color_jitter=-1", "data.color_jitter is -1: input should be greater than or equal to 0"),
         ("data.interpolation=nearest", "data.interpolation is 'nearest': input should be 'bicubic' or 'bilinear'"),
         ("data.train=", "data.train is not set; set it in the file or on the command line as data.train=…"),
-        ("data.order=random", "data.order is 'random': input should be 'auto', 'full' or 'windowed'"),
-        ("data.window_shards=0", "data.window_shards is 0: input should be greater than or equal to 1"),
+        ("data.shuffle=random", "data.shuffle is 'random': input should be 'auto', 'full' or 'windowed'"),
+        ("data.shuffle_window_shards=0", "data.shuffle_window_shards is 0: input should be greater than or equal to 1"),
         ("data.cache_gib=0", "data.cache_gib is 0: input should be greater than 0"),
-        ("data.max_broken=-1", "data.max_broken is -1: input should be greater than or equal to 0"),
+        ("data.max_bad_samples=-1", "data.max_bad_samples is -1: input should be greater than or equal to 0"),
         ("engine.precision=fp16", "engine.precision is 'fp16': input should be 'bf16' or 'fp32'"),
         ("engine.zero_stage=4", "engine.zero_stage is 4: input should be 0, 1, 2 or 3"),
         ("engine.compile=maybe", "engine.compile is 'maybe': input should be a valid boolean"),
@@ -86,7 +86,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ("output=null", "output is not set; set it in the file or on the command line as output=…"),
         ("output==runs/x", "override 'output==runs/x' has two =; write output=runs/x"),
         ("output=runs/\udcff", "output is 'runs/\\udcff': not UTF-8; rename the folder"),
-        ("data.order=no", "data.order is 'no': input should be 'auto', 'full' or 'windowed'"),
+        ("data.shuffle=no", "data.shuffle is 'no': input should be 'auto', 'full' or 'windowed'"),
         ("optimizer.epochs=1:30", "optimizer.epochs is '1:30': input should be a valid number"),
         (
             "model.name=resnet50",
@@ -104,13 +104,13 @@ def explanation(path: Path, *overrides: str) -> str:
         ("optimizer.min_lr=0.1", "optimizer.min_lr 0.1 is above optimizer.lr 0.0005; lower it"),
         (
             "deepspeed.train_batch_size=8",
-            "deepspeed.train_batch_size is derived; set optimizer.global_batch instead",
+            "deepspeed.train_batch_size is derived; set optimizer.global_batch_size instead",
         ),
         (
             "deepspeed.optimizer.type=Lion",
             "deepspeed.optimizer is derived; set the optimizer section instead",
         ),
-        ("deepspeed.gradient_clipping=3", "deepspeed.gradient_clipping is derived; set optimizer.clip instead"),
+        ("deepspeed.gradient_clipping=3", "deepspeed.gradient_clipping is derived; set optimizer.max_grad_norm instead"),
         (
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead",
@@ -162,11 +162,11 @@ def test_what_must_be_set(tmp_path):
 
 def test_each_of_several_faults_has_its_line(file):
     lines = explanation(
-        file, "optimizer.lr=-1", "modle.name=x", "data.flip_probability=no way", "seed=0.5"
+        file, "optimizer.lr=-1", "modle.name=x", "data.hflip=no way", "seed=0.5"
     ).splitlines()
     assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
         "seed",
-        "data.flip_probability",
+        "data.hflip",
         "optimizer.lr",
         "unknown key modle",
     ]
@@ -204,12 +204,12 @@ def test_no_such_file_lists_the_others(tmp_path):
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
-    file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "clip": 2.0}, "seed": 3}))
+    file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "max_grad_norm": 2.0}, "seed": 3}))
     config = load_config(
-        file, ["optimizer.clip=", "seed=4", "seed=5", "engine.compile=true", "data.flip_probability=0"]
+        file, ["optimizer.max_grad_norm=", "seed=4", "seed=5", "engine.compile=true", "data.hflip=0"]
     )
-    assert (config.optimizer.lr, config.optimizer.clip, config.optimizer.epochs) == (0.25, None, 300)
-    assert (config.seed, config.engine.compile, config.data.flip_probability) == (5, True, 0.0)
+    assert (config.optimizer.lr, config.optimizer.max_grad_norm, config.optimizer.epochs) == (0.25, None, 300)
+    assert (config.seed, config.engine.compile, config.data.hflip) == (5, True, 0.0)
 
 
 TYPED = [
@@ -272,13 +272,13 @@ def test_a_file_of_another_editor(tmp_path):
     """A byte-order mark, Windows' ends of lines, and a section whose lines are all commented out."""
     text = "output: runs/x\ndata:\n  train: a\n  val: b\noptimizer:\n#  lr: 1\ndeepspeed:\n".replace("\n", "\r\n")
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    config = load_config(tmp_path / "x.yaml", ["optimizer.clip=2"])
-    assert (config.output, config.data.val, config.optimizer.clip) == (Path("runs/x"), "b", 2)
+    config = load_config(tmp_path / "x.yaml", ["optimizer.max_grad_norm=2"])
+    assert (config.output, config.data.val, config.optimizer.max_grad_norm) == (Path("runs/x"), "b", 2)
 
 
 def test_numbers_are_those_of_yaml_1_2(file):
-    config = load_config(file, ["seed=010", "optimizer.global_batch=1e3", "deepspeed={communication_data_type: 1e3}"])
-    assert (config.seed, config.optimizer.global_batch) == (10, 1000)
+    config = load_config(file, ["seed=010", "optimizer.global_batch_size=1e3", "deepspeed={communication_data_type: 1e3}"])
+    assert (config.seed, config.optimizer.global_batch_size) == (10, 1000)
     assert config.deepspeed == {"communication_data_type": 1000.0}
 
 
@@ -294,7 +294,7 @@ def test_values_of_overrides_are_yaml(file):
             "output=runs/a=b",
             "optimizer.lr=1e-3",  # a string to YAML 1.1, which asks for a dot
             "optimizer.betas=[0.9, 0.95]",
-            "optimizer.global_batch=1_024",
+            "optimizer.global_batch_size=1_024",
             "model.weights=null",
             "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}",
             "deepspeed.zero_optimization.round_robin_gradients=true",
@@ -303,7 +303,7 @@ def test_values_of_overrides_are_yaml(file):
     assert config.output == Path("runs/a=b")
     assert config.optimizer.lr == 1e-3
     assert config.optimizer.betas == (0.9, 0.95)
-    assert config.optimizer.global_batch == 1024
+    assert config.optimizer.global_batch_size == 1024
     assert config.model.weights is None
     section = {"stage3_param_persistence_threshold": 0, "round_robin_gradients": True}
     assert config.deepspeed == {"zero_optimization": section}
@@ -322,7 +322,7 @@ def test_what_is_dumped_is_read_back(file):
             "output=runs/größer",
             "model.weights=weights/b4.pth",
             "model.new_head=true",
-            "optimizer.clip=null",
+            "optimizer.max_grad_norm=null",
             "optimizer.warmup_lr=1e-7",
             "data.crop_ratio=[0.3333333333333333, 3]",
             "data.train=s3://bucket/größe/train",
@@ -359,26 +359,26 @@ def test_the_official_recipe(name):
     optimizer, data = config.optimizer, config.data
     assert config.model.name == name.removesuffix("_finetune")
     assert (
-        optimizer.global_batch,
+        optimizer.global_batch_size,
         optimizer.lr,
         optimizer.warmup_epochs,
         optimizer.warmup_lr,
         optimizer.min_lr,
         optimizer.weight_decay,
-        optimizer.clip,
+        optimizer.max_grad_norm,
     ) == RECIPE[name]
     assert (optimizer.epochs, optimizer.betas, optimizer.eps, optimizer.ema_decay) == (300, (0.9, 0.999), 1e-8, 0.99982)
-    assert (data.image_size, data.crop_scale, data.crop_ratio, data.flip_probability) == (
+    assert (data.image_size, data.crop_scale, data.crop_ratio, data.hflip) == (
         224,
         (0.08, 1.0),
         (3 / 4, 4 / 3),
         0.5,
     )
-    assert (data.eval_resize, data.eval_crop_fraction, data.interpolation) == ("squash", 224 / 256, "bicubic")
-    assert (data.recipe, data.color_jitter) == ("rand-augment", None)
-    assert data.rand_augment.model_dump() == {"magnitude": 9, "spread": 0.5, "layers": 2, "probability": 0.5}
+    assert (data.crop_mode, data.crop_pct, data.interpolation) == ("squash", 224 / 256, "bicubic")
+    assert (data.augmentation, data.color_jitter) == ("rand-augment", None)
+    assert data.rand_augment.model_dump() == {"magnitude": 9, "magnitude_std": 0.5, "num_layers": 2, "prob": 0.5}
     assert (data.mixup, data.cutmix, data.label_smoothing) == (0.8, 1.0, 0.1)
-    assert (data.mix_probability, data.switch_probability) == (1.0, 0.5)
-    assert data.mix_group == optimizer.global_batch / 8, "a GPU's batch"
-    assert (data.erase_probability, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (data.mixup_prob, data.mixup_switch_prob) == (1.0, 0.5)
+    assert data.mixup_group_size == optimizer.global_batch_size / 8, "a GPU's batch"
+    assert (data.reprob, data.mean, data.std) == (0.25, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert (config.model.drop_path_rate, config.model.num_classes) == (None, None)

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.distributed import Placement, Refusal, from_rank_zero, placement, start, together
+from launch.distributed import (
+    RankInfo,
+    RunError,
+    broadcast_object,
+    init_distributed,
+    raise_on_all_ranks,
+    read_rank_info,
+)
 
 ROOT = Path(__file__).parents[2]
 REPORT_RANK = Path(__file__).with_name("report_rank.py")
@@ -36,22 +43,22 @@ REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "rank_info"),
     [
-        ({"PATH": "/usr/bin"}, Placement(0, 0, 1, "python")),
-        (TORCHRUN, Placement(5, 1, 8, "environment")),
-        (DEEPSPEED, Placement(5, 1, 8, "environment")),
-        (STEP, Placement(17, 1, 24, "srun")),
-        (BATCH, Placement(0, 0, 1, "python")),
-        (SALLOC, Placement(0, 0, 1, "python")),
-        (INTERACTIVE, Placement(0, 0, 1, "srun")),
-        (BATCH | DEEPSPEED, Placement(5, 1, 8, "environment")),
-        (STEP | TORCHRUN, Placement(5, 1, 8, "environment")),
-        (DEEPSPEED | TORCHRUN, Placement(5, 1, 8, "environment")),
+        ({"PATH": "/usr/bin"}, RankInfo(0, 0, 1, "python")),
+        (TORCHRUN, RankInfo(5, 1, 8, "environment")),
+        (DEEPSPEED, RankInfo(5, 1, 8, "environment")),
+        (STEP, RankInfo(17, 1, 24, "srun")),
+        (BATCH, RankInfo(0, 0, 1, "python")),
+        (SALLOC, RankInfo(0, 0, 1, "python")),
+        (INTERACTIVE, RankInfo(0, 0, 1, "srun")),
+        (BATCH | DEEPSPEED, RankInfo(5, 1, 8, "environment")),
+        (STEP | TORCHRUN, RankInfo(5, 1, 8, "environment")),
+        (DEEPSPEED | TORCHRUN, RankInfo(5, 1, 8, "environment")),
     ],
 )
-def test_each_launcher_is_read(environ, place):
-    assert placement(environ) == place
+def test_each_launcher_is_read(environ, rank_info):
+    assert read_rank_info(environ) == rank_info
 
 
 def without(environ, name):
@@ -72,18 +79,18 @@ def without(environ, name):
 )
 def test_half_set_and_contradicting_variables_are_refused(environ, fault):
     with pytest.raises(ValueError, match=f"{re.escape(fault)}.*; {REMEDY}$"):
-        placement(environ)
+        read_rank_info(environ)
 
 
 def test_another_device_type_is_refused():
     with pytest.raises(ValueError, match='the device is "tpu"; use "cpu" or "cuda"'):
-        start(placement({}), "tpu", MINUTE)
+        init_distributed(read_rank_info({}), "tpu", MINUTE)
 
 
 def test_a_rank_without_a_gpu_is_refused():
-    place = Placement(rank=900, local_rank=900, ranks=1000, launcher="environment")
+    rank_info = RankInfo(rank=900, local_rank=900, world_size=1000, launcher="environment")
     with pytest.raises(RuntimeError, match="local rank 900 has no GPU, .*; start one rank per GPU"):
-        start(place, "cuda", MINUTE)
+        init_distributed(rank_info, "cuda", MINUTE)
 
 
 def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_path):
@@ -91,7 +98,7 @@ def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_pa
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[07-09]")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(RuntimeError, match=r"the first host of gpu\[07-09\] is unknown .*; export its name as MASTER"):
-        start(Placement(0, 0, 3, "srun"), "cpu", MINUTE)
+        init_distributed(RankInfo(0, 0, 3, "srun"), "cpu", MINUTE)
 
 
 HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -119,7 +126,7 @@ def test_half_an_address_is_refused(no_launcher, address, kind, fault):
     """At once: PyTorch would wait for a host that nobody knows as for one that is slow."""
     os.environ.update(address)
     with pytest.raises(kind, match=f"^{fault}"):
-        start(Placement(0, 0, 2, "environment"), "cpu", timedelta(hours=1))
+        init_distributed(RankInfo(0, 0, 2, "environment"), "cpu", timedelta(hours=1))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_a_port_that_is_taken(no_launcher, launcher, variables, remedy):
         port = str(taken.getsockname()[1])
         os.environ.update(HERE | {"MASTER_PORT": port} | variables)
         with pytest.raises(RuntimeError, match=f"^port {port} is taken, by another run perhaps; {remedy}$"):
-            start(Placement(0, 0, 2, launcher), "cpu", timedelta(hours=1))
+            init_distributed(RankInfo(0, 0, 2, launcher), "cpu", timedelta(hours=1))
 
 
 def test_ranks_that_do_not_come(no_launcher, free_port):
@@ -145,7 +152,7 @@ def test_ranks_that_do_not_come(no_launcher, free_port):
         " started, and that this machine reaches that one"
     )
     with pytest.raises(RuntimeError, match=f"^{fault}$"):
-        start(Placement(0, 0, 2, "environment"), "cpu", timedelta(seconds=1))
+        init_distributed(RankInfo(0, 0, 2, "environment"), "cpu", timedelta(seconds=1))
 
 
 def clean_environment(folder, **more):
@@ -187,9 +194,9 @@ def test_two_ranks_meet(launcher, tmp_path, free_port):
     ranks = report_ranks(launcher_command(launcher, 2, free_port), "cpu", tmp_path, environ)
     assert len(ranks) == 2
     for rank, found in enumerate(ranks):
-        assert (found["rank"], found["local_rank"], found["ranks"]) == (rank, rank, 2)
+        assert (found["rank"], found["local_rank"], found["world_size"]) == (rank, rank, 2)
         assert (found["launcher"], found["group"], found["sum"]) == ("environment", [rank, 2], 3.0)
-        assert (found["device"], found["backend"], found["ranks_here"]) == ("cpu", "gloo", 2)
+        assert (found["device"], found["backend"], found["local_world_size"]) == ("cpu", "gloo", 2)
 
 
 @pytest.mark.slow
@@ -212,25 +219,25 @@ def test_ranks_of_two_machines(tmp_path, free_port):
         for rank in ranks:
             rank.kill()
     assert states == [0, 0, 0]
-    assert [json.loads((tmp_path / f"{rank}.json").read_text())["ranks_here"] for rank in range(3)] == [2, 2, 1]
+    assert [json.loads((tmp_path / f"{rank}.json").read_text())["local_world_size"] for rank in range(3)] == [2, 2, 1]
 
 
 MEET_FAULTS = """
 import json, os, sys
 from datetime import timedelta
 from pathlib import Path
-from launch.distributed import Refusal, from_rank_zero, placement, start, stop, together
+from launch.distributed import RunError, broadcast_object, read_rank_info, init_distributed, destroy_process_group, raise_on_all_ranks
 
-place = placement(os.environ)
-start(place, "cpu", timedelta(hours=1))
+rank_info = read_rank_info(os.environ)
+init_distributed(rank_info, "cpu", timedelta(hours=1))
 
 def met(*faults):
     try:
-        with together():
-            if faults[place.rank] is not None:
-                raise faults[place.rank]
-    except Refusal as refusal:
-        return sorted(str(refusal).splitlines())
+        with raise_on_all_ranks():
+            if faults[rank_info.rank] is not None:
+                raise faults[rank_info.rank]
+    except RunError as error:
+        return sorted(str(error).splitlines())
 
 report = {
     "none": met(None, None),
@@ -239,10 +246,10 @@ report = {
     "alike": met(RuntimeError("everyone's"), OSError("everyone's")),
     "different": met(ValueError("one"), RuntimeError("other")),
     "none again": met(None, None),
-    "from rank 0": str(from_rank_zero({"path": Path("of", str(place.rank))})),
+    "from rank 0": str(broadcast_object({"path": Path("of", str(rank_info.rank))})),
 }
-Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps(report))
-stop()
+Path(sys.argv[1], f"{rank_info.rank}.json").write_text(json.dumps(report))
+destroy_process_group()
 """
 
 
@@ -264,13 +271,13 @@ def test_a_fault_is_known_to_every_rank(forked, tmp_path):
 
 
 def test_a_single_rank_is_not_named(alone):
-    with pytest.raises(Refusal, match="^no such thing$"), together():
+    with pytest.raises(RunError, match="^no such thing$"), raise_on_all_ranks():
         raise ValueError("no such thing")
-    assert from_rank_zero("mine") == "mine"
+    assert broadcast_object("mine") == "mine"
 
 
 def test_a_mistake_in_the_code_is_no_refusal(alone):
-    with pytest.raises(KeyError), together():
+    with pytest.raises(KeyError), raise_on_all_ranks():
         raise KeyError("name")
 
 

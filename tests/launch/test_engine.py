@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch.model_metadata import make_model_metadata
 from timm.optim import param_groups_weight_decay
 
-from launch.card import make_card
 from launch.config import load_config
 from launch.engine import build_model, check_engine, deepspeed_config, seed_step
 from launch.plan import make_plan
@@ -24,14 +24,14 @@ def configured(fashion_shards, tmp_path):
 
     def build(*overrides: str, ranks: int = 1):
         places = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
-        config = load_config(QUICKSTART, [*places, "optimizer.global_batch=32", *overrides])
+        config = load_config(QUICKSTART, [*places, "optimizer.global_batch_size=32", *overrides])
         return config, make_plan(config, 0, ranks)
 
     return build
 
 
 def test_deepspeed_configuration(configured):
-    overrides = "optimizer.accumulation=4", "engine.precision=bf16", "engine.zero_stage=2", "optimizer.clip=0.5"
+    overrides = "optimizer.gradient_accumulation_steps=4", "engine.precision=bf16", "engine.zero_stage=2", "optimizer.max_grad_norm=0.5"
     derived = deepspeed_config(*configured(*overrides, ranks=2))
     assert derived == {
         "train_batch_size": 32,
@@ -56,7 +56,7 @@ def test_deepspeed_configuration(configured):
 
 
 def test_no_clipping_is_said_as_zero(configured):
-    assert deepspeed_config(*configured("optimizer.clip=null"))["gradient_clipping"] == 0.0
+    assert deepspeed_config(*configured("optimizer.max_grad_norm=null"))["gradient_clipping"] == 0.0
 
 
 def test_the_raw_section_wins_and_leaves_its_neighbours(configured):
@@ -111,8 +111,8 @@ def test_weights_of_the_same_classes_in_another_order(configured, tmp_path):
     state, cpu = build_model(config, plan, torch.device("cpu")).state_dict(), torch.device("cpu")
     exchanged = plan.class_names[1::-1] + plan.class_names[2:]
     for name, classes in (("same", plan.class_names), ("exchanged", exchanged)):
-        card = make_card(config.model.name, classes, plan.images)
-        save_weights(state, tmp_path / f"{name}.safetensors", card.metadata())
+        metadata = make_model_metadata(config.model.name, classes, plan.image_options)
+        save_weights(state, tmp_path / f"{name}.safetensors", metadata.safetensors_metadata())
     loaded = build_model(*configured(f"model.weights={tmp_path}/same.safetensors", "seed=5"), cpu)
     assert torch.equal(loaded.head.weight, state["head.weight"])
     starting = f"model.weights={tmp_path}/exchanged.safetensors"
@@ -156,7 +156,7 @@ def test_steps_and_ranks_draw_differently():
 def test_every_zero_stage_trains_like_plain_pytorch(forked, fashion_shards, tmp_path):
     overrides = [
         *(f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"),
-        *("optimizer.global_batch=32", "optimizer.accumulation=2", "optimizer.clip=0.5", "optimizer.lr=0.01"),
+        *("optimizer.global_batch_size=32", "optimizer.gradient_accumulation_steps=2", "optimizer.max_grad_norm=0.5", "optimizer.lr=0.01"),
         *("model.drop_path_rate=0.2", "data.mixup=0.8", "data.cutmix=1.0"),
     ]
     script = Path(__file__).with_name("zero_losses.py")

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from launch.model_metadata import make_model_metadata, read_model_metadata
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -16,7 +17,6 @@ from torch import nn
 from dataio.loader import Batch
 from dataio.manifest import load_manifest
 from dataio.pack.packer import PackOptions, pack
-from launch.card import make_card, read_card
 from launch.evaluate import evaluate, main
 from launch.find_weights import find_weights
 from launch.plan import image_options
@@ -104,7 +104,7 @@ def timms_transform(pretrained_cfg: dict, size: int):
 @pytest.fixture(scope="module")
 def expected(ema, trained, val) -> dict[str, float]:
     """Scores of the trained run's EMA by a plain loop."""
-    scores = plain_scores(trained, val, timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 32))
+    scores = plain_scores(trained, val, timms_transform(read_model_metadata(ema).timm_config()["pretrained_cfg"], 32))
     assert 30 < scores["top1"] < scores["top5"], "the run must have learned something for these tests to mean it"
     return scores
 
@@ -147,7 +147,7 @@ def test_the_model_stays_as_it_was(alone, training, precision):
 
 def test_a_run_on_one_rank(score, trained_run, val, ema, expected, tmp_path):
     out = tmp_path / "new folder" / "scores.json"
-    status, report, errors = score("--weights", trained_run, "--data", val, "--batch", 32, "--out", out)
+    status, report, errors = score("--weights", trained_run, "--data", val, "--batch-size", 32, "--out", out)
     assert (status, errors) == (0, "")
     assert json.loads(out.read_text()) == report
     assert {name: report[name] for name in report.keys() - set(SCORES)} == {
@@ -183,12 +183,12 @@ def test_another_image_size(score, ema, trained, clothes, tmp_path):
     packed = pack_resized(clothes[::4], 64, tmp_path)
     _, report, _ = score("--weights", ema, "--data", packed, "--image-size", 64)
     assert report["image_size"] == 64
-    transform = timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 64)
+    transform = timms_transform(read_model_metadata(ema).timm_config()["pretrained_cfg"], 64)
     assert_same_scores(report, plain_scores(trained, packed, transform))
 
 
 def test_three_ranks_see_every_image_once(forked, trained_run, val, expected, tmp_path):
-    command = "-m", "launch.evaluate", "--weights", trained_run, "--data", val, "--batch", 7, "--threads", 1
+    command = "-m", "launch.evaluate", "--weights", trained_run, "--data", val, "--batch-size", 7, "--threads", 1
     finished = forked(3, *command, "--out", tmp_path / "scores.json")
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
@@ -238,7 +238,7 @@ def test_a_report_that_cannot_be_written(score, trained_run, val):
         (("--image-size", 33), "--image-size 33 is no size; use a multiple of 32"),
         (("--image-size", 0), "--image-size 0 is no size; use a multiple of 32"),
         (("--image-size", -32), "--image-size -32 is no size; use a multiple of 32"),
-        (("--batch", 0), "the evaluation batch is 0; use at least 1"),
+        (("--batch-size", 0), "the evaluation batch is 0; use at least 1"),
         (("--model", "polaformerpp_b1"), "{ema} is of polaformerpp_b0, not of --model polaformerpp_b1; leave --model"),
         (
             ("--data", "{photos}"),
@@ -272,8 +272,8 @@ def test_a_cache_that_is_too_small(score, ema, val, tmp_path):
 
 
 def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, configure):
-    card = make_card("polaformerpp_b0", load_manifest(val).classes[:9], image_options(configure().data))
-    save_weights(load_file(ema), tmp_path / "nine.safetensors", card.metadata())
+    metadata = make_model_metadata("polaformerpp_b0", load_manifest(val).classes[:9], image_options(configure().data))
+    save_weights(load_file(ema), tmp_path / "nine.safetensors", metadata.safetensors_metadata())
     status, _, errors = score("--weights", tmp_path / "nine.safetensors", "--data", val)
     assert status == 2
     assert errors.startswith(f'error: class "Trouser" of {val} is not among the 9 classes of {tmp_path}/nine.safetens')
@@ -288,7 +288,7 @@ def test_data_that_lack_classes(score, ema, trained, clothes, tmp_path):
     status, report, errors = score("--weights", ema, "--data", packed)
     assert status == 0, errors
     assert (report["samples"], report["classes"], report["classes_with_samples"]) == (len(kept), 10, 3)
-    transform = timms_transform(read_card(ema).timm_config()["pretrained_cfg"], 32)
+    transform = timms_transform(read_model_metadata(ema).timm_config()["pretrained_cfg"], 32)
     hits = 0
     with torch.no_grad():
         for file in kept:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from launch.model_metadata import read_model_metadata
 from PIL import Image
 from safetensors.torch import load_file
 
 from launch import checkpoint
-from launch.card import read_card
 from launch.export import default_target, export, main
-from launch.find_weights import WHAT_CAN_BE_NAMED
+from launch.find_weights import WEIGHTS_PATH_HELP
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -29,7 +29,7 @@ def exported(trained_run, tmp_path_factory) -> Path:
 
 
 def test_timm_loads_the_file_and_the_folder_alike(exported, trained_run):
-    newest, _ = checkpoint.newest(trained_run / "checkpoints")
+    newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
     trained = timm.create_model("polaformerpp_b0", num_classes=10)
     trained.load_state_dict(load_file(newest / checkpoint.EMA_NAME))
     by_path = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=str(exported / "model.safetensors"))
@@ -76,7 +76,7 @@ def test_timm_knows_how_its_images_are_prepared(exported, fashion):
 
 
 def test_both_kinds_of_weights(trained_run, tmp_path):
-    newest, _ = checkpoint.newest(trained_run / "checkpoints")
+    newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
     for kind, name in (("model", checkpoint.MODEL_NAME), ("ema", checkpoint.EMA_NAME)):
         assert export(trained_run, tmp_path / kind, kind).read_bytes() == (newest / name).read_bytes()
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / checkpoint.EMA_NAME).read_bytes()
@@ -86,7 +86,7 @@ def test_again_into_the_same_folder(trained_run, tmp_path):
     export(trained_run, tmp_path, "model")
     weights = export(trained_run, tmp_path, "ema")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "config.json").read_text()) == read_card(weights).timm_config()
+    assert json.loads((tmp_path / "config.json").read_text()) == read_model_metadata(weights).timm_config()
 
 
 def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys):
@@ -98,11 +98,11 @@ def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys
 
 def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
-    newest, _ = checkpoint.newest(run / "checkpoints")
+    newest, _ = checkpoint.find_newest(run / "checkpoints")
     with open(newest / checkpoint.EMA_NAME, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    older, faults = checkpoint.newest(run / "checkpoints")
+    older, faults = checkpoint.find_newest(run / "checkpoints")
     assert older < newest
     assert len(faults) == 1
     assert export(run, tmp_path / "out", "ema").read_bytes() == (older / checkpoint.EMA_NAME).read_bytes()
@@ -158,7 +158,7 @@ def refusal(capsys, *arguments: object) -> str:
 
 def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
     assert refusal(capsys, tmp_path) == (
-        f"error: {tmp_path} is a folder without checkpoints; give {WHAT_CAN_BE_NAMED}\n"
+        f"error: {tmp_path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}\n"
     )
     assert refusal(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
     torch.save({}, tmp_path / "official.pth")

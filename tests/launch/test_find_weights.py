@@ -10,7 +10,7 @@ import pytest
 from launch import checkpoint
 from launch.checkpoint import EMA_NAME, MODEL_NAME
 from launch.export import export
-from launch.find_weights import WHAT_CAN_BE_NAMED, find_weights
+from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
 
 OLDER, NEWER = "step-00000038", "step-00000075"
 
@@ -129,14 +129,14 @@ def leave_no_checkpoints(run: Path) -> None:
             "checkpoints/best",
             f"best holds .* instead of the name of a checkpoint; there are: {OLDER},",
         ),
-        (leave_no_checkpoints, "", f"is a folder without checkpoints; give {re.escape(WHAT_CAN_BE_NAMED)}$"),
+        (leave_no_checkpoints, "", f"is a folder without checkpoints; give {re.escape(WEIGHTS_PATH_HELP)}$"),
         (
             leave_no_checkpoints,
             "checkpoints",
             "checkpoints is a folder without checkpoints; give a run's folder, one of",
         ),
         (leave_no_checkpoints, "checkpoints/latest", f"latest names {NEWER}, which is not there; there are: none$"),
-        (leave_no_checkpoints, "none.pth", f"no weights at .*none.pth; give {re.escape(WHAT_CAN_BE_NAMED)}$"),
+        (leave_no_checkpoints, "none.pth", f"no weights at .*none.pth; give {re.escape(WEIGHTS_PATH_HELP)}$"),
     ],
 )
 def test_what_is_not_whole_is_refused(run, damage, named, message):

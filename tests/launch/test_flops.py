@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.flops import measure_rates, peak_flops, training_flops
+from launch.flops import measure_mfu_constants, peak_flops, training_flops
 from launch.plan import make_plan
 
 # Multiply-adds of one forward pass of 224 × 224 pixels and 1000 classes, as the authors publish them.
@@ -42,9 +42,9 @@ def test_the_peak_of_a_cpu(clock, precision):
 
 def test_rates_of_a_run(clock, alone, configure):
     config = configure()
-    rates = measure_rates(config, make_plan(config, 0, 1), alone)
-    assert rates.flops_per_image == training_flops("polaformerpp_b0", 10, 32)
-    assert rates.peak_flops == 2 * 1024**3 / 2
+    mfu_constants = measure_mfu_constants(config, make_plan(config, 0, 1), alone)
+    assert mfu_constants.flops_per_image == training_flops("polaformerpp_b0", 10, 32)
+    assert mfu_constants.peak_flops == 2 * 1024**3 / 2
 
 
 @pytest.mark.gpu

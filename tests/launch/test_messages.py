@@ -44,11 +44,11 @@ SAID_BY = {
     "dataio/pack_options.py": ("dataio.pack",),
     "dataio/layout.py": ("dataio.pack",),
     "launch/config.py": _RUNS,
-    "launch/own_images.py": ("launch.quickstart",),
+    "launch/custom_dataset.py": ("launch.quickstart",),
     "launch/engine.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
-    "launch/plan.py:_require_own": ("launch.train", "launch.plan", "launch.evaluate"),
+    "launch/plan.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/contest.py": ("launch.benchmark.kernel",),
     "launch/benchmark/loading.py": ("launch.benchmark.data",),
@@ -197,8 +197,8 @@ def test_messages_name_what_their_commands_take(messages, options):
 def test_quickstart_takes_the_options_that_packing_names(messages, options):
     """Of what people may mean: which images are left out, and how many are held out."""
     named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
-    assert {"--skip-broken", "--hold-out"} <= named
-    assert {"--skip-broken", "--hold-out"} <= options["launch.quickstart"]
+    assert {"--skip-broken", "--val-percent"} <= named
+    assert {"--skip-broken", "--val-percent"} <= options["launch.quickstart"]
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.distributed import Refusal
-from launch.flops import Rates
-from launch.monitor import METRICS_NAME, Monitor, drop_later_lines
+from launch.distributed import RunError
+from launch.flops import MfuConstants
+from launch.monitor import METRICS_NAME, Monitor, truncate_metrics
 
-RATES = Rates(flops_per_image=10**6, peak_flops=1e12)
+MFU_CONSTANTS = MfuConstants(flops_per_image=10**6, peak_flops=1e12)
 TAGS = {
     "train/loss",
     "train/learning_rate",
@@ -61,7 +61,7 @@ def train(monitor: Monitor, first: int, steps: int) -> None:
     """Steps of two micro-steps of 4 images each; step s, counted from 0, has losses s and s + 0.5."""
     for step in range(first, steps):
         for part in (0.0, 0.5):
-            with monitor.waiting():
+            with monitor.data_wait():
                 pass
             monitor.add(torch.tensor(step + part), 4)
         if monitor.due(step):
@@ -69,7 +69,7 @@ def train(monitor: Monitor, first: int, steps: int) -> None:
 
 
 def test_scalars(alone, tmp_path):
-    monitor = Monitor(tmp_path / "run", 0, 5, 2, RATES)
+    monitor = Monitor(tmp_path / "run", 0, 5, 2, MFU_CONSTANTS)
     train(monitor, 0, 5)
     monitor.scalars(5, {"eval/top1": 12.5, "eval/unknown": None})
     monitor.close()
@@ -85,7 +85,7 @@ def test_scalars(alone, tmp_path):
 
 
 def test_speeds_belong_together(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     train(monitor, 0, 1)
     monitor.close()
     (line,) = read_lines(tmp_path)
@@ -96,7 +96,7 @@ def test_speeds_belong_together(alone, tmp_path):
 
 
 def test_no_gradient_norm_is_left_out(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     monitor.add(torch.tensor(1.0), 1)
     monitor.write(0, 0.1, None)
     monitor.close()
@@ -108,7 +108,7 @@ def test_images_are_shown_as_they_were(alone, tmp_path):
     pixels = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     monitor.images(normalised, mean, std)
     monitor.close()
     (event,) = read_board(tmp_path).Images("train/images")
@@ -121,7 +121,7 @@ def test_images_are_shown_as_they_were(alone, tmp_path):
 
 
 def test_only_64_images_are_shown(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     monitor.images(torch.zeros(80, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
     monitor.close()
     (event,) = read_board(tmp_path).Images("train/images")
@@ -129,20 +129,20 @@ def test_only_64_images_are_shown(alone, tmp_path):
 
 
 def test_text(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
-    monitor.text("configuration", "output: größer\ndata:\n  flip_probability: 0.5")
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
+    monitor.text("configuration", "output: größer\ndata:\n  hflip: 0.5")
     monitor.close()
     (event,) = read_board(tmp_path).Tensors("configuration/text_summary")
     text = event.tensor_proto.string_val[0].decode()
-    assert text == "```\noutput: größer\ndata:\n  flip_probability: 0.5\n```"
+    assert text == "```\noutput: größer\ndata:\n  hflip: 0.5\n```"
 
 
 def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
     """Of 16 s by the monitor's clock, 8 are paused: 2 of the other 8 went into waiting."""
     now = 100.0
     monkeypatch.setattr("launch.monitor.time", SimpleNamespace(time=time.time, perf_counter=lambda: now))
-    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
-    with monitor.waiting():
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
+    with monitor.data_wait():
         now += 2
     with monitor.paused():
         now += 8
@@ -156,7 +156,7 @@ def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
 
 def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):
     """Killed after 7 steps, it goes on from a checkpoint of 4."""
-    killed = Monitor(tmp_path, 0, 8, 1, RATES)
+    killed = Monitor(tmp_path, 0, 8, 1, MFU_CONSTANTS)
     killed.text("configuration", "before")
     train(killed, 0, 4)
     killed.scalars(4, {"eval/top1": 40.0})
@@ -167,7 +167,7 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
         lines.write('{"step": 3, "time": 17')  # the last write was cut
 
     await_next_second()
-    resumed = Monitor(tmp_path, 4, 8, 1, RATES)
+    resumed = Monitor(tmp_path, 4, 8, 1, MFU_CONSTANTS)
     assert read_lines(tmp_path) == kept
     train(resumed, 4, 8)
     resumed.scalars(8, {"eval/top1": 80.0})
@@ -183,7 +183,7 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
 def test_started_anew_nothing_is_left_in_it_and_nothing_lost(alone, tmp_path, capsys):
     for _ in range(2):  # the first was killed before its first checkpoint, or has lost them
         await_next_second()
-        monitor = Monitor(tmp_path, 0, 3, 1, RATES)
+        monitor = Monitor(tmp_path, 0, 3, 1, MFU_CONSTANTS)
         monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
         train(monitor, 0, 3)
         monitor.close()
@@ -202,20 +202,20 @@ def test_later_and_half_lines_are_dropped(tmp_path, cut):
     path = tmp_path / METRICS_NAME
     whole = ['{"step": 1}', '{"step": 2, "eval/top1": 3.5}', '{"step": 3}']
     path.write_text("\n".join([*whole, cut]))
-    drop_later_lines(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2, "eval/top1": 3.5}\n'
-    drop_later_lines(path, 0)
+    truncate_metrics(path, 0)
     assert path.read_text() == ""
     kept = tmp_path / "metrics-to-step-00000002.jsonl"
     assert kept.read_text() == '{"step": 1}\n{"step": 2, "eval/top1": 3.5}\n'
-    assert drop_later_lines(path, 0) is None
+    assert truncate_metrics(path, 0) is None
     assert sorted(tmp_path.iterdir()) == [kept, path]
 
 
 def test_a_full_disk_ends_no_training(alone, tmp_path, capsys):
     hook = threading.excepthook
     (tmp_path / METRICS_NAME).symlink_to("/dev/full")
-    monitor = Monitor(tmp_path, 0, 3, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 3, 1, MFU_CONSTANTS)
     train(monitor, 0, 3)
     monitor.close()
     assert capsys.readouterr().err == (
@@ -227,7 +227,7 @@ def test_a_full_disk_ends_no_training(alone, tmp_path, capsys):
 
 
 def test_lines_are_whole_when_there_is_room_again(alone, tmp_path, capsys, no_file_larger_than):
-    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     monitor.scalars(1, {"eval/top1": 1.0})
     size = (tmp_path / METRICS_NAME).stat().st_size
     with no_file_larger_than(size + 10):
@@ -239,11 +239,11 @@ def test_lines_are_whole_when_there_is_room_again(alone, tmp_path, capsys, no_fi
 
 
 def test_tensorboard_that_cannot_write_is_given_up(alone, tmp_path, capsys, no_file_larger_than):
-    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     with no_file_larger_than(2000):
         for _ in range(2):
             monitor.images(torch.rand(8, 3, 32, 32), (0.5,) * 3, (0.5,) * 3)
-            monitor._draw("flush")  # waits for its thread
+            monitor._to_tensorboard("flush")  # waits for its thread
     train(monitor, 0, 1)
     monitor.close()
     assert capsys.readouterr().err == (
@@ -254,11 +254,11 @@ def test_tensorboard_that_cannot_write_is_given_up(alone, tmp_path, capsys, no_f
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss, norm):
-    monitor = Monitor(tmp_path, 0, 9, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     for value in (1.0, loss):
         monitor.add(torch.tensor(value), 4)
     with pytest.raises(
-        Refusal, match=f"^the loss is {loss} and the gradient's norm {norm} at step 3; lower optimizer.lr or set"
+        RunError, match=f"^the loss is {loss} and the gradient's norm {norm} at step 3; lower optimizer.lr or set"
     ):
         monitor.write(2, 0.1, norm)
     monitor.close()
@@ -266,13 +266,13 @@ def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss,
 
 
 def test_broken_images_are_counted_up_to_the_limit(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 9, 1, RATES, max_broken=3)
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS, max_bad_samples=3)
     for step, broken in enumerate((0, 3)):
         monitor.add(torch.tensor(1.0), 4)
         monitor.write(step, 0.1, 1.0, broken)
     monitor.add(torch.tensor(1.0), 4)
     with pytest.raises(
-        Refusal, match="^4 broken images in this epoch at step 3, data.max_broken allows 3; check the sh"
+        RunError, match="^4 broken images in this epoch at step 3, data.max_bad_samples allows 3; check the sh"
     ):
         monitor.write(2, 0.1, 1.0, 4)
     monitor.close()
@@ -281,7 +281,7 @@ def test_broken_images_are_counted_up_to_the_limit(alone, tmp_path):
 
 
 def test_a_warning_is_given_once(alone, tmp_path, capsys):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     for line in ("sample 7: not an image", "sample 8: not an image", "sample 7: not an image"):
         monitor.warn(line)
     monitor.close()
@@ -289,8 +289,8 @@ def test_a_warning_is_given_once(alone, tmp_path, capsys):
 
 
 def test_lines_are_printed_as_they_are(alone, tmp_path, capsys):
-    monitor = Monitor(tmp_path, 0, 1, 1, RATES)
-    monitor.say("output: runs/[b5] :smile: " + 300 * "x")
+    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
+    monitor.log("output: runs/[b5] :smile: " + 300 * "x")
     train(monitor, 0, 1)
     monitor.close()
     said, step = capsys.readouterr().out.splitlines()
@@ -300,8 +300,8 @@ def test_lines_are_printed_as_they_are(alone, tmp_path, capsys):
 
 def test_a_terminal_has_a_bar(alone, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
-    monitor = Monitor(tmp_path, 2, 4, 1, RATES)
-    monitor.say("a line of its own")
+    monitor = Monitor(tmp_path, 2, 4, 1, MFU_CONSTANTS)
+    monitor.log("a line of its own")
     train(monitor, 2, 4)
     monitor.close()
     printed = capsys.readouterr().out
@@ -317,26 +317,26 @@ import os, sys
 from datetime import timedelta
 from pathlib import Path
 import torch
-from launch.distributed import Refusal, placement, start, stop
-from launch.flops import Rates
+from launch.distributed import RunError, read_rank_info, init_distributed, destroy_process_group
+from launch.flops import MfuConstants
 from launch.monitor import Monitor
 
-place = placement(os.environ)
-start(place, "cpu", timedelta(hours=1))
-monitor = Monitor(Path(sys.argv[1], str(place.rank)), 0, 2, 1, Rates(1, 1.0), max_broken=5)
-monitor.add(torch.tensor(1.0 + place.rank), 4)
-monitor.write(0, 0.1, None, broken=2 + place.rank)
+rank_info = read_rank_info(os.environ)
+init_distributed(rank_info, "cpu", timedelta(hours=1))
+monitor = Monitor(Path(sys.argv[1], str(rank_info.rank)), 0, 2, 1, MfuConstants(1, 1.0), max_bad_samples=5)
+monitor.add(torch.tensor(1.0 + rank_info.rank), 4)
+monitor.write(0, 0.1, None, bad_samples=2 + rank_info.rank)
 monitor.warn("a warning")
 monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
 monitor.text("name", "text")
-monitor.say(f"rank {place.rank} speaks")
-monitor.add(torch.tensor(1.0 if place.rank == 0 else float("nan")), 4)
+monitor.log(f"rank {rank_info.rank} speaks")
+monitor.add(torch.tensor(1.0 if rank_info.rank == 0 else float("nan")), 4)
 try:
     monitor.write(1, 0.1, None)
-except Refusal:
-    Path(sys.argv[1], f"refused-{place.rank}").touch()
+except RunError:
+    Path(sys.argv[1], f"refused-{rank_info.rank}").touch()
 monitor.close()
-stop()
+destroy_process_group()
 """
 
 

@@ -11,17 +11,17 @@ import torch
 from dataio.augment.recipes import RandAugment
 from dataio.pack.packer import PackOptions, pack
 from dataio.remote.options import cache_options
-from launch.plan import check_output, describe, image_options, main, make_plan, mix_options
+from launch.plan import batch_augment_options, check_output, describe, image_options, main, make_plan
 
 
 def test_the_numbers(configure):
-    config = configure("optimizer.global_batch=48", "optimizer.accumulation=2", "optimizer.epochs=5")
-    plan = make_plan(config, rank=2, ranks=3)
-    assert (plan.samples_per_epoch, len(plan.val), plan.classes) == (len(plan.train), 400 - len(plan.train), 10)
+    config = configure("optimizer.global_batch_size=48", "optimizer.gradient_accumulation_steps=2", "optimizer.epochs=5")
+    plan = make_plan(config, rank=2, world_size=3)
+    assert (plan.samples_per_epoch, len(plan.val), plan.num_classes) == (len(plan.train), 400 - len(plan.train), 10)
     assert plan.steps == -(-5 * plan.samples_per_epoch // 48)
     assert plan.schedule.warmup_steps == -(-4 * plan.samples_per_epoch // 480)  # 0.4 epochs
-    assert plan.schedule.peak == pytest.approx(1.6e-2 * 48 / 512)
-    assert (plan.batches.rank, plan.batches.ranks, plan.batches.batch) == (2, 3, 8)
+    assert plan.schedule.peak_lr == pytest.approx(1.6e-2 * 48 / 512)
+    assert (plan.loader_options.rank, plan.loader_options.world_size, plan.loader_options.micro_batch_size) == (2, 3, 8)
 
 
 def test_more_outputs_than_classes_are_allowed(configure):
@@ -30,52 +30,52 @@ def test_more_outputs_than_classes_are_allowed(configure):
 
 def test_what_dataio_is_told(configure):
     config = configure(
-        *("data.image_size=64", "data.eval_resize=short", "data.eval_crop_fraction=0.9", "data.interpolation=bilinear"),
-        *("data.crop_scale=[0.2, 0.9]", "data.crop_ratio=[0.5, 2]", "data.flip_probability=0.25", "data.threads=3"),
+        *("data.image_size=64", "data.crop_mode=center", "data.crop_pct=0.9", "data.interpolation=bilinear"),
+        *("data.crop_scale=[0.2, 0.9]", "data.crop_ratio=[0.5, 2]", "data.hflip=0.25", "data.threads=3"),
         *("data.prefetch_batches=5", "data.mean=[0.1, 0.2, 0.3]", "data.std=[0.4, 0.5, 0.6]"),
-        *("data.recipe=three-augment", "data.color_jitter=0.2", "data.mixup=0.3"),
-        *("data.rand_augment={magnitude: 7, spread: 1, layers: 3, probability: 0.4}", "data.switch_probability=0.9"),
-        *("data.cutmix=0.7", "data.mix_probability=0.6", "data.label_smoothing=0.05", "data.erase_probability=0.15"),
-        "data.mix_group=6",
+        *("data.augmentation=three-augment", "data.color_jitter=0.2", "data.mixup=0.3"),
+        *("data.rand_augment={magnitude: 7, magnitude_std: 1, num_layers: 3, prob: 0.4}", "data.mixup_switch_prob=0.9"),
+        *("data.cutmix=0.7", "data.mixup_prob=0.6", "data.label_smoothing=0.05", "data.reprob=0.15"),
+        "data.mixup_group_size=6",
     )
-    images, mixing = image_options(config.data), mix_options(config.data)
-    assert (images.image_size, images.eval_resize, images.eval_crop_fraction) == (64, "short", 0.9)
+    images, mixing = image_options(config.data), batch_augment_options(config.data)
+    assert (images.image_size, images.crop_mode, images.crop_pct) == (64, "center", 0.9)
     assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
-    assert (images.flip_probability, images.threads, images.prefetch_batches) == (0.25, 3, 5)
+    assert (images.hflip, images.threads, images.prefetch_batches) == (0.25, 3, 5)
     assert (images.mean, images.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert (images.recipe, images.color_jitter) == ("three-augment", 0.2)
-    assert images.rand_augment == RandAugment(magnitude=7, spread=1, layers=3, probability=0.4)
-    assert (mixing.switch_probability, mixing.mix_group) == (0.9, 6)
-    assert (mixing.mixup, mixing.cutmix, mixing.mix_probability) == (0.3, 0.7, 0.6)
-    assert (mixing.label_smoothing, mixing.erase_probability) == (0.05, 0.15)
+    assert (images.augmentation, images.color_jitter) == ("three-augment", 0.2)
+    assert images.rand_augment == RandAugment(magnitude=7, magnitude_std=1, num_layers=3, prob=0.4)
+    assert (mixing.mixup_switch_prob, mixing.mixup_group_size) == (0.9, 6)
+    assert (mixing.mixup, mixing.cutmix, mixing.mixup_prob) == (0.3, 0.7, 0.6)
+    assert (mixing.label_smoothing, mixing.reprob) == (0.05, 0.15)
 
 
 def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
-    groups = {make_plan(configure(f"optimizer.global_batch={size}"), 0, 1).mixing.mix_group for size in (64, 256)}
+    groups = {make_plan(configure(f"optimizer.global_batch_size={size}"), 0, 1).batch_augment.mixup_group_size for size in (64, 256)}
     assert groups == {64, 128}
 
 
 def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
     places = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
-    patience = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.patience
-    assert (patience.file_seconds, patience.batch_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
+    retry_policy = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
+    assert (retry_policy.file_timeout_seconds, retry_policy.batch_timeout_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.accumulation=2", "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup"),
-        ("data.mix_group=31", "mix_group is 31; images are mixed in pairs, use an even number above 0"),
+        ("optimizer.gradient_accumulation_steps=2", "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup"),
+        ("data.mixup_group_size=31", "mixup_group_size is 31; images are mixed in pairs, use an even number above 0"),
     ],
 )
 def test_a_batch_that_cannot_be_mixed(configure, override, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(configure("optimizer.global_batch=30", "data.mixup=0.8", override), 0, 1)
-    make_plan(configure("optimizer.global_batch=30", "data.mixup=0", override), 0, 1)
+        make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0.8", override), 0, 1)
+    make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0", override), 0, 1)
 
 
 def test_a_batch_that_does_not_divide(configure):
-    config = configure("optimizer.global_batch=1000", "optimizer.accumulation=2")
+    config = configure("optimizer.global_batch_size=1000", "optimizer.gradient_accumulation_steps=2")
     message = "^global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008$"
     with pytest.raises(ValueError, match=message):
         make_plan(config, 0, 8)
@@ -107,7 +107,7 @@ def test_validation_lacks_classes_in_the_middle(configure, packed_classes):
     config = configure(f"data.val={packed_classes('Ankle_boot', 'Coat', 'Trouser')}")
     plan = make_plan(config, 0, 1)
     assert [plan.class_names[label] for label in plan.val_label_map] == list(plan.val.classes)
-    assert plan.classes == 10
+    assert plan.num_classes == 10
     assert describe(config, plan)["validation images"] == f"{len(plan.val)}, of 3 classes out of 10"
 
 
@@ -132,16 +132,16 @@ def test_a_batch_that_batchnorm_cannot_take(configure, small_config, capsys):
     """The refused one does fail in the model, and those that are named do not."""
     message = (
         "a batch of 1 image per rank at 32² pixels leaves BatchNorm a single value per channel; use"
-        " optimizer.global_batch=8, or data.image_size=64"
+        " optimizer.global_batch_size=8, or data.image_size=64"
     )
-    small = "optimizer.global_batch=4", "optimizer.accumulation=2"
+    small = "optimizer.global_batch_size=4", "optimizer.gradient_accumulation_steps=2"
     with pytest.raises(ValueError, match=message):
         make_plan(configure(*small), 0, 2)
-    named = [configure(*small, "optimizer.global_batch=8"), configure(*small, "data.image_size=64")]
+    named = [configure(*small, "optimizer.global_batch_size=8"), configure(*small, "data.image_size=64")]
     model = timm.create_model("polaformerpp_b0", num_classes=10)
     for config in named:
         size = config.data.image_size
-        model(torch.zeros(make_plan(config, 0, 2).batches.batch, 3, size, size))
+        model(torch.zeros(make_plan(config, 0, 2).loader_options.micro_batch_size, 3, size, size))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.zeros(1, 3, 32, 32))
 
@@ -198,15 +198,15 @@ def test_a_class_without_an_output(configure):
 )
 def test_the_order_follows_from_where_the_shards_are(configure, fashion_shards, tmp_path, order, scheme, name):
     places = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
-    plan = make_plan(configure(*places, f"data.order={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
-    assert str(plan.batches.order(plan.train)) == name
-    assert (plan.train.place, plan.val.place) == tuple(place.partition("=")[2] for place in places)
+    plan = make_plan(configure(*places, f"data.shuffle={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
+    assert str(plan.loader_options.sampler(plan.train)) == name
+    assert (plan.train.location, plan.val.location) == tuple(place.partition("=")[2] for place in places)
     assert len(plan.train) + len(plan.val) == 400
 
 
 def test_a_window_that_is_set(configure):
-    plan = make_plan(configure("data.order=windowed", "data.window_shards=5", "data.max_broken=3"), 0, 1)
-    assert (plan.batches.window_shards, plan.batches.max_broken) == (5, 3)
+    plan = make_plan(configure("data.shuffle=windowed", "data.shuffle_window_shards=5", "data.max_bad_samples=3"), 0, 1)
+    assert (plan.loader_options.shuffle_window_shards, plan.loader_options.max_bad_samples) == (5, 3)
 
 
 def test_a_cache_that_is_too_small_for_both_sets(configure, fashion_shards, tmp_path):
@@ -221,20 +221,20 @@ def test_a_cache_that_is_too_small_for_both_sets(configure, fashion_shards, tmp_
 
 
 def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, small_config, tmp_path, capsys):
-    """Evaluation needs room for each of them, and none for the ranks of other machines."""
+    """Evaluation needs room for each of them, and none for the ranks of other nodes."""
     train, val = (f"data.{part}={scheme}{many_shards}" for part, scheme in (("train", ""), ("val", "file://")))
     gib = 8.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30
-    options = train, val, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}", "optimizer.global_batch=16"
-    make_plan(configure(*options), rank=0, ranks=8, ranks_here=2)
+    options = train, val, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}", "optimizer.global_batch_size=16"
+    make_plan(configure(*options), rank=0, world_size=8, local_world_size=2)
     with pytest.raises(ValueError, match=r"a cache of .* GiB is too small, data.val needs .* GiB at a time"):
-        make_plan(configure(*options), rank=0, ranks=8)
-    plan = "--config", str(small_config), "--ranks", "8", f"output={tmp_path / 'run'}", *options
+        make_plan(configure(*options), rank=0, world_size=8)
+    plan = "--config", str(small_config), "--world-size", "8", f"output={tmp_path / 'run'}", *options
     assert main(plan) == 2
     assert "data.val needs" in capsys.readouterr().err
-    assert main([*plan, "--machines", "4"]) == 0
+    assert main([*plan, "--nodes", "4"]) == 0
     with pytest.raises(SystemExit):
-        main([*plan, "--machines", "3"])
-    assert "8 ranks are not spread evenly over 3 machines; use a divisor of 8" in capsys.readouterr().err
+        main([*plan, "--nodes", "3"])
+    assert "8 ranks are not spread evenly over 3 nodes; use a divisor of 8" in capsys.readouterr().err
 
 
 def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
@@ -307,13 +307,13 @@ def test_a_range_that_is_none(configure, override, message):
 
 
 def test_a_colour_jitter_that_rand_augment_replaces(configure):
-    message = "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or recipe to simple"
+    message = "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or augmentation to simple"
     with pytest.raises(ValueError, match=message):
-        make_plan(configure("data.recipe=rand-augment", "data.color_jitter=0.4"), 0, 1)
+        make_plan(configure("data.augmentation=rand-augment", "data.color_jitter=0.4"), 0, 1)
 
 
 def test_the_description(configure):
-    config = configure("optimizer.global_batch=64", "optimizer.epochs=16", "engine.zero_stage=2")
+    config = configure("optimizer.global_batch_size=64", "optimizer.epochs=16", "engine.zero_stage=2")
     plan = make_plan(config, 0, 2)
     described = describe(config, plan)
     assert described["model"] == "polaformerpp_b0, 10 classes, 32² pixels"
@@ -327,13 +327,13 @@ def test_the_description(configure):
 
 @pytest.mark.slow
 def test_the_command(command, small_config, tmp_path, capsys):
-    plan = "--config", str(small_config), "--ranks", "4", f"output={tmp_path / 'run'}"
-    finished = command("-m", "launch.plan", *plan, "optimizer.global_batch=32")
+    plan = "--config", str(small_config), "--world-size", "4", f"output={tmp_path / 'run'}"
+    finished = command("-m", "launch.plan", *plan, "optimizer.global_batch_size=32")
     assert (finished.returncode, finished.stderr) == (0, "")
     assert "32 = 4 ranks × 1 accumulation × 8" in finished.stdout
     assert "polaformerpp_b0, 10 classes, 32² pixels" in finished.stdout
     assert not (tmp_path / "run").exists()
 
-    assert main([*plan, "optimizer.global_batch=30"]) == 2
+    assert main([*plan, "optimizer.global_batch_size=30"]) == 2
     message = "error: global batch 30 is not divisible by 4 ranks × 1 accumulation; use 28 or 32\n"
     assert capsys.readouterr() == ("", message)

@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from launch.custom_dataset import dataset_name, image_overrides, inspect_dataset, schedule_overrides
 
 from dataio.manifest import SAMPLE_DTYPE, load_manifest
 from dataio.pack.options import PackOptions
 from dataio.pack.packer import read_report
 from launch.config import load_config
 from launch.find_weights import find_weights
-from launch.own_images import examine, image_settings, name_of, step_settings
-from launch.quickstart import CONFIG, SUMMARY_NAME, main, packing
+from launch.quickstart import CONFIG, SUMMARY_NAME, main, pack_commands
 
 ROOT = Path(__file__).parents[2]
-SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch=32", "data.image_size=32"]
+SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch_size=32", "data.image_size=32"]
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +126,8 @@ def test_what_cannot_be_trained_on(here, photos, capsys):
         shutil.copytree(here / "cat", here / "one" / "train" / name)
     said = refused(capsys, "--data=one")
     assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in said
-    assert "--hold-out is for images without a validation part, and photos/val is one; leave it out" in refused(
-        capsys, "--data", two_parts(here, photos), "--hold-out=20"
+    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in refused(
+        capsys, "--data", two_parts(here, photos), "--val-percent=20"
     )
 
 
@@ -140,22 +140,22 @@ def two_parts(here: Path, photos: Path) -> Path:
 def test_options_that_cannot_be(here, photos, capsys):
     assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
     assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
-    assert refused(capsys, "--data", photos, "--hold-out=100").startswith("error: --hold-out is 100.0; use a perc")
+    assert refused(capsys, "--data", photos, "--val-percent=100").startswith("error: --val-percent is 100.0; use a perc")
     assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
 
 
 def test_what_is_packed(photos, tmp_path):
     """Held out of classes, or as the parts are; with the options that were given, which name another folder."""
-    own = examine(photos, PackOptions(), None)
-    options = PackOptions(hold_out=10, part="kept", resize=64, shard_mib=32)
-    train, val = packing(own, tmp_path, options)
+    dataset = inspect_dataset(photos, PackOptions(), None)
+    options = PackOptions(val_percent=10, split="train", resize=64, shard_mib=32)
+    train, val = pack_commands(dataset, tmp_path, options)
     assert train[2:] == ["dataio.pack", str(photos), str(tmp_path / "train"), *options.flags()]
-    assert val[2:] == ["dataio.pack", str(photos), str(tmp_path / "val"), *replace(options, part="held-out").flags()]
-    assert set(options.flags()) == {"--shard-mib=32", "--resize=64", "--hold-out=10", "--part=kept"}
-    assert own.remarks == [f"training images: 44 of 4 classes in {photos}", "validation images: 4, held out"]
-    names = {examine(photos, *given).name for given in ((PackOptions(resize=64), None), (PackOptions(), 20))}
-    assert len({own.name, *names}) == 3
-    assert examine(photos, PackOptions(workers=2, skip_broken=True), 10).name == own.name
+    assert val[2:] == ["dataio.pack", str(photos), str(tmp_path / "val"), *replace(options, split="val").flags()]
+    assert set(options.flags()) == {"--shard-mib=32", "--resize=64", "--val-percent=10", "--split=train"}
+    assert dataset.remarks == [f"training images: 44 of 4 classes in {photos}", "validation images: 4, held out"]
+    names = {inspect_dataset(photos, *given).name for given in ((PackOptions(resize=64), None), (PackOptions(), 20))}
+    assert len({dataset.name, *names}) == 3
+    assert inspect_dataset(photos, PackOptions(workers=2, skip_broken=True), 10).name == dataset.name
 
 
 def test_parts_and_archives(here, photos):
@@ -164,49 +164,49 @@ def test_parts_and_archives(here, photos):
     shutil.rmtree(root / "val" / "cat")
     archive = Path(shutil.make_archive(str(here / "my photos"), "zip", here, "photos"))
     for place, inside in ((root, root), (archive, archive / "photos")):
-        own = examine(place, PackOptions(), None)
-        assert (own.train, own.val, own.classes) == (
+        dataset = inspect_dataset(place, PackOptions(), None)
+        assert (dataset.train, dataset.val, dataset.classes) == (
             inside / "train",
             inside / "val",
             ("astronaut", "cat", "coffee", "rocket"),
         )
-        assert own.remarks[-1] == f"left alone: {inside}/test"
-        assert own.name.startswith(("photos-", "my-photos-"))
-        _, val = packing(own, here / "shards", PackOptions())
+        assert dataset.remarks[-1] == f"left alone: {inside}/test"
+        assert dataset.name.startswith(("photos-", "my-photos-"))
+        _, val = pack_commands(dataset, here / "shards", PackOptions())
         assert val[-1] == f"--classes={here}/shards/classes.txt"
         assert subprocess.run([*val[:3], *val[3:]], cwd=ROOT).returncode == 0
-        assert load_manifest(here / "shards" / "val").classes == own.classes
+        assert load_manifest(here / "shards" / "val").classes == dataset.classes
         shutil.rmtree(here / "shards")
 
 
 def test_changed_images_are_others(photos, tmp_path):
     """And what was made of the old ones is not taken for theirs."""
     source = shutil.copytree(photos, tmp_path / "source")
-    before = examine(source, PackOptions(), None).name
-    assert examine(source, PackOptions(), None).name == before
+    before = inspect_dataset(source, PackOptions(), None).name
+    assert inspect_dataset(source, PackOptions(), None).name == before
     (source / "cat" / "00.jpg").unlink()
-    assert examine(source, PackOptions(), None).name != before
+    assert inspect_dataset(source, PackOptions(), None).name != before
 
 
 @pytest.mark.parametrize(("images", "steps"), [(15, 700), (135, 700), (3000, 1000), (100_000, 9000)])
 def test_settings_by_the_number_of_images(images, steps, fashion_shards):
     """Enough steps for a few images, and a moving average of which the start is gone in any number of steps."""
     manifest = load_manifest(fashion_shards / "val")
-    first = image_settings(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
+    first = image_overrides(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
     config = load_config(CONFIG, first)
     config = load_config(
-        CONFIG, [*first, *step_settings(images, config.optimizer.epochs, config.optimizer.global_batch)]
+        CONFIG, [*first, *schedule_overrides(images, config.optimizer.epochs, config.optimizer.global_batch_size)]
     )
     optimizer = config.optimizer
-    done = optimizer.epochs * images / optimizer.global_batch
+    done = optimizer.epochs * images / optimizer.global_batch_size
     assert done > steps
     assert optimizer.ema_decay**done < 1e-4
     assert 0 < optimizer.warmup_epochs < optimizer.epochs / 10
-    assert optimizer.global_batch % 2 == 0
+    assert optimizer.global_batch_size % 2 == 0
 
 
 def test_folders_of_one_name_are_kept_apart(tmp_path):
     first, second = (tmp_path / parent / "images" for parent in "ab")
     options = PackOptions()
-    assert name_of(first, options, []) != name_of(second, options, [])
-    assert name_of(first, options, []) == name_of(tmp_path / "a" / "." / "images", options, [])
+    assert dataset_name(first, options, []) != dataset_name(second, options, [])
+    assert dataset_name(first, options, []) == dataset_name(tmp_path / "a" / "." / "images", options, [])

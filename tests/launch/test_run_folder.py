@@ -114,7 +114,7 @@ def test_a_disk_that_holds_one_checkpoint(on_small_disk, arguments, tmp_path):
     assert line.startswith(f"error: rank 0: no space for a checkpoint in {folder}: it needs 127 MiB, ")
     assert line.endswith(" MiB are free; make room, or choose an output on a larger disk")
     assert "Traceback (most recent call last)" not in finished.stderr.partition("error: ")[0]
-    found, faults = checkpoint.newest(tmp_path / "kept" / "checkpoints")
+    found, faults = checkpoint.find_newest(tmp_path / "kept" / "checkpoints")
     assert (found.name, faults) == ("step-00000010", [])
     assert sorted(path.name for path in found.parent.iterdir()) == ["latest", "step-00000010"]
 
@@ -174,7 +174,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
     assert line.endswith("; written anew, what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(range(39, 57)) < set(steps)
-    assert checkpoint.newest(folder)[0].name == "step-00000056"
+    assert checkpoint.find_newest(folder)[0].name == "step-00000056"
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["epochs"] == 3
 
 

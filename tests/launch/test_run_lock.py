@@ -17,14 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_lock import LOCK_NAME, SILENT_LOOKS, acquire, this_process
+from launch.run_lock import LOCK_NAME, MISSED_HEARTBEATS, acquire, current_owner
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import signal, sys
 from pathlib import Path
 from launch.run_lock import acquire
-lock = acquire(Path(sys.argv[1]), beat_seconds=0.01)
+lock = acquire(Path(sys.argv[1]), heartbeat_seconds=0.01)
 print("held", flush=True)
 signal.pause()
 """
@@ -67,7 +67,7 @@ def move_to_another_host(lock: Path) -> None:
 
 def leave_lock(folder: Path, **changes: object) -> None:
     """The file of an owner that is this process but for `changes`, and does not beat."""
-    owner = replace(this_process(), **changes)
+    owner = replace(current_owner(), **changes)
     (folder / LOCK_NAME).write_text(json.dumps(asdict(owner)) + "\n00000000000000000000\n")
 
 
@@ -79,7 +79,7 @@ def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
     first = hold()
     owner = json.loads((folder / LOCK_NAME).read_text().splitlines()[0])
     with pytest.raises(RuntimeError) as refusal:
-        acquire(folder, pause=never)
+        acquire(folder, sleep=never)
     assert str(refusal.value) == (
         f"{folder} is in use by another run (process {first.pid} on {os.uname().nodename}, started {owner['started']});"
         " wait until that has ended, or choose another output"
@@ -90,7 +90,7 @@ def test_a_stopped_owner_is_no_dead_one(hold, folder):
     first = hold()
     first.send_signal(signal.SIGSTOP)
     with pytest.raises(RuntimeError, match="is in use by another run"):
-        acquire(folder, pause=never)
+        acquire(folder, sleep=never)
 
 
 def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp_path):
@@ -98,10 +98,10 @@ def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp
     shutil.copytree(folder, tmp_path / "copy")
     said, looks = [], []
     acquire(tmp_path / "copy", said.append, looks.append).release()
-    assert looks == SILENT_LOOKS * [5.0]
+    assert looks == MISSED_HEARTBEATS * [5.0]
     assert len(said) == 1
     with pytest.raises(RuntimeError, match="is in use by another run"):
-        acquire(folder, pause=never)
+        acquire(folder, sleep=never)
 
 
 @pytest.mark.parametrize("reaped", [True, False])
@@ -113,21 +113,21 @@ def test_killed_it_is_followed_at_once(hold, folder, reaped):
     else:
         os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # its parent has not asked for its status
         assert psutil.Process(first.pid).status() == psutil.STATUS_ZOMBIE
-    lock = acquire(folder, pause=never)
+    lock = acquire(folder, sleep=never)
     lock.check()
     lock.release()
 
 
 def test_a_later_process_of_the_same_id_is_not_the_owner(folder):
-    leave_lock(folder, born=this_process().born - 1)
-    acquire(folder, pause=never).release()
+    leave_lock(folder, born=current_owner().born - 1)
+    acquire(folder, sleep=never).release()
 
 
 def try_to_acquire(folder: Path, together: Barrier, verdicts: Queue) -> None:
     lock = None
     together.wait()
     with suppress(RuntimeError):
-        lock = acquire(folder, pause=lambda seconds: None)
+        lock = acquire(folder, sleep=lambda seconds: None)
     together.wait()  # until all have it or were refused
     has_it = False
     with suppress(RuntimeError):
@@ -167,7 +167,7 @@ def test_another_host_whose_counter_stands_still(hold, folder):
     move_to_another_host(folder / LOCK_NAME)
     said, looks = [], []
     acquire(folder, said.append, looks.append).release()
-    assert looks == SILENT_LOOKS * [5.0]
+    assert looks == MISSED_HEARTBEATS * [5.0]
     assert len(said) == 1
     assert f"is of process {first.pid} on" in said[0]
     assert "up to 60 s to see if it lives" in said[0]
@@ -186,17 +186,17 @@ def test_another_host_that_beats(hold, folder):
             assert first.poll() is None
 
     with pytest.raises(RuntimeError, match=f"is in use by another run .process {first.pid} on"):
-        acquire(folder, pause=pause)
+        acquire(folder, sleep=pause)
     assert len(looks) == 1
 
 
 def test_another_host_that_ends_meanwhile(hold, folder):
     hold()
     move_to_another_host(folder / LOCK_NAME)
-    acquire(folder, pause=lambda seconds: (folder / LOCK_NAME).unlink(missing_ok=True)).release()
+    acquire(folder, sleep=lambda seconds: (folder / LOCK_NAME).unlink(missing_ok=True)).release()
 
 
-@pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, SILENT_LOOKS)])
+@pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, MISSED_HEARTBEATS)])
 def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, restarts, looks):
     """But for another step of the same start it does."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -204,7 +204,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, r
     leave_lock(folder, machine="another")
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     waited = []
-    acquire(folder, pause=waited.append).release()
+    acquire(folder, sleep=waited.append).release()
     assert len(waited) == looks
 
 
@@ -213,23 +213,23 @@ def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
     leave_lock(folder, machine="another", job="south/17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     waited = []
-    acquire(folder, pause=waited.append).release()
-    assert len(waited) == SILENT_LOOKS
+    acquire(folder, sleep=waited.append).release()
+    assert len(waited) == MISSED_HEARTBEATS
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]\n0\n", b'{"host": "old version"}\n', b"\xff\xfe"])
 def test_a_file_that_nobody_writes_is_no_lock(folder, content):
     (folder / LOCK_NAME).write_bytes(content)
     waited = []
-    acquire(folder, pause=waited.append).release()
-    assert len(waited) == SILENT_LOOKS
+    acquire(folder, sleep=waited.append).release()
+    assert len(waited) == MISSED_HEARTBEATS
 
 
 def test_an_owner_that_was_taken_for_dead_notices(folder):
-    frozen = acquire(folder, beat_seconds=1e6)
+    frozen = acquire(folder, heartbeat_seconds=1e6)
     frozen.check()
     move_to_another_host(folder / LOCK_NAME)
-    second = acquire(folder, pause=lambda seconds: None)
+    second = acquire(folder, sleep=lambda seconds: None)
     with pytest.raises(RuntimeError, match=rf"is no longer this run's: process {os.getpid()} on .* has taken it over;"):
         frozen.check()
     frozen.release()

@@ -24,7 +24,7 @@ def rates(optimizer: OptimizerSection) -> list[float]:
 def timms_rates(optimizer: OptimizerSection) -> list[float]:
     """The same as the official recipe has them: timm's cosine by steps, after the warm-up."""
     schedule = make_schedule(optimizer, SAMPLES)
-    scale = optimizer.global_batch / 512
+    scale = optimizer.global_batch_size / 512
     timms = CosineLRScheduler(
         torch.optim.SGD([torch.zeros(1)], lr=optimizer.lr * scale),
         t_initial=schedule.steps - schedule.warmup_steps,
@@ -41,9 +41,9 @@ def timms_rates(optimizer: OptimizerSection) -> list[float]:
     "optimizer",
     [
         OptimizerSection(),
-        OptimizerSection(global_batch=512, epochs=30, warmup_epochs=2.5, warmup_lr=0, min_lr=0),
-        OptimizerSection(global_batch=96, epochs=0.7, warmup_epochs=0.1),
-        OptimizerSection(global_batch=100, epochs=3, warmup_epochs=0),
+        OptimizerSection(global_batch_size=512, epochs=30, warmup_epochs=2.5, warmup_lr=0, min_lr=0),
+        OptimizerSection(global_batch_size=96, epochs=0.7, warmup_epochs=0.1),
+        OptimizerSection(global_batch_size=100, epochs=3, warmup_epochs=0),
     ],
     ids=["defaults", "from nothing to nothing", "less than an epoch", "no warm-up"],
 )
@@ -52,7 +52,7 @@ def test_every_step_has_timms_rate(optimizer):
 
 
 def test_beginning_turn_and_end():
-    optimizer = OptimizerSection(global_batch=512, epochs=40, warmup_epochs=4)
+    optimizer = OptimizerSection(global_batch_size=512, epochs=40, warmup_epochs=4)
     schedule = make_schedule(optimizer, 5120)
     assert (schedule.warmup_steps, schedule.steps) == (40, 400)
     assert lr_at(0, schedule) == optimizer.warmup_lr
@@ -64,7 +64,7 @@ def test_beginning_turn_and_end():
 
 
 def test_it_rises_and_then_falls():
-    optimizer = OptimizerSection(global_batch=64, epochs=10, warmup_epochs=2)
+    optimizer = OptimizerSection(global_batch_size=64, epochs=10, warmup_epochs=2)
     warmup_steps = make_schedule(optimizer, SAMPLES).warmup_steps
     all_rates = rates(optimizer)
     assert len(all_rates) == math.ceil(10 * SAMPLES / 64)
@@ -74,18 +74,18 @@ def test_it_rises_and_then_falls():
 
 
 def test_rates_grow_with_the_batch():
-    small, large = (make_schedule(OptimizerSection(global_batch=batch), SAMPLES) for batch in (512, 2048))
-    assert (small.start, small.peak, small.floor) == (1e-7, 5e-4, 1e-5)
-    assert (large.start, large.peak, large.floor) == pytest.approx((4e-7, 2e-3, 4e-5))
+    small, large = (make_schedule(OptimizerSection(global_batch_size=batch), SAMPLES) for batch in (512, 2048))
+    assert (small.warmup_lr, small.peak_lr, small.min_lr) == (1e-7, 5e-4, 1e-5)
+    assert (large.warmup_lr, large.peak_lr, large.min_lr) == pytest.approx((4e-7, 2e-3, 4e-5))
 
 
 def test_a_part_of_a_step_is_a_step():
-    schedule = make_schedule(OptimizerSection(global_batch=64, epochs=1, warmup_epochs=0.1), SAMPLES)
+    schedule = make_schedule(OptimizerSection(global_batch_size=64, epochs=1, warmup_epochs=0.1), SAMPLES)
     assert (schedule.steps, schedule.warmup_steps) == (16, 2)  # 15.6 and 1.6
 
 
 def test_a_run_shorter_than_its_warm_up_has_rates():
-    optimizer = OptimizerSection(global_batch=1000, epochs=1, warmup_epochs=0.9)
+    optimizer = OptimizerSection(global_batch_size=1000, epochs=1, warmup_epochs=0.9)
     assert rates(optimizer) == [optimizer.warmup_lr * 1000 / 512]
 
 
@@ -108,10 +108,10 @@ def test_a_short_runs_average_is_over_its_last_steps():
     assert 2 < 1 / np.square(short).sum() < 12, "it must be an average of several steps"
 
 
-@pytest.mark.parametrize("global_batch", [1024, 512])
-def test_a_long_runs_average_is_what_it_was(global_batch):
+@pytest.mark.parametrize("global_batch_size", [1024, 512])
+def test_a_long_runs_average_is_what_it_was(global_batch_size):
     """Of the recipe and the fine-tuning, 300 epochs of ImageNet: 2e-27 of what is in it comes from other steps."""
-    steps = math.ceil(300 * 1_281_167 / global_batch)
+    steps = math.ceil(300 * 1_281_167 / global_batch_size)
     with_warmup, without = (ema_weights(OptimizerSection(ema_warmup=on), steps) for on in (True, False))
     assert np.abs(with_warmup - without).sum() < 1e-26
 
@@ -125,20 +125,20 @@ def test_the_decay_depends_on_nothing_but_the_step():
 
 @given(
     samples=st.integers(1, 5000),
-    global_batch=st.integers(1, 3000),
+    global_batch_size=st.integers(1, 3000),
     epochs=st.floats(0.01, 20),
     steps=st.integers(1, 400),
 )
-def test_an_interval_ends_in_the_step_that_completes_it(samples, global_batch, epochs, steps):
+def test_an_interval_ends_in_the_step_that_completes_it(samples, global_batch_size, epochs, steps):
     interval = epochs * samples
-    ends = {step for step in range(steps) if ends_interval(step, global_batch, interval)}
-    completed = math.floor(Fraction(steps * global_batch) / Fraction(interval))
+    ends = {step for step in range(steps) if ends_interval(step, global_batch_size, interval)}
+    completed = math.floor(Fraction(steps * global_batch_size) / Fraction(interval))
     first_steps = {
-        math.ceil(number * Fraction(interval) / global_batch) - 1 for number in range(1, min(completed, 10 * steps) + 1)
+        math.ceil(number * Fraction(interval) / global_batch_size) - 1 for number in range(1, min(completed, 10 * steps) + 1)
     }
     if completed <= 10 * steps:
         assert ends == first_steps  # of several that end in one step, each is in it
-    if interval >= global_batch:
+    if interval >= global_batch_size:
         assert len(ends) == completed
 
 

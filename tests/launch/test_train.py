@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dataio.manifest import Manifest
 from dataio.pack.packer import PackOptions, pack
-from dataio.sampler import Order
+from dataio.sampler import Sampler
 from launch import checkpoint, train
 from launch.config import load_config, parse_config
 from launch.engine import build_model
@@ -36,7 +36,7 @@ RUN_IN_OWN_FOLDER = str(Path(__file__).with_name("run_in_own_folder.py"))
 TRAIN = "launch/train.py"
 STEPS = 11  # of the runs below
 FINAL = f"step-{STEPS:08d}"
-KEPT = PackOptions(hold_out=60, part="kept")
+KEPT = PackOptions(val_percent=60, split="train")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def few(fashion, tmp_path_factory) -> Path:
     """Folder with `train` and `val`: 167 and 37 images of `fashion`."""
     root = tmp_path_factory.mktemp("few")
     pack(fashion, root / "train", KEPT)
-    pack(fashion, root / "val", PackOptions(hold_out=10, part="held-out"))
+    pack(fashion, root / "val", PackOptions(val_percent=10, split="val"))
     return root
 
 
@@ -52,13 +52,13 @@ def overrides(shards: Path, output: Path, *more: str) -> list[str]:
     """A run of STEPS steps over 2 epochs on CPU, with everything on that draws random numbers."""
     return [
         *("--config", CONFIG, f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={output}"),
-        *("optimizer.epochs=2", "optimizer.global_batch=32", "optimizer.accumulation=2"),
+        *("optimizer.epochs=2", "optimizer.global_batch_size=32", "optimizer.gradient_accumulation_steps=2"),
         *(
             "model.drop_path_rate=0.1",
             "data.mixup=0.8",
             "data.cutmix=1.0",
-            "data.erase_probability=0.25",
-            "data.recipe=rand-augment",
+            "data.reprob=0.25",
+            "data.augmentation=rand-augment",
             "data.threads=1",
         ),
         *("checkpoint.every_epochs=0.4", "checkpoint.keep=3", "log.eval_every_epochs=1", "log.every_steps=1", *more),
@@ -82,7 +82,7 @@ def kill_in_the_middle(arguments: list[str], environ: dict[str, str], folder: Pa
                 for doomed in (process, *process.children(recursive=True)):
                     doomed.kill()
             process.wait()
-    newest, _ = checkpoint.newest(folder / "checkpoints")
+    newest, _ = checkpoint.find_newest(folder / "checkpoints")
     return newest
 
 
@@ -122,10 +122,10 @@ def assert_equal_tree(left, right, where: str) -> None:
 
 
 def test_which_weights_to_take():
-    assert train.which_is_better(50.0, 50.0).startswith(
+    assert train.compare_ema(50.0, 50.0).startswith(
         "the EMA is as good or better (50.00 % against 50.00 %): launch"
     )
-    assert train.which_is_better(50.01, 50.0).endswith("launch.export take them with --kind model")
+    assert train.compare_ema(50.01, 50.0).endswith("launch.export take them with --kind model")
 
 
 def refusal(finished: subprocess.CompletedProcess) -> str:
@@ -207,11 +207,11 @@ def test_only_the_newest_checkpoints_are_kept(runs):
 @pytest.mark.slow
 def test_started_again_a_finished_run_does_nothing(forked, runs, few):
     before = sorted((runs["whole"] / "checkpoints").iterdir())
-    arguments = overrides(few, runs["whole"], "optimizer.clip=0.7")
+    arguments = overrides(few, runs["whole"], "optimizer.max_grad_norm=0.7")
     finished = forked(2, TRAIN, *arguments)
     assert finished.returncode == 0
     assert finished.stdout.count("changed since the last start: ") == 1
-    assert "changed since the last start: optimizer.clip: 1.0 → 0.7" in finished.stdout
+    assert "changed since the last start: optimizer.max_grad_norm: 1.0 → 0.7" in finished.stdout
     kept = parse_config(yaml.safe_load((runs["whole"] / "config.yaml").read_text()))
     assert kept == load_config(arguments[1], arguments[2:])
     assert f"trained for {STEPS} steps" in finished.stdout
@@ -246,17 +246,17 @@ def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, few, tmp_pat
     launcher = "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", free_port
     finished = command(*launcher, TRAIN, *arguments)
     assert finished.returncode == 0, finished.stderr
-    newest, _ = checkpoint.newest(tmp_path / "checkpoints")
-    model, average = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
+    model, ema = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
     assert all(value.dtype in (torch.float32, torch.int64) for value in model.values())
-    assert_equal_tree(model, average, "weights")
+    assert_equal_tree(model, ema, "weights")
     assert all(torch.isfinite(value).all() for value in model.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path, stage):
-    staged = f"engine.zero_stage={stage}", "optimizer.accumulation=1", "optimizer.epochs=1", "log.eval_every_epochs=9"
+    staged = f"engine.zero_stage={stage}", "optimizer.gradient_accumulation_steps=1", "optimizer.epochs=1", "log.eval_every_epochs=9"
     whole = overrides(few, tmp_path / "whole", *staged)
     assert forked(2, TRAIN, *whole).returncode == 0
     folder = tmp_path / "whole" / "checkpoints"
@@ -281,10 +281,10 @@ def test_the_moving_average_follows_once_in_a_step(forked, few, tmp_path):
     assert forked(1, TRAIN, *arguments).returncode == 0
     config = load_config(arguments[1], arguments[2:])
     start = build_model(config, make_plan(config, 0, 1), torch.device("cpu")).state_dict()
-    newest, _ = checkpoint.newest(tmp_path / "checkpoints")
+    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
     assert checkpoint.read_state(newest).step == 1
-    model, average = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
-    for name, value in average.items():
+    model, ema = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    for name, value in ema.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, (start[name] + 9 * model[name]) / 10, msg=name)
 
@@ -301,7 +301,7 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_
     """Only one rank meets it; the run ends at once, and says where the image lies."""
     manifest = pack(fashion, tmp_path / "train", KEPT)
     break_image(manifest, 7)
-    places = f"data.val={tmp_path / 'train'}", "data.max_broken=0"
+    places = f"data.val={tmp_path / 'train'}", "data.max_bad_samples=0"
     finished = forked(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places))
     assert finished.returncode != 0
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
@@ -311,19 +311,19 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_
 @pytest.mark.parametrize("every_steps", [1, 1000])
 def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, few, tmp_path, every_steps):
     """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""
-    manifest = pack(fashion, tmp_path / "train", replace(KEPT, hold_out=55))
-    order = Order(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
+    manifest = pack(fashion, tmp_path / "train", replace(KEPT, val_percent=55))
+    order = Sampler(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
     order, next_epoch = order[: len(manifest)], order[len(manifest) :]  # which the sixth step reaches into
     once = [sample for sample in order.tolist() if sample not in next_epoch]
     broken = [once[3], once[40], once[-1]]  # the third in the last step of the epoch
     assert broken[-1] in order[5 * 32 :]
     for sample in broken:
         break_image(manifest, sample)
-    places = f"data.val={few / 'val'}", "data.max_broken=2"
+    places = f"data.val={few / 'val'}", "data.max_bad_samples=2"
     often = f"log.every_steps={every_steps}", "checkpoint.every_epochs=2"
     finished = forked(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places, *often))
     assert finished.returncode != 0
-    message = "error: 3 broken images in this epoch at step 6, data.max_broken allows 2; check the shards with python"
+    message = "error: 3 broken images in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
     assert finished.stderr.count(message) == 1
     said = [line for line in finished.stderr.splitlines() if "stands for" in line]
     for sample in broken:
@@ -346,7 +346,7 @@ def test_training_from_afar_is_training_from_a_folder(forked, runs, few, tmp_pat
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
         places = [f"data.{part}={url}/{part}?token=hush" for part in ("train", "val")]
-        more = "data.order=full", f"data.cache={tmp_path / 'cache'}"
+        more = "data.shuffle=full", f"data.cache={tmp_path / 'cache'}"
         finished = forked(2, TRAIN, *overrides(few, tmp_path / "run", *places, *more))
         server.shutdown()
     assert finished.returncode == 0, finished.stderr
@@ -376,12 +376,12 @@ SLOW_TO_SPEAK = """
 import sys, time
 from launch import train
 
-def refuse(error, rank, refuse=train.refuse):
+def report_error(error, rank, report_error=train.report_error):
     if rank == 0:
         time.sleep(1)  # for the other rank to exit, for which the launcher would end this one
-    return refuse(error, rank)
+    return report_error(error, rank)
 
-train.refuse = refuse
+train.report_error = report_error
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -390,7 +390,7 @@ sys.exit(train.main(sys.argv[1:]))
     ("override", "message"),
     [
         ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean lr?"),
-        ("optimizer.global_batch=33", "global batch 33 is not divisible by 2 ranks × 2 accumulation; use 32 or 36"),
+        ("optimizer.global_batch_size=33", "global batch 33 is not divisible by 2 ranks × 2 accumulation; use 32 or 36"),
     ],
 )
 def test_one_message_for_all_ranks(forked, few, tmp_path, override, message):
@@ -436,7 +436,7 @@ def test_a_checkpoint_of_another_model(forked, few, runs):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.global_batch=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
+        ("optimizer.global_batch_size=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
         ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
         ("deepspeed.zero_optimization.typo=1", "in the deepspeed section, typo is 1: Extra inputs are not permitted"),

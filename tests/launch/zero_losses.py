@@ -10,14 +10,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from dataio.augment.batch_augment import BatchAugment
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from dataio.augment.mixing import Augment
 from dataio.loader import TrainLoader
 from launch.config import load_config
-from launch.distributed import placement, start, stop
+from launch.distributed import destroy_process_group, init_distributed, read_rank_info
 from launch.engine import build_model, seed_step, set_lr, start_engine
 from launch.plan import make_plan
 from launch.schedule import lr_at
@@ -29,7 +29,7 @@ class PlainEngine:
     """What DeepSpeed does, in the plainest way: average over ranks at the boundary, clip, step."""
 
     def __init__(self, config, model: nn.Module) -> None:
-        self.module, self._accumulation, self._clip = model, config.optimizer.accumulation, config.optimizer.clip
+        self.module, self._accumulation, self._clip = model, config.optimizer.gradient_accumulation_steps, config.optimizer.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             param_groups_weight_decay(model, config.optimizer.weight_decay),
             betas=config.optimizer.betas,
@@ -60,20 +60,20 @@ class PlainEngine:
 
 def trace(config, plan, engine, device) -> dict[str, list[float]]:
     """Mean loss over ranks and micro-steps of each step, and the gradient norm before clipping."""
-    loader = TrainLoader(plan.train, plan.images, plan.batches, device)
-    augment = Augment(plan.mixing, plan.classes, config.seed, plan.batches.batch, device)
-    loss_of = SoftTargetCrossEntropy()
+    loader = TrainLoader(plan.train, plan.image_options, plan.loader_options, device)
+    augment = BatchAugment(plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device)
+    loss_fn = SoftTargetCrossEntropy()
     losses, norms = [], []
     for step in range(STEPS):
-        seed_step(config.seed, step, plan.batches.rank)
+        seed_step(config.seed, step, plan.loader_options.rank)
         set_lr(engine, lr_at(step, plan.schedule))
         total = torch.zeros(())
-        for _ in range(config.optimizer.accumulation):
+        for _ in range(config.optimizer.gradient_accumulation_steps):
             images, targets = augment(next(loader))
-            loss = loss_of(engine(images).float(), targets)
+            loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
             engine.step()
-            total += loss.detach() / config.optimizer.accumulation
+            total += loss.detach() / config.optimizer.gradient_accumulation_steps
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
         norm = engine.get_global_grad_norm()
@@ -82,19 +82,19 @@ def trace(config, plan, engine, device) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    place = placement(os.environ)
-    device = start(place, "cpu", timedelta(hours=1))
+    rank_info = read_rank_info(os.environ)
+    device = init_distributed(rank_info, "cpu", timedelta(hours=1))
     traces = {}
     for stage in ("plain", "0", "1", "2", "3"):
         overrides = [] if stage == "plain" else [f"engine.zero_stage={stage}"]
         config = load_config(sys.argv[1], sys.argv[2:] + overrides)
-        plan = make_plan(config, place.rank, place.ranks)
+        plan = make_plan(config, rank_info.rank, rank_info.world_size)
         model = build_model(config, plan, device)
         engine = PlainEngine(config, model) if stage == "plain" else start_engine(config, plan, model)
         traces[stage] = trace(config, plan, engine, device)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         print(json.dumps(traces))
-    stop()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def change_strides(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
     return torch.as_strided(x, x.shape, [rng.choice([0, 1]) if size > 1 else 1 for size in x.shape])
 
 
-def change_kind(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
+def change_dtype_or_device(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
     kind = rng.randrange(4)
     if kind == 0:
         return x.to_sparse() if x.dim() else x
@@ -74,11 +74,11 @@ def change_kind(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
 def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
     """(operator's name, arguments): a right call to which nothing, or up to three changes have happened."""
     batch, heads, height, width = rng.randint(0, 3), rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
-    head_width = 2 * rng.choice([1, 3, 8, 16, 17, 48])
+    head_dim = 2 * rng.choice([1, 3, 8, 16, 17, 48])
     dtype = rng.choice(DTYPES)
-    shape = (batch, heads, height * width, head_width)
+    shape = (batch, heads, height * width, head_dim)
     inputs = [draw_tensor(shape, dtype, device) for _ in range(3)]
-    inputs += [draw_tensor((heads, 2 * head_width), rng.choice(DTYPES), device) for _ in range(2)]
+    inputs += [draw_tensor((heads, 2 * head_dim), rng.choice(DTYPES), device) for _ in range(2)]
     name = rng.choice(["polarity_attention", "polarity_attention_backward", "reference", "reference_backward"])
     arguments = inputs
     if name.endswith("backward"):
@@ -92,7 +92,7 @@ def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
             if rng.random() < 0.3:
                 size = [-size[0], -size[1]]
         elif arguments[number].layout == torch.strided and not arguments[number].is_meta:
-            change = rng.choice([change_shape, change_strides, change_strides, change_kind])
+            change = rng.choice([change_shape, change_strides, change_strides, change_dtype_or_device])
             arguments[number] = change(rng, arguments[number])
     return name, [*arguments, *size, *([""] if name.startswith("reference") else [])]
 
@@ -147,5 +147,5 @@ def describe(x) -> str:
 
 
 if __name__ == "__main__":
-    assert ops.has_compiled_kernels(sys.argv[1]), ops.why_no_kernels(sys.argv[1])
+    assert ops.has_compiled_kernels(sys.argv[1]), ops.kernels_unavailable_reason(sys.argv[1])
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -24,18 +24,18 @@ NAMES = ("out", "q", "k", "v", "same_logits", "opposite_logits")
 
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request) -> str:
-    assert ops.has_compiled_kernels(request.param), ops.why_no_kernels(request.param)
+    assert ops.has_compiled_kernels(request.param), ops.kernels_unavailable_reason(request.param)
     return request.param
 
 
 def make_inputs(shape, dtype, device="cpu", scale=1.0, seed=0) -> list[torch.Tensor]:
     """q, k, v as views of one (B, N, 4C) projection, and logits; scale multiplies q and k."""
-    batch, heads, tokens, head_width = shape
+    batch, heads, tokens, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(batch, tokens, 4, heads, head_width, generator=generator)
+    projection = torch.randn(batch, tokens, 4, heads, head_dim, generator=generator)
     projection[:, :, :2] *= scale
     views = [part.transpose(1, 2) for part in projection.to(device, dtype).unbind(2)[:3]]
-    logits = [torch.randn(heads, 2 * head_width, generator=generator).to(device) for _ in range(2)]
+    logits = [torch.randn(heads, 2 * head_dim, generator=generator).to(device) for _ in range(2)]
     return [x.detach().requires_grad_() for x in (*views, *logits)]
 
 
@@ -72,21 +72,21 @@ def test_golden(golden, relative_error, device, vector, dtype, tolerance):
 
 
 @pytest.mark.parametrize("size", [(7, 9), (113, 1), (33, 31)])
-@pytest.mark.parametrize("head_width", [32, 64, 96])
-def test_float32_is_as_exact_as_float32_can_be(device, size, head_width):
-    inputs = make_inputs((2, 2, size[0] * size[1], head_width), torch.float32, device)
+@pytest.mark.parametrize("head_dim", [32, 64, 96])
+def test_float32_is_as_exact_as_float32_can_be(device, size, head_dim):
+    inputs = make_inputs((2, 2, size[0] * size[1], head_dim), torch.float32, device)
     for name, error in errors(results(ops.polarity_attention, inputs, *size), exact_results(inputs, *size)).items():
         assert error < 2e-6, name
 
 
 @pytest.mark.parametrize("size", [(7, 9), (113, 1), (33, 31)])
-@pytest.mark.parametrize("head_width", [32, 64, 96])
+@pytest.mark.parametrize("head_dim", [32, 64, 96])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_low_precision_against_eager(device, dtype, size, head_width):
+def test_low_precision_against_eager(device, dtype, size, head_dim):
     """At most twice the error of the plain formulas in that dtype, three times for gradients."""
-    inputs = make_inputs((2, 2, size[0] * size[1], head_width), dtype, device)
+    inputs = make_inputs((2, 2, size[0] * size[1], head_dim), dtype, device)
     exact = exact_results(inputs, *size)
-    eager = errors(results(reference.plain, inputs, *size), exact)
+    eager = errors(results(reference.eager_polarity_attention, inputs, *size), exact)
     ours = errors(results(ops.polarity_attention, inputs, *size), exact)
     for name in NAMES:
         assert ours[name] <= (2 if name == "out" else 3) * eager[name], name
@@ -98,15 +98,15 @@ def test_low_precision_against_eager(device, dtype, size, head_width):
     heads=st.integers(1, 3),
     height=st.integers(1, 12),
     width=st.integers(1, 12),
-    head_width=st.integers(1, 64).map(lambda half: 2 * half),
+    head_dim=st.integers(1, 64).map(lambda half: 2 * half),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     layout=st.sampled_from(["projection", "contiguous", "transposed", "every second", "expanded"]),
 )
 @example(  # a token that no key resembles: its normalizer is epsilon alone
-    batch=2, heads=1, height=1, width=3, head_width=2, dtype=torch.float64, layout="projection"
+    batch=2, heads=1, height=1, width=3, head_dim=2, dtype=torch.float64, layout="projection"
 )
-def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_width, dtype, layout):
-    inputs = make_inputs((batch, heads, height * width, head_width), dtype, device)
+def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_dim, dtype, layout):
+    inputs = make_inputs((batch, heads, height * width, head_dim), dtype, device)
     arranged = {
         "projection": lambda x: x,
         "contiguous": lambda x: x.contiguous(),
@@ -121,7 +121,7 @@ def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_wi
         assert not actual["same_logits"].any()
         return
     # Where normalizers are small every implementation loses digits: the plain one says how many.
-    plain = results(reference.plain, inputs, height, width)
+    plain = results(reference.eager_polarity_attention, inputs, height, width)
     rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-12)
     for name in NAMES:
         assert actual[name].isfinite().all(), name
@@ -154,7 +154,7 @@ def test_exponents_of_any_size(device, dtype, largest, which):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
-def test_finite_whatever_comes(device, dtype, largest):
+def test_finite_for_any_finite_input(device, dtype, largest):
     """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
     wherever those can be represented."""
     inputs = make_inputs((2, 2, 63, 32), dtype, device, scale=largest / 4)
@@ -192,7 +192,7 @@ def test_no_memory_is_read_before_it_is_written(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_again(device, dtype):
+def test_bit_identical_runs(device, dtype):
     """On any number of threads, too: 3,136 tokens of three heads are cut into several tasks."""
     inputs = make_inputs((1, 3, 3136, 32), dtype, device)
     first = results(ops.polarity_attention, inputs, 56, 56)
@@ -237,7 +237,7 @@ def test_memory_of_forward_and_backward(device, dtype):
         changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         return int(np.cumsum([event.nbytes() for event in sorted(changes, key=lambda e: e.start_ns())]).max())
 
-    assert peak(ops.polarity_attention) - handed_out <= (peak(reference.plain) - handed_out) / 8
+    assert peak(ops.polarity_attention) - handed_out <= (peak(reference.eager_polarity_attention) - handed_out) / 8
 
 
 @pytest.mark.gpu
@@ -283,7 +283,7 @@ def test_cuda_graph():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_lesser_processors(capability):
+def test_lower_cpu_capabilities(capability):
     """Their kernels, and bfloat16 without bfloat16 products, in a process of their own. Golden vectors are left out:
     PyTorch's own linspace, from which the rotary angles come, differs there in the last place."""
     selection = "low_precision or any_shape or exponents or normalizer_is_zero or no_memory"
@@ -295,7 +295,7 @@ def test_lesser_processors(capability):
 
 
 @pytest.mark.slow
-def test_without_kernels_the_reference_serves_and_says_so_once():
+def test_fallback_to_reference_warns_once():
     code = (
         "import torch, polaformer.ops as ops; x = torch.ones(1, 1, 4, 2); s = torch.zeros(1, 4)\n"
         "for _ in range(2): ops.polarity_attention(x, x, x, s, s, 2, 2)\n"

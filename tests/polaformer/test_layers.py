@@ -1,13 +1,13 @@
-"""Rotary turns and the channels-last helpers."""
+"""Rotary rotary and the channels-last helpers."""
 
 import torch
 
-from polaformer.layers import DepthwiseConv, rotary_turns, rotate
+from polaformer.layers import DepthwiseConv, apply_rotary, rotary_embedding
 
 
-def test_rows_turn_the_first_half_and_columns_the_second():
+def test_first_half_rotates_by_row_second_by_column():
     x = torch.ones(6, 8)  # 2 rows × 3 columns, 8 features
-    turned = rotate(x, rotary_turns(2, 3, 8, x))
+    turned = apply_rotary(x, rotary_embedding(2, 3, 8, x))
     first, second = turned.chunk(2, dim=-1)
     torch.testing.assert_close(first[0], first[2])  # tokens 0 and 2 share a row
     torch.testing.assert_close(second[1], second[4])  # tokens 1 and 4 share a column
@@ -15,9 +15,9 @@ def test_rows_turn_the_first_half_and_columns_the_second():
     assert not torch.allclose(second[0], second[1])
 
 
-def test_the_turn_itself():
+def test_rotation_matrix():
     x = torch.tensor([[1.0, 0.0, 0.0, 1.0]]).repeat(6, 1)
-    turned = rotate(x, rotary_turns(2, 3, 4, x))  # one pair a half, both angles 1
+    turned = apply_rotary(x, rotary_embedding(2, 3, 4, x))  # one pair a half, both angles 1
     row, column = torch.tensor(1.0), torch.tensor(2.0)  # of the last token
     expected = torch.stack((row.cos(), row.sin(), -column.sin(), column.cos()))
     torch.testing.assert_close(turned[-1], expected)
@@ -25,10 +25,10 @@ def test_the_turn_itself():
 
 def test_rotation_preserves_length_and_turns_back():
     x = torch.randn(2, 3, 20, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turns = rotary_turns(4, 5, 32, x)
-    turned = rotate(x, turns)
+    rotary = rotary_embedding(4, 5, 32, x)
+    turned = apply_rotary(x, rotary)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    torch.testing.assert_close(rotate(turned, turns.conj_physical()), x)
+    torch.testing.assert_close(apply_rotary(turned, rotary.conj_physical()), x)
 
 
 def test_depthwise_convolution_keeps_channels_last_memory():

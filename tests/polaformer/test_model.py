@@ -22,14 +22,14 @@ def shape_of(value) -> list[int]:
 
 
 def count_softmax_attention(inputs, outputs) -> int:
-    batch, heads, tokens, head_width = shape_of(inputs[0])
-    return 2 * batch * heads * tokens**2 * head_width
+    batch, heads, tokens, head_dim = shape_of(inputs[0])
+    return 2 * batch * heads * tokens**2 * head_dim
 
 
 def count_polarity_attention(inputs, outputs) -> int:
     """State and both numerators (4·D² per token and head), both denominators (4·D)."""
-    batch, heads, tokens, head_width = shape_of(inputs[0])
-    return batch * heads * tokens * (4 * head_width**2 + 4 * head_width)
+    batch, heads, tokens, head_dim = shape_of(inputs[0])
+    return batch * heads * tokens * (4 * head_dim**2 + 4 * head_dim)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_pooling(pooling):
     assert torch.equal(again(image), model(image))
 
 
-def test_logits_of_every_place():
+def test_unpooled_logits():
     model = timm.create_model("polaformerpp_b0", num_classes=5, global_pool="").eval()
     image = torch.randn(2, 3, 64, 96)
     logits = model(image)

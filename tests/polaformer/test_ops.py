@@ -30,12 +30,12 @@ DEVICES = [
 
 def projected_inputs(shape, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
     """q, k, v as the model passes them: strided views of one (B, N, 4C) projection; then the logits."""
-    batch, heads, tokens, head_width = shape
+    batch, heads, tokens, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
-    projection = torch.randn(batch, tokens, 4 * heads * head_width, generator=generator).to(device, dtype)
+    projection = torch.randn(batch, tokens, 4 * heads * head_dim, generator=generator).to(device, dtype)
     parts = projection.chunk(4, dim=-1)[:3]
-    views = [part.unflatten(-1, (heads, head_width)).transpose(1, 2) for part in parts]
-    logits = [torch.randn(heads, 2 * head_width, generator=generator).to(device) for _ in range(2)]
+    views = [part.unflatten(-1, (heads, head_dim)).transpose(1, 2) for part in parts]
+    logits = [torch.randn(heads, 2 * head_dim, generator=generator).to(device) for _ in range(2)]
     return [x.detach().requires_grad_() for x in (*views, *logits)]
 
 
@@ -51,10 +51,10 @@ def test_opcheck(device, dtype):
     )
 
 
-def test_the_reference_is_an_operator_that_says_why_once(monkeypatch):
+def test_reference_operator_warns_once(monkeypatch):
     """The CUDA kernels call it for what they do not serve: float64 in silence, the rest with its reason."""
     inputs = projected_inputs((2, 3, 12, 8), torch.bfloat16)
-    monkeypatch.setattr(ops, "_say_once", functools.cache(ops._say_once.__wrapped__))
+    monkeypatch.setattr(ops, "_warn_once", functools.cache(ops._warn_once.__wrapped__))
     arguments = (*inputs, 3, 4, "no GPU of that kind")
     with pytest.warns(UserWarning, match="polarity attention runs in plain PyTorch: no GPU of that kind"):
         torch.ops.polaformer.reference(*arguments)
@@ -75,10 +75,10 @@ def test_the_reference_is_an_operator_that_says_why_once(monkeypatch):
     heads=st.integers(1, 3),
     height=st.integers(1, 7),
     width=st.integers(1, 7),
-    head_width=st.sampled_from([2, 6, 32, 96]),
+    head_dim=st.sampled_from([2, 6, 32, 96]),
 )
-def test_equals_reference(device, batch, heads, height, width, head_width):
-    inputs = projected_inputs((batch, heads, height * width, head_width), torch.float64, device)
+def test_equals_reference(device, batch, heads, height, width, head_dim):
+    inputs = projected_inputs((batch, heads, height * width, head_dim), torch.float64, device)
     expected = reference.polarity_attention(*inputs, height, width)
     grad_out = torch.randn_like(expected)
     out = ops.polarity_attention(*inputs, height, width)
@@ -261,7 +261,7 @@ def test_vmap_and_gradients_of_each_sample(device, in_dims):
         (lambda x: {"height": 16, "width": 16}, "12 tokens are not height 16 × width 16"),
         (lambda x: {"height": -3, "width": -4}, "12 tokens are not height -3 × width -4"),
         (lambda x: {"height": 2**62, "width": 2**62}, "12 tokens are not height"),
-        (lambda x: {name: x[name][..., :7] for name in "qkv"}, "head width 7 is odd"),
+        (lambda x: {name: x[name][..., :7] for name in "qkv"}, "head dimension 7 is odd"),
         (lambda x: {"v": x["v"].double()}, "cast them to one"),
         (lambda x: {name: x[name].int() for name in "qkv"}, "q is .*; pass a dense tensor of float64, float32"),
         (lambda x: {"opposite_logits": x["opposite_logits"][:1]}, r"opposite_logits has shape .*, needs \(H, 2D\) = "),

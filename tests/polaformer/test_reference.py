@@ -13,9 +13,9 @@ def attention_inputs(arrays: dict, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.from_numpy(arrays[name]).to(dtype).requires_grad_() for name in INPUTS]
 
 
-def random_inputs(batch=2, heads=2, height=3, width=5, head_width=8, dtype=torch.float64) -> list[torch.Tensor]:
+def random_inputs(batch=2, heads=2, height=3, width=5, head_dim=8, dtype=torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(batch, heads, height * width, head_width)] * 3 + [(heads, 2 * head_width)] * 2
+    shapes = [(batch, heads, height * width, head_dim)] * 3 + [(heads, 2 * head_dim)] * 2
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -67,7 +67,7 @@ def test_small_features_are_not_lost(relative_error):
     [
         (lambda x: [x[0], x[1][:, :, 1:], *x[2:]], "must have one shape"),
         (lambda x: [*(t[:, :, :-1] for t in x[:3]), *x[3:]], "14 tokens are not height 3 × width 5"),
-        (lambda x: [*(t[..., :-1] for t in x[:3]), *x[3:]], "head width 7 is odd"),
+        (lambda x: [*(t[..., :-1] for t in x[:3]), *x[3:]], "head dimension 7 is odd"),
         (lambda x: [x[0].float(), *x[1:]], "cast them to one"),
         (lambda x: [*x[:3], x[3][:, :-1], x[4]], r"same_logits has shape \(2, 15\), needs \(H, 2D\) = \(2, 16\)"),
     ],

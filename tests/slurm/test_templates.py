@@ -24,7 +24,7 @@ def overrides(fashion_shards, run_folder: Path) -> list[str]:
         "data.image_size=32",
         "data.threads=1",
         "engine.precision=fp32",
-        "optimizer.global_batch=32",
+        "optimizer.global_batch_size=32",
         "optimizer.epochs=0.2",
         "optimizer.warmup_epochs=0",
         "log.every_steps=1",
@@ -155,7 +155,7 @@ def test_plain_srun_ranks_meet(cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for rank, node in enumerate(cluster.nodes):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert (found["rank"], found["local_rank"], found["ranks"]) == (rank, 0, 2)
+        assert (found["rank"], found["local_rank"], found["world_size"]) == (rank, 0, 2)
         assert (found["launcher"], found["group"], found["sum"]) == ("srun", [rank, 2], 3.0)
         assert (found["node"], found["master"][0]) == (node, cluster.nodes[0])
 

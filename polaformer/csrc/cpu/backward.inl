@@ -2,97 +2,97 @@ namespace polaformer {
 namespace POLAFORMER_ISA {
 
 // First over queries: with u = grad_out / z, for each flow
-//     grad of turned(φ_q) = u Sᵀ,  grad of z = −(turned(φ_q) · u Sᵀ) / z,  grad of S = Σ turned(φ_q)ᵀ u,
+//     grad of rotate(φ_q) = u Sᵀ,  grad of z = −(rotate(φ_q) · u Sᵀ) / z,  grad of S = Σ rotate(φ_q)ᵀ u,
 // and the sums for key_mean and the logits; then over keys with those sums.
-template <class Products>
+template <class Gemm>
 struct BackwardPass {
-  using R = typename Products::Real;
+  using R = typename Gemm::Real;
   const Backward& call;
-  Services& services;
+  Runtime& runtime;
   const Sizes s;
-  const Products products;
-  const Turns<R> turns;
+  const Gemm gemm;
+  const RotaryTables<R> rotary;
   const R* temperatures;
-  R *grad_states, *grad_means, *grad_heats;  // of each part: (V, F), (F), (2, F)
+  R *grad_states, *grad_means, *grad_temperatures;  // of each split: (V, F), (F), (2, F)
   int64_t workspace_bytes;
   char* workspace;
 
   struct QueryBuffers {
     SavedHead<R> saved;
-    R *state, *q, *grad_q, *u, *grad_turned;
+    R *state, *q, *grad_q, *u, *grad_rotated;
     Features<R> features;
-    void *u_rows, *u_columns, *turned, *right[2];
+    void *u_rows, *u_columns, *rotated, *b_buffer[2];
     QueryBuffers(const Backward& call, const Sizes& s, int64_t head, Arena& arena)
         : saved(s, call.key_mean, call.key_shift, head, arena), state(arena.take<R>(s.F * s.V)),
           q(arena.take<R>(kTile * s.W)), grad_q(arena.take<R>(kTile * s.W)), u(arena.take<R>(kTile * s.M)),
-          grad_turned(arena.take<R>(kTile * s.F)),
+          grad_rotated(arena.take<R>(kTile * s.F)),
           features{arena.take<R>(kTile * s.F), arena.take<R>(kTile * s.W), arena.take<R>(kTile * s.W)},
-          u_rows(arena.bytes(Products::left_bytes(kTile, s.M))),
-          u_columns(arena.bytes(Products::left_bytes(s.M, kTile))),
-          turned(arena.bytes(Products::right_bytes(kTile, s.F))),
-          right{arena.bytes(Products::right_bytes(s.M, s.F)), arena.bytes(Products::right_bytes(s.M, s.F))} {}
+          u_rows(arena.bytes(Gemm::packed_a_bytes(kTile, s.M))),
+          u_columns(arena.bytes(Gemm::packed_a_bytes(s.M, kTile))),
+          rotated(arena.bytes(Gemm::packed_b_bytes(kTile, s.F))),
+          b_buffer{arena.bytes(Gemm::packed_b_bytes(s.M, s.F)), arena.bytes(Gemm::packed_b_bytes(s.M, s.F))} {}
   };
   struct KeyBuffers {
     SavedHead<R> saved;
-    R *grad_state, *k, *grad_k, *v, *grad_v, *grad_turned;
+    R *grad_state, *k, *grad_k, *v, *grad_v, *grad_rotated;
     Features<R> features;
-    void *v_rows, *turned_rows, *state_right, *transposed_right;
+    void *v_rows, *rotated_rows, *state_buffer, *transposed_buffer;
     KeyBuffers(const Backward& call, const Sizes& s, int64_t head, Arena& arena)
         : saved(s, call.key_mean, call.key_shift, head, arena), grad_state(arena.take<R>(s.F * s.V)),
           k(arena.take<R>(kTile * s.W)), grad_k(arena.take<R>(kTile * s.W)), v(arena.take<R>(kTile * s.V)),
-          grad_v(arena.take<R>(kTile * s.V)), grad_turned(arena.take<R>(kTile * s.F)),
+          grad_v(arena.take<R>(kTile * s.V)), grad_rotated(arena.take<R>(kTile * s.F)),
           features{arena.take<R>(kTile * s.F), nullptr, arena.take<R>(kTile * s.W)},
-          v_rows(arena.bytes(Products::left_bytes(kTile, s.V))),
-          turned_rows(arena.bytes(Products::left_bytes(kTile, s.F))),
-          state_right(arena.bytes(Products::right_bytes(s.F, s.V))),
-          transposed_right(arena.bytes(Products::right_bytes(s.V, s.F))) {}
+          v_rows(arena.bytes(Gemm::packed_a_bytes(kTile, s.V))),
+          rotated_rows(arena.bytes(Gemm::packed_a_bytes(kTile, s.F))),
+          state_buffer(arena.bytes(Gemm::packed_b_bytes(s.F, s.V))),
+          transposed_buffer(arena.bytes(Gemm::packed_b_bytes(s.V, s.F))) {}
   };
 
-  BackwardPass(const Backward& call, Services& services)
-      : call(call), services(services), s(call.problem, Simd<R>::lanes), products(services),
-        turns{Turns<R>::table(s, call.problem.angles, s.height, services),
-              Turns<R>::table(s, call.problem.angles, s.width, services)},
-        temperatures(make_temperatures<R>(s, call.same_logits, call.opposite_logits, services)) {
-    const int64_t parts = s.all_heads() * s.parts;
-    grad_states = static_cast<R*>(services.allocate(parts * s.V * s.F * sizeof(R)));
-    grad_means = static_cast<R*>(services.allocate(parts * s.F * sizeof(R)));
-    grad_heats = static_cast<R*>(services.allocate(parts * 2 * s.F * sizeof(R)));
+  BackwardPass(const Backward& call, Runtime& runtime)
+      : call(call), runtime(runtime), s(call.problem, Simd<R>::lanes), gemm(runtime),
+        rotary{RotaryTables<R>::table(s, call.problem.frequencies, s.height, runtime),
+              RotaryTables<R>::table(s, call.problem.frequencies, s.width, runtime)},
+        temperatures(make_temperatures<R>(s, call.same_logits, call.opposite_logits, runtime)) {
+    const int64_t splits = s.batch_heads() * s.splits;
+    grad_states = static_cast<R*>(runtime.allocate(splits * s.V * s.F * sizeof(R)));
+    grad_means = static_cast<R*>(runtime.allocate(splits * s.F * sizeof(R)));
+    grad_temperatures = static_cast<R*>(runtime.allocate(splits * 2 * s.F * sizeof(R)));
     Arena keys{nullptr}, queries{nullptr};
     KeyBuffers{call, s, 0, keys};
     QueryBuffers{call, s, 0, queries};
     workspace_bytes = keys.used > queries.used ? keys.used : queries.used;
-    workspace = static_cast<char*>(services.allocate(services.threads() * workspace_bytes));
+    workspace = static_cast<char*>(runtime.allocate(runtime.threads() * workspace_bytes));
   }
 
   void run() {
-    run_parallel(services, s.all_heads() * s.parts, [this](int64_t task, int thread) {
+    run_parallel(runtime, s.batch_heads() * s.splits, [this](int64_t task, int thread) {
       Arena arena{workspace + thread * workspace_bytes};
-      const int64_t first = task % s.parts * s.tokens_per_part, end = first + s.tokens_per_part;
+      const int64_t first = task % s.splits * s.tokens_per_split, end = first + s.tokens_per_split;
       differentiate_queries(task, first, end < s.tokens ? end : s.tokens, arena);
     });
-    run_parallel(services, s.all_heads(), [this](int64_t head, int) { combine(head); });
-    run_parallel(services, s.heads, [this](int64_t head, int) { differentiate_logits(head); });
-    run_parallel(services, s.all_heads() * s.tasks_per_head, [this](int64_t task, int thread) {
+    run_parallel(runtime, s.batch_heads(), [this](int64_t head, int) { combine_splits(head); });
+    run_parallel(runtime, s.heads, [this](int64_t head, int) { differentiate_logits(head); });
+    run_parallel(runtime, s.batch_heads() * s.tasks_per_head, [this](int64_t task, int thread) {
       Arena arena{workspace + thread * workspace_bytes};
       const int64_t first = task % s.tasks_per_head * s.tokens_per_task, end = first + s.tokens_per_task;
       differentiate_keys(task / s.tasks_per_head, first, end < s.tokens ? end : s.tokens, arena);
     });
   }
 
-  void differentiate_queries(int64_t part, int64_t first, int64_t end, Arena& arena) const {
-    const int64_t head = part / s.parts;
+  void differentiate_queries(int64_t split, int64_t first, int64_t end, Arena& arena) const {
+    const int64_t head = split / s.splits;
     const QueryBuffers b(call, s, head, arena);
-    R *grad_state = grad_states + part * s.V * s.F, *grad_mean = grad_means + part * s.F;
-    R* grad_heat = grad_heats + part * 2 * s.F;
-    for (int i = 0; i < s.F; ++i) grad_mean[i] = grad_heat[i] = grad_heat[s.F + i] = 0;
+    R *grad_state = grad_states + split * s.V * s.F, *grad_mean = grad_means + split * s.F;
+    R* grad_temperature = grad_temperatures + split * 2 * s.F;
+    for (int i = 0; i < s.F; ++i) grad_mean[i] = grad_temperature[i] = grad_temperature[s.F + i] = 0;
     if (first >= end)
       for (int64_t i = 0; i < int64_t(s.V) * s.F; ++i) grad_state[i] = 0;
     unpack_state(s, static_cast<const R*>(call.state) + head * 2 * s.D * s.D, true, b.state);
-    const typename Products::Right halves[2] = {products.right(b.state, s.F, s.M, s.F, b.right[0]),
-                                                products.right(b.state + s.M * s.F, s.F, s.M, s.F, b.right[1])};
+    const typename Gemm::OperandB halves[2] = {gemm.pack_b(b.state, s.F, s.M, s.F, b.b_buffer[0]),
+                                                gemm.pack_b(b.state + s.M * s.F, s.F, s.M, s.F, b.b_buffer[1])};
     R normalizer[kTile], grad_normalizer[kTile];
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end, call.q, call.grad_out);
+      const Tile<R> tile(s, rotary, head, at, end, call.q, call.grad_out);
       load_tile(call.q, tile, s, b.q);
       for (int i = 0; i < tile.rows * s.W; ++i) b.grad_q[i] = 0;
       for (int half = 0; half < 2; ++half) {
@@ -101,13 +101,13 @@ struct BackwardPass {
         any_query_features<R, true>(tile, s, b.q, flow, b.features, normalizer);
         load_half(call.grad_out, tile, s, half, b.u, s.M);
         divide(tile, b.u, normalizer);
-        products.multiply(products.rows(b.u, tile.rows, s.M, b.u_rows), halves[half], b.grad_turned, s.F, tile.rows,
+        gemm.multiply(gemm.pack_a(b.u, tile.rows, s.M, b.u_rows), halves[half], b.grad_rotated, s.F, tile.rows,
                           s.F, s.M, false);
-        const auto features = products.right(b.features.turned, s.F, tile.rows, s.F, b.turned);
-        products.multiply(products.columns(b.u, s.M, tile.rows, b.u_columns), features,
+        const auto features = gemm.pack_b(b.features.rotated, s.F, tile.rows, s.F, b.rotated);
+        gemm.multiply(gemm.pack_a_transposed(b.u, s.M, tile.rows, b.u_columns), features,
                           grad_state + half * s.M * s.F, s.F, s.M, s.F, tile.rows, at > first);
         differentiate_normalizers(tile, b, normalizer, grad_normalizer);
-        differentiate_features(tile, flow, b, grad_normalizer, grad_mean, grad_heat + half * s.F);
+        differentiate_features(tile, flow, b, grad_normalizer, grad_mean, grad_temperature + half * s.F);
       }
       store_tile(b.grad_q, call.grad_q, tile, s);
     }
@@ -115,7 +115,7 @@ struct BackwardPass {
 
   void divide(const Tile<R>& tile, R* u, R* normalizer) const {
     for (int t = 0; t < tile.rows; ++t) {
-      if (normalizer[t] < R(kLeastGradientNormalizer)) normalizer[t] = R(kLeastGradientNormalizer);
+      if (normalizer[t] < R(kMinGradientNormalizer)) normalizer[t] = R(kMinGradientNormalizer);
       const R inverse = R(1) / normalizer[t];
       for (int i = 0; i < s.M; ++i) u[t * s.M + i] *= inverse;
     }
@@ -125,49 +125,49 @@ struct BackwardPass {
     for (int t = 0; t < tile.rows; ++t) {
       Vec<R> dot{};
       for (int i = 0; i < s.F; i += Simd<R>::lanes)
-        dot += load(b.features.turned + t * s.F + i) * load(b.grad_turned + t * s.F + i);
-      grad[t] = at_most(-sum_of<R>(dot) / normalizer[t], R(kLargestNormalizerGradient));
+        dot += load(b.features.rotated + t * s.F + i) * load(b.grad_rotated + t * s.F + i);
+      grad[t] = clamp_magnitude(-sum_of<R>(dot) / normalizer[t], R(kMaxNormalizerGradient));
     }
   }
 
-  // From the gradients of turned features and normalizers to those of q, key_mean and the temperatures.
+  // From the gradients of rotated features and normalizers to those of q, key_mean and the temperatures.
   void differentiate_features(const Tile<R>& tile, const Flow<R>& flow, const QueryBuffers& b,
-                              const R* grad_normalizer, R* grad_mean, R* grad_heat) const {
+                              const R* grad_normalizer, R* grad_mean, R* grad_temperature) const {
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
-      Vec<R> mean_positive{}, mean_negative{}, heat_positive{}, heat_negative{};
+      Vec<R> mean_positive{}, mean_negative{}, temperature_positive{}, temperature_negative{};
       const Vec<R> zero{};
       for (int t = 0; t < tile.rows; ++t) {
         const Vec<R> x = flow.swap ? -load(b.q + t * s.W + i) : load(b.q + t * s.W + i);
-        const R* grad_turned = b.grad_turned + t * s.F + i;
-        const Vec<R> positive = turned_back(load(grad_turned), tile.row[t], i, s.W);
-        const Vec<R> negative = turned_back(load(grad_turned + s.W), tile.column[t], i, s.W);
+        const R* grad_rotated = b.grad_rotated + t * s.F + i;
+        const Vec<R> positive = rotate_back(load(grad_rotated), tile.row[t], i, s.W);
+        const Vec<R> negative = rotate_back(load(grad_rotated + s.W), tile.column[t], i, s.W);
         const Vec<R> of_mean = grad_normalizer[t] * load(b.features.active + t * s.W + i);
         const Vec<R> mean = x > 0 ? load(flow.key_mean + i) : load(flow.key_mean + s.W + i);
         const Vec<R> grad_feature = (x > 0 ? positive : negative) + grad_normalizer[t] * mean;
         const Vec<R> grad_exponent = grad_feature * load(b.features.slope + t * s.W + i);
         mean_positive += x > 0 ? of_mean : zero;
         mean_negative += x > 0 ? zero : of_mean;
-        const Vec<R> of_heat = grad_exponent * x;  // of −temperature for a negative pole
-        heat_positive += x > 0 ? of_heat : zero;
-        heat_negative -= x > 0 ? zero : of_heat;
-        const Vec<R> heat = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
-        const Vec<R> grad = x == 0 ? zero : grad_exponent * heat;
+        const Vec<R> of_temperature = grad_exponent * x;  // of −temperature for a negative part
+        temperature_positive += x > 0 ? of_temperature : zero;
+        temperature_negative -= x > 0 ? zero : of_temperature;
+        const Vec<R> signed_temperature = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
+        const Vec<R> grad = x == 0 ? zero : grad_exponent * signed_temperature;
         store(b.grad_q + t * s.W + i, flow.swap ? load(b.grad_q + t * s.W + i) - grad : grad);
       }
       store(grad_mean + i, load(grad_mean + i) + mean_positive);
       store(grad_mean + s.W + i, load(grad_mean + s.W + i) + mean_negative);
-      store(grad_heat + i, load(grad_heat + i) + heat_positive);
-      store(grad_heat + s.W + i, load(grad_heat + s.W + i) + heat_negative);
+      store(grad_temperature + i, load(grad_temperature + i) + temperature_positive);
+      store(grad_temperature + s.W + i, load(grad_temperature + s.W + i) + temperature_negative);
     }
   }
 
-  // The sums of a head's parts, divided by N, in the first part's place.
-  void combine(int64_t head) const {
-    R *grad_state = grad_states + head * s.parts * s.V * s.F, *grad_mean = grad_means + head * s.parts * s.F;
+  // The sums of a head's splits, divided by N, in the first split's place.
+  void combine_splits(int64_t head) const {
+    R *grad_state = grad_states + head * s.splits * s.V * s.F, *grad_mean = grad_means + head * s.splits * s.F;
     const R share = R(1) / R(s.tokens);
-    for (int64_t part = 1; part < s.parts; ++part) {
-      for (int64_t i = 0; i < int64_t(s.V) * s.F; ++i) grad_state[i] += grad_state[part * s.V * s.F + i];
-      for (int i = 0; i < s.F; ++i) grad_mean[i] += grad_mean[part * s.F + i];
+    for (int64_t split = 1; split < s.splits; ++split) {
+      for (int64_t i = 0; i < int64_t(s.V) * s.F; ++i) grad_state[i] += grad_state[split * s.V * s.F + i];
+      for (int i = 0; i < s.F; ++i) grad_mean[i] += grad_mean[split * s.F + i];
     }
     for (int64_t i = 0; i < int64_t(s.V) * s.F; ++i) grad_state[i] *= share;
     for (int i = 0; i < s.F; ++i) grad_mean[i] *= share;
@@ -178,40 +178,40 @@ struct BackwardPass {
       for (int i = 0; i < 2 * s.D; ++i) {
         R sum = 0;
         for (int64_t batch = 0; batch < s.batch; ++batch)
-          for (int64_t part = 0; part < s.parts; ++part)
-            sum += grad_heats[(((batch * s.heads + head) * s.parts + part) * 2 + flow) * s.F + s.feature(i)];
-        const R heat = temperatures[(head * 2 + flow) * s.F + s.feature(i)];
-        static_cast<R*>(flow ? call.grad_opposite : call.grad_same)[head * 2 * s.D + i] = sum * heat * (R(1) - heat);
+          for (int64_t split = 0; split < s.splits; ++split)
+            sum += grad_temperatures[(((batch * s.heads + head) * s.splits + split) * 2 + flow) * s.F + s.feature(i)];
+        const R signed_temperature = temperatures[(head * 2 + flow) * s.F + s.feature(i)];
+        static_cast<R*>(flow ? call.grad_opposite : call.grad_same)[head * 2 * s.D + i] = sum * signed_temperature * (R(1) - signed_temperature);
       }
   }
 
   void differentiate_keys(int64_t head, int64_t first, int64_t end, Arena& arena) const {
     const KeyBuffers b(call, s, head, arena);
-    const R* transposed = grad_states + head * s.parts * s.V * s.F;
-    const R* grad_mean = grad_means + head * s.parts * s.F;
+    const R* transposed = grad_states + head * s.splits * s.V * s.F;
+    const R* grad_mean = grad_means + head * s.splits * s.F;
     for (int v = 0; v < s.V; ++v)
       for (int f = 0; f < s.F; ++f) b.grad_state[f * s.V + v] = transposed[v * s.F + f];
-    const auto of_features = products.right(transposed, s.F, s.V, s.F, b.transposed_right);
-    const auto of_values = products.right(b.grad_state, s.V, s.F, s.V, b.state_right);
+    const auto of_features = gemm.pack_b(transposed, s.F, s.V, s.F, b.transposed_buffer);
+    const auto of_values = gemm.pack_b(b.grad_state, s.V, s.F, s.V, b.state_buffer);
     for (int64_t at = first; at < end; at += kTile) {
-      const Tile<R> tile(s, turns, head, at, end, call.k, call.v);
+      const Tile<R> tile(s, rotary, head, at, end, call.k, call.v);
       load_tile(call.k, tile, s, b.k);
       for (int half = 0; half < 2; ++half) load_half(call.v, tile, s, half, b.v + half * s.M, s.V);
       if (b.saved.shifted)
         shifted_key_features<R>(tile, s, b.k, b.saved.key_shift, b.features, nullptr);
       else
         key_features<R, true>(tile, s, b.k, b.features, nullptr);
-      products.multiply(products.rows(b.v, tile.rows, s.V, b.v_rows), of_features, b.grad_turned, s.F, tile.rows, s.F,
+      gemm.multiply(gemm.pack_a(b.v, tile.rows, s.V, b.v_rows), of_features, b.grad_rotated, s.F, tile.rows, s.F,
                         s.V, false);
-      products.multiply(products.rows(b.features.turned, tile.rows, s.F, b.turned_rows), of_values, b.grad_v, s.V,
+      gemm.multiply(gemm.pack_a(b.features.rotated, tile.rows, s.F, b.rotated_rows), of_values, b.grad_v, s.V,
                         tile.rows, s.V, s.F, false);
       for (int t = 0; t < tile.rows; ++t)
         for (int i = 0; i < s.W; i += Simd<R>::lanes) {
           const Vec<R> x = load(b.k + t * s.W + i), slope = load(b.features.slope + t * s.W + i), zero{};
-          const R* grad_turned = b.grad_turned + t * s.F + i;
-          const Vec<R> positive = turned_back(load(grad_turned), tile.row[t], i, s.W) + load(grad_mean + i);
+          const R* grad_rotated = b.grad_rotated + t * s.F + i;
+          const Vec<R> positive = rotate_back(load(grad_rotated), tile.row[t], i, s.W) + load(grad_mean + i);
           const Vec<R> negative =
-              turned_back(load(grad_turned + s.W), tile.column[t], i, s.W) + load(grad_mean + s.W + i);
+              rotate_back(load(grad_rotated + s.W), tile.column[t], i, s.W) + load(grad_mean + s.W + i);
           const Vec<R> grad = x > 0 ? positive * slope : -(negative * slope);
           store(b.grad_k + t * s.W + i, x == 0 ? zero : grad);
         }

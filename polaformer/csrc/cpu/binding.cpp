@@ -31,7 +31,7 @@ const Kernels& kernels() {
 }
 
 // Whether PyTorch multiplies bfloat16 matrices in hardware here (AMX or AVX512-BF16). It refuses where it does not.
-bool has_bf16_products() {
+bool has_bf16_gemm() {
   static const bool has = [] {
     const std::vector<at::BFloat16> ones(32 * 32, 1.f);
     std::vector<float> product(32 * 32);
@@ -46,7 +46,7 @@ bool has_bf16_products() {
   return has;
 }
 
-class TorchServices final : public Services {
+class TorchRuntime final : public Runtime {
  public:
   int threads() override { return at::get_num_threads(); }
 
@@ -77,34 +77,34 @@ class TorchServices final : public Services {
 at::ScalarType compute_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 // x in a type that the kernels read, its D numbers side by side.
-Tensor readable(const Tensor& x) {
+Tensor to_kernel_layout(const Tensor& x) {
   const Tensor wide = x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x;
   return wide.stride(3) == 1 || wide.size(3) == 1 ? wide : wide.contiguous();
 }
 
 // A tensor of x's shape and type, in memory (B, N, H, D).
-Tensor tokens_first(const Tensor& x) {
+Tensor empty_bnhd(const Tensor& x) {
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
 }
 
 // x in the caller's type: float16, for which the kernels wrote float32, holds no more than 65,504.
-Tensor finite(const Tensor& x, at::ScalarType type) {
+Tensor clamp_to_dtype(const Tensor& x, at::ScalarType type) {
   return type == at::kHalf ? x.clamp(-65504.0, 65504.0).to(type) : x;
 }
 
-Rows rows(const Tensor& x) {
+StridedTensor rows(const Tensor& x) {
   const Type type = x.scalar_type() == at::kDouble  ? Type::float64
                     : x.scalar_type() == at::kFloat ? Type::float32
                                                     : Type::bfloat16;
   return {x.data_ptr(), type, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// The turn of each pair per unit of distance, as polaformer/layers.py has it.
-Tensor angles(int64_t head_width) { return at::pow(10000.0, at::linspace(0, 1, head_width / 2)).reciprocal(); }
+// The rotation angle of each pair per unit of distance, as polaformer/layers.py has it.
+Tensor rotary_frequencies(int64_t head_dim) { return at::pow(10000.0, at::linspace(0, 1, head_dim / 2)).reciprocal(); }
 
-Problem problem(const Tensor& q, int64_t height, int64_t width, const Tensor& angles) {
-  const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_products();
-  return {q.size(0), q.size(1), height, width, int(q.size(3)), bf16, angles.const_data_ptr<float>()};
+Problem problem(const Tensor& q, int64_t height, int64_t width, const Tensor& frequencies) {
+  const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_gemm();
+  return {q.size(0), q.size(1), height, width, int(q.size(3)), bf16, frequencies.const_data_ptr<float>()};
 }
 
 using Inputs = const Tensor&;
@@ -112,25 +112,25 @@ using Inputs = const Tensor&;
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v, Inputs same_logits,
                                                    Inputs opposite_logits, int64_t height, int64_t width) {
   check_inputs(at::kCPU, q, k, v, same_logits, opposite_logits, height, width);
-  const int64_t batch = q.size(0), heads = q.size(1), head_width = q.size(3);
-  const auto kept = q.options().dtype(compute_type(q));
-  const Tensor state = at::empty({batch, heads, 2 * head_width, head_width}, kept);
-  const Tensor key_mean = at::empty({batch, heads, 2 * head_width}, kept);
-  const Tensor key_shift = at::empty({batch, heads, head_width}, kept);
-  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v), out = tokens_first(q_rows);
+  const int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(3);
+  const auto compute_options = q.options().dtype(compute_type(q));
+  const Tensor state = at::empty({batch, heads, 2 * head_dim, head_dim}, compute_options);
+  const Tensor key_mean = at::empty({batch, heads, 2 * head_dim}, compute_options);
+  const Tensor key_shift = at::empty({batch, heads, head_dim}, compute_options);
+  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), out = empty_bnhd(q_rows);
   if (q.numel() == 0) {
     for (const Tensor& x : {state, key_mean, key_shift}) x.zero_();
   } else {
-    const Tensor turns = angles(head_width);
-    const Tensor same = same_logits.to(kept.dtype()).contiguous();
-    const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();
-    TorchServices services;
-    kernels().forward({problem(q, height, width, turns), rows(q_rows), rows(k_rows), rows(v_rows), rows(out),
+    const Tensor frequencies = rotary_frequencies(head_dim);
+    const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
+    const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
+    TorchRuntime runtime;
+    kernels().forward({problem(q, height, width, frequencies), rows(q_rows), rows(k_rows), rows(v_rows), rows(out),
                        same.data_ptr(), opposite.data_ptr(), state.data_ptr(), key_mean.data_ptr(),
                        key_shift.data_ptr()},
-                      services);
+                      runtime);
   }
-  return {finite(out, q.scalar_type()), state, key_mean, key_shift};
+  return {clamp_to_dtype(out, q.scalar_type()), state, key_mean, key_shift};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inputs q, Inputs k, Inputs v,
@@ -139,23 +139,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inp
                                                             int64_t width) {
   check_inputs(at::kCPU, q, k, v, same_logits, opposite_logits, height, width);
   check_saved(grad_out, q, state, key_mean, key_shift);
-  const auto kept = q.options().dtype(compute_type(q));
-  const Tensor same = same_logits.to(kept.dtype()).contiguous();
-  const Tensor opposite = opposite_logits.to(kept.dtype()).contiguous();
+  const auto compute_options = q.options().dtype(compute_type(q));
+  const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
+  const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
   const Tensor grad_same = at::zeros_like(same), grad_opposite = at::zeros_like(opposite);
-  const Tensor q_rows = readable(q), k_rows = readable(k), v_rows = readable(v), grad_rows = readable(grad_out);
-  const Tensor grad_q = tokens_first(q_rows), grad_k = tokens_first(q_rows), grad_v = tokens_first(q_rows);
+  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), grad_rows = to_kernel_layout(grad_out);
+  const Tensor grad_q = empty_bnhd(q_rows), grad_k = empty_bnhd(q_rows), grad_v = empty_bnhd(q_rows);
   if (q.numel() > 0) {
-    const Tensor turns = angles(q.size(3)), s = state.contiguous(), m = key_mean.contiguous();
+    const Tensor frequencies = rotary_frequencies(q.size(3)), s = state.contiguous(), m = key_mean.contiguous();
     const Tensor shift = key_shift.contiguous();
-    TorchServices services;
-    kernels().backward({problem(q, height, width, turns), rows(grad_rows), rows(q_rows), rows(k_rows), rows(v_rows),
+    TorchRuntime runtime;
+    kernels().backward({problem(q, height, width, frequencies), rows(grad_rows), rows(q_rows), rows(k_rows), rows(v_rows),
                         rows(grad_q), rows(grad_k), rows(grad_v), same.data_ptr(), opposite.data_ptr(), s.data_ptr(),
                         m.data_ptr(), shift.data_ptr(), grad_same.data_ptr(), grad_opposite.data_ptr()},
-                       services);
+                       runtime);
   }
   const auto type = q.scalar_type();
-  return {finite(grad_q, type), finite(grad_k, type), finite(grad_v, type), grad_same.to(same_logits.scalar_type()),
+  return {clamp_to_dtype(grad_q, type), clamp_to_dtype(grad_k, type), clamp_to_dtype(grad_v, type), grad_same.to(same_logits.scalar_type()),
           grad_opposite.to(opposite_logits.scalar_type())};
 }
 

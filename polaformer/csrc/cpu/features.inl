@@ -1,4 +1,4 @@
-// From exponents to turned features of a tile, with and without a shift.
+// From exponents to rotated features of a tile, with and without a shift.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
@@ -6,31 +6,31 @@ namespace POLAFORMER_ISA {
 // What a tile's elementwise work leaves for the products and for backward.
 template <class R>
 struct Features {
-  R* turned;  // (kTile, F), ready for the product with the state
-  R* active;  // (kTile, W): the feature of the pole that is not zero
+  R* rotated;  // (kTile, F), ready for the product with the state
+  R* active;  // (kTile, W): the feature of the part that is not zero
   R* slope;   // (kTile, W): its derivative
 };
 
 // e^(x − shift) − e^(−shift) for a positive exponent; reference.py says why in this way.
 template <class R>
 inline R shifted_feature(R x, R shift) {
-  const R small = x < R(kFreeExponent) ? x : R(kFreeExponent);
+  const R small = x < R(kMaxUnshiftedExponent) ? x : R(kMaxUnshiftedExponent);
   const R feature = R(__builtin_expm1(small) * __builtin_exp(-shift));
-  return x <= R(kFreeExponent) ? feature
-                               : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kFreeExponent) - shift));
+  return x <= R(kMaxUnshiftedExponent) ? feature
+                               : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kMaxUnshiftedExponent) - shift));
 }
 
 template <class R>
-void turn_tile(const Tile<R>& tile, const Sizes& s, R* features) {
+void rotate_tile(const Tile<R>& tile, const Sizes& s, R* features) {
   for (int t = 0; t < tile.rows; ++t)
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
       R* positive = features + t * s.F + i;
-      store(positive, turned(load(positive), tile.row[t], i, s.W));
-      store(positive + s.W, turned(load(positive + s.W), tile.column[t], i, s.W));
+      store(positive, rotate(load(positive), tile.row[t], i, s.W));
+      store(positive + s.W, rotate(load(positive + s.W), tile.column[t], i, s.W));
     }
 }
 
-// Features of keys without a shift. Adds them to sums (F); returns the largest exponent: above kFreeExponent the
+// Features of keys without a shift. Adds them to sums (F); returns the largest exponent: above kMaxUnshiftedExponent the
 // result is of no use, and shifted_key_features has to be called.
 template <class R, bool for_backward>
 R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R>& out, R* sums) {
@@ -45,8 +45,8 @@ R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R
       const Vec<R> feature = expm1_of(exponent);
       const Vec<R> positive = x > 0 ? feature : Vec<R>{};
       const Vec<R> negative = x > 0 ? Vec<R>{} : feature;
-      store(out.turned + t * s.F + i, turned(positive, tile.row[t], i, s.W));
-      store(out.turned + t * s.F + s.W + i, turned(negative, tile.column[t], i, s.W));
+      store(out.rotated + t * s.F + i, rotate(positive, tile.row[t], i, s.W));
+      store(out.rotated + t * s.F + s.W + i, rotate(negative, tile.column[t], i, s.W));
       if (for_backward) {
         store(out.slope + t * s.W + i, feature + R(1));
       } else {
@@ -69,20 +69,20 @@ void shifted_key_features(const Tile<R>& tile, const Sizes& s, const R* k, const
   for (int t = 0; t < tile.rows; ++t)
     for (int i = 0; i < s.W; ++i) {
       const R x = k[t * s.W + i], exponent = x > 0 ? x : -x;
-      const int pole = x > 0 ? i : s.W + i, other = x > 0 ? s.W + i : i;
-      const R feature = exponent > 0 ? shifted_feature(exponent, shift[pole]) : R(0);
-      out.turned[t * s.F + pole] = feature;
-      out.turned[t * s.F + other] = 0;
-      out.slope[t * s.W + i] = R(__builtin_exp(exponent - shift[pole]));
-      if (sums) sums[pole] += feature;
+      const int nonzero = x > 0 ? i : s.W + i, other = x > 0 ? s.W + i : i;
+      const R feature = exponent > 0 ? shifted_feature(exponent, shift[nonzero]) : R(0);
+      out.rotated[t * s.F + nonzero] = feature;
+      out.rotated[t * s.F + other] = 0;
+      out.slope[t * s.W + i] = R(__builtin_exp(exponent - shift[nonzero]));
+      if (sums) sums[nonzero] += feature;
     }
-  turn_tile(tile, s, out.turned);
+  rotate_tile(tile, s, out.rotated);
 }
 
 // What a query's features are made with: one flow of one head.
 template <class R>
 struct Flow {
-  bool swap;             // the opposite flow takes the poles of −q
+  bool swap;             // the opposite flow takes the parts of −q
   const R* temperature;  // (F): the logistic function of the logits
   const R* key_mean;     // (F)
   const R* key_shift;    // (F)
@@ -99,15 +99,15 @@ R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>&
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
       if (flow.swap) tile.prefetch(t, i);
       const Vec<R> x = flow.swap ? -load(q + t * s.W + i) : load(q + t * s.W + i);
-      const Vec<R> heat = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
-      const Vec<R> exponent = x * heat;
+      const Vec<R> signed_temperature = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
+      const Vec<R> exponent = x * signed_temperature;
       largest = exponent > largest ? exponent : largest;
       const Vec<R> feature = expm1_of(exponent);
       const Vec<R> positive = x > 0 ? feature : Vec<R>{};
       const Vec<R> negative = x > 0 ? Vec<R>{} : feature;
       z += feature * (x > 0 ? load(flow.key_mean + i) : load(flow.key_mean + s.W + i));
-      store(out.turned + t * s.F + i, turned(positive, tile.row[t], i, s.W));
-      store(out.turned + t * s.F + s.W + i, turned(negative, tile.column[t], i, s.W));
+      store(out.rotated + t * s.F + i, rotate(positive, tile.row[t], i, s.W));
+      store(out.rotated + t * s.F + s.W + i, rotate(negative, tile.column[t], i, s.W));
       if (for_backward) {
         store(out.active + t * s.W + i, feature);
         store(out.slope + t * s.W + i, feature + R(1));
@@ -126,48 +126,48 @@ void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, con
     R token_shift = 0;
     for (int i = 0; i < s.W; ++i) {
       const R x = flow.swap ? -q[t * s.W + i] : q[t * s.W + i];
-      const int pole = x > 0 ? i : s.W + i;
-      const R exponent = (x > 0 ? x : -x) * flow.temperature[pole];
-      const R excess = exponent + flow.key_shift[pole] - R(kFreeExponent);
+      const int nonzero = x > 0 ? i : s.W + i;
+      const R exponent = (x > 0 ? x : -x) * flow.temperature[nonzero];
+      const R excess = exponent + flow.key_shift[nonzero] - R(kMaxUnshiftedExponent);
       if (exponent > 0 && excess > token_shift) token_shift = excess;
     }
     R z = 0;
     for (int i = 0; i < s.W; ++i) {
       const R x = flow.swap ? -q[t * s.W + i] : q[t * s.W + i];
-      const int pole = x > 0 ? i : s.W + i, other = x > 0 ? s.W + i : i;
-      const R exponent = (x > 0 ? x : -x) * flow.temperature[pole];
-      const R shift = exponent > 0 ? token_shift - flow.key_shift[pole] : R(0);
+      const int nonzero = x > 0 ? i : s.W + i, other = x > 0 ? s.W + i : i;
+      const R exponent = (x > 0 ? x : -x) * flow.temperature[nonzero];
+      const R shift = exponent > 0 ? token_shift - flow.key_shift[nonzero] : R(0);
       const R feature = exponent > 0 ? shifted_feature(exponent, shift) : R(0);
-      out.turned[t * s.F + pole] = feature;
-      out.turned[t * s.F + other] = 0;
+      out.rotated[t * s.F + nonzero] = feature;
+      out.rotated[t * s.F + other] = 0;
       out.active[t * s.W + i] = feature;
       out.slope[t * s.W + i] = R(__builtin_exp(exponent - shift));
-      z += feature * flow.key_mean[pole];
+      z += feature * flow.key_mean[nonzero];
     }
     const R epsilon = R(kEpsilon * __builtin_exp(-token_shift));
-    normalizer[t] = z + (epsilon > R(kLeastNormalizer) ? epsilon : R(kLeastNormalizer));
+    normalizer[t] = z + (epsilon > R(kMinNormalizer) ? epsilon : R(kMinNormalizer));
   }
-  turn_tile(tile, s, out.turned);
+  rotate_tile(tile, s, out.rotated);
 }
 
 template <class R, bool for_backward>
 void any_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow, const Features<R>& out,
                         R* normalizer) {
-  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kFreeExponent)) return;
+  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kMaxUnshiftedExponent)) return;
   shifted_query_features(tile, s, q, flow, out, normalizer);
 }
 
-// Lets `services` run body(task, thread) for each task.
+// Lets `runtime` run body(task, thread) for each task.
 template <class Body>
-void run_parallel(Services& services, int64_t tasks, Body&& body) {
+void run_parallel(Runtime& runtime, int64_t tasks, Body&& body) {
   auto call = [](void* context, int64_t task, int thread) { (*static_cast<Body*>(context))(task, thread); };
-  services.parallel(tasks, call, &body);
+  runtime.parallel(tasks, call, &body);
 }
 
 // Temperatures of all heads in the padded layout: (H, 2, F), the same flow first.
 template <class R>
-R* make_temperatures(const Sizes& s, const void* same_logits, const void* opposite_logits, Services& services) {
-  R* all = static_cast<R*>(services.allocate(s.heads * 2 * s.F * sizeof(R)));
+R* make_temperatures(const Sizes& s, const void* same_logits, const void* opposite_logits, Runtime& runtime) {
+  R* all = static_cast<R*>(runtime.allocate(s.heads * 2 * s.F * sizeof(R)));
   for (int64_t i = 0; i < s.heads * 2 * s.F; ++i) all[i] = 0;
   for (int64_t head = 0; head < s.heads; ++head)
     for (int flow = 0; flow < 2; ++flow) {

@@ -9,7 +9,7 @@ namespace polaformer {
 enum class Type { float32, bfloat16, float64 };
 
 // A (B, H, N, D) tensor whose D numbers lie side by side; strides in elements, not bytes.
-struct Rows {
+struct StridedTensor {
   void* data = nullptr;
   Type type = Type::float32;
   int64_t batch = 0, head = 0, token = 0;
@@ -17,31 +17,31 @@ struct Rows {
 
 struct Problem {
   int64_t batch, heads, height, width;
-  int head_width;
-  bool bf16_products;  // multiply matrices in bfloat16 with float32 sums, by `multiply_bf16`
-  const float* angles;  // (D/2): the turn of each pair per unit of distance
+  int head_dim;
+  bool bf16_gemm;  // multiply matrices in bfloat16 with float32 sums, by `multiply_bf16`
+  const float* frequencies;  // (D/2): the rotation angle of each pair per unit of distance
 };
 
 // Everything in the compute type, float or double, contiguous: logits (H, 2D), state (B, H, 2D, D), key_mean
 // (B, H, 2D), key_shift (B, H, D). Gradients of logits are (H, 2D) too.
 struct Forward {
   Problem problem;
-  Rows q, k, v, out;
+  StridedTensor q, k, v, out;
   const void *same_logits, *opposite_logits;
   void *state, *key_mean, *key_shift;
 };
 
 struct Backward {
   Problem problem;
-  Rows grad_out, q, k, v, grad_q, grad_k, grad_v;
+  StridedTensor grad_out, q, k, v, grad_q, grad_k, grad_v;
   const void *same_logits, *opposite_logits, *state, *key_mean, *key_shift;
   void *grad_same, *grad_opposite;
 };
 
 // What the kernels need of PyTorch. `allocate` gives uninitialised memory, aligned to 64 bytes, that lives as long as
 // the call. `multiply_bf16` is C (M, N) = A (M, K) B, or added to C, where B's rows are interleaved in pairs.
-struct Services {
-  virtual ~Services() = default;
+struct Runtime {
+  virtual ~Runtime() = default;
   virtual int threads() = 0;
   virtual void* allocate(int64_t bytes) = 0;
   virtual void parallel(int64_t tasks, void (*body)(void* context, int64_t task, int thread), void* context) = 0;
@@ -51,8 +51,8 @@ struct Services {
 
 struct Kernels {
   const char* instruction_set;
-  void (*forward)(const Forward&, Services&);
-  void (*backward)(const Backward&, Services&);
+  void (*forward)(const Forward&, Runtime&);
+  void (*backward)(const Backward&, Runtime&);
 };
 
 extern const Kernels kBaseline;

@@ -4,7 +4,7 @@
 //
 // Both passes go over tiles of kTile tokens whose features live in the cache: elementwise work on vectors, then
 // products of matrices. A row of D numbers is padded with zeros to W, whole vectors; 2D features to F = 2W, positive
-// poles first; the two halves of a value row to M each, V = 2M. The state is kept transposed, (V, F), since then every
+// parts first; the two halves of a value row to M each, V = 2M. The state is kept transposed, (V, F), since then every
 // product over tokens reads rows. Work is cut by the shape alone and sums are formed in a fixed order: the same bits
 // on any number of threads.
 
@@ -18,22 +18,22 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-inline void forward(const Forward& call, Services& services) {
+inline void forward(const Forward& call, Runtime& runtime) {
   if (call.q.type == Type::float64)
-    ForwardPass<DirectProducts<double>>(call, services).run();
-  else if (call.problem.bf16_products)
-    ForwardPass<Bf16Products>(call, services).run();
+    ForwardPass<DirectGemm<double>>(call, runtime).run();
+  else if (call.problem.bf16_gemm)
+    ForwardPass<Bf16Gemm>(call, runtime).run();
   else
-    ForwardPass<DirectProducts<float>>(call, services).run();
+    ForwardPass<DirectGemm<float>>(call, runtime).run();
 }
 
-inline void backward(const Backward& call, Services& services) {
+inline void backward(const Backward& call, Runtime& runtime) {
   if (call.q.type == Type::float64)
-    BackwardPass<DirectProducts<double>>(call, services).run();
-  else if (call.problem.bf16_products)
-    BackwardPass<Bf16Products>(call, services).run();
+    BackwardPass<DirectGemm<double>>(call, runtime).run();
+  else if (call.problem.bf16_gemm)
+    BackwardPass<Bf16Gemm>(call, runtime).run();
   else
-    BackwardPass<DirectProducts<float>>(call, services).run();
+    BackwardPass<DirectGemm<float>>(call, runtime).run();
 }
 
 }  // namespace POLAFORMER_ISA

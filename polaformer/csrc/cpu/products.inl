@@ -1,4 +1,4 @@
-// Products of small matrices whose operands lie in the cache: in the compute type by our own register blocks, in
+// Gemm of small matrices whose operands lie in the cache: in the compute type by our own register blocks, in
 // bfloat16 by PyTorch's kernel for this processor.
 
 namespace polaformer {
@@ -6,18 +6,18 @@ namespace POLAFORMER_ISA {
 
 // A block of `rows` × `columns` vectors of C, held in registers: C = A B or C += A B.
 template <class R, int rows, int columns>
-inline void multiply_block(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row,
+inline void micro_kernel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row,
                            int depth, bool add) {
   constexpr int lanes = Simd<R>::lanes;
   Vec<R> sums[rows][columns];
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < columns; ++j) sums[i][j] = add ? load(c + i * c_row + j * lanes) : Vec<R>{};
   for (int k = 0; k < depth; ++k) {
-    Vec<R> right[columns];
-    for (int j = 0; j < columns; ++j) right[j] = load(b + k * b_row + j * lanes);
+    Vec<R> b_vectors[columns];
+    for (int j = 0; j < columns; ++j) b_vectors[j] = load(b + k * b_row + j * lanes);
     for (int i = 0; i < rows; ++i) {
-      const R left = a[i * a_row + k * a_column];
-      for (int j = 0; j < columns; ++j) sums[i][j] += left * right[j];
+      const R a_value = a[i * a_row + k * a_column];
+      for (int j = 0; j < columns; ++j) sums[i][j] += a_value * b_vectors[j];
     }
   }
   for (int i = 0; i < rows; ++i)
@@ -25,44 +25,44 @@ inline void multiply_block(const R* a, int64_t a_row, int64_t a_column, const R*
 }
 
 template <class R, int columns>
-void multiply_panel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row, int m,
+void gemm_panel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row, int m,
                     int depth, bool add) {
   constexpr int rows = POLAFORMER_BLOCK_ROWS;
   int i = 0;
   for (; i + rows <= m; i += rows)
-    multiply_block<R, rows, columns>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, depth, add);
+    micro_kernel<R, rows, columns>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, depth, add);
   for (; i < m; ++i)
-    multiply_block<R, 1, columns>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, depth, add);
+    micro_kernel<R, 1, columns>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, depth, add);
 }
 
-// Products in the compute type: operands are used where they lie.
+// Gemm in the compute type: operands are used where they lie.
 template <class R>
-struct DirectProducts {
+struct DirectGemm {
   using Real = R;
-  struct Left {
+  struct OperandA {
     const R* data;
     int64_t row, column;
   };
-  struct Right {
+  struct OperandB {
     const R* data;
     int64_t row;
   };
-  explicit DirectProducts(Services&) {}
-  static constexpr int64_t left_bytes(int, int) { return 0; }
-  static constexpr int64_t right_bytes(int, int) { return 0; }
-  static Left rows(const R* x, int, int depth, void*) { return {x, depth, 1}; }
-  static Left columns(const R* x, int m, int, void*) { return {x, 1, m}; }
-  static Right right(const R* x, int row, int, int, void*) { return {x, row}; }
+  explicit DirectGemm(Runtime&) {}
+  static constexpr int64_t packed_a_bytes(int, int) { return 0; }
+  static constexpr int64_t packed_b_bytes(int, int) { return 0; }
+  static OperandA pack_a(const R* x, int, int depth, void*) { return {x, depth, 1}; }
+  static OperandA pack_a_transposed(const R* x, int m, int, void*) { return {x, 1, m}; }
+  static OperandB pack_b(const R* x, int row, int, int, void*) { return {x, row}; }
 
-  void multiply(Left a, Right b, R* c, int c_row, int m, int n, int depth, bool add) const {
+  void multiply(OperandA a, OperandB b, R* c, int c_row, int m, int n, int depth, bool add) const {
     constexpr int lanes = Simd<R>::lanes;
     int j = 0;
     for (; j + 3 * lanes <= n; j += 3 * lanes)
-      multiply_panel<R, 3>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
+      gemm_panel<R, 3>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
     for (; j + 2 * lanes <= n; j += 2 * lanes)
-      multiply_panel<R, 2>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
+      gemm_panel<R, 2>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
     for (; j < n; j += lanes)
-      multiply_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
+      gemm_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
   }
 };
 
@@ -72,24 +72,24 @@ inline Words rounded(Vec<float> x) {
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
-// Products in bfloat16 with float32 sums, by PyTorch's kernel for this processor: operands are rounded into buffers.
-struct Bf16Products {
+// Gemm in bfloat16 with float32 sums, by PyTorch's kernel for this processor: operands are rounded into buffers.
+struct Bf16Gemm {
   using Real = float;
-  struct Left {
+  struct OperandA {
     const uint16_t* data;
     int row;
   };
-  struct Right {
+  struct OperandB {
     const uint16_t* data;
     int row;
   };
-  Services& services;
-  explicit Bf16Products(Services& services) : services(services) {}
-  static constexpr int64_t left_bytes(int m, int depth) { return 2L * m * depth; }
-  static constexpr int64_t right_bytes(int depth, int n) { return 2L * depth * n; }
+  Runtime& runtime;
+  explicit Bf16Gemm(Runtime& runtime) : runtime(runtime) {}
+  static constexpr int64_t packed_a_bytes(int m, int depth) { return 2L * m * depth; }
+  static constexpr int64_t packed_b_bytes(int depth, int n) { return 2L * depth * n; }
 
   // x (M, depth), contiguous
-  static Left rows(const float* x, int m, int depth, void* buffer) {
+  static OperandA pack_a(const float* x, int m, int depth, void* buffer) {
     auto* out = static_cast<uint16_t*>(buffer);
     for (int64_t i = 0; i < int64_t(m) * depth; i += Simd<float>::lanes)
       *reinterpret_cast<HalfWords*>(out + i) =
@@ -98,7 +98,7 @@ struct Bf16Products {
   }
 
   // The transpose of x (depth, M), contiguous
-  static Left columns(const float* x, int m, int depth, void* buffer) {
+  static OperandA pack_a_transposed(const float* x, int m, int depth, void* buffer) {
     alignas(64) int32_t block[16][16];
     auto* out = static_cast<int32_t*>(buffer);
     for (int i = 0; i < m; i += Simd<float>::lanes)
@@ -112,7 +112,7 @@ struct Bf16Products {
   }
 
   // x (depth, N) with rows `row` apart
-  static Right right(const float* x, int row, int depth, int n, void* buffer) {
+  static OperandB pack_b(const float* x, int row, int depth, int n, void* buffer) {
     auto* out = static_cast<int32_t*>(buffer);
     for (int k = 0; k < depth; k += 2)
       for (int j = 0; j < n; j += Simd<float>::lanes)
@@ -125,8 +125,8 @@ struct Bf16Products {
     return (rounded(load(x + row)) & -65536) | ((rounded(load(x)) >> 16) & 0xffff);
   }
 
-  void multiply(Left a, Right b, float* c, int c_row, int m, int n, int depth, bool add) const {
-    services.multiply_bf16(m, n, depth, a.data, a.row, b.data, b.row, c, c_row, add);
+  void multiply(OperandA a, OperandB b, float* c, int c_row, int m, int n, int depth, bool add) const {
+    runtime.multiply_bf16(m, n, depth, a.data, a.row, b.data, b.row, c, c_row, add);
   }
 };
 

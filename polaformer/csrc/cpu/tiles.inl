@@ -1,31 +1,31 @@
-// How a problem is cut: padded sizes, tasks, tiles of tokens, how each token turns; rows into tiles and back.
+// How a problem is cut: padded sizes, tasks, tiles of tokens, rotary tables; rows into tiles and back.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
 constexpr int kTile = 64;  // tokens; a last tile may have fewer, its rows beyond the last token are zeros
-constexpr int kRowsTogether = 32;  // a tile's rows are a multiple of these, as matrix units want it
+constexpr int kRowMultiple = 32;  // a tile's rows are a multiple of these, as matrix units want it
 constexpr int64_t kTokensPerTask = 1024;
 
 struct Sizes {
   int64_t batch, heads, tokens, height, width;
   int D, W, F, M, V;
   int64_t tasks_per_head, tokens_per_task;  // of work without sums over tokens
-  int64_t parts, tokens_per_part;           // of work with them: each part has its own sums
+  int64_t splits, tokens_per_split;           // of work with them: each split has its own sums
 
   Sizes(const Problem& p, int lanes)
-      : batch(p.batch), heads(p.heads), tokens(p.height * p.width), height(p.height), width(p.width), D(p.head_width),
+      : batch(p.batch), heads(p.heads), tokens(p.height * p.width), height(p.height), width(p.width), D(p.head_dim),
         W(padded(D, lanes)), F(2 * W), M(padded(D / 2, lanes)), V(2 * M) {
     constexpr int64_t enough = 256;  // tasks to keep any processor busy
     tasks_per_head = ceil(tokens, kTokensPerTask);
     const int64_t wanted = ceil(enough, batch * heads);
-    parts = tasks_per_head < wanted ? tasks_per_head : wanted;
+    splits = tasks_per_head < wanted ? tasks_per_head : wanted;
     tokens_per_task = padded_to_tile(ceil(tokens, tasks_per_head));
-    tokens_per_part = padded_to_tile(ceil(tokens, parts));
+    tokens_per_split = padded_to_tile(ceil(tokens, splits));
   }
   static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
   static int64_t padded_to_tile(int64_t count) { return ceil(count, kTile) * kTile; }
-  int64_t all_heads() const { return batch * heads; }
+  int64_t batch_heads() const { return batch * heads; }
   // Of 2D features, or of D values, where the padded layout keeps number `i`.
   int feature(int i) const { return i < D ? i : W + i - D; }
   int value(int i) const { return i < D / 2 ? i : M + i - D / 2; }
@@ -46,18 +46,18 @@ struct Arena {
   }
 };
 
-// The cosine and the signed sine of each feature's turn: turned[i] = x[i]·cosine[i] + x[i ^ 1]·sine[i].
+// The cosine and the signed sine of each feature's rotation: rotated[i] = x[i]·cosine[i] + x[i ^ 1]·sine[i].
 template <class R>
-struct Turns {
+struct RotaryTables {
   const R *rows, *columns;  // (height, 2W), (width, 2W): W cosines, W sines
 
-  static const R* table(const Sizes& s, const float* angles, int64_t length, Services& services) {
-    R* table = static_cast<R*>(services.allocate(length * 2 * s.W * sizeof(R)));
+  static const R* table(const Sizes& s, const float* frequencies, int64_t length, Runtime& runtime) {
+    R* table = static_cast<R*>(runtime.allocate(length * 2 * s.W * sizeof(R)));
     for (int64_t place = 0; place < length; ++place)
       for (int i = 0; i < s.W; i += 2) {
-        const R turn = i < s.D ? R(place) * R(angles[i / 2]) : R(0);
-        const R cosine = sizeof(R) == 4 ? __builtin_cosf(turn) : __builtin_cos(turn);
-        const R sine = sizeof(R) == 4 ? __builtin_sinf(turn) : __builtin_sin(turn);
+        const R angle = i < s.D ? R(place) * R(frequencies[i / 2]) : R(0);
+        const R cosine = sizeof(R) == 4 ? __builtin_cosf(angle) : __builtin_cos(angle);
+        const R sine = sizeof(R) == 4 ? __builtin_sinf(angle) : __builtin_sin(angle);
         R* pair = table + place * 2 * s.W + i;
         pair[0] = pair[1] = cosine;
         pair[s.W] = -sine;
@@ -69,12 +69,12 @@ struct Turns {
 
 inline int bytes_of(Type type) { return type == Type::float32 ? 4 : type == Type::bfloat16 ? 2 : 8; }
 
-inline char* address(const Rows& rows, int64_t batch, int64_t head, int64_t token) {
+inline char* address(const StridedTensor& rows, int64_t batch, int64_t head, int64_t token) {
   const int64_t number = batch * rows.batch + head * rows.head + token * rows.token;
   return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
 }
 
-// Some tokens of one head, and how each of them turns.
+// Some tokens of one head, and their rotations.
 template <class R>
 struct Tile {
   int64_t batch, head, first;
@@ -83,16 +83,16 @@ struct Tile {
   const char *ahead[2];  // where the next tile begins in two of the tensors that are read
   int64_t ahead_bytes[2];  // from one of its tokens to the next
 
-  Tile(const Sizes& s, const Turns<R>& turns, int64_t of_head, int64_t first, int64_t end, const Rows& read,
-       const Rows& read_too)
+  Tile(const Sizes& s, const RotaryTables<R>& rotary, int64_t of_head, int64_t first, int64_t end, const StridedTensor& read,
+       const StridedTensor& read_too)
       : batch(of_head / s.heads), head(of_head % s.heads), first(first),
-        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowsTogether)),
+        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowMultiple)),
         ahead{address(read, batch, head, first + kTile), address(read_too, batch, head, first + kTile)},
         ahead_bytes{read.token * bytes_of(read.type), read_too.token * bytes_of(read_too.type)} {
     int64_t y = first / s.width, x = first % s.width;
     for (int t = 0; t < kTile; ++t) {
-      row[t] = turns.rows + (t < count ? y : 0) * 2 * s.W;
-      column[t] = turns.columns + (t < count ? x : 0) * 2 * s.W;
+      row[t] = rotary.rows + (t < count ? y : 0) * 2 * s.W;
+      column[t] = rotary.columns + (t < count ? x : 0) * 2 * s.W;
       if (++x == s.width) x = 0, ++y;
     }
   }
@@ -106,12 +106,12 @@ struct Tile {
 };
 
 template <class R>
-inline Vec<R> turned(Vec<R> x, const R* turns, int i, int W) {
-  return x * load(turns + i) + swap_pairs(x) * load(turns + W + i);
+inline Vec<R> rotate(Vec<R> x, const R* rotary, int i, int W) {
+  return x * load(rotary + i) + swap_pairs(x) * load(rotary + W + i);
 }
 template <class R>
-inline Vec<R> turned_back(Vec<R> x, const R* turns, int i, int W) {
-  return x * load(turns + i) - swap_pairs(x) * load(turns + W + i);
+inline Vec<R> rotate_back(Vec<R> x, const R* rotary, int i, int W) {
+  return x * load(rotary + i) - swap_pairs(x) * load(rotary + W + i);
 }
 
 template <class R>
@@ -133,34 +133,34 @@ void store_numbers(const R* from, Type type, char* to, int count) {
   if (type == Type::bfloat16) {
     auto* out = reinterpret_cast<uint16_t*>(to);
     for (int i = 0; i < count; ++i) {
-      const float limited = at_most(float(from[i]), kLargestBf16);
+      const float limited = clamp_magnitude(float(from[i]), kLargestBf16);
       const uint32_t bits = __builtin_bit_cast(uint32_t, limited);
       const uint32_t even = bits + 0x7fff + ((bits >> 16) & 1);
       out[i] = uint16_t((limited == limited ? even : bits | 0x400000) >> 16);
     }
   } else {
     auto* out = reinterpret_cast<R*>(to);
-    for (int i = 0; i < count; ++i) out[i] = at_most(from[i], sizeof(R) == 4 ? R(FLT_MAX) : R(DBL_MAX));
+    for (int i = 0; i < count; ++i) out[i] = clamp_magnitude(from[i], sizeof(R) == 4 ? R(FLT_MAX) : R(DBL_MAX));
   }
 }
 
 // A tile of queries or keys: (kTile, W).
 template <class R>
-void load_tile(const Rows& rows, const Tile<R>& tile, const Sizes& s, R* to) {
+void load_tile(const StridedTensor& rows, const Tile<R>& tile, const Sizes& s, R* to) {
   for (int t = 0; t < tile.count; ++t)
     load_numbers(address(rows, tile.batch, tile.head, tile.first + t), rows.type, to + t * s.W, s.D, s.W);
   for (int i = tile.count * s.W; i < tile.rows * s.W; ++i) to[i] = 0;
 }
 
 template <class R>
-void store_tile(const R* from, const Rows& rows, const Tile<R>& tile, const Sizes& s) {
+void store_tile(const R* from, const StridedTensor& rows, const Tile<R>& tile, const Sizes& s) {
   for (int t = 0; t < tile.count; ++t)
     store_numbers(from + t * s.W, rows.type, address(rows, tile.batch, tile.head, tile.first + t), s.D);
 }
 
 // A tile of one half (0 or 1) of values: (kTile, M) with rows `row` apart.
 template <class R>
-void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
+void load_half(const StridedTensor& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
   const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
   for (int t = 0; t < tile.count; ++t) {
     const char* from = address(rows, tile.batch, tile.head, tile.first + t) + skipped;
@@ -171,7 +171,7 @@ void load_half(const Rows& rows, const Tile<R>& tile, const Sizes& s, int half, 
 }
 
 template <class R>
-void store_half(const R* from, int row, const Rows& rows, const Tile<R>& tile, const Sizes& s, int half) {
+void store_half(const R* from, int row, const StridedTensor& rows, const Tile<R>& tile, const Sizes& s, int half) {
   const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);
   for (int t = 0; t < tile.count; ++t) {
     char* to = address(rows, tile.batch, tile.head, tile.first + t) + skipped;

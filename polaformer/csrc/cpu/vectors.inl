@@ -79,7 +79,7 @@ namespace POLAFORMER_ISA {
 constexpr int padded(int count, int lanes) { return (count + lanes - 1) / lanes * lanes; }
 
 template <class R>
-inline R at_most(R x, R limit) {
+inline R clamp_magnitude(R x, R limit) {
   return x > limit ? limit : x < -limit ? -limit : x;
 }
 

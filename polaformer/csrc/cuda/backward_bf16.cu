@@ -1,10 +1,10 @@
 // Backward for aligned bf16 (backward.cu tells the equations and which kernel follows which):
 //
 //   differentiate_queries  dq, the sums of the logits' gradients, and of each token and flow 1/z and z dz
-//   sum_queries            dS and dm of each split's tokens      A: features over z, turned and transposed, B: dout
+//   sum_queries            dS and dm of each split's tokens      A: features over z, rotated and transposed, B: dout
 //   differentiate_keys     dk and dv
 //
-// A token's gradient by its turned features is S dout / z, and as a turn is orthogonal, z dz = −Σ φ · R⁻¹(S dout / z).
+// A token's gradient by its rotated features is S dout / z, and as a rotation is orthogonal, z dz = −Σ φ · R⁻¹(S dout / z).
 #include "bf16.cuh"
 #include "kernels.cuh"
 
@@ -21,23 +21,23 @@ struct alignas(16) TemperaturePairs {
   Pairs positive, negative;  // of positive and of negative numbers
 };
 
-template <int kWidth>
+template <int kHeadDim>
 struct QueryGradShared {
-  static constexpr int kWarps = kWidth / 16;
-  static constexpr int kStride = kWidth + 8;
-  alignas(16) uint16_t state[2 * kWidth * kStride];
-  QueryTables<kWidth> head;
-  MeanPairs means[kWidth / 4];
-  TemperaturePairs temperatures[2][kWidth / 4];  // by flow
+  static constexpr int kWarps = kHeadDim / 16;
+  static constexpr int kStride = kHeadDim + 8;
+  alignas(16) uint16_t state[2 * kHeadDim * kStride];
+  QueryTables<kHeadDim> head;
+  MeanPairs means[kHeadDim / 4];
+  TemperaturePairs temperatures[2][kHeadDim / 4];  // by flow
   union {
-    uint4 grads[kWarps][kWidth / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread
-    float logits[kWarps][2][2 * kWidth];      // the warps' sums, when all else is done
+    uint4 grads[kWarps][kHeadDim / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread
+    float logits[kWarps][2][2 * kHeadDim];      // the warps' sums, when all else is done
   };
 
   __device__ __forceinline__ void load_temperatures(const Backward& f, const Split& split, int threads) {
-    const int width = f.shape.head_width;
-    for (int i = opaque(int(threadIdx.x)); i < 2 * (kWidth / 4); i += threads) {
-      const int flow = i / (kWidth / 4), column = i % (kWidth / 4) * 4;
+    const int width = f.shape.head_dim;
+    for (int i = opaque(int(threadIdx.x)); i < 2 * (kHeadDim / 4); i += threads) {
+      const int flow = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
       const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{split.head_in_batch} * (2 * width);
       TemperaturePairs pairs = {};
       if (column < width) {
@@ -54,18 +54,18 @@ struct QueryGradShared {
 };
 
 struct QueryGradPointers {
-  SharedPointer state, means, temperatures, mean_pairs, temperature_pairs, grads;
+  SmemPointer state, means, temperatures, mean_pairs, temperature_pairs, grads;
 };
 
 // A warp's 16 tokens: twice through their columns, as z and dz are sums over all of them.
-template <int kWidth>
+template <int kHeadDim>
 struct QueryGradTile {
-  using Shared = QueryGradShared<kWidth>;
+  using Shared = QueryGradShared<kHeadDim>;
 
   const QueryGradPointers& shared;
-  const CosSin* turns;
-  unsigned turns_stride;
-  int head_width;
+  const CosSin* cos_sin;
+  unsigned cos_sin_stride;
+  int head_dim;
   const char* queries[2];  // this thread's columns of each token
   bool inside[2];
   RotaryRow rotary[2];
@@ -75,33 +75,33 @@ struct QueryGradTile {
   Bf16x2 max_abs = 0;
 
   __device__ __forceinline__ void load(Columns (&x)[2], unsigned column) const {
-    const bool valid = int(column) + 4 * lane_member() < head_width;
+    const bool valid = int(column) + 4 * thread_in_group() < head_dim;
 #pragma unroll
     for (int row = 0; row < 2; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
   // A fragments of dout, by flow; `rows` is where this thread's columns of the first token begin.
-  __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kWidth / 32], const char* rows,
+  __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kHeadDim / 32], const char* rows,
                                              int64_t stride) const {
-    const int half = head_width / 2;
-    const uint32_t zero = static_cast<uint32_t>(head_width) >> 31;
+    const int half = head_dim / 2;
+    const uint32_t zero = static_cast<uint32_t>(head_dim) >> 31;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
 #pragma unroll
-      for (int i = 0; i < kWidth / 32; ++i) {
-        const bool valid = 16 * i + 4 * lane_member() < half;
+      for (int i = 0; i < kHeadDim / 32; ++i) {
+        const bool valid = 16 * i + 4 * thread_in_group() < half;
         const char* const place = rows + 2 * (flow * half + 16 * i);
         const Columns first = load_four(place, inside[0] && valid);
         const Columns second = load_four(place + 8 * stride, inside[1] && valid);
-        grads[flow][i] = moved_once({{first.low, second.low, first.high, second.high}}, zero);
+        grads[flow][i] = pin_registers({{first.low, second.low, first.high, second.high}}, zero);
       }
     }
   }
 
   // Adds 16 columns to the normalizers and dots, and keeps R⁻¹(S dout) of them.
-  __device__ __forceinline__ void add(const FragmentA (&grads)[2][kWidth / 32], const Columns (&x)[2],
+  __device__ __forceinline__ void add(const FragmentA (&grads)[2][kHeadDim / 32], const Columns (&x)[2],
                                       unsigned column) {
-    const char* const table = reinterpret_cast<const char*>(turns) + column * turns_stride;
+    const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
     const Rotation by_row[2] = {rotary[0].first(table), rotary[1].first(table)};
     const Rotation by_column[2] = {rotary[0].second(table), rotary[1].second(table)};
     const Pairs negative[2] = {x[0].negative(), x[1].negative()};
@@ -110,26 +110,26 @@ struct QueryGradTile {
     load_b(means, shared.means + 16 * column);
     Temperatures temperatures[4];
     load_temperatures(temperatures, shared.temperatures + 16 * column);
-    const SharedPointer state = shared.state + 2 * Shared::kStride * column;
+    const SmemPointer state = shared.state + 2 * Shared::kStride * column;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
       Accumulator products[2][2] = {};  // S dout: by part; first, second numbers of the pairs
 #pragma unroll
-      for (int i = 0; i < kWidth / 32; ++i) {
+      for (int i = 0; i < kHeadDim / 32; ++i) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           uint32_t b[2][2];
-          load_b_transposed(b, state + 2 * (part * kWidth * Shared::kStride + flow * kWidth / 2 + 16 * i));
-          multiply_bf16(products[part][0], grads[flow][i].words, b[0]);
-          multiply_bf16(products[part][1], grads[flow][i].words, b[1]);
+          load_b_transposed(b, state + 2 * (part * kHeadDim * Shared::kStride + flow * kHeadDim / 2 + 16 * i));
+          mma_m16n8k16_bf16(products[part][0], grads[flow][i].words, b[0]);
+          mma_m16n8k16_bf16(products[part][1], grads[flow][i].words, b[1]);
         }
       }
-      Pairs plain[2][2], back[2], dot[2];  // by part, then token
+      Pairs unrotated[2][2], back[2], dot[2];  // by part, then token
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const Pairs features = features_of(Exponents(x[row], temperatures, flow).values);
         const Parts parts(features, negative[row], flow);
-        plain[0][row] = parts.part[0], plain[1][row] = parts.part[1];
+        unrotated[0][row] = parts.part[0], unrotated[1][row] = parts.part[1];
         const Pairs first = by_row[row].back(pairs_of(products[0][0], products[0][1], row));
         const Pairs second = by_column[row].back(pairs_of(products[1][0], products[1][1], row));
         back[row] = flow ? choose(negative[row], first, second) : choose(negative[row], second, first);
@@ -137,20 +137,20 @@ struct QueryGradTile {
       }
       store_words(shared.grads + int(column / 16 * 2 + flow) * 512,
                   {back[0].first, back[0].second, back[1].first, back[1].second});
-      multiply_bf16(normalizers[flow], rows_as_a(plain[0]).words, means[0]);
-      multiply_bf16(normalizers[flow], rows_as_a(plain[1]).words, means[1]);
-      multiply_bf16(dots[flow], rows_as_a(dot).words, {kOnes, kOnes});
+      mma_m16n8k16_bf16(normalizers[flow], rows_as_a(unrotated[0]).words, means[0]);
+      mma_m16n8k16_bf16(normalizers[flow], rows_as_a(unrotated[1]).words, means[1]);
+      mma_m16n8k16_bf16(dots[flow], rows_as_a(dot).words, {kOnes, kOnes});
     }
   }
 
   // What is known once all columns were added, of each flow and token.
-  struct Weights {
+  struct Stats {
     float inverses[2][2];          // 1/z
     float grad_normalizers[2][2];  // z dz
   };
-  __device__ __forceinline__ Weights weights() const {
-    constexpr float kLargest = float(kLargestNormalizerGradient);
-    Weights result;
+  __device__ __forceinline__ Stats stats() const {
+    constexpr float kLargest = float(kMaxNormalizerGradient);
+    Stats result;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int flow = i / 2, row = i % 2;
@@ -167,12 +167,12 @@ struct QueryGradTile {
   // Returns dq of 16 columns, and adds the gradients by their temperatures to the sums over tokens, in column n =
   // block.
   __device__ __forceinline__ void finish(Columns (&grad_queries)[2], Accumulator (&logits)[2][2],
-                                         const Weights& weights, const float (&log_inverses)[2][2],
+                                         const Stats& stats, const float (&log_inverses)[2][2],
                                          const Columns (&x)[2], unsigned column) const {
     Temperatures temperatures[4];
     load_temperatures(temperatures, shared.temperatures + 16 * column);
     const MeanPairs means = load_means(shared.mean_pairs + 4 * column);
-    const uint32_t own_column = unsigned(lane_group()) == column / 16 ? kOnes : 0;
+    const uint32_t own_column = unsigned(group_id()) == column / 16 ? kOnes : 0;
     const Pairs negative[2] = {x[0].negative(), x[1].negative()};
     const FragmentA signs = columns_as_a(negative);
     Pairs grad[2];
@@ -180,7 +180,7 @@ struct QueryGradTile {
     for (int flow = 0; flow < 2; ++flow) {
       const uint4 kept = load_words(shared.grads + int(column / 16 * 2 + flow) * 512);
       const uint4 of_pairs =
-          load_words(shared.temperature_pairs + 4 * column + flow * int(sizeof(TemperaturePairs[kWidth / 4])));
+          load_words(shared.temperature_pairs + 4 * column + flow * int(sizeof(TemperaturePairs[kHeadDim / 4])));
       Pairs of_temperatures[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -188,7 +188,7 @@ struct QueryGradTile {
         const Pairs slopes = powers_of(Exponents(x[row], temperatures, flow, log_inverses[flow][row]).values);
         const Pairs mean =
             flow ? choose(negative[row], means.first, means.second) : choose(negative[row], means.second, means.first);
-        const Bf16x2 weight = pack_bf16(weights.grad_normalizers[flow][row], weights.grad_normalizers[flow][row]);
+        const Bf16x2 weight = pack_bf16(stats.grad_normalizers[flow][row], stats.grad_normalizers[flow][row]);
         const Pairs grad_exponents = multiply(
             {fma_bf16x2(weight, mean.first, back.first), fma_bf16x2(weight, mean.second, back.second)}, slopes);
         of_temperatures[row] = multiply(grad_exponents, x[row].absolute_pairs());
@@ -200,149 +200,149 @@ struct QueryGradTile {
       FragmentA positive = columns_as_a(of_temperatures), other = positive;
 #pragma unroll
       for (int i = 0; i < 4; ++i) positive.words[i] &= ~signs.words[i], other.words[i] &= signs.words[i];
-      multiply_bf16(logits[flow][flow], positive.words, {own_column, own_column});
-      multiply_bf16(logits[flow][1 - flow], other.words, {own_column, own_column});
+      mma_m16n8k16_bf16(logits[flow][flow], positive.words, {own_column, own_column});
+      mma_m16n8k16_bf16(logits[flow][1 - flow], other.words, {own_column, own_column});
     }
     grad_queries[0] = x[0].signed_like(grad[0], negative[0]), grad_queries[1] = x[1].signed_like(grad[1], negative[1]);
   }
 };
 
-template <int kWidth>
-__device__ __forceinline__ bool differentiate_split(QueryGradShared<kWidth>& shared, const Backward& f) {
-  using Shared = QueryGradShared<kWidth>;
-  constexpr int kThreads = 2 * kWidth;
+template <int kHeadDim>
+__device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& shared, const Backward& f) {
+  using Shared = QueryGradShared<kHeadDim>;
+  constexpr int kThreads = 2 * kHeadDim;
   const Split split = locate_split(blockIdx.x, f.plan.query_grads, f.shape);
-  const int width = f.shape.head_width, warp = threadIdx.x / 32;
-  load_state<kWidth, Shared::kStride>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), width,
+  const int width = f.shape.head_dim, warp = threadIdx.x / 32;
+  load_state<kHeadDim, Shared::kStride>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), width,
                                       kThreads, true, interleave_16);
-  fill_means(shared.means, f.key_mean + int64_t{split.head} * f.shape.features(), width, kWidth, kThreads);
+  fill_means(shared.means, f.key_mean + int64_t{split.head} * f.shape.features(), width, kHeadDim, kThreads);
   shared.load_temperatures(f, split, kThreads);
   if (__syncthreads_or(shared.head.load(f, split, kThreads))) return true;
 
-  int token = split.begin + warp * 16 + lane_group();
-  Place places[2] = {Place(token, f.shape), Place(token + 8, f.shape)};
-  const Place place_step(kWidth, f.shape);
+  int token = split.begin + warp * 16 + group_id();
+  TokenPosition places[2] = {TokenPosition(token, f.shape), TokenPosition(token + 8, f.shape)};
+  const TokenPosition position_step(kHeadDim, f.shape);
   const Rows<false> queries = rows_of<false>(f.q, f.shape, split), grads = rows_of<false>(f.grad_out, f.shape, split);
-  const char* query = queries.at(token, 4 * lane_member());
-  const char* grad = grads.at(token, 4 * lane_member());
+  const char* query = queries.at(token, 4 * thread_in_group());
+  const char* grad = grads.at(token, 4 * thread_in_group());
   const int64_t stride = int64_t{f.shape.heads} * width;
-  auto* out = static_cast<uint16_t*>(f.grad_q) + first_row(split, f.shape) + token * stride + 4 * lane_member();
-  QueryWeights* const query_weights = f.query_weights + int64_t{split.head} * f.shape.tokens();
+  auto* out = static_cast<uint16_t*>(f.grad_q) + first_row(split, f.shape) + token * stride + 4 * thread_in_group();
+  NormalizerStats* const normalizer_stats = f.normalizer_stats + int64_t{split.head} * f.shape.tokens();
   const QueryGradPointers pointers = {b_rows_transposed(shared.state, Shared::kStride),
                                       shared.head.mean_rows(),
                                       shared.head.temperature_rows(),
-                                      SharedPointer(shared.means + lane_member()),
-                                      SharedPointer(shared.temperatures[0] + lane_member()),
-                                      SharedPointer(shared.grads[warp][0][0] + threadIdx.x % 32)};
+                                      SmemPointer(shared.means + thread_in_group()),
+                                      SmemPointer(shared.temperatures[0] + thread_in_group()),
+                                      SmemPointer(shared.grads[warp][0][0] + threadIdx.x % 32)};
   Accumulator logits[2][2] = {};  // by flow, part
   bool needs_shift = false;
-  for (; token - lane_group() < split.end; token += kWidth) {
-    QueryGradTile<kWidth> tile{
-        pointers, f.packed_turns, rotary_stride(f.shape), width, {query, opaque(query + 8 * queries.stride)}};
+  for (; token - group_id() < split.end; token += kHeadDim) {
+    QueryGradTile<kHeadDim> tile{
+        pointers, f.packed_cos_sin, rotary_stride(f.shape), width, {query, opaque(query + 8 * queries.stride)}};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       tile.inside[row] = token + 8 * row < split.end;
       tile.rotary[row] = RotaryRow(places[row], f.shape);
-      places[row].move(place_step, f.shape);
+      places[row].move(position_step, f.shape);
     }
     Columns ahead[2];
     tile.load(ahead, 0);
     {
-      FragmentA grad_rows[2][kWidth / 32];
+      FragmentA grad_rows[2][kHeadDim / 32];
       tile.load_grads(grad_rows, grad, grads.stride);
 #pragma unroll 1
-      for (unsigned column = 0; column < kWidth; column += 16) {
+      for (unsigned column = 0; column < kHeadDim; column += 16) {
         const Columns x[2] = {ahead[0], ahead[1]};
-        tile.load(ahead, column + 16 < kWidth ? column + 16 : 0);
+        tile.load(ahead, column + 16 < kHeadDim ? column + 16 : 0);
         tile.add(grad_rows, x, column);
       }
     }
-    const auto weights = tile.weights();
+    const auto stats = tile.stats();
     float log_inverses[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) log_inverses[i / 2][i % 2] = log2_approximate(weights.inverses[i / 2][i % 2]);
+    for (int i = 0; i < 4; ++i) log_inverses[i / 2][i % 2] = lg2_approx(stats.inverses[i / 2][i % 2]);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      if (lane_member() == 0 && tile.inside[row]) {
-        query_weights[token + 8 * row] = {
-            {split_bf16(weights.grad_normalizers[0][row]), split_bf16(weights.grad_normalizers[1][row])},
-            {weights.inverses[0][row], weights.inverses[1][row]}};
+      if (thread_in_group() == 0 && tile.inside[row]) {
+        normalizer_stats[token + 8 * row] = {
+            {split_bf16(stats.grad_normalizers[0][row]), split_bf16(stats.grad_normalizers[1][row])},
+            {stats.inverses[0][row], stats.inverses[1][row]}};
       }
     }
     uint16_t* const grad_query[2] = {out, opaque(out + 8 * stride)};
 #pragma unroll 1
-    for (unsigned column = 0; column < kWidth; column += 16) {
+    for (unsigned column = 0; column < kHeadDim; column += 16) {
       const Columns x[2] = {ahead[0], ahead[1]};
-      if (column + 16 < kWidth) tile.load(ahead, column + 16);
+      if (column + 16 < kHeadDim) tile.load(ahead, column + 16);
       Columns grad_queries[2];
-      tile.finish(grad_queries, logits, weights, log_inverses, x, column);
-      if (int(column) + 4 * lane_member() < width) {
+      tile.finish(grad_queries, logits, stats, log_inverses, x, column);
+      if (int(column) + 4 * thread_in_group() < width) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           if (tile.inside[row]) store_words(grad_query[row] + column, {grad_queries[row].low, grad_queries[row].high});
         }
       }
     }
-    needs_shift |= largest(tile.max_abs) > kFreeExponent;
-    query += kWidth * queries.stride, grad += kWidth * grads.stride, out += kWidth * stride;
+    needs_shift |= largest(tile.max_abs) > kMaxUnshiftedExponent;
+    query += kHeadDim * queries.stride, grad += kHeadDim * grads.stride, out += kHeadDim * stride;
   }
 
   // The logits' sums over the warps: rows 2g and 2g + 1 of 16 columns each are in columns 2t and 2t + 1 of the sums.
   __syncthreads();  // nobody reads what was kept any more
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
-    const int flow = i / 8, part = i / 4 % 2, lower = i / 2 % 2, block = 2 * lane_member() + i % 2;
-    if (16 * block < kWidth) {
-      shared.logits[warp][flow][part * kWidth + 16 * block + 2 * lane_group() + lower] = logits[flow][part][i % 4];
+    const int flow = i / 8, part = i / 4 % 2, lower = i / 2 % 2, block = 2 * thread_in_group() + i % 2;
+    if (16 * block < kHeadDim) {
+      shared.logits[warp][flow][part * kHeadDim + 16 * block + 2 * group_id() + lower] = logits[flow][part][i % 4];
     }
   }
   needs_shift = __syncthreads_or(needs_shift);
   for (int i = threadIdx.x; i < 4 * width; i += kThreads) {
     const int flow = i / (2 * width), part = i / width % 2, column = i % width;
     float sum = 0.f;
-    for (int j = 0; j < Shared::kWarps; ++j) sum += shared.logits[j][flow][part * kWidth + column];
+    for (int j = 0; j < Shared::kWarps; ++j) sum += shared.logits[j][flow][part * kHeadDim + column];
     f.split_grad_logits[int64_t{blockIdx.x} * (4 * width) + i] = sum;
   }
   return needs_shift;
 }
 
-template <int kWidth>
-__global__ void __launch_bounds__(2 * kWidth, kQueryGradBlocksPerSm.at(true, kWidth))
+template <int kHeadDim>
+__global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim))
     differentiate_queries(const Backward f) {
-  const bool needs_shift = differentiate_split<kWidth>(shared_memory<QueryGradShared<kWidth>>(), f);
+  const bool needs_shift = differentiate_split<kHeadDim>(shared_memory<QueryGradShared<kHeadDim>>(), f);
   if (threadIdx.x == 0) f.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
 }
 
-template <int kWidth>
+template <int kHeadDim>
 struct QuerySumShared {
-  struct Stage : TokenStage<kWidth> {  // of queries, and gradients of out as B fragments
-    QueryWeights weights[kSumTokens];
+  struct Stage : TokenStage<kHeadDim> {  // of queries, and gradients of out as B fragments
+    NormalizerStats stats[kSumTokens];
   };
   static constexpr int kStages = 3;
   Stage stages[kStages];
-  Temperatures temperatures[kWidth];
+  Temperatures temperatures[kHeadDim];
 };
 
 // One block per split, one warp per 16 columns of q and all tokens.
-template <int kWidth>
+template <int kHeadDim>
 struct QuerySums {
-  using Shared = QuerySumShared<kWidth>;
+  using Shared = QuerySumShared<kHeadDim>;
 
-  Accumulator sums[2][2][kWidth / 16] =
+  Accumulator sums[2][2][kHeadDim / 16] =
       {};                     // of dS: by flow, part; rows 2g and 2g + 1 of the warp's columns, eight of the flow's
   Accumulator means[2] = {};  // of dm: by part; of either flow in two columns, of which it is the sum
 
   // Adds 16 tokens of a stage.
   __device__ __forceinline__ void add(const typename Shared::Stage& stage, int begin, const char* rotary,
-                                      SharedPointer of_columns) {
-    const uint16_t* queries = stage.rows + threadIdx.x / 32 * 16 + 4 * lane_member();
+                                      SmemPointer of_columns) {
+    const uint16_t* queries = stage.rows + threadIdx.x / 32 * 16 + 4 * thread_in_group();
     Columns x[2];
     Pairs negative[2];
     uint2 entries[2][2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int token = begin + lane_group() + 8 * row;
-      const RotaryPlace place = stage.rotary[token];
+      const int token = begin + group_id() + 8 * row;
+      const RotaryOffsets place = stage.rotary[token];
       entries[row][0] = __ldg(reinterpret_cast<const uint2*>(rotary + place.by_row));
       entries[row][1] = __ldg(reinterpret_cast<const uint2*>(rotary + place.by_column));
       const uint2 words = *reinterpret_cast<const uint2*>(queries + token * Shared::Stage::kRowStride);
@@ -352,35 +352,35 @@ struct QuerySums {
     const Rotation by_column[2] = {Rotation(entries[0][1]), Rotation(entries[1][1])};
     Temperatures temperatures[4];
     load_temperatures(temperatures, of_columns);
-    uint32_t weights[2];
-    load_b_narrow(weights, stage.weights + begin);
-    const SharedPointer grads = b_rows(stage.b, Shared::Stage::kBStride) + begin * Shared::Stage::kBStride * 2;
+    uint32_t stats[2];
+    load_b_narrow(stats, stage.stats + begin);
+    const SmemPointer grads = b_rows(stage.b, Shared::Stage::kBStride) + begin * Shared::Stage::kBStride * 2;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
       __syncwarp();  // keeps the other flow's features from being made meanwhile: there are no registers for them
-      Pairs plain[2][2], rotated[2][2];  // by part, then token; over z
+      Pairs unrotated[2][2], rotated[2][2];  // by part, then token; over z
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float inverse = stage.weights[begin + lane_group() + 8 * row].inverses[flow];
+        const float inverse = stage.stats[begin + group_id() + 8 * row].inverses[flow];
         const Parts parts(features_of(Exponents(x[row], temperatures, flow).values, inverse), negative[row], flow);
-        plain[0][row] = parts.part[0], plain[1][row] = parts.part[1];
+        unrotated[0][row] = parts.part[0], unrotated[1][row] = parts.part[1];
         rotated[0][row] = by_row[row].forward(parts.part[0]), rotated[1][row] = by_column[row].forward(parts.part[1]);
       }
-      const uint32_t own = lane_group() / 2 == flow ? ~0u : 0u;  // columns 2·flow and 2·flow + 1
+      const uint32_t own = group_id() / 2 == flow ? ~0u : 0u;  // columns 2·flow and 2·flow + 1
       FragmentA a[2];
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        multiply_bf16(means[part], columns_as_a(plain[part]).words, {weights[0] & own, weights[1] & own});
+        mma_m16n8k16_bf16(means[part], columns_as_a(unrotated[part]).words, {stats[0] & own, stats[1] & own});
         a[part] = columns_as_a(rotated[part]);
       }
 #pragma unroll
-      for (int column = 0; column < kWidth / 2; column += 16) {
+      for (int column = 0; column < kHeadDim / 2; column += 16) {
         uint32_t b[2][2];
-        load_b(b, grads + 2 * (flow * kWidth / 2 + column));
+        load_b(b, grads + 2 * (flow * kHeadDim / 2 + column));
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
-          multiply_bf16(sums[flow][part][column / 8], a[part].words, b[0]);
-          multiply_bf16(sums[flow][part][column / 8 + 1], a[part].words, b[1]);
+          mma_m16n8k16_bf16(sums[flow][part][column / 8], a[part].words, b[0]);
+          mma_m16n8k16_bf16(sums[flow][part][column / 8 + 1], a[part].words, b[1]);
         }
       }
     }
@@ -388,13 +388,13 @@ struct QuerySums {
 
   // Writes this warp's rows of dS and dm, divided by N.
   __device__ __forceinline__ void store(float* state, float* mean, const Shape& shape, float scale) const {
-    const int width = shape.head_width, row = threadIdx.x / 32 * 16 + 2 * lane_group();
+    const int width = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
     if (row >= width) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int flow = i / 2, part = i % 2;
       const Accumulator& both = means[part];
-      if (lane_member() == flow) {
+      if (thread_in_group() == flow) {
         *reinterpret_cast<float2*>(mean + (2 * flow + part) * width + row) =
             make_float2((both[0] + both[1]) * scale, (both[2] + both[3]) * scale);
       }
@@ -403,15 +403,15 @@ struct QuerySums {
   }
 };
 
-template <int kWidth>
-__global__ void __launch_bounds__(2 * kWidth, kQueryGradBlocksPerSm.at(true, kWidth)) sum_queries(const Backward f) {
-  using Shared = QuerySumShared<kWidth>;
+template <int kHeadDim>
+__global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim)) sum_queries(const Backward f) {
+  using Shared = QuerySumShared<kHeadDim>;
   if (f.needs_shift[blockIdx.x] != 0.f) return;
   auto& shared = shared_memory<Shared>();
   const Split split = locate_split(blockIdx.x, f.plan.query_grads, f.shape);
-  fill_temperatures(shared.temperatures, f, split, kWidth, 2 * kWidth);
+  fill_temperatures(shared.temperatures, f, split, kHeadDim, 2 * kHeadDim);
 
-  StageCopies<kWidth, typename Shared::Stage, Shared::kStages> copies(shared.stages, f.q, f.grad_out, true, split,
+  StageCopies<kHeadDim, typename Shared::Stage, Shared::kStages> copies(shared.stages, f.q, f.grad_out, true, split,
                                                                       f.shape);
   const auto start_copy = [&](int step) {
     const int first = split.begin + step * kSumTokens;
@@ -419,90 +419,90 @@ __global__ void __launch_bounds__(2 * kWidth, kQueryGradBlocksPerSm.at(true, kWi
       copies.start(step % Shared::kStages);
       auto& stage = shared.stages[step % Shared::kStages];
       if (const int token = first + threadIdx.x; threadIdx.x < kSumTokens) {
-        copy_async(SharedPointer(&stage.weights[threadIdx.x]),
-                   f.query_weights + int64_t{split.head} * f.shape.tokens() + token, token < split.end);
+        cp_async(SmemPointer(&stage.stats[threadIdx.x]),
+                   f.normalizer_stats + int64_t{split.head} * f.shape.tokens() + token, token < split.end);
       }
       if (const int token = first + 2 * threadIdx.x; threadIdx.x < kSumTokens / 2) {
-        copy_async(SharedPointer(&stage.rotary[2 * threadIdx.x]), f.rotary_places + token, token < split.end);
+        cp_async(SmemPointer(&stage.rotary[2 * threadIdx.x]), f.rotary_offsets + token, token < split.end);
       }
     }
-    commit_copies();
+    cp_async_commit_group();
   };
 
   const char* rotary =
-      reinterpret_cast<const char*>(f.packed_turns + lane_member()) + threadIdx.x / 32 * 16 * rotary_stride(f.shape);
-  const SharedPointer temperatures(shared.temperatures + threadIdx.x / 32 * 16 + lane_member());
-  QuerySums<kWidth> sums;
+      reinterpret_cast<const char*>(f.packed_cos_sin + thread_in_group()) + threadIdx.x / 32 * 16 * rotary_stride(f.shape);
+  const SmemPointer temperatures(shared.temperatures + threadIdx.x / 32 * 16 + thread_in_group());
+  QuerySums<kHeadDim> sums;
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
-    wait_for_copies<Shared::kStages - 2>();
+    cp_async_wait_group<Shared::kStages - 2>();
     __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
     for (int token = 0; token < kSumTokens; token += 16) sums.add(stage, token, rotary, temperatures);
   }
-  const bool whole = f.plan.query_grads.splits_per_head == 1;
-  sums.store((whole ? f.grad_state : f.split_grad_state) + blockIdx.x * f.shape.state_size(),
-             f.split_grad_mean + blockIdx.x * (2 * f.shape.features()), f.shape, f.plan.mean_weight);
+  const bool is_unsplit = f.plan.query_grads.splits_per_head == 1;
+  sums.store((is_unsplit ? f.grad_state : f.split_grad_state) + blockIdx.x * f.shape.state_size(),
+             f.split_grad_mean + blockIdx.x * (2 * f.shape.features()), f.shape, f.plan.inv_tokens);
 }
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
 
-template <int kWidth>
+template <int kHeadDim>
 struct KeyGradShared {
-  static constexpr int kStride = kWidth + 8;
-  alignas(16) uint16_t state[2 * kWidth * kStride];  // dS
-  MeanPairs means[kWidth / 4];                       // dm, of four columns at a time
+  static constexpr int kStride = kHeadDim + 8;
+  alignas(16) uint16_t state[2 * kHeadDim * kStride];  // dS
+  MeanPairs means[kHeadDim / 4];                       // dm, of four columns at a time
 };
 
 struct KeyGradPointers {
-  SharedPointer rows, columns, means;
+  SmemPointer rows, columns, means;
 };
 
 // A warp's 16 tokens.
-template <int kWidth>
+template <int kHeadDim>
 struct KeyGradTile {
-  using Shared = KeyGradShared<kWidth>;
+  using Shared = KeyGradShared<kHeadDim>;
 
   const KeyGradPointers& shared;
-  const CosSin* turns;
-  unsigned turns_stride;
-  FragmentA values[kWidth / 16];
+  const CosSin* cos_sin;
+  unsigned cos_sin_stride;
+  FragmentA values[kHeadDim / 16];
   RotaryRow rotary[2];
-  Accumulator grad_values[kWidth / 8] = {};
+  Accumulator grad_values[kHeadDim / 8] = {};
 
   // A fragments of v.
   __device__ __forceinline__ void load_values(const char* rows, int64_t stride, const bool (&inside)[2],
-                                              int head_width) {
-    const uint32_t zero = static_cast<uint32_t>(head_width) >> 31;
+                                              int head_dim) {
+    const uint32_t zero = static_cast<uint32_t>(head_dim) >> 31;
 #pragma unroll
-    for (int i = 0; i < kWidth / 32; ++i) {
-      const bool valid = 32 * i + 8 * lane_member() < head_width;
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      const bool valid = 32 * i + 8 * thread_in_group() < head_dim;
       const uint4 first = load_eight(rows + 64 * i, inside[0] && valid);
       const uint4 second = load_eight(rows + 64 * i + 8 * stride, inside[1] && valid);
-      values[2 * i] = moved_once({{first.x, second.x, first.y, second.y}}, zero);
-      values[2 * i + 1] = moved_once({{first.z, second.z, first.w, second.w}}, zero);
+      values[2 * i] = pin_registers({{first.x, second.x, first.y, second.y}}, zero);
+      values[2 * i + 1] = pin_registers({{first.z, second.z, first.w, second.w}}, zero);
     }
   }
 
   // Adds the part of 16 columns of the keys to dv; returns dk of them.
   __device__ __forceinline__ void differentiate(Columns (&grad_keys)[2], const Columns (&x)[2], unsigned column) {
-    const SharedPointer rows = shared.rows + 2 * Shared::kStride * column;
-    const SharedPointer columns = shared.columns + 2 * Shared::kStride * column;
+    const SmemPointer rows = shared.rows + 2 * Shared::kStride * column;
+    const SmemPointer columns = shared.columns + 2 * Shared::kStride * column;
     Accumulator products[2][2] = {};  // dS v: by part; first, second numbers of the pairs
 #pragma unroll
-    for (int i = 0; i < kWidth / 16; ++i) {
+    for (int i = 0; i < kHeadDim / 16; ++i) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         uint32_t b[2][2];
-        load_b_transposed(b, columns + 2 * (part * kWidth * Shared::kStride + 16 * i));
-        multiply_bf16(products[part][0], values[i].words, b[0]);
-        multiply_bf16(products[part][1], values[i].words, b[1]);
+        load_b_transposed(b, columns + 2 * (part * kHeadDim * Shared::kStride + 16 * i));
+        mma_m16n8k16_bf16(products[part][0], values[i].words, b[0]);
+        mma_m16n8k16_bf16(products[part][1], values[i].words, b[1]);
       }
     }
     const MeanPairs means = load_means(shared.means + 4 * column);
-    const char* const table = reinterpret_cast<const char*>(turns) + column * turns_stride;
+    const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
     Pairs rotated[2][2];  // by part, then token
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -519,85 +519,85 @@ struct KeyGradTile {
     for (int part = 0; part < 2; ++part) {
       const FragmentA a = rows_as_a(rotated[part]);
 #pragma unroll
-      for (int i = 0; i < kWidth / 16; ++i) {
+      for (int i = 0; i < kHeadDim / 16; ++i) {
         uint32_t b[2][2];
-        load_b(b, rows + 2 * (part * kWidth * Shared::kStride + 16 * i));
-        multiply_bf16(grad_values[2 * i], a.words, b[0]);
-        multiply_bf16(grad_values[2 * i + 1], a.words, b[1]);
+        load_b(b, rows + 2 * (part * kHeadDim * Shared::kStride + 16 * i));
+        mma_m16n8k16_bf16(grad_values[2 * i], a.words, b[0]);
+        mma_m16n8k16_bf16(grad_values[2 * i + 1], a.words, b[1]);
       }
     }
   }
 
-  __device__ __forceinline__ void store_values(uint16_t* out, int row, int head_width) const {
+  __device__ __forceinline__ void store_values(uint16_t* out, int row, int head_dim) const {
 #pragma unroll
-    for (int i = 0; i < kWidth / 32; ++i) {
+    for (int i = 0; i < kHeadDim / 32; ++i) {
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const Accumulator& sum = grad_values[4 * i + j];
         words[j] = pack_bf16_finite(sum[2 * row], sum[2 * row + 1]);
       }
-      if (32 * i + 8 * lane_member() < head_width) store_words(out + 32 * i, words);
+      if (32 * i + 8 * thread_in_group() < head_dim) store_words(out + 32 * i, words);
     }
   }
 };
 
-template <int kWidth>
-__global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, kWidth))
+template <int kHeadDim>
+__global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, kHeadDim))
     differentiate_keys(const Backward f) {
-  using Shared = KeyGradShared<kWidth>;
+  using Shared = KeyGradShared<kHeadDim>;
   auto& shared = shared_memory<Shared>();
   const Split split = locate_split(blockIdx.x, f.plan.key_grads, f.shape);
-  const int width = f.shape.head_width;
-  load_state<kWidth, Shared::kStride>(shared.state, f.grad_state + int64_t{split.head} * f.shape.state_size(), width,
+  const int width = f.shape.head_dim;
+  load_state<kHeadDim, Shared::kStride>(shared.state, f.grad_state + int64_t{split.head} * f.shape.state_size(), width,
                                       kKeyGradThreads, false, interleave_32);
-  fill_means(shared.means, f.grad_mean + int64_t{split.head} * f.shape.features(), width, kWidth, kKeyGradThreads);
+  fill_means(shared.means, f.grad_mean + int64_t{split.head} * f.shape.features(), width, kHeadDim, kKeyGradThreads);
   if (__syncthreads_or(is_shifted(f.key_shift + int64_t{split.head} * width, width, kKeyGradThreads))) return;
 
-  int token = split.begin + threadIdx.x / 32 * 16 + lane_group();
-  Place place[2] = {Place(token, f.shape), Place(token + 8, f.shape)};
-  const Place place_step(kKeyGradTokens, f.shape);
+  int token = split.begin + threadIdx.x / 32 * 16 + group_id();
+  TokenPosition place[2] = {TokenPosition(token, f.shape), TokenPosition(token + 8, f.shape)};
+  const TokenPosition position_step(kKeyGradTokens, f.shape);
   const Rows<false> keys = rows_of<false>(f.k, f.shape, split), values = rows_of<false>(f.v, f.shape, split);
-  const char* key = keys.at(token, 4 * lane_member());
-  const char* value = values.at(token, 8 * lane_member());
+  const char* key = keys.at(token, 4 * thread_in_group());
+  const char* value = values.at(token, 8 * thread_in_group());
   const int64_t stride = int64_t{f.shape.heads} * width;
   int64_t out = first_row(split, f.shape) + token * stride;
   const KeyGradPointers pointers = {b_rows(shared.state, Shared::kStride),
                                     b_rows_transposed(shared.state, Shared::kStride),
-                                    SharedPointer(shared.means + lane_member())};
-  for (; token - lane_group() < split.end; token += kKeyGradTokens) {
-    KeyGradTile<kWidth> tile{pointers, f.packed_turns, rotary_stride(f.shape)};
+                                    SmemPointer(shared.means + thread_in_group())};
+  for (; token - group_id() < split.end; token += kKeyGradTokens) {
+    KeyGradTile<kHeadDim> tile{pointers, f.packed_cos_sin, rotary_stride(f.shape)};
     const bool inside[2] = {token < split.end, token + 8 < split.end};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       tile.rotary[row] = RotaryRow(place[row], f.shape);
-      place[row].move(place_step, f.shape);
+      place[row].move(position_step, f.shape);
     }
     tile.load_values(value, values.stride, inside, width);
     const char* const columns[2] = {key, opaque(key + 8 * keys.stride)};
-    uint16_t* const first = opaque(static_cast<uint16_t*>(f.grad_k) + out + 4 * lane_member());
+    uint16_t* const first = opaque(static_cast<uint16_t*>(f.grad_k) + out + 4 * thread_in_group());
     uint16_t* const grad_key[2] = {first, opaque(first + 8 * stride)};
     Columns ahead[2];
     const auto load_keys = [&](unsigned column) {
-      const bool valid = int(column) + 4 * lane_member() < width;
+      const bool valid = int(column) + 4 * thread_in_group() < width;
 #pragma unroll
       for (int row = 0; row < 2; ++row) ahead[row] = load_four(columns[row] + 2 * column, inside[row] && valid);
     };
     load_keys(0);
 #pragma unroll 1
-    for (unsigned column = 0; column < kWidth; column += 16) {
+    for (unsigned column = 0; column < kHeadDim; column += 16) {
       const Columns x[2] = {ahead[0], ahead[1]};
-      if (column + 16 < kWidth) load_keys(column + 16);
+      if (column + 16 < kHeadDim) load_keys(column + 16);
       Columns grads[2];
       tile.differentiate(grads, x, column);
-      if (int(column) + 4 * lane_member() < width) {
+      if (int(column) + 4 * thread_in_group() < width) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           if (inside[row]) store_words(grad_key[row] + column, {grads[row].low, grads[row].high});
         }
       }
     }
-    uint16_t* const grad_value = static_cast<uint16_t*>(f.grad_v) + out + 8 * lane_member();
+    uint16_t* const grad_value = static_cast<uint16_t*>(f.grad_v) + out + 8 * thread_in_group();
     if (inside[0]) tile.store_values(grad_value, 0, width);
     if (inside[1]) tile.store_values(grad_value + 8 * stride, 1, width);
     key += kKeyGradTokens * keys.stride, value += kKeyGradTokens * values.stride, out += kKeyGradTokens * stride;
@@ -607,7 +607,7 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
 }  // namespace
 
 const char* launch_differentiate_queries(const Backward& f, void* stream) {
-  return visit_width(f.shape.padded_width(), [&](auto width) {
+  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
     constexpr int kBlocksPerSm = kQueryGradBlocksPerSm.at(true, width());
     return launch_blocks<QueryGradShared<width()>, width(), kBlocksPerSm>(
         differentiate_queries<width()>, f.plan.query_grads.splits, 2 * width(), stream, f);
@@ -615,7 +615,7 @@ const char* launch_differentiate_queries(const Backward& f, void* stream) {
 }
 
 const char* launch_sum_queries(const Backward& f, void* stream) {
-  return visit_width(f.shape.padded_width(), [&](auto width) {
+  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
     constexpr int kBlocksPerSm = kQueryGradBlocksPerSm.at(true, width());
     return launch_blocks<QuerySumShared<width()>, width(), kBlocksPerSm>(
         sum_queries<width()>, f.plan.query_grads.splits, 2 * width(), stream, f);
@@ -623,7 +623,7 @@ const char* launch_sum_queries(const Backward& f, void* stream) {
 }
 
 const char* launch_differentiate_keys(const Backward& f, void* stream) {
-  return visit_width(f.shape.padded_width(), [&](auto width) {
+  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
     constexpr int kBlocksPerSm = kKeyGradBlocksPerSm.at(true, width());
     return launch_blocks<KeyGradShared<width()>, width(), kBlocksPerSm>(
         differentiate_keys<width()>, f.plan.key_grads.splits, kKeyGradThreads, stream, f);

@@ -1,4 +1,4 @@
-// What the kernels for aligned bf16 share: packed features, their rotary turns, tiles of 16 tokens × 16 columns.
+// What the kernels for aligned bf16 share: packed features, their rotary embeddings, tiles of 16 tokens × 16 columns.
 //
 // A warp has the rows of 16 tokens, as the A fragment of mma.m16n8k16 has its rows: thread (g, t), with g = lane / 4
 // and t = lane % 4, has tokens g and g + 8. Of every 16 columns it has four neighbours x0 … x3 = 4t … 4t + 3, two
@@ -6,13 +6,13 @@
 //
 //   Pairs {(x0, x2), (x1, x3)}: the first and the second numbers of both pairs, two bf16 to a register,
 //
-// so that a turn is four packed instructions, and the registers are those of an A fragment without being moved: `first`
+// so that a rotation is four packed instructions, and the registers are those of an A fragment without being moved: `first`
 // stands for its columns 2t and 2t + 1, `second` for 2t + 8 and 2t + 9. The matrix on the other side has its rows in
 // the same order: order_16().
 //
 // A number has two features, of its positive and of its negative part, and one of them is 0. Both come from one
 // exponential, and a mask of x's sign (all ones: negative) tells them apart. The first part of the features, which
-// turns by a token's row, is that of the positive numbers, in the opposite flow that of the negative ones.
+// rotates by a token's row, is that of the positive numbers, in the opposite flow that of the negative ones.
 #pragma once
 
 #include "tokens.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ Pairs multiply(Pairs a, Pairs b) {
   return {multiply(a.first, b.first), multiply(a.second, b.second)};
 }
 
-// The turn of a token's two pairs by their angles, or back: (x0 cos − x1 sin, x1 cos + x0 sin). ptxas folds no negation
+// The rotation of a token's two pairs by their angles, or back: (x0 cos − x1 sin, x1 cos + x0 sin). ptxas folds no negation
 // into a packed multiplication, so that of the sine is made once for both flows.
 struct Rotation {
   Bf16x2 cosine, sine, minus_sine;
@@ -89,14 +89,14 @@ struct Columns {
 __device__ __forceinline__ Pairs features_of(const float (&exponents)[4]) {
   float features[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) features[i] = exp2_approximate(exponents[i]) - 1.f;
+  for (int i = 0; i < 4; ++i) features[i] = ex2_approx(exponents[i]) - 1.f;
   return {pack_bf16(features[0], features[2]), pack_bf16(features[1], features[3])};
 }
 // The same times `by`.
 __device__ __forceinline__ Pairs features_of(const float (&exponents)[4], float by) {
   float features[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) features[i] = exp2_approximate(exponents[i]) * by - by;
+  for (int i = 0; i < 4; ++i) features[i] = ex2_approx(exponents[i]) * by - by;
   return {pack_bf16(features[0], features[2]), pack_bf16(features[1], features[3])};
 }
 __device__ __forceinline__ Pairs key_features(Columns x) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ Pairs slopes(Pairs features) {
 __device__ __forceinline__ Pairs powers_of(const float (&exponents)[4]) {
   float powers[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) powers[i] = exp2_approximate(exponents[i]);
+  for (int i = 0; i < 4; ++i) powers[i] = ex2_approx(exponents[i]);
   return {pack_bf16(powers[0], powers[2]), pack_bf16(powers[1], powers[3])};
 }
 
@@ -126,7 +126,7 @@ struct alignas(16) Temperatures {
   }
 };
 
-__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SharedPointer place) {
+__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SmemPointer place) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint4 words = load_words(place + 64 * i);
@@ -157,31 +157,31 @@ __device__ __forceinline__ int order_16(int i) { return i / 16 * 16 + i % 2 * 8 
 __device__ __forceinline__ int order_table(int i) { return i / 16 * 16 + i % 4 * 4 + i / 4 % 4; }
 
 // Where this lane's row begins for load_b() and load_b_transposed() of a matrix in shared memory.
-__device__ __forceinline__ SharedPointer b_rows(const uint16_t* tile, int stride) {
+__device__ __forceinline__ SmemPointer b_rows(const uint16_t* tile, int stride) {
   const int lane = threadIdx.x % 32;
-  return SharedPointer(tile + lane % 16 * stride + lane / 16 * 8);
+  return SmemPointer(tile + lane % 16 * stride + lane / 16 * 8);
 }
-__device__ __forceinline__ SharedPointer b_rows_transposed(const uint16_t* tile, int stride) {
+__device__ __forceinline__ SmemPointer b_rows_transposed(const uint16_t* tile, int stride) {
   const int lane = threadIdx.x % 32;
-  return SharedPointer(tile + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
+  return SmemPointer(tile + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
 }
 // Two B fragments side by side: K = 16 rows of memory, N = 2 × 8 columns.
-__device__ __forceinline__ void load_b(uint32_t (&b)[2][2], SharedPointer rows) {
+__device__ __forceinline__ void load_b(uint32_t (&b)[2][2], SmemPointer rows) {
   uint32_t words[4];
-  load_matrices_transposed(words, rows);
+  ldmatrix_x4_trans(words, rows);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
 // The same of its transpose: N = 2 × 8 rows of memory, K = 16 columns.
-__device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], SharedPointer rows) {
+__device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], SmemPointer rows) {
   uint32_t words[4];
-  load_matrices(words, rows);
+  ldmatrix_x4(words, rows);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
 
 // One B fragment, K = 16, of rows of 16 bytes: N = 8 columns.
 __device__ __forceinline__ void load_b_narrow(uint32_t (&b)[2], const void* rows) {
   uint32_t words[4];
-  load_matrices_transposed(words, SharedPointer(static_cast<const char*>(rows) + threadIdx.x % 16 * 16));
+  ldmatrix_x4_trans(words, SmemPointer(static_cast<const char*>(rows) + threadIdx.x % 16 * 16));
   b[0] = words[0], b[1] = words[1];
 }
 
@@ -192,7 +192,7 @@ struct FragmentA {
 };
 // The fragment in four registers side by side, as mma needs them. Loaded words lie otherwise, and ptxas would move them
 // before each product; an operation that it cannot leave out, with a zero that it does not know, moves them once.
-__device__ __forceinline__ FragmentA moved_once(FragmentA a, uint32_t zero) {
+__device__ __forceinline__ FragmentA pin_registers(FragmentA a, uint32_t zero) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a.words[i] ^= zero;
   return a;
@@ -209,54 +209,54 @@ __device__ __forceinline__ FragmentA rows_as_a(const Pairs (&rows)[2]) {
   return {{rows[0].first, rows[1].first, rows[0].second, rows[1].second}};
 }
 __device__ __forceinline__ FragmentA columns_as_a(const Pairs (&rows)[2]) {
-  return {{transpose_matrix(rows[0].first), transpose_matrix(rows[0].second), transpose_matrix(rows[1].first),
-           transpose_matrix(rows[1].second)}};
+  return {{movmatrix_trans(rows[0].first), movmatrix_trans(rows[0].second), movmatrix_trans(rows[1].first),
+           movmatrix_trans(rows[1].second)}};
 }
 
 // Copies one head's (2D, D) matrix into shared memory as bf16: rows of both parts in the order of A fragments, padded;
 // W columns in an order that keeps pairs of neighbours, with `halves` each half padded by itself. D is a multiple
 // of 16.
-template <int kWidth, int kStride, class ColumnOrder>
-__device__ __forceinline__ void load_state(uint16_t* tile, const float* state, int head_width, int threads, bool halves,
+template <int kHeadDim, int kStride, class ColumnOrder>
+__device__ __forceinline__ void load_state(uint16_t* tile, const float* state, int head_dim, int threads, bool halves,
                                            ColumnOrder column_order) {
 #pragma unroll 8
-  for (int i = opaque(int(threadIdx.x)); i < 2 * kWidth * kWidth / 4; i += threads) {
-    const int row = i / (kWidth / 4), padded = i % (kWidth / 4) * 4;
-    const int part = row / kWidth, feature = row % kWidth;
-    const int column = column_of<kWidth>(padded, head_width, halves);
+  for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim * kHeadDim / 4; i += threads) {
+    const int row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
+    const int part = row / kHeadDim, feature = row % kHeadDim;
+    const int column = column_of<kHeadDim>(padded, head_dim, halves);
     float4 four = {0.f, 0.f, 0.f, 0.f};
-    if (feature < head_width && column >= 0) {
-      four = __ldg(reinterpret_cast<const float4*>(state + (part * head_width + feature) * head_width + column));
+    if (feature < head_dim && column >= 0) {
+      four = __ldg(reinterpret_cast<const float4*>(state + (part * head_dim + feature) * head_dim + column));
     }
-    uint16_t* place = tile + (part * kWidth + order_16(feature)) * kStride;
+    uint16_t* place = tile + (part * kHeadDim + order_16(feature)) * kStride;
     *reinterpret_cast<uint32_t*>(place + column_order(padded)) = pack_bf16(four.x, four.y);
     *reinterpret_cast<uint32_t*>(place + column_order(padded + 2)) = pack_bf16(four.z, four.w);
   }
 }
 
 // Where a token lies in the image; moved by so many tokens at a time without a division.
-struct Place {
+struct TokenPosition {
   int row, column;
 
-  __device__ __forceinline__ Place(int token, const Shape& shape)
+  __device__ __forceinline__ TokenPosition(int token, const Shape& shape)
       : row(token / shape.width), column(token - row * shape.width) {}
-  __device__ __forceinline__ void move(const Place& by, const Shape& shape) {
+  __device__ __forceinline__ void move(const TokenPosition& by, const Shape& shape) {
     row += by.row, column += by.column;
     if (column >= shape.width) column -= shape.width, ++row;
   }
 };
 
-// A token's entries of the packed rotary table (turns.cu) at this thread's four of 16 columns, in bytes: the first part
-// of the features turns by the token's row, the second by its column. Tables of the next 16 columns begin
+// A token's entries of the packed rotary table (rotary.cu) at this thread's four of 16 columns, in bytes: the first part
+// of the features rotates by the token's row, the second by its column. Tables of the next 16 columns begin
 // rotary_stride() bytes for each of them further on.
 struct RotaryRow {
   unsigned by_row, by_column;
 
   // Tokens beyond the image, which are computed in vain, take the last row's.
   __device__ __forceinline__ RotaryRow() = default;
-  __device__ __forceinline__ RotaryRow(const Place& place, const Shape& shape) {
+  __device__ __forceinline__ RotaryRow(const TokenPosition& place, const Shape& shape) {
     constexpr unsigned kBytes = 4 * sizeof(CosSin);
-    const unsigned own = sizeof(CosSin) * lane_member();
+    const unsigned own = sizeof(CosSin) * thread_in_group();
     by_row = opaque(own + min(place.row, shape.height - 1) * kBytes);
     by_column = opaque(own + (shape.height + place.column) * kBytes);
   }
@@ -281,46 +281,46 @@ __device__ __forceinline__ Columns load_four(const char* columns, bool valid) {
   return {words.x, words.y};
 }
 // 32 tokens of two tensors in shared memory: rows of which warps read 16 columns, and rows that are B fragments.
-template <int kWidth>
+template <int kHeadDim>
 struct alignas(16) TokenStage {
-  static constexpr int kRowStride = kWidth + 16;  // four rows of 16 columns each lie in different banks
-  static constexpr int kBStride = kWidth + 8;     // and here eight rows of 8
+  static constexpr int kRowStride = kHeadDim + 16;  // four rows of 16 columns each lie in different banks
+  static constexpr int kBStride = kHeadDim + 8;     // and here eight rows of 8
   uint16_t rows[kSumTokens * kRowStride], b[kSumTokens * kBStride];
-  RotaryPlace rotary[kSumTokens];
+  RotaryOffsets rotary[kSumTokens];
 };
 
 // A thread's share of the copies of a split's tokens into stages, one step of 32 after the other. Half of the block's
 // 2·W threads copy `rows`, the others `b_rows`: 16 bytes of every eighth token.
-template <int kWidth, class Stage, int kStages>
+template <int kHeadDim, class Stage, int kStages>
 struct StageCopies {
-  SharedPointer target;
+  SmemPointer target;
   const char* source;
   int64_t source_stride;
-  int target_stride, left;  // bytes; tokens from the next one of this thread on
+  int target_stride, remaining;  // bytes; tokens from the next one of this thread on
 
   // halves: each half of the columns of `b` is padded by itself.
-  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const Strided& rows, const Strided& b, bool halves,
+  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const StridedTensor& rows, const StridedTensor& b, bool halves,
                                          const Split& split, const Shape& shape)
-      : target(threadIdx.x >= kWidth ? stages[0].b : stages[0].rows) {
-    const bool copies_b = threadIdx.x >= kWidth;
-    const int row = threadIdx.x % kWidth / (kWidth / 8), padded = threadIdx.x % (kWidth / 8) * 8;
-    const int column = column_of<kWidth>(padded, shape.head_width, copies_b && halves);
+      : target(threadIdx.x >= kHeadDim ? stages[0].b : stages[0].rows) {
+    const bool copies_b = threadIdx.x >= kHeadDim;
+    const int row = threadIdx.x % kHeadDim / (kHeadDim / 8), padded = threadIdx.x % (kHeadDim / 8) * 8;
+    const int column = column_of<kHeadDim>(padded, shape.head_dim, copies_b && halves);
     const Rows<false> from = rows_of<false>(copies_b ? b : rows, shape, split);
     target_stride = 2 * (copies_b ? Stage::kBStride : Stage::kRowStride);
     target = target + row * target_stride + 2 * padded;
     source = from.at(split.begin + row, max(column, 0)), source_stride = from.stride;
-    left = column >= 0 ? split.end - split.begin - row : 0;
+    remaining = column >= 0 ? split.end - split.begin - row : 0;
   }
 
   // Starts the copies of the next 32 tokens.
   __device__ __forceinline__ void start(int stage) {
-    const SharedPointer first = target + stage * int(sizeof(Stage));
+    const SmemPointer first = target + stage * int(sizeof(Stage));
 #pragma unroll
     for (int i = 0; i < kSumTokens; i += 8) {
-      copy_async(first + i * target_stride, source, i < left);
+      cp_async(first + i * target_stride, source, i < remaining);
       source += 8 * source_stride;
     }
-    left -= kSumTokens;
+    remaining -= kSumTokens;
   }
 };
 
@@ -330,7 +330,7 @@ __device__ __forceinline__ void store_rows(float* row, int stride, const Accumul
                                            float scale) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int column = 8 * i + 2 * lane_member();
+    const int column = 8 * i + 2 * thread_in_group();
     if (column >= columns) break;
     *reinterpret_cast<float2*>(row + column) = make_float2(sums[i][0] * scale, sums[i][1] * scale);
     *reinterpret_cast<float2*>(row + stride + column) = make_float2(sums[i][2] * scale, sums[i][3] * scale);
@@ -342,18 +342,18 @@ struct alignas(16) MeanPairs {
   Pairs first, second;
 };
 
-__device__ __forceinline__ MeanPairs load_means(SharedPointer place) {
+__device__ __forceinline__ MeanPairs load_means(SmemPointer place) {
   const uint4 words = load_words(place);
   return {{words.x, words.y}, {words.z, words.w}};
 }
 
-__device__ __forceinline__ void fill_means(MeanPairs* means, const float* of_head, int head_width, int padded_width,
+__device__ __forceinline__ void fill_means(MeanPairs* means, const float* of_head, int head_dim, int padded_head_dim,
                                            int threads) {
-  for (int i = opaque(int(threadIdx.x)); i < padded_width / 4; i += threads) {
+  for (int i = opaque(int(threadIdx.x)); i < padded_head_dim / 4; i += threads) {
     MeanPairs four = {};
-    if (4 * i < head_width) {
+    if (4 * i < head_dim) {
       const float4 a = __ldg(reinterpret_cast<const float4*>(of_head) + i);
-      const float4 b = __ldg(reinterpret_cast<const float4*>(of_head + head_width) + i);
+      const float4 b = __ldg(reinterpret_cast<const float4*>(of_head + head_dim) + i);
       four = {{pack_bf16(a.x, a.z), pack_bf16(a.y, a.w)}, {pack_bf16(b.x, b.z), pack_bf16(b.y, b.w)}};
     }
     means[i] = four;
@@ -361,20 +361,20 @@ __device__ __forceinline__ void fill_means(MeanPairs* means, const float* of_hea
 }
 
 // Whether this thread meets a shift of a head's keys.
-__device__ __forceinline__ bool is_shifted(const float* shifts, int head_width, int threads) {
+__device__ __forceinline__ bool is_shifted(const float* shifts, int head_dim, int threads) {
   bool shifted = false;
-  for (int i = opaque(int(threadIdx.x)); i < head_width; i += threads) shifted |= shifts[i] > 0.f;
+  for (int i = opaque(int(threadIdx.x)); i < head_dim; i += threads) shifted |= shifts[i] > 0.f;
   return shifted;
 }
 
 // Fills a table of temperatures in the order of order_table().
 template <class Arguments>
 __device__ __forceinline__ void fill_temperatures(Temperatures* table, const Arguments& f, const Split& split,
-                                                  int padded_width, int threads) {
-  const int width = f.shape.head_width;
+                                                  int padded_head_dim, int threads) {
+  const int width = f.shape.head_dim;
   const float* same = f.same_logits + int64_t{split.head_in_batch} * (2 * width);
   const float* opposite = f.opposite_logits + int64_t{split.head_in_batch} * (2 * width);
-  for (int i = opaque(int(threadIdx.x)); i < padded_width; i += threads) {
+  for (int i = opaque(int(threadIdx.x)); i < padded_head_dim; i += threads) {
     Temperatures by = {};
     if (i < width) {
       constexpr float kHalf = 0.5f * kLog2E;
@@ -388,34 +388,34 @@ __device__ __forceinline__ void fill_temperatures(Temperatures* table, const Arg
   }
 }
 
-// What the queries of one head are turned into features and normalizers with, in shared memory.
-template <int kWidth>
+// What the queries of one head become features and normalizers with, in shared memory.
+template <int kHeadDim>
 struct QueryTables {
-  Temperatures temperatures[kWidth];          // in the order of order_table()
-  alignas(16) uint16_t means[2 * kWidth][8];  // m of either part as a sum of two, four times
+  Temperatures temperatures[kHeadDim];          // in the order of order_table()
+  alignas(16) uint16_t means[2 * kHeadDim][8];  // m of either part as a sum of two, four times
 
   // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
   template <class Arguments>
   __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
-    const int width = f.shape.head_width;
+    const int width = f.shape.head_dim;
     const float* mean = f.key_mean + int64_t{split.head} * (2 * width);
-    fill_temperatures(temperatures, f, split, kWidth, threads);
-    for (int i = opaque(int(threadIdx.x)); i < 2 * kWidth; i += threads) {
-      const int part = i / kWidth, column = i % kWidth;
+    fill_temperatures(temperatures, f, split, kHeadDim, threads);
+    for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim; i += threads) {
+      const int part = i / kHeadDim, column = i % kHeadDim;
       const Bf16x2 two = column < width ? split_bf16(mean[part * width + column]) : 0;
-      *reinterpret_cast<uint4*>(means[part * kWidth + order_16(column)]) = {two, two, two, two};
+      *reinterpret_cast<uint4*>(means[part * kHeadDim + order_16(column)]) = {two, two, two, two};
     }
     return is_shifted(f.key_shift + int64_t{split.head} * width, width, threads);
   }
 
   // Where load_temperatures() finds those of a thread's columns; 16 bytes a column.
-  __device__ __forceinline__ SharedPointer temperature_rows() const {
-    return SharedPointer(temperatures + lane_member());
+  __device__ __forceinline__ SmemPointer temperature_rows() const {
+    return SmemPointer(temperatures + thread_in_group());
   }
   // Where load_b() finds the B fragments of m, by part; 16 bytes a column.
-  __device__ __forceinline__ SharedPointer mean_rows() const {
+  __device__ __forceinline__ SmemPointer mean_rows() const {
     const int lane = threadIdx.x % 32;
-    return SharedPointer(means[lane / 16 * kWidth + lane % 16]);
+    return SmemPointer(means[lane / 16 * kHeadDim + lane % 16]);
   }
 };
 

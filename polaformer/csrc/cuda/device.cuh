@@ -14,7 +14,7 @@
 
 namespace polaformer {
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr unsigned kFullWarpMask = 0xffffffffu;
 
 // The block's dynamic shared memory; its size is given at launch.
 template <class T>
@@ -23,7 +23,7 @@ __device__ __forceinline__ T& shared_memory() {
   return *reinterpret_cast<T*>(bytes);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+__device__ __forceinline__ uint32_t smem_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
@@ -41,18 +41,18 @@ __device__ __forceinline__ T* opaque(T* pointer) {
 }
 
 // A place in shared memory: one register, where a pointer takes two.
-struct SharedPointer {
+struct SmemPointer {
   uint32_t address;
 
-  __device__ __forceinline__ explicit SharedPointer(const void* pointer) : address(opaque(shared_address(pointer))) {}
-  __device__ __forceinline__ SharedPointer operator+(int bytes) const {
-    SharedPointer moved = *this;
+  __device__ __forceinline__ explicit SmemPointer(const void* pointer) : address(opaque(smem_address(pointer))) {}
+  __device__ __forceinline__ SmemPointer operator+(int bytes) const {
+    SmemPointer moved = *this;
     moved.address += bytes;
     return moved;
   }
 };
 
-__device__ __forceinline__ uint4 load_words(SharedPointer place) {
+__device__ __forceinline__ uint4 load_words(SmemPointer place) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
@@ -60,7 +60,7 @@ __device__ __forceinline__ uint4 load_words(SharedPointer place) {
                : "memory");
   return words;
 }
-__device__ __forceinline__ void store_words(SharedPointer place, uint4 words) {
+__device__ __forceinline__ void store_words(SmemPointer place, uint4 words) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place.address), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w)
                : "memory");
@@ -68,35 +68,35 @@ __device__ __forceinline__ void store_words(SharedPointer place, uint4 words) {
 
 // Four 8×8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8, 16 bytes each.
 // Receives elements (g, 2t) and (g, 2t + 1) of each matrix, low half first.
-__device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], SharedPointer row) {
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], SmemPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(row.address));
 }
 
 // The same, each matrix transposed: receives elements (2t, g) and (2t + 1, g).
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&fragment)[4], SharedPointer row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(row.address));
 }
 
-// sum += left (16×16, bf16) · right (16×8, bf16), accumulated in float32.
-__device__ __forceinline__ void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+// sum += a (16×16, bf16) · b (16×8, bf16), accumulated in float32.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// sum += left (16×8, tf32) · right (8×8, tf32), accumulated in float32.
-__device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+// sum += a (16×8, tf32) · b (8×8, tf32), accumulated in float32.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // The nearest number of 10 mantissa bits, ties away from zero, as the bits of a float.
@@ -169,20 +169,20 @@ __device__ __forceinline__ uint32_t high_signs(Bf16x2 a, Bf16x2 b) {
 }
 
 // An 8×8 matrix of 16-bit elements, of which a thread has (g, 2t) and (g, 2t + 1), transposed: (2t, g) and (2t + 1, g).
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t fragment) {
   uint32_t transposed;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(fragment));
   return transposed;
 }
 
 // 2^x to 2^-22 of it, in one instruction.
-__device__ __forceinline__ float exp2_approximate(float x) {
+__device__ __forceinline__ float ex2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-__device__ __forceinline__ float log2_approximate(float x) {
+__device__ __forceinline__ float lg2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -220,38 +220,38 @@ __device__ __forceinline__ void store_words(void* global, const uint32_t (&words
 }
 
 // Starts copying 16 bytes from global to shared memory, or zeros if not `valid`: nothing is read then.
-__device__ __forceinline__ void copy_async(SharedPointer shared, const void* global, bool valid) {
+__device__ __forceinline__ void cp_async(SmemPointer shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.address), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most the last `kPending` commits of this thread are under way. Others see the data after a barrier.
 template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-struct Grid {
+struct LaunchConfig {
   int64_t blocks;
   int threads, shared_bytes;
 };
 
 // Null, or what went wrong.
-inline const char* message_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+inline const char* error_message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), Grid grid, void* stream, const Arguments& arguments) {
+const char* launch(void (*kernel)(Arguments), LaunchConfig grid, void* stream, const Arguments& arguments) {
   if (grid.blocks == 0) return nullptr;
   if (grid.blocks > INT32_MAX) return "so many heads need more blocks than a grid has; pass fewer images at a time";
   if (grid.shared_bytes > 48 * 1024) {
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
-    if (error != cudaSuccess) return message_of(cudaGetLastError());  // which also forgets it
+    if (error != cudaSuccess) return error_message(cudaGetLastError());  // which also forgets it
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       arguments);
-  return message_of(cudaGetLastError());
+  return error_message(cudaGetLastError());
 }
 
 }  // namespace polaformer

@@ -1,4 +1,4 @@
-// Polarity attention. Per head, with R the rotary turn of a token and m the mean over keys (polaformer/reference.py):
+// Polarity attention. Per head, with R the rotary embedding of a token and m the mean over keys (polaformer/reference.py):
 //
 //   S = Σ_keys R(φ(k))ᵀ v / N      m = Σ_keys φ(k) / N            (2D, D), (2D)
 //   out = R(φ(q)) S / (φ(q)·m + ε)                                of both flows, each with its half of S's columns
@@ -7,10 +7,10 @@
 // so is all else but the operands of the products; of bf16, features are rounded to bf16 once they are made (bf16.cuh).
 //
 // run_forward                            of aligned bf16: forward_bf16.cu; of all else: forward_tf32.cu
-// ├─ make_turns          turns.cu        cosines and sines of every row and column, where each token finds its own
-// ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded the free ones
-// ├─ finish_keys         here            adds the splits up in order; heads with larger exponents again, shifted
-// ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded the free ones; notes splits with larger
+// ├─ make_rotary_tables          rotary.cu        cosines and sines of every row and column, where each token finds its own
+// ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded kMaxUnshiftedExponent
+// ├─ combine_key_splits         here            adds the splits up in order; heads with larger exponents again, shifted
+// ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded kMaxUnshiftedExponent; notes splits with larger
 // └─ attend_shifted      tf32            computes those again; leaves at once where there are none
 #include "features.cuh"
 #include "kernels.cuh"
@@ -18,20 +18,20 @@
 namespace polaformer {
 namespace {
 
-constexpr int kFinishThreads = 128;
-constexpr int kFinishPairs = 8;  // of features, per block
+constexpr int kCombineThreads = 128;
+constexpr int kCombinePairs = 8;  // of features, per block
 
 // One head's share of a finishing block: pairs first … first + 8 of its D.
-struct FinishShared {
-  alignas(16) float features[16][2 * kFinishPairs];  // of 16 tokens, turned
-  float sums[16][2 * kFinishPairs];
-  float shifts[kFinishPairs];
+struct CombineShared {
+  alignas(16) float features[16][2 * kCombinePairs];  // of 16 tokens, rotated
+  float sums[16][2 * kCombinePairs];
+  float shifts[kCombinePairs];
 };
 
 // Exponents of a pair of features at one token.
 template <bool kFloat>
 __device__ __forceinline__ Pair<float> key_exponents(const Rows<kFloat>& keys, int token, int pair) {
-  const int half = keys.head_width / 2;
+  const int half = keys.head_dim / 2;
   const float sign = pair < half ? 1.f : -1.f;
   const int column = 2 * (pair < half ? pair : pair - half);
   return {max_or_nan(sign * keys.load(token, column), 0.f), max_or_nan(sign * keys.load(token, column + 1), 0.f)};
@@ -39,97 +39,97 @@ __device__ __forceinline__ Pair<float> key_exponents(const Rows<kFloat>& keys, i
 
 // The shifts of this block's pairs, from the largest exponent of each over all tokens.
 template <bool kFloat>
-__device__ __forceinline__ void find_key_shifts(FinishShared& shared, const Rows<kFloat>& keys, int first,
+__device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Rows<kFloat>& keys, int first,
                                                 const Shape& shape) {
-  const int pair = threadIdx.x % kFinishPairs, member = threadIdx.x / kFinishPairs;
+  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs;
   float largest_exponent = 0.f;
-  if (first + pair < shape.head_width) {
+  if (first + pair < shape.head_dim) {
     for (int token = member; token < shape.tokens(); token += 16) {
       largest_exponent = fmaxf(largest_exponent, largest(key_exponents(keys, token, first + pair)));
     }
   }
   shared.sums[member][pair] = largest_exponent;
   __syncthreads();
-  if (threadIdx.x < kFinishPairs) {
+  if (threadIdx.x < kCombinePairs) {
     for (int i = 0; i < 16; ++i) largest_exponent = fmaxf(largest_exponent, shared.sums[i][threadIdx.x]);
-    shared.shifts[threadIdx.x] = excess(largest_exponent);
+    shared.shifts[threadIdx.x] = required_shift(largest_exponent);
   }
   __syncthreads();
 }
 
 // S, m and the shift of this block's pairs, without tensor cores: thread d has column d of S.
 template <bool kFloat>
-__device__ __forceinline__ void sum_shifted_keys(FinishShared& shared, const Forward& f, const Split& head, int first) {
+__device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Forward& f, const Split& head, int first) {
   const Shape& shape = f.shape;
   const Rows<kFloat> keys = rows_of<kFloat>(f.k, shape, head), values = rows_of<kFloat>(f.v, shape, head);
   find_key_shifts(shared, keys, first, shape);
 
-  const int pair = threadIdx.x % kFinishPairs, member = threadIdx.x / kFinishPairs, column = threadIdx.x;
-  const bool by_row = 2 * (first + pair) < shape.head_width, inside = first + pair < shape.head_width;
+  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs, column = threadIdx.x;
+  const bool by_row = 2 * (first + pair) < shape.head_dim, inside = first + pair < shape.head_dim;
   const float shift = shared.shifts[pair];
-  const int half = shape.padded_width() / 2;
+  const int half = shape.padded_head_dim() / 2;
   Pair<float> mean = {0.f, 0.f};
-  float sums[2 * kFinishPairs] = {};
+  float sums[2 * kCombinePairs] = {};
   for (int begin = 0; begin < shape.tokens(); begin += 16) {
     const int token = begin + member;
-    Pair<float> turned = {0.f, 0.f};
+    Pair<float> rotated = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
       const Pair<float> exponents = key_exponents(keys, token, first + pair);
       const Pair<float> features = features_of<true>(exponents, {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
       const int64_t place = by_row ? row : shape.height + token - row * shape.width;
-      const int64_t turn_pair = by_row ? first + pair : first + pair - shape.head_width / 2;
-      const float2 by = __ldg(reinterpret_cast<const float2*>(f.turns) + place * half + turn_pair);
-      turned = turn(features, by.x, by.y);
+      const int64_t rotary_pair = by_row ? first + pair : first + pair - shape.head_dim / 2;
+      const float2 by = __ldg(reinterpret_cast<const float2*>(f.cos_sin) + place * half + rotary_pair);
+      rotated = rotate(features, by.x, by.y);
     }
     __syncthreads();
-    shared.features[member][2 * pair] = turned.first, shared.features[member][2 * pair + 1] = turned.second;
+    shared.features[member][2 * pair] = rotated.first, shared.features[member][2 * pair + 1] = rotated.second;
     __syncthreads();
-    if (column >= shape.head_width) continue;
+    if (column >= shape.head_dim) continue;
     for (int i = 0; i < min(16, shape.tokens() - begin); ++i) {
       const float value = values.load(begin + i, column);
 #pragma unroll
-      for (int j = 0; j < 2 * kFinishPairs; ++j) sums[j] += shared.features[i][j] * value;
+      for (int j = 0; j < 2 * kCombinePairs; ++j) sums[j] += shared.features[i][j] * value;
     }
   }
 
-  const float scale = f.plan.mean_weight;
+  const float scale = f.plan.inv_tokens;
   const int64_t feature = int64_t{head.head} * shape.features() + 2 * first;
-  if (column < shape.head_width) {
+  if (column < shape.head_dim) {
 #pragma unroll
-    for (int j = 0; j < 2 * kFinishPairs; ++j) {
-      if (2 * first + j < shape.features()) f.state[(feature + j) * shape.head_width + column] = sums[j] * scale;
+    for (int j = 0; j < 2 * kCombinePairs; ++j) {
+      if (2 * first + j < shape.features()) f.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
     }
   }
   shared.sums[member][2 * pair] = mean.first, shared.sums[member][2 * pair + 1] = mean.second;
   __syncthreads();
-  if (threadIdx.x < 2 * kFinishPairs && 2 * first + threadIdx.x < shape.features()) {
+  if (threadIdx.x < 2 * kCombinePairs && 2 * first + threadIdx.x < shape.features()) {
     float sum = 0.f;
     for (int i = 0; i < 16; ++i) sum += shared.sums[i][threadIdx.x];
     f.key_mean[feature + threadIdx.x] = sum * scale;
   }
-  if (member == 0 && inside) f.key_shift[int64_t{head.head} * shape.head_width + first + pair] = shift;
+  if (member == 0 && inside) f.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
 }
 
 // Adds up the splits of a head, for the pairs of this block.
-__device__ __forceinline__ void add_splits(const Forward& f, const Split& head, int first) {
+__device__ __forceinline__ void sum_splits(const Forward& f, const Split& head, int first) {
   const int splits = f.plan.keys.splits_per_head;
-  const int64_t width = f.shape.head_width, features = f.shape.features(), size = f.shape.state_size();
-  const int rows = min(2 * kFinishPairs, static_cast<int>(features) - 2 * first);
+  const int64_t width = f.shape.head_dim, features = f.shape.features(), size = f.shape.state_size();
+  const int rows = min(2 * kCombinePairs, static_cast<int>(features) - 2 * first);
   if (splits > 1) {
-    for (int i = threadIdx.x; i < rows * width; i += kFinishThreads) {
-      const float* part = f.split_state + int64_t{head.head} * splits * size + 2 * first * width + i;
+    for (int i = threadIdx.x; i < rows * width; i += kCombineThreads) {
+      const float* partial = f.split_state + int64_t{head.head} * splits * size + 2 * first * width + i;
       float sum = 0.f;
 #pragma unroll 8
-      for (int split = 0; split < splits; ++split) sum += part[split * size];
+      for (int split = 0; split < splits; ++split) sum += partial[split * size];
       f.state[int64_t{head.head} * size + 2 * first * width + i] = sum;
     }
     if (static_cast<int>(threadIdx.x) < rows) {
-      const float* part = f.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
+      const float* partial = f.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
       float sum = 0.f;
 #pragma unroll 8
-      for (int split = 0; split < splits; ++split) sum += part[split * features];
+      for (int split = 0; split < splits; ++split) sum += partial[split * features];
       f.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
     }
   }
@@ -137,34 +137,34 @@ __device__ __forceinline__ void add_splits(const Forward& f, const Split& head, 
 }
 
 template <bool kFloat>
-__global__ void __launch_bounds__(kFinishThreads, 8) finish_keys(const Forward f) {
-  const int blocks_per_head = (f.shape.head_width + kFinishPairs - 1) / kFinishPairs;
+__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const Forward f) {
+  const int blocks_per_head = (f.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
   const Split head = locate_split(blockIdx.x / blocks_per_head, {1, f.shape.tokens(), 0}, f.shape);
-  const int first = static_cast<int>(blockIdx.x % blocks_per_head) * kFinishPairs;
+  const int first = static_cast<int>(blockIdx.x % blocks_per_head) * kCombinePairs;
   float max_abs = 0.f;
   for (int split = 0; split < f.plan.keys.splits_per_head; ++split) {
     max_abs = fmaxf(max_abs, f.split_max_abs[int64_t{head.head} * f.plan.keys.splits_per_head + split]);
   }
-  if (max_abs > kFreeExponent) {
-    sum_shifted_keys<kFloat>(shared_memory<FinishShared>(), f, head, first);
+  if (max_abs > kMaxUnshiftedExponent) {
+    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), f, head, first);
   } else {
-    add_splits(f, head, first);
+    sum_splits(f, head, first);
   }
 }
 
-const char* launch_finish_keys(const Forward& f, void* stream) {
-  const int64_t blocks = f.shape.all_heads() * ((f.shape.head_width + kFinishPairs - 1) / kFinishPairs);
-  const Grid grid{blocks, kFinishThreads, sizeof(FinishShared)};
-  return launch(f.shape.dtype == Dtype::kFloat ? finish_keys<true> : finish_keys<false>, grid, stream, f);
+const char* launch_combine_key_splits(const Forward& f, void* stream) {
+  const int64_t blocks = f.shape.batch_heads() * ((f.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
+  const LaunchConfig grid{blocks, kCombineThreads, sizeof(CombineShared)};
+  return launch(f.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, grid, stream, f);
 }
 
 }  // namespace
 
 const char* run_forward(const Forward& f, void* stream) {
   const bool is_bf16 = f.plan.path == Path::kBfloat16;
-  const char* error = make_turns(f, stream);
+  const char* error = make_rotary_tables(f, stream);
   if (!error) error = is_bf16 ? bf16::launch_sum_keys(f, stream) : tf32::launch_sum_keys(f, stream);
-  if (!error) error = launch_finish_keys(f, stream);
+  if (!error) error = launch_combine_key_splits(f, stream);
   if (!error) error = is_bf16 ? bf16::launch_attend(f, stream) : tf32::launch_attend(f, stream);
   if (!error) error = tf32::launch_attend_shifted(f, stream);
   return error;

@@ -6,74 +6,74 @@
 namespace polaformer::tf32 {
 namespace {
 
-template <class Operand, int kWidth>
+template <class Operand, int kHeadDim>
 struct KeyShared {
   static constexpr int kStages = 2;
-  static constexpr int kStride = kWidth + Operand::kPadding;
+  static constexpr int kStride = kHeadDim + Operand::kPadding;
   struct alignas(16) Stage {
     float keys[kSumTokens * kStride], values[kSumTokens * kStride];
     int2 places[kSumTokens];
   } stages[kStages];
-  float max_abs[kWidth / 16];
+  float max_abs[kHeadDim / 16];
 };
 
-// One block per split, one warp per 16 columns of k. Its features, turned and transposed, are left operands that never
+// One block per split, one warp per 16 columns of k. Its features, rotated and transposed, are A fragments that never
 // leave its registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns are 16 tokens.
-template <class Operand, int kWidth>
+template <class Operand, int kHeadDim>
 struct KeySums {
-  static constexpr int kStride = kWidth + Operand::kPadding;
+  static constexpr int kStride = kHeadDim + Operand::kPadding;
   using FragmentA = typename Operand::FragmentA;
   using FragmentB = typename Operand::FragmentB;
 
-  Accumulator first[kWidth / 8] = {}, second[kWidth / 8] = {};  // of S: rows of either pole, eight columns each
-  Poles mean = {};
+  Accumulator first[kHeadDim / 8] = {}, second[kHeadDim / 8] = {};  // of S: rows of either part, eight columns each
+  PolarPair mean = {};
   float max_abs = 0.f;
 
-  __device__ __forceinline__ void add(const float* keys, const float* values, const int2* places, const float* turns) {
-    const int pair = threadIdx.x / 32 * 8 + lane_group();
-    FragmentA first_pole, second_pole;
+  __device__ __forceinline__ void add(const float* keys, const float* values, const int2* places, const float* cos_sin) {
+    const int pair = threadIdx.x / 32 * 8 + group_id();
+    FragmentA first_part, second_part;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      Poles turned[2];
+      PolarPair rotated[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = 2 * lane_member() + 8 * upper + i;
+        const int token = 2 * thread_in_group() + 8 * upper + i;
         const auto both = *reinterpret_cast<const float2*>(keys + token * kStride + 2 * pair);
         const Pair<float> x = {both.x, both.y};
-        const Poles features = part_poles(features_of<false>(absolute(x), {}), x);
+        const PolarPair features = split_polarity(features_of<false>(absolute(x), {}), x);
         mean.first.first += features.first.first, mean.first.second += features.first.second;
         mean.second.first += features.second.first, mean.second.second += features.second.second;
         max_abs = fmaxf(max_abs, largest(absolute(x)));
-        turned[i] = load_turns(turns, places[token], pair).forward(features);
+        rotated[i] = load_rotation(cos_sin, places[token], pair).forward(features);
       }
-      first_pole.set(0, upper, turned[0].first.first, turned[1].first.first);
-      first_pole.set(1, upper, turned[0].first.second, turned[1].first.second);
-      second_pole.set(0, upper, turned[0].second.first, turned[1].second.first);
-      second_pole.set(1, upper, turned[0].second.second, turned[1].second.second);
+      first_part.set(0, upper, rotated[0].first.first, rotated[1].first.first);
+      first_part.set(1, upper, rotated[0].first.second, rotated[1].first.second);
+      second_part.set(0, upper, rotated[0].second.first, rotated[1].second.first);
+      second_part.set(1, upper, rotated[0].second.second, rotated[1].second.second);
     }
 #pragma unroll
-    for (int column = 0; column < kWidth; column += 16) {
-      FragmentB right[2];
-      Operand::load(right, values + column, kStride);
-      Operand::add_product(first[column / 8], first[column / 8 + 1], first_pole, right);
-      Operand::add_product(second[column / 8], second[column / 8 + 1], second_pole, right);
+    for (int column = 0; column < kHeadDim; column += 16) {
+      FragmentB frag_b[2];
+      Operand::load(frag_b, values + column, kStride);
+      Operand::add_product(first[column / 8], first[column / 8 + 1], first_part, frag_b);
+      Operand::add_product(second[column / 8], second[column / 8 + 1], second_part, frag_b);
     }
   }
 
   // Writes this warp's rows of S and m, divided by N.
   __device__ __forceinline__ void store(float* state, float* mean_out, const Shape& shape, float scale) const {
-    const int width = shape.head_width, row = threadIdx.x / 32 * 16 + 2 * lane_group();
-    const Poles sum = {{sum_over_members(mean.first.first), sum_over_members(mean.first.second)},
-                       {sum_over_members(mean.second.first), sum_over_members(mean.second.second)}};
+    const int width = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
+    const PolarPair sum = {{quad_sum(mean.first.first), quad_sum(mean.first.second)},
+                       {quad_sum(mean.second.first), quad_sum(mean.second.second)}};
     if (row >= width) return;
-    if (lane_member() == 0) {
+    if (thread_in_group() == 0) {
       *reinterpret_cast<float2*>(mean_out + row) = make_float2(sum.first.first * scale, sum.first.second * scale);
       *reinterpret_cast<float2*>(mean_out + width + row) =
           make_float2(sum.second.first * scale, sum.second.second * scale);
     }
 #pragma unroll
-    for (int i = 0; i < kWidth / 8; ++i) {
-      const int column = 8 * i + 2 * lane_member();
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+      const int column = 8 * i + 2 * thread_in_group();
       if (column >= width) break;
       float* place = state + row * width + column;
 #pragma unroll
@@ -87,117 +87,117 @@ struct KeySums {
   }
 };
 
-template <class Operand, int kWidth>
-__global__ void __launch_bounds__(2 * kWidth, kKeyBlocksPerSm.at(false, kWidth)) sum_keys(const Forward f) {
-  using Shared = KeyShared<Operand, kWidth>;
+template <class Operand, int kHeadDim>
+__global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(false, kHeadDim)) sum_keys(const Forward f) {
+  using Shared = KeyShared<Operand, kHeadDim>;
   auto& shared = shared_memory<Shared>();
   const Split split = locate_split(blockIdx.x, f.plan.keys, f.shape);
-  const int copies_values = threadIdx.x / kWidth;  // half of the threads, the others keys
+  const int copies_values = threadIdx.x / kHeadDim;  // half of the threads, the others keys
   const Rows<Operand::kFloatInputs> rows = rows_of<Operand::kFloatInputs>(copies_values ? f.v : f.k, f.shape, split);
 
   const auto start_copy = [&](int step) {
     const int first = split.begin + step * kSumTokens;
     if (first < split.end) {
       auto& stage = shared.stages[step % Shared::kStages];
-      copy_tile<Operand, kSumTokens, kWidth>(copies_values ? stage.values : stage.keys, rows, false, first, split.end,
-                                             threadIdx.x % kWidth, kWidth);
+      copy_tile<Operand, kSumTokens, kHeadDim>(copies_values ? stage.values : stage.keys, rows, false, first, split.end,
+                                             threadIdx.x % kHeadDim, kHeadDim);
       if (threadIdx.x < kSumTokens) {
-        stage.places[threadIdx.x] = locate_turns<kWidth>(min(first + int(threadIdx.x), split.end - 1), f.shape);
+        stage.places[threadIdx.x] = locate_cos_sin<kHeadDim>(min(first + int(threadIdx.x), split.end - 1), f.shape);
       }
     }
-    commit_copies();
+    cp_async_commit_group();
   };
 
-  KeySums<Operand, kWidth> sums;
+  KeySums<Operand, kHeadDim> sums;
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
-    wait_for_copies<Shared::kStages - 2>();
+    cp_async_wait_group<Shared::kStages - 2>();
     __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
     for (int token = 0; token < kSumTokens; token += 16) {
       const int place = token * Shared::kStride;
-      sums.add(stage.keys + place, stage.values + place, stage.places + token, f.turns);
+      sums.add(stage.keys + place, stage.values + place, stage.places + token, f.cos_sin);
     }
   }
 
-  const bool whole = f.plan.keys.splits_per_head == 1;
-  sums.store((whole ? f.state : f.split_state) + blockIdx.x * f.shape.state_size(),
-             (whole ? f.key_mean : f.split_mean) + blockIdx.x * f.shape.features(), f.shape, f.plan.mean_weight);
-  const float max_abs = max_over_warp(sums.max_abs);
+  const bool is_unsplit = f.plan.keys.splits_per_head == 1;
+  sums.store((is_unsplit ? f.state : f.split_state) + blockIdx.x * f.shape.state_size(),
+             (is_unsplit ? f.key_mean : f.split_mean) + blockIdx.x * f.shape.features(), f.shape, f.plan.inv_tokens);
+  const float max_abs = warp_max(sums.max_abs);
   if (threadIdx.x % 32 == 0) shared.max_abs[threadIdx.x / 32] = max_abs;
   __syncthreads();
   if (threadIdx.x == 0) {
     float largest = 0.f;
-    for (int warp = 0; warp < kWidth / 16; ++warp) largest = fmaxf(largest, shared.max_abs[warp]);
+    for (int warp = 0; warp < kHeadDim / 16; ++warp) largest = fmaxf(largest, shared.max_abs[warp]);
     f.split_max_abs[blockIdx.x] = largest;
   }
 }
 
 constexpr int kQueryThreads = 2 * kQueryTokens;
 
-template <class Operand, int kWidth>
+template <class Operand, int kHeadDim>
 struct QueryShared {
-  static constexpr int kStride = kWidth + Operand::kPadding;
-  alignas(16) float state[2 * kWidth * kStride];
-  HeadTables<kWidth> head;
+  static constexpr int kStride = kHeadDim + Operand::kPadding;
+  alignas(16) float state[2 * kHeadDim * kStride];
+  QueryTables<kHeadDim> head;
 };
 
 // Fills everything. Returns whether the head's keys are shifted.
-template <class Operand, int kWidth>
-__device__ __forceinline__ bool load_head(QueryShared<Operand, kWidth>& shared, const Forward& f, const Split& split) {
-  load_state<Operand, kWidth>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), f.shape.head_width,
+template <class Operand, int kHeadDim>
+__device__ __forceinline__ bool load_head(QueryShared<Operand, kHeadDim>& shared, const Forward& f, const Split& split) {
+  load_state<Operand, kHeadDim>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), f.shape.head_dim,
                               kQueryThreads, true, interleave_32, interleave_16);
   const bool shifted = shared.head.load(f, split, kQueryThreads);
   return __syncthreads_or(shifted);
 }
 
-// A warp's 16 tokens: rows g and g + 8 of its left operands and sums.
-template <class Operand, int kWidth, bool kShifted>
+// A warp's 16 tokens: rows g and g + 8 of its A fragments and sums.
+template <class Operand, int kHeadDim, bool kShifted>
 struct QueryTile {
-  using Shared = QueryShared<Operand, kWidth>;
+  using Shared = QueryShared<Operand, kHeadDim>;
   using FragmentA = typename Operand::FragmentA;
   using FragmentB = typename Operand::FragmentB;
-  using Eight = typename Operand::template Neighbours<8>;
-  static constexpr bool kReadsAhead = kWidth < 128;  // there, registers are all in use
+  using Elements8 = typename Operand::template Elements<8>;
+  static constexpr bool kPrefetches = kHeadDim < 128;  // there, registers are all in use
 
   const Shared& shared;
   const Rows<Operand::kFloatInputs>& queries;
-  const float* turns;
+  const float* cos_sin;
   Dtype dtype;
   int tokens[2];
   int2 places[2];
 
-  Accumulator sums[2][kWidth / 16] = {};  // of each flow; eight columns of its half each
+  Accumulator sums[2][kHeadDim / 16] = {};  // of each flow; eight columns of its half each
   float normalizers[2][2] = {};           // of each flow and token
   float token_shifts[2][2] = {};
   float max_abs = 0.f;
 
-  __device__ __forceinline__ void load(Eight (&rows)[2], int column) const {
+  __device__ __forceinline__ void load(Elements8 (&rows)[2], int column) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      rows[row] = load_neighbours<Operand, 8>(queries, tokens[row], column + 8 * lane_member());
+      rows[row] = load_elements<Operand, 8>(queries, tokens[row], column + 8 * thread_in_group());
     }
   }
 
   // Finds the shift of each token and flow.
   __device__ __forceinline__ void find_shifts() {
 #pragma unroll 1
-    for (int column = 0; column < kWidth; column += 32) {
-      Eight rows[2];
+    for (int column = 0; column < kHeadDim; column += 32) {
+      Elements8 rows[2];
       load(rows, column);
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const int place = column + 8 * lane_member() + i;
+        const int place = column + 8 * thread_in_group() + i;
 #pragma unroll
         for (int flow = 0; flow < 2; ++flow) {
-          const Poles temperatures = load_poles(&shared.head.temperatures[flow][place]);
+          const PolarPair temperatures = load_polar_pair(&shared.head.temperatures[flow][place]);
 #pragma unroll
           for (int row = 0; row < 2; ++row) {
             Pair<float> x = {rows[row][i], rows[row][i + 1]};
             if (flow) x = negative(x);
-            const float wanted = demand(scale(absolute(x), select(temperatures, x)), x, shared.head.shifts[place / 2]);
+            const float wanted = max_shifted_exponent(scale(absolute(x), select(temperatures, x)), x, shared.head.shifts[place / 2]);
             token_shifts[flow][row] = fmaxf(token_shifts[flow][row], wanted);
           }
         }
@@ -205,24 +205,24 @@ struct QueryTile {
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      token_shifts[j / 2][j % 2] = excess(max_over_members(token_shifts[j / 2][j % 2]));
+      token_shifts[j / 2][j % 2] = required_shift(quad_max(token_shifts[j / 2][j % 2]));
     }
   }
 
   // Adds the part of 16 columns of the queries; the thread has four of them, from `first` on.
-  __device__ __forceinline__ void add(const Eight (&rows)[2], int column) {
-    const int first = column / 32 * 32 + 8 * lane_member() + column / 16 % 2 * 4;
-    Turns by[2][2];  // token, pair
+  __device__ __forceinline__ void add(const Elements8 (&rows)[2], int column) {
+    const int first = column / 32 * 32 + 8 * thread_in_group() + column / 16 % 2 * 4;
+    AxialRotation by[2][2];  // token, pair
 #pragma unroll
-    for (int row = 0; row < 2; ++row) load_turns(by[row], turns, places[row], first / 2);
+    for (int row = 0; row < 2; ++row) load_rotation(by[row], cos_sin, places[row], first / 2);
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      FragmentA left[2];  // pole
+      FragmentA frag_a[2];  // part
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int place = first + 2 * pair;
-        const Poles temperatures = load_poles(&shared.head.temperatures[flow][place]);
-        const Poles means = load_poles(&shared.head.means[place]);
+        const PolarPair temperatures = load_polar_pair(&shared.head.temperatures[flow][place]);
+        const PolarPair means = load_polar_pair(&shared.head.means[place]);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           Pair<float> x = {rows[row][2 * pair], rows[row][2 * pair + 1]};
@@ -233,21 +233,21 @@ struct QueryTile {
           Pair<float> shift = {};
           if constexpr (kShifted) shift = query_shift(token_shifts[flow][row], shared.head.shifts[place / 2], x);
           const auto exponents = scale(absolute(x), select(temperatures, x));
-          const Poles features = part_poles(features_of<kShifted>(exponents, shift), x);
+          const PolarPair features = split_polarity(features_of<kShifted>(exponents, shift), x);
           normalizers[flow][row] += dot(features, means);
-          const Poles turned = by[row][pair].forward(features);
-          left[0].set(row, pair, turned.first.first, turned.first.second);
-          left[1].set(row, pair, turned.second.first, turned.second.second);
+          const PolarPair rotated = by[row][pair].forward(features);
+          frag_a[0].set(row, pair, rotated.first.first, rotated.first.second);
+          frag_a[1].set(row, pair, rotated.second.first, rotated.second.second);
         }
       }
 #pragma unroll
-      for (int pole = 0; pole < 2; ++pole) {
-        const auto* corner = shared.state + (pole * kWidth + column) * Shared::kStride + flow * kWidth / 2;
+      for (int part = 0; part < 2; ++part) {
+        const auto* corner = shared.state + (part * kHeadDim + column) * Shared::kStride + flow * kHeadDim / 2;
 #pragma unroll
-        for (int j = 0; j < kWidth / 2; j += 16) {
-          FragmentB right[2];
-          Operand::load(right, corner + j, Shared::kStride);
-          Operand::multiply(sums[flow][j / 8], sums[flow][j / 8 + 1], left[pole], right);
+        for (int j = 0; j < kHeadDim / 2; j += 16) {
+          FragmentB frag_b[2];
+          Operand::load(frag_b, corner + j, Shared::kStride);
+          Operand::multiply(sums[flow][j / 8], sums[flow][j / 8 + 1], frag_a[part], frag_b);
         }
       }
     }
@@ -255,42 +255,42 @@ struct QueryTile {
 
   __device__ __forceinline__ void add_all() {
     if constexpr (kShifted) find_shifts();
-    Eight ahead[2], rows[2];
-    if constexpr (kReadsAhead) load(ahead, 0);
+    Elements8 ahead[2], rows[2];
+    if constexpr (kPrefetches) load(ahead, 0);
 #pragma unroll 1
-    for (int column = 0; column < kWidth; column += 32) {
-      if constexpr (kReadsAhead) rows[0] = ahead[0], rows[1] = ahead[1];
-      if (kReadsAhead && column + 32 < kWidth) load(ahead, column + 32);
+    for (int column = 0; column < kHeadDim; column += 32) {
+      if constexpr (kPrefetches) rows[0] = ahead[0], rows[1] = ahead[1];
+      if (kPrefetches && column + 32 < kHeadDim) load(ahead, column + 32);
 #pragma unroll 1  // unrolled, it needs more registers than there are
       for (int half = 0; half < 2; ++half) {
-        if constexpr (!kReadsAhead) load(rows, column);
-        if (!kReadsAhead && half) rows[0].drop_four(), rows[1].drop_four();
+        if constexpr (!kPrefetches) load(rows, column);
+        if (!kPrefetches && half) rows[0].drop_first_four(), rows[1].drop_first_four();
         add(rows, column + 16 * half);
-        if constexpr (kReadsAhead) rows[0].drop_four(), rows[1].drop_four();
+        if constexpr (kPrefetches) rows[0].drop_first_four(), rows[1].drop_first_four();
       }
     }
   }
 
   // Writes the outputs of tokens before `end`; `row` is where the first token's of this head begins.
   __device__ __forceinline__ void store(void* out, int64_t row, int begin, int end, const Shape& shape) const {
-    const int half = shape.head_width / 2;
+    const int half = shape.head_dim / 2;
     float inverse[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float epsilon = kShifted ? shifted_epsilon(token_shifts[i / 2][i % 2]) : float(kEpsilon);
-      inverse[i] = reciprocal(sum_over_members(normalizers[i / 2][i % 2]) + epsilon);
+      inverse[i] = reciprocal(quad_sum(normalizers[i / 2][i % 2]) + epsilon);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int flow = i / 2, lower = i % 2, token = begin + lane_group() + 8 * lower;
+      const int flow = i / 2, lower = i % 2, token = begin + group_id() + 8 * lower;
       if (token >= end) continue;
-      const int64_t index = row + int64_t{token} * (shape.heads * shape.head_width) + flow * half;
+      const int64_t index = row + int64_t{token} * (shape.heads * shape.head_dim) + flow * half;
 #pragma unroll
-      for (int j = 0; j < kWidth / 32; ++j) {
+      for (int j = 0; j < kHeadDim / 32; ++j) {
         float values[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) values[k] = sums[flow][2 * j + k / 2][2 * lower + k % 2] * inverse[i];
-        const int column = 16 * j + 4 * lane_member();
+        const int column = 16 * j + 4 * thread_in_group();
         store_elements<Operand>(out, index + column, values, half - column, dtype);
       }
     }
@@ -298,48 +298,48 @@ struct QueryTile {
 };
 
 // Writes a split's outputs. Returns whether they are to be computed again: not so if kShifted.
-template <class Operand, int kWidth, bool kShifted>
-__device__ __forceinline__ bool attend_split(QueryShared<Operand, kWidth>& shared, const Forward& f, unsigned index) {
+template <class Operand, int kHeadDim, bool kShifted>
+__device__ __forceinline__ bool attend_split(QueryShared<Operand, kHeadDim>& shared, const Forward& f, unsigned index) {
   const Split split = locate_split(index, f.plan.queries, f.shape);
   if (load_head(shared, f, split) && !kShifted) return true;
   const Rows<Operand::kFloatInputs> queries = rows_of<Operand::kFloatInputs>(f.q, f.shape, split);
   const int64_t row = first_row(split, f.shape);
   bool needs_shift = false;
   for (int begin = split.begin + threadIdx.x / 32 * 16; begin < split.end; begin += kQueryTokens) {
-    QueryTile<Operand, kWidth, kShifted> tile{shared, queries, f.turns, Operand::dtype(f.shape.dtype)};
+    QueryTile<Operand, kHeadDim, kShifted> tile{shared, queries, f.cos_sin, Operand::dtype(f.shape.dtype)};
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      tile.tokens[lower] = min(begin + lane_group() + 8 * lower, split.end - 1);
-      tile.places[lower] = locate_turns<kWidth>(tile.tokens[lower], f.shape);
+      tile.tokens[lower] = min(begin + group_id() + 8 * lower, split.end - 1);
+      tile.places[lower] = locate_cos_sin<kHeadDim>(tile.tokens[lower], f.shape);
     }
     tile.add_all();
     tile.store(f.out, row, begin, split.end, f.shape);
-    needs_shift |= tile.max_abs > kFreeExponent;
+    needs_shift |= tile.max_abs > kMaxUnshiftedExponent;
   }
   return !kShifted && __syncthreads_or(needs_shift);
 }
 
-template <class Operand, int kWidth>
-__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(false, kWidth)) attend(const Forward f) {
-  auto& shared = shared_memory<QueryShared<Operand, kWidth>>();
-  const bool needs_shift = attend_split<Operand, kWidth, false>(shared, f, blockIdx.x);
+template <class Operand, int kHeadDim>
+__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(false, kHeadDim)) attend(const Forward f) {
+  auto& shared = shared_memory<QueryShared<Operand, kHeadDim>>();
+  const bool needs_shift = attend_split<Operand, kHeadDim, false>(shared, f, blockIdx.x);
   if (threadIdx.x == 0) f.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
 }
 
-template <class Operand, int kWidth>
+template <class Operand, int kHeadDim>
 __global__ void __launch_bounds__(kQueryThreads, 1) attend_shifted(const Forward f) {
-  auto& shared = shared_memory<QueryShared<Operand, kWidth>>();
+  auto& shared = shared_memory<QueryShared<Operand, kHeadDim>>();
   for (unsigned index = blockIdx.x; index < f.plan.queries.splits; index += gridDim.x) {
     if (f.needs_shift[index] == 0.f) continue;
     __syncthreads();  // nobody reads the last split's head any more
-    attend_split<Operand, kWidth, true>(shared, f, index);
+    attend_split<Operand, kHeadDim, true>(shared, f, index);
   }
 }
 
 }  // namespace
 
 const char* launch_sum_keys(const Forward& f, void* stream) {
-  return visit_operand(f.plan, f.shape.padded_width(), [&](auto operand, auto width) {
+  return dispatch_operand(f.plan, f.shape.padded_head_dim(), [&](auto operand, auto width) {
     using Operand = decltype(operand);
     constexpr int kBlocksPerSm = kKeyBlocksPerSm.at(false, width());
     return launch_blocks<KeyShared<Operand, width()>, width(), kBlocksPerSm>(
@@ -348,7 +348,7 @@ const char* launch_sum_keys(const Forward& f, void* stream) {
 }
 
 const char* launch_attend(const Forward& f, void* stream) {
-  return visit_operand(f.plan, f.shape.padded_width(), [&](auto operand, auto width) {
+  return dispatch_operand(f.plan, f.shape.padded_head_dim(), [&](auto operand, auto width) {
     using Operand = decltype(operand);
     constexpr int kBlocksPerSm = kQueryBlocksPerSm.at(false, width());
     return launch_blocks<QueryShared<Operand, width()>, width(), kBlocksPerSm>(
@@ -357,9 +357,9 @@ const char* launch_attend(const Forward& f, void* stream) {
 }
 
 const char* launch_attend_shifted(const Forward& f, void* stream) {
-  return visit_shifted_operand(f.shape, [&](auto operand, auto width) {
+  return dispatch_shifted_operand(f.shape, [&](auto operand, auto width) {
     using Operand = decltype(operand);
-    const int64_t blocks = std::min<int64_t>(f.plan.queries.splits, f.plan.multiprocessors);
+    const int64_t blocks = std::min<int64_t>(f.plan.queries.splits, f.plan.sm_count);
     return launch_blocks<QueryShared<Operand, width()>, width(), 1>(attend_shifted<Operand, width()>, blocks,
                                                                     kQueryThreads, stream, f);
   });

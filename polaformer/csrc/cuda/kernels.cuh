@@ -6,9 +6,9 @@
 
 namespace polaformer {
 
-// Fills the tables of turns; of Forward and of Backward.
+// Fills the rotary table; of Forward and of Backward.
 template <class Arguments>
-const char* make_turns(const Arguments& f, void* stream);
+const char* make_rotary_tables(const Arguments& f, void* stream);
 
 namespace bf16 {
 const char* launch_sum_keys(const Forward& f, void* stream);

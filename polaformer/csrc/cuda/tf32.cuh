@@ -17,16 +17,16 @@
 namespace polaformer {
 
 // A family of operands: aligned rows are loaded by vectors of 16 bytes, others element by element.
-template <bool kAligned, bool kThreeProducts>
-struct Tensor32 {
-  static constexpr bool kVectors = kAligned, kFloatInputs = kThreeProducts;
+template <bool kAligned, bool k3xTf32>
+struct Tf32Operand {
+  static constexpr bool kVectorizedLoads = kAligned, kFloatInputs = k3xTf32;
   static constexpr int kPadding = 4;  // of a row in shared memory: rows start in different banks
 
   template <int kCount>
-  struct Neighbours {
+  struct Elements {
     float values[kCount];
     __device__ __forceinline__ float operator[](int i) const { return values[i]; }
-    __device__ __forceinline__ void drop_four() {
+    __device__ __forceinline__ void drop_first_four() {
       for (int i = 0; i + 4 < kCount; ++i) values[i] = values[i + 4];
     }
   };
@@ -39,7 +39,7 @@ struct Tensor32 {
     __device__ __forceinline__ void set_one(int lower_row, int upper, int odd, float x) {
       values[upper][lower_row + 2 * odd] = x;
     }
-    __device__ __forceinline__ void set(const Neighbours<8> (&rows)[2], int half) {
+    __device__ __forceinline__ void set(const Elements<8> (&rows)[2], int half) {
       for (int i = 0; i < 8; ++i) values[i / 4][i % 4] = rows[i % 2].values[4 * half + i / 4 * 2 + i % 4 / 2];
     }
   };
@@ -47,18 +47,18 @@ struct Tensor32 {
     float values[2][2];  // of each of two instructions: (t, g), (t + 4, g)
   };
 
-  static __device__ __forceinline__ Dtype dtype(Dtype given) { return kThreeProducts ? Dtype::kFloat : given; }
+  static __device__ __forceinline__ Dtype dtype(Dtype given) { return k3xTf32 ? Dtype::kFloat : given; }
 
   static __device__ __forceinline__ void load(FragmentB (&b)[2], const float* corner, int stride) {
     __syncwarp();  // keeps loads of later operands from being moved up here, where they would occupy registers
-    const float* column = corner + 2 * lane_member() * stride + lane_group();
+    const float* column = corner + 2 * thread_in_group() * stride + group_id();
     for (int i = 0; i < 8; ++i) {
       b[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
     }
   }
   static __device__ __forceinline__ void load_transposed(FragmentB (&b)[2], const float* corner, int stride) {
     __syncwarp();
-    const float* row = corner + lane_group() * stride + 2 * lane_member();
+    const float* row = corner + group_id() * stride + 2 * thread_in_group();
     for (int i = 0; i < 4; ++i) {
       auto& pair = b[i / 2].values[i % 2];
       const auto both = *reinterpret_cast<const float2*>(row + i / 2 * 8 * stride + i % 2 * 8);
@@ -78,11 +78,11 @@ struct Tensor32 {
         Accumulator& sum = j ? second : first;
         uint32_t b_upper[2], b_lower[2];
         split(b_upper, b_lower, b[j].values[i]);
-        if constexpr (kThreeProducts) {
-          multiply_tf32(sum, a_upper, b_lower);
-          multiply_tf32(sum, a_lower, b_upper);
+        if constexpr (k3xTf32) {
+          mma_m16n8k8_tf32(sum, a_upper, b_lower);
+          mma_m16n8k8_tf32(sum, a_lower, b_upper);
         }
-        multiply_tf32(sum, a_upper, b_upper);
+        mma_m16n8k8_tf32(sum, a_upper, b_upper);
       }
     }
   }
@@ -91,7 +91,7 @@ struct Tensor32 {
   // float32 may lose; so products of 16 tokens are added by ordinary additions.
   static __device__ __forceinline__ void add_product(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                      const FragmentB (&b)[2]) {
-    if constexpr (!kThreeProducts) return multiply(first, second, a, b);
+    if constexpr (!k3xTf32) return multiply(first, second, a, b);
     Accumulator product[2] = {};
     multiply(product[0], product[1], a, b);
 #pragma unroll
@@ -112,27 +112,27 @@ struct Tensor32 {
   }
 };
 
-using Float32 = Tensor32<true, true>;      // aligned float32
-using AnyFloat32 = Tensor32<false, true>;  // float32, one element at a time
-using Any16 = Tensor32<false, false>;      // fp16 or bf16, one element at a time; they fit tf32: one product is enough
+using Float32 = Tf32Operand<true, true>;      // aligned float32
+using GenericFloat32 = Tf32Operand<false, true>;  // float32, one element at a time
+using Generic16Bit = Tf32Operand<false, false>;      // fp16 or bf16, one element at a time; they fit tf32: one product is enough
 
 // Starts copying kRows tokens from `first` on into a tile of rows of W + padding elements; zeros from `end` on.
-template <class Operand, int kRows, int kWidth>
+template <class Operand, int kRows, int kHeadDim>
 __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloatInputs>& rows, bool halves, int first,
                                           int end, int thread, int threads) {
-  constexpr int kStride = kWidth + Operand::kPadding;
-  if constexpr (Operand::kVectors) {
+  constexpr int kStride = kHeadDim + Operand::kPadding;
+  if constexpr (Operand::kVectorizedLoads) {
 #pragma unroll
-    for (int i = thread; i < kRows * kWidth / 4; i += threads) {
-      const int row = i / (kWidth / 4), padded = i % (kWidth / 4) * 4;
-      const int column = column_of<kWidth>(padded, rows.head_width, halves);
+    for (int i = thread; i < kRows * kHeadDim / 4; i += threads) {
+      const int row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
+      const int column = column_of<kHeadDim>(padded, rows.head_dim, halves);
       const bool valid = first + row < end && column >= 0;
-      copy_async(SharedPointer(tile + row * kStride + padded), valid ? rows.at(first + row, column) : rows.data, valid);
+      cp_async(SmemPointer(tile + row * kStride + padded), valid ? rows.at(first + row, column) : rows.data, valid);
     }
   } else {
-    for (int i = thread; i < kRows * kWidth; i += threads) {
-      const int row = i / kWidth, padded = i % kWidth;
-      const int column = column_of<kWidth>(padded, rows.head_width, halves);
+    for (int i = thread; i < kRows * kHeadDim; i += threads) {
+      const int row = i / kHeadDim, padded = i % kHeadDim;
+      const int column = column_of<kHeadDim>(padded, rows.head_dim, halves);
       const bool valid = first + row < end && column >= 0;
       tile[row * kStride + padded] = valid ? rows.load(first + row, column) : 0.f;
     }
@@ -141,14 +141,14 @@ __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloa
 
 // Four or eight neighbouring elements of a token's row, zeros beyond its width.
 template <class Operand, int kCount>
-__device__ __forceinline__ typename Operand::template Neighbours<kCount> load_neighbours(
+__device__ __forceinline__ typename Operand::template Elements<kCount> load_elements(
     const Rows<Operand::kFloatInputs>& rows, int token, int column) {
-  typename Operand::template Neighbours<kCount> x = {};
-  if constexpr (!Operand::kVectors) {
+  typename Operand::template Elements<kCount> x = {};
+  if constexpr (!Operand::kVectorizedLoads) {
     column = opaque(column);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x.values[i] = column + i < rows.head_width ? rows.load(token, column + i) : 0.f;
-  } else if (column < rows.head_width) {
+    for (int i = 0; i < kCount; ++i) x.values[i] = column + i < rows.head_dim ? rows.load(token, column + i) : 0.f;
+  } else if (column < rows.head_dim) {
     const char* place = rows.at(token, column);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
@@ -180,40 +180,40 @@ __device__ __forceinline__ void store_elements(void* tensor, int64_t index, cons
   }
 }
 
-// Copies one head's (2D, D) matrix into shared memory: 2W rows, both poles padded; W columns, with `halves` each half
-// of them padded by itself. The orders say where a pole's row and a padded column go; the second keeps neighbours.
-template <class Operand, int kWidth, class RowOrder, class ColumnOrder>
-__device__ __forceinline__ void load_state(float* tile, const float* state, int head_width, int threads, bool halves,
+// Copies one head's (2D, D) matrix into shared memory: 2W rows, both parts padded; W columns, with `halves` each half
+// of them padded by itself. The orders say where a part's row and a padded column go; the second keeps neighbours.
+template <class Operand, int kHeadDim, class RowOrder, class ColumnOrder>
+__device__ __forceinline__ void load_state(float* tile, const float* state, int head_dim, int threads, bool halves,
                                            RowOrder row_order, ColumnOrder column_order) {
-  constexpr int kStride = kWidth + Operand::kPadding;
+  constexpr int kStride = kHeadDim + Operand::kPadding;
 #pragma unroll 4
-  for (int i = opaque(int(threadIdx.x)); i < 2 * kWidth * kWidth / 2; i += threads) {
-    const int row = i / (kWidth / 2), padded = i % (kWidth / 2) * 2;
-    const int pole = row / kWidth, feature = row % kWidth;
-    const float* source = state + static_cast<int64_t>(pole * head_width + feature) * head_width;
+  for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim * kHeadDim / 2; i += threads) {
+    const int row = i / (kHeadDim / 2), padded = i % (kHeadDim / 2) * 2;
+    const int part = row / kHeadDim, feature = row % kHeadDim;
+    const float* source = state + static_cast<int64_t>(part * head_dim + feature) * head_dim;
     float pair[2];
     for (int j = 0; j < 2; ++j) {
-      const int column = column_of<kWidth>(padded + j, head_width, halves);
-      pair[j] = feature < head_width && column >= 0 ? __ldg(source + column) : 0.f;
+      const int column = column_of<kHeadDim>(padded + j, head_dim, halves);
+      pair[j] = feature < head_dim && column >= 0 ? __ldg(source + column) : 0.f;
     }
-    const int place = (pole * kWidth + row_order(feature)) * kStride + column_order(padded);
+    const int place = (part * kHeadDim + row_order(feature)) * kStride + column_order(padded);
     *reinterpret_cast<float2*>(tile + place) = make_float2(pair[0], pair[1]);
   }
 }
 
 // Calls visit(operand family, padded width) with those of a plan for tf32, or of what computes with a shift.
 template <class Visitor>
-const char* visit_operand(const Plan& plan, int padded_width, Visitor visit) {
-  return visit_width(padded_width, [&](auto width) {
+const char* dispatch_operand(const Plan& plan, int padded_head_dim, Visitor visit) {
+  return dispatch_head_dim(padded_head_dim, [&](auto width) {
     return plan.path == Path::kFloat32      ? visit(Float32(), width)
-           : plan.path == Path::kAnyFloat32 ? visit(AnyFloat32(), width)
-                                            : visit(Any16(), width);
+           : plan.path == Path::kGenericFloat32 ? visit(GenericFloat32(), width)
+                                            : visit(Generic16Bit(), width);
   });
 }
 template <class Visitor>
-const char* visit_shifted_operand(const Shape& shape, Visitor visit) {
-  return visit_width(shape.padded_width(), [&](auto width) {
-    return shape.dtype == Dtype::kFloat ? visit(AnyFloat32(), width) : visit(Any16(), width);
+const char* dispatch_shifted_operand(const Shape& shape, Visitor visit) {
+  return dispatch_head_dim(shape.padded_head_dim(), [&](auto width) {
+    return shape.dtype == Dtype::kFloat ? visit(GenericFloat32(), width) : visit(Generic16Bit(), width);
   });
 }
 

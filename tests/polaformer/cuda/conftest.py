@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "polaformer/csrc/cuda"
 HERE = Path(__file__).parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # in the order of plan.h's Dtype
-PATHS = ["bfloat16", "float32", "any float32", "any 16"]  # of plan.h's Path
+PATHS = ["bfloat16", "float32", "generic float32", "generic 16-bit"]  # of plan.h's Path
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Emulated:
 
 
 @dataclass
-class Message:
+class EmulatorInput:
     """Numbers and arrays for the emulator, in the order that emulate.cpp reads them."""
 
     parts: list[bytes] = field(default_factory=list)
@@ -75,15 +75,15 @@ def build(folder: Path, *options: str) -> Path:
 def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multiprocessors=4) -> Emulated:
     """Runs the kernels on q, k, v, same_logits, opposite_logits and gives what they compute."""
     q, k, v, *logits = inputs
-    batch, heads, tokens, head_width = q.shape
-    request = Message()
+    batch, heads, tokens, head_dim = q.shape
+    request = EmulatorInput()
     request.add_numbers(seed, multiprocessors, grad_out is not None)
-    request.add_numbers(batch, heads, *size, head_width, DTYPES.index(q.dtype))
+    request.add_numbers(batch, heads, *size, head_dim, DTYPES.index(q.dtype))
     for x in (q, k, v):
         request.add_strided(x)
     for x in logits:
         request.add_array(x.float())
-    request.add_array(layers.rotary_angles(2 * head_width))
+    request.add_array(layers.rotary_frequencies(2 * head_dim))
     if grad_out is not None:
         request.add_strided(grad_out)
     (folder / "request").write_bytes(b"".join(request.parts))
@@ -98,14 +98,14 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multip
         return torch.frombuffer(content, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
     def take_tokens():
-        return take((batch, tokens, heads, head_width), q.dtype).transpose(1, 2)
+        return take((batch, tokens, heads, head_dim), q.dtype).transpose(1, 2)
 
     path, *splits = take((5,), torch.int32).tolist()
-    out, state = take_tokens(), take((batch, heads, 2 * head_width, head_width), torch.float32)
-    mean, shift = take((batch, heads, 2 * head_width), torch.float32), take((batch, heads, head_width), torch.float32)
+    out, state = take_tokens(), take((batch, heads, 2 * head_dim, head_dim), torch.float32)
+    mean, shift = take((batch, heads, 2 * head_dim), torch.float32), take((batch, heads, head_dim), torch.float32)
     grads = ()
     if grad_out is not None:
-        grads = *(take_tokens() for _ in range(3)), *(take((heads, 2 * head_width), torch.float32) for _ in range(2))
+        grads = *(take_tokens() for _ in range(3)), *(take((heads, 2 * head_dim), torch.float32) for _ in range(2))
     return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(splits))
 
 

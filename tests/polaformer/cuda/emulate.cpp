@@ -28,7 +28,7 @@ struct Request {
     file.read(buffer.data(), buffer.size());
     return buffer.data();
   }
-  Strided read_strided(Dtype dtype) {
+  StridedTensor read_strided(Dtype dtype) {
     const auto offset = read<int64_t>(), batch = read<int64_t>(), head = read<int64_t>(), token = read<int64_t>();
     return {read_bytes() + offset * bytes_of(dtype), batch, head, token};
   }
@@ -54,15 +54,15 @@ int main(int, char** arguments) {
   Request request{std::ifstream(arguments[1], std::ios::binary), {}};
   Answer answer{std::ofstream(arguments[2], std::ios::binary)};
   emulator::randomness.seed(static_cast<unsigned>(request.read<int64_t>()));
-  const auto multiprocessors = static_cast<int>(request.read<int64_t>());
+  const auto sm_count = static_cast<int>(request.read<int64_t>());
   const auto differentiate = request.read<int64_t>();
 
   Shape shape;
   shape.batch = request.read<int64_t>();
-  for (int* field : {&shape.heads, &shape.height, &shape.width, &shape.head_width}) *field = request.read<int64_t>();
+  for (int* field : {&shape.heads, &shape.height, &shape.width, &shape.head_dim}) *field = request.read<int64_t>();
   shape.dtype = static_cast<Dtype>(request.read<int64_t>());
-  const int64_t elements = shape.all_heads() * shape.tokens() * shape.head_width, bytes = bytes_of(shape.dtype);
-  const int64_t state = shape.all_heads() * shape.state_size(), features = shape.all_heads() * shape.features();
+  const int64_t elements = shape.batch_heads() * shape.tokens() * shape.head_dim, bytes = bytes_of(shape.dtype);
+  const int64_t state = shape.batch_heads() * shape.state_size(), features = shape.batch_heads() * shape.features();
 
   Forward forward{};
   forward.shape = shape;
@@ -71,14 +71,14 @@ int main(int, char** arguments) {
   forward.v = request.read_strided(shape.dtype);
   forward.same_logits = request.read_floats();
   forward.opposite_logits = request.read_floats();
-  std::copy_n(request.read_floats(), shape.head_width / 2, forward.angles);
+  std::copy_n(request.read_floats(), shape.head_dim / 2, forward.frequencies);
   const Path path = choose_path(shape, {forward.q, forward.k, forward.v});
-  forward.plan = make_plan(shape, path, multiprocessors);
+  forward.plan = make_plan(shape, path, sm_count);
   forward.out = request.make<char>(elements, bytes);
   forward.state = request.make<float>(state);
   forward.key_mean = request.make<float>(features);
   forward.key_shift = request.make<float>(features / 2);
-  forward.take_workspaces([&](int64_t floats) { return request.make<float>(floats); });
+  forward.assign_workspaces([&](int64_t floats) { return request.make<float>(floats); });
   check(run_forward(forward, nullptr));
   answer.write(&path, sizeof path);
   answer.write(&forward.plan.keys.splits_per_head, sizeof(int));
@@ -97,15 +97,15 @@ int main(int, char** arguments) {
   backward.q = forward.q, backward.k = forward.k, backward.v = forward.v;
   backward.same_logits = forward.same_logits, backward.opposite_logits = forward.opposite_logits;
   backward.state = forward.state, backward.key_mean = forward.key_mean, backward.key_shift = forward.key_shift;
-  std::copy(std::begin(forward.angles), std::end(forward.angles), backward.angles);
+  std::copy(std::begin(forward.frequencies), std::end(forward.frequencies), backward.frequencies);
   backward.plan =
-      make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), multiprocessors);
+      make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), sm_count);
   backward.grad_q = request.make<char>(elements, bytes);
   backward.grad_k = request.make<char>(elements, bytes);
   backward.grad_v = request.make<char>(elements, bytes);
   backward.grad_same_logits = request.make<float>(shape.heads * shape.features());
   backward.grad_opposite_logits = request.make<float>(shape.heads * shape.features());
-  backward.take_workspaces([&](int64_t floats) { return request.make<float>(floats); });
+  backward.assign_workspaces([&](int64_t floats) { return request.make<float>(floats); });
   check(run_backward(backward, nullptr));
   for (const void* grad : {backward.grad_q, backward.grad_k, backward.grad_v}) answer.write(grad, elements * bytes);
   for (const float* grad : {backward.grad_same_logits, backward.grad_opposite_logits}) {

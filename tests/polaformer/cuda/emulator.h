@@ -275,7 +275,7 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
 
 namespace polaformer {
 
-constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr unsigned kFullWarpMask = 0xffffffffu;
 
 template <class T>
 T& shared_memory() {
@@ -294,7 +294,7 @@ inline void check_aligned(const void* pointer, const char* what) {
 // "receiving the first fragment in its register r, and so on" (two 16-bit elements each): matrix element
 // (lane / 4, 2 · (lane % 4) + i) is half i of a lane's register. With .trans "the matrix is loaded in column-major
 // format": the same of the transposed matrix.
-inline void load_matrices(uint32_t (&fragment)[4], const void* row, bool transposed) {
+inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, bool transposed) {
   check_aligned(row, "ldmatrix");
   using Words = std::array<uint32_t, 4>;
   const auto words = emulator::warp_instruction<Words>(
@@ -315,36 +315,36 @@ inline void load_matrices(uint32_t (&fragment)[4], const void* row, bool transpo
   std::copy(words.begin(), words.end(), fragment);
 }
 
-struct SharedPointer {
+struct SmemPointer {
   char* address;
 
-  explicit SharedPointer(const void* pointer) : address(static_cast<char*>(const_cast<void*>(pointer))) {
+  explicit SmemPointer(const void* pointer) : address(static_cast<char*>(const_cast<void*>(pointer))) {
     const emulator::Block& b = *emulator::block;
     if (address < b.shared || address >= b.shared + b.shared_bytes) emulator::fail("a pointer is not of shared memory");
   }
-  SharedPointer operator+(int bytes) const {
-    SharedPointer moved = *this;
+  SmemPointer operator+(int bytes) const {
+    SmemPointer moved = *this;
     moved.address += bytes;
     return moved;
   }
 };
 
-inline void load_matrices(uint32_t (&fragment)[4], SharedPointer row) { load_matrices(fragment, row.address, false); }
-inline void load_matrices_transposed(uint32_t (&fragment)[4], SharedPointer row) {
-  load_matrices(fragment, row.address, true);
+inline void ldmatrix_x4(uint32_t (&fragment)[4], SmemPointer row) { ldmatrix_x4(fragment, row.address, false); }
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) {
+  ldmatrix_x4(fragment, row.address, true);
 }
-inline uint4 load_words(SharedPointer place) {
+inline uint4 load_words(SmemPointer place) {
   check_aligned(place.address, "ld.shared.v4");
   return *reinterpret_cast<const uint4*>(place.address);
 }
-inline void store_words(SharedPointer place, uint4 words) {
+inline void store_words(SmemPointer place, uint4 words) {
   check_aligned(place.address, "st.shared.v4");
   *reinterpret_cast<uint4*>(place.address) = words;
 }
 
 // PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and writing
 // the transposed elements to destination d"; fragments as of ldmatrix.
-inline uint32_t transpose_matrix(uint32_t fragment) {
+inline uint32_t movmatrix_trans(uint32_t fragment) {
   return emulator::warp_instruction<uint32_t>("movmatrix", fragment, [](const auto& given, auto& received) {
     const auto element = [&](int row, int column) { return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff; };
     for (int lane = 0; lane < 32; ++lane) {
@@ -417,10 +417,10 @@ struct LayoutTf32 {
   }
 };
 
-inline void multiply_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+inline void mma_m16n8k16_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
   multiply<LayoutBf16>("mma.m16n8k16.bf16", sum, left, right);
 }
-inline void multiply_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
   multiply<LayoutTf32>("mma.m16n8k8.tf32", sum, left, right);
 }
 
@@ -472,10 +472,10 @@ T opaque(T x) {
   return x;
 }
 // PTX ISA, lg2: "max absolute error 2^-22 when the input operand is in the range (0.5, 2); … relative error 2^-22".
-inline float log2_approximate(float x) { return static_cast<float>(std::log2(static_cast<double>(x)) * (1 + 0x1p-22)); }
+inline float lg2_approx(float x) { return static_cast<float>(std::log2(static_cast<double>(x)) * (1 + 0x1p-22)); }
 // "ex2.approx.ftz.f32 implements a fast approximation … max relative error 2^-22": so far off, either way.
 // Of ±0 it is 1 exactly.
-inline float exp2_approximate(float x) {
+inline float ex2_approx(float x) {
   if (x == 0) return 1.f;
   const double error = std::bit_cast<uint32_t>(x) & 1 ? 0x1p-22 : -0x1p-22;
   return static_cast<float>(std::exp2(static_cast<double>(x)) * (1 + error));
@@ -508,7 +508,7 @@ void store_words(void* global, const uint32_t (&words)[kCount]) {
   std::copy(words, words + kCount, static_cast<uint32_t*>(global));
 }
 
-inline void copy_async(SharedPointer target, const void* global, bool valid) {
+inline void cp_async(SmemPointer target, const void* global, bool valid) {
   char* const shared = target.address;
   check_aligned(shared, "cp.async");
   if (valid) check_aligned(global, "cp.async");
@@ -517,12 +517,12 @@ inline void copy_async(SharedPointer target, const void* global, bool valid) {
   b.fibers[b.current].copies.back().push_back(
       {shared, static_cast<const char*>(global), valid});
 }
-inline void commit_copies() {
+inline void cp_async_commit_group() {
   emulator::Block& b = *emulator::block;
   b.fibers[b.current].copies.emplace_back();
 }
 template <int kPending>
-void wait_for_copies() {
+void cp_async_wait_group() {
   emulator::Block& b = *emulator::block;
   auto& groups = b.fibers[b.current].copies;
   while (groups.size() > kPending + 1) {
@@ -537,13 +537,13 @@ void wait_for_copies() {
   }
 }
 
-struct Grid {
+struct LaunchConfig {
   int64_t blocks;
   int threads, shared_bytes;
 };
 
 template <class Arguments>
-const char* launch(void (*kernel)(Arguments), Grid grid, void*, const Arguments& arguments) {
+const char* launch(void (*kernel)(Arguments), LaunchConfig grid, void*, const Arguments& arguments) {
   std::vector<unsigned> order(grid.blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), emulator::randomness);

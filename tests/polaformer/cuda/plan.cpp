@@ -1,4 +1,4 @@
-// Prints what plan.h makes of shapes, one a line of standard input: batch, heads, height, width, head width, dtype,
+// Prints what plan.h makes of shapes, one a line of standard input: batch, heads, height, width, head dimension, dtype,
 // multiprocessors, compute capability, shared memory of a block in bytes.
 #include <iostream>
 
@@ -7,25 +7,25 @@
 int main() {
   using namespace polaformer;
   Shape shape;
-  int dtype, multiprocessors, major;
+  int dtype, sm_count, major;
   int64_t shared_bytes;
-  while (std::cin >> shape.batch >> shape.heads >> shape.height >> shape.width >> shape.head_width >> dtype >>
-         multiprocessors >> major >> shared_bytes) {
+  while (std::cin >> shape.batch >> shape.heads >> shape.height >> shape.width >> shape.head_dim >> dtype >>
+         sm_count >> major >> shared_bytes) {
     shape.dtype = static_cast<Dtype>(dtype);
-    if (const char* reason = why_not(shape, major, shared_bytes)) {
+    if (const char* reason = unsupported_reason(shape, major, shared_bytes)) {
       std::cout << "0 0 0 0 0 0 0 0 0 0 " << reason << '\n';
       continue;
     }
-    const Strided aligned = {nullptr, 0, 0, 0};
+    const StridedTensor aligned = {nullptr, 0, 0, 0};
     int64_t floats[2] = {};
     Forward forward{};
     Backward backward{};
     forward.shape = backward.shape = shape;
-    forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), multiprocessors);
+    forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), sm_count);
     const auto count = [&](int64_t& sum) {
       return [&](int64_t size) { return sum += size, static_cast<float*>(nullptr); };
     };
-    forward.take_workspaces(count(floats[0])), backward.take_workspaces(count(floats[1]));
+    forward.assign_workspaces(count(floats[0])), backward.assign_workspaces(count(floats[1]));
     std::cout << 4 * floats[0] << ' ' << 4 * floats[1];
     for (const Splits& splits :
          {forward.plan.keys, forward.plan.queries, forward.plan.query_grads, forward.plan.key_grads}) {

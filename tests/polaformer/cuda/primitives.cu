@@ -27,15 +27,15 @@ constexpr const char* kNames[] = {
     "float_to_half",
     "min_or_nan",
     "max_or_nan",
-    "transpose_matrix",
-    "load_matrices",
-    "load_matrices_transposed",
-    "copy_async",
+    "movmatrix_trans",
+    "ldmatrix_x4",
+    "ldmatrix_x4_trans",
+    "cp_async",
     "load_words",
-    "multiply_bf16",
-    "multiply_tf32",
-    "exp2_approximate",
-    "log2_approximate",
+    "mma_m16n8k16_bf16",
+    "mma_m16n8k8_tf32",
+    "ex2_approx",
+    "lg2_approx",
     "reciprocal",
 };
 constexpr int kCount = sizeof kNames / sizeof kNames[0];
@@ -79,35 +79,35 @@ __global__ void run(const Arguments a) {
   receive(uint32_t{float_to_half(x)});
   receive(as_word(min_or_nan(x, y)));
   receive(as_word(max_or_nan(x, y)));
-  receive(transpose_matrix(w[0]));
+  receive(movmatrix_trans(w[0]));
   for (int i = 0; i < 4; ++i) shared.words[lane * 4 + i] = w[i];
   __syncthreads();
   uint32_t matrices[4];
-  load_matrices(matrices, SharedPointer(shared.words + lane * 4));
+  ldmatrix_x4(matrices, SmemPointer(shared.words + lane * 4));
   receive(matrices[0], matrices[1], matrices[2], matrices[3]);
-  load_matrices_transposed(matrices, SharedPointer(shared.words + lane * 4));
+  ldmatrix_x4_trans(matrices, SmemPointer(shared.words + lane * 4));
   receive(matrices[0], matrices[1], matrices[2], matrices[3]);
-  copy_async(SharedPointer(shared.words + (32 + lane) * 4), a.given + (31 - lane) * kWords, lane % 3 != 0);
-  commit_copies();
-  wait_for_copies<0>();
+  cp_async(SmemPointer(shared.words + (32 + lane) * 4), a.given + (31 - lane) * kWords, lane % 3 != 0);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
   __syncthreads();
   const uint32_t* copied = shared.words + (32 + lane) * 4;
   receive(copied[0], copied[1], copied[2], copied[3]);
-  store_words(SharedPointer(shared.words + lane * 4), {w[3], w[2], w[1], w[0]});
+  store_words(SmemPointer(shared.words + lane * 4), {w[3], w[2], w[1], w[0]});
   __syncthreads();
-  const uint4 loaded = load_words(SharedPointer(shared.words + (lane ^ 5) * 4));
+  const uint4 loaded = load_words(SmemPointer(shared.words + (lane ^ 5) * 4));
   receive(loaded.x, loaded.y, loaded.z, loaded.w);
   float sum[4] = {x, y, x, y};
-  multiply_bf16(sum, {w[0], w[1], w[2], w[6]}, {w[7], w[8]});
+  mma_m16n8k16_bf16(sum, {w[0], w[1], w[2], w[6]}, {w[7], w[8]});
   receive(as_word(sum[0]), as_word(sum[1]), as_word(sum[2]), as_word(sum[3]));
   float tf32_sum[4] = {x, y, x, y};
   const uint32_t rounded[6] = {round_to_tf32(as_float(w[9])),  round_to_tf32(as_float(w[10])),
                                round_to_tf32(as_float(w[11])), round_to_tf32(as_float(w[12])),
                                round_to_tf32(as_float(w[13])), round_to_tf32(as_float(w[14]))};
-  multiply_tf32(tf32_sum, {rounded[0], rounded[1], rounded[2], rounded[3]}, {rounded[4], rounded[5]});
+  mma_m16n8k8_tf32(tf32_sum, {rounded[0], rounded[1], rounded[2], rounded[3]}, {rounded[4], rounded[5]});
   receive(as_word(tf32_sum[0]), as_word(tf32_sum[1]), as_word(tf32_sum[2]), as_word(tf32_sum[3]));
-  receive(as_word(exp2_approximate(x)), as_word(exp2_approximate(0.f)), as_word(exp2_approximate(-0.f)));
-  receive(as_word(log2_approximate(y * y + 1e-3f)));
+  receive(as_word(ex2_approx(x)), as_word(ex2_approx(0.f)), as_word(ex2_approx(-0.f)));
+  receive(as_word(lg2_approx(y * y + 1e-3f)));
   receive(as_word(reciprocal(y * y + 1e-3f)));
 }
 
@@ -145,7 +145,7 @@ int main() {
   for (int i = 0; i < kCount * 32 * kWords; ++i) received[i] = 0;
   const char* error = launch(run, {1, 32, sizeof(Shared)}, nullptr, Arguments{given, received});
 #ifdef __CUDACC__
-  if (!error) error = message_of(cudaDeviceSynchronize());
+  if (!error) error = error_message(cudaDeviceSynchronize());
 #endif
   if (error) return std::fprintf(stderr, "%s\n", error), 1;
   for (int i = 0; i < kCount; ++i) {

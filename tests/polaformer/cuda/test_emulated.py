@@ -13,12 +13,12 @@ LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 5e-6}
 
 def make_inputs(shape, dtype, scale=1.0):
     """q, k, v as views of one (B, N, 4C) projection, and logits; scale multiplies q and k."""
-    batch, heads, tokens, head_width = shape
+    batch, heads, tokens, head_dim = shape
     generator = torch.Generator().manual_seed(0)
-    projection = torch.randn(batch, tokens, 4, heads, head_width, generator=generator)
+    projection = torch.randn(batch, tokens, 4, heads, head_dim, generator=generator)
     projection[:, :, :2] *= scale
     views = [part.transpose(1, 2) for part in projection.to(dtype).unbind(2)[:3]]
-    return [*views, *(torch.randn(heads, 2 * head_width, generator=generator) for _ in range(2))]
+    return [*views, *(torch.randn(heads, 2 * head_dim, generator=generator) for _ in range(2))]
 
 
 def make_grad_out(q):
@@ -39,7 +39,7 @@ def assert_near(found, exact, limit, of_order=0.1):
         assert (actual.double() - wanted).norm() < limit * size, name
 
 
-def assert_same_bits(first, second):
+def assert_bit_identical(first, second):
     for name in ("out", "state", "key_mean", "key_shift"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
     assert all(torch.equal(a, b) for a, b in zip(first.grads, second.grads, strict=True))
@@ -47,7 +47,7 @@ def assert_same_bits(first, second):
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize(
-    ("batch", "heads", "size", "head_width"),
+    ("batch", "heads", "size", "head_dim"),
     [
         (2, 2, (7, 9), 32),
         (1, 2, (9, 13), 64),
@@ -58,8 +58,8 @@ def assert_same_bits(first, second):
         (1, 1, (7, 11), 98),
     ],
 )
-def test_equals_reference(emulate, batch, heads, size, head_width, dtype):
-    inputs = make_inputs((batch, heads, size[0] * size[1], head_width), dtype)
+def test_equals_reference(emulate, batch, heads, size, head_dim, dtype):
+    inputs = make_inputs((batch, heads, size[0] * size[1], head_dim), dtype)
     grad_out = make_grad_out(inputs[0])
     assert_near(emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out), LIMITS[dtype])
 
@@ -70,9 +70,9 @@ def test_equals_reference(emulate, batch, heads, size, head_width, dtype):
         (torch.bfloat16, "projection", "bfloat16"),
         (torch.float32, "projection", "float32"),
         (torch.bfloat16, "contiguous", "bfloat16"),
-        (torch.bfloat16, "one element further", "any 16"),
-        (torch.float32, "one element further", "any float32"),
-        (torch.float16, "projection", "any 16"),
+        (torch.bfloat16, "one element further", "generic 16-bit"),
+        (torch.float32, "one element further", "generic float32"),
+        (torch.float16, "projection", "generic 16-bit"),
         (torch.bfloat16, "one token for all", "bfloat16"),
     ],
 )
@@ -123,16 +123,16 @@ def test_float32_stays_exact_over_many_tokens(emulate):
         assert (actual.double() - wanted).norm() < 2e-6 * wanted.norm(), name
 
 
-@pytest.mark.parametrize("head_width", [16, 32, 64, 80, 96, 128])
-def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_width):
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
+def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_dim):
     """Packed features and turns lose no more than the plain formulas in bf16 do."""
-    inputs, size = make_inputs((1, 2, 143, head_width), torch.bfloat16), (11, 13)
+    inputs, size = make_inputs((1, 2, 143, head_dim), torch.bfloat16), (11, 13)
     grad_out = make_grad_out(inputs[0])
     found = emulate(inputs, size, grad_out)
     assert found.path == "bfloat16"
     wanted = compute_exact(inputs, size, grad_out)
     plain = [x.detach().requires_grad_() for x in inputs]
-    out = reference.plain(*plain, *size)
+    out = reference.eager_polarity_attention(*plain, *size)
     eager = (out, *torch.autograd.grad(out, plain, grad_out))
     for name, actual, of_eager, exact in zip(NAMES, (found.out, *found.grads), eager, wanted, strict=True):
         error, allowed = ((x.detach().double() - exact).norm() / exact.norm() for x in (actual, of_eager))
@@ -141,13 +141,13 @@ def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_width):
 
 @pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_same_bits_in_any_order(emulate, dtype, scale):
+def test_bit_identical_in_any_block_order(emulate, dtype, scale):
     """Threads and blocks run in random order; exponents above 20 take the way of the shift."""
     inputs, size = make_inputs((1, 2, 85, 32), dtype, scale), (5, 17)
     grad_out = make_grad_out(inputs[0])
     first, second = (emulate(inputs, size, grad_out, seed=seed) for seed in (1, 2))
     assert bool(first.key_shift.any()) == (scale == 30)
-    assert_same_bits(first, second)
+    assert_bit_identical(first, second)
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
@@ -168,7 +168,7 @@ def test_exponents_of_any_size(emulate, dtype, largest, which):
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
-def test_finite_whatever_comes(emulate, dtype, largest):
+def test_finite_for_any_finite_input(emulate, dtype, largest):
     """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
     wherever those can be represented."""
     inputs, size = make_inputs((2, 2, 35, 32), dtype, scale=largest / 4), (5, 7)
@@ -183,7 +183,7 @@ def test_finite_whatever_comes(emulate, dtype, largest):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_one_loud_head_does_not_touch_its_neighbours(emulate, dtype):
+def test_large_values_of_one_head_leave_the_others_unchanged(emulate, dtype):
     """The shift is one head's and one split's: the other head has the bits that it has without it."""
     inputs, size = make_inputs((1, 2, 85, 32), dtype), (5, 17)
     loud = [x.clone() for x in inputs]
@@ -211,7 +211,7 @@ def test_rows_whose_normalizer_is_zero(emulate, dtype):
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_not_a_number_stays_one(emulate, dtype, scale, index):
+def test_nan_propagates(emulate, dtype, scale, index):
     """A NaN among q, k or v, with a shift and without one: where results of the reference are NaN, these are."""
     inputs, size = make_inputs((1, 2, 35, 32), dtype, scale), (5, 7)
     inputs[index][0, 1, 20, 3] = torch.nan
@@ -254,7 +254,7 @@ def test_empty_batch(emulate, dtype):
         (torch.float16, (1, 2, 17, 10), (17, 1), 1),
     ],
 )
-def test_nothing_outside_a_tensor_nothing_undefined(emulate_sanitized, dtype, shape, size, scale):
+def test_address_and_undefined_behaviour_sanitizers(emulate_sanitized, dtype, shape, size, scale):
     inputs = make_inputs(shape, dtype, scale)
     found = emulate_sanitized(inputs, size, make_grad_out(inputs[0]))
     assert all(x.isfinite().all() for x in (found.out, *found.grads))

@@ -14,12 +14,12 @@ from torch.utils import cpp_extension
 
 from launch.benchmark import machine_code
 from launch.benchmark.kernel_costs import WORK, cost
-from launch.benchmark.machine_code import WIDTHS, Kernel
+from launch.benchmark.machine_code import PADDED_HEAD_DIMS, Kernel
 
 pytestmark = pytest.mark.slow
 
-OPERANDS = ("bf16", "float32", "any float32", "any 16")  # of bf16.cuh and tf32.cuh
-SLOW_OPERANDS = ("any float32", "any 16")  # which compute with a shift
+OPERANDS = ("bf16", "float32", "generic float32", "generic 16-bit")  # of bf16.cuh and tf32.cuh
+SLOW_OPERANDS = ("generic float32", "generic 16-bit")  # which compute with a shift
 PRODUCTS = ("sum_keys", "attend", "differentiate_queries", "differentiate_keys")  # of all operands
 BF16_PRODUCTS = (*PRODUCTS, "sum_queries")
 SHIFTED = ("attend_shifted", "differentiate_queries_shifted", "differentiate_keys_shifted")
@@ -78,19 +78,19 @@ def kernels() -> list[Kernel]:
     return machine_code.read_kernels(extension)
 
 
-def faulty(kernels: list[Kernel], fault) -> list[str]:
+def describe_failures(kernels: list[Kernel], fault) -> list[str]:
     """A line for each kernel of which `fault` says something."""
     return [f"{kernel}: {said}" for kernel in kernels if (said := fault(kernel))]
 
 
 def test_every_kernel_is_there_for_every_architecture(kernels):
     expected = {
-        *product(PRODUCTS, OPERANDS, WIDTHS),
-        *product(("sum_queries",), ("bf16",), WIDTHS),
-        *product(SHIFTED, SLOW_OPERANDS, WIDTHS),
-        *(("finish_keys", inputs, 0) for inputs in ("16", "float32")),
-        ("finish_queries", "", 0),
-        ("fill_turns", "", 0),
+        *product(PRODUCTS, OPERANDS, PADDED_HEAD_DIMS),
+        *product(("sum_queries",), ("bf16",), PADDED_HEAD_DIMS),
+        *product(SHIFTED, SLOW_OPERANDS, PADDED_HEAD_DIMS),
+        *(("combine_key_splits", inputs, 0) for inputs in ("16", "float32")),
+        ("combine_query_splits", "", 0),
+        ("fill_rotary_tables", "", 0),
     }
     architectures = {kernel.architecture for kernel in kernels}
     assert architectures
@@ -109,7 +109,7 @@ def test_no_spills_no_stack_no_local_memory(kernels):
         accesses = kernel.count("LDL") + kernel.count("STL")
         return accesses if accesses and not allowed else None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_registers_and_shared_memory_allow_the_blocks_that_the_plan_counts_on(kernels):
@@ -118,14 +118,14 @@ def test_registers_and_shared_memory_allow_the_blocks_that_the_plan_counts_on(ke
             return f"{kernel.usage['SHARED']} bytes of static shared memory; fit() does not know of them"
         blocks = 1
         if kernel.name in BF16_PRODUCTS:
-            blocks = BLOCKS_PER_SM[kernel.name][kernel.operand != "bf16"][WIDTHS.index(kernel.width)]
+            blocks = BLOCKS_PER_SM[kernel.name][kernel.operand != "bf16"][PADDED_HEAD_DIMS.index(kernel.width)]
         if kernel.blocks_by_registers < blocks:
             return (
                 f"{kernel.usage['REG']} registers, {kernel.threads} threads: {kernel.blocks_by_registers} of {blocks}"
             )
         return None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_products_run_on_tensor_cores(kernels):
@@ -140,7 +140,7 @@ def test_products_run_on_tensor_cores(kernels):
             return "operands are not loaded by LDSM"
         return None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_signs_become_masks_of_whole_halves(kernels):
@@ -153,15 +153,15 @@ def test_signs_become_masks_of_whole_halves(kernels):
         operands = " ".join(each.operands for each in kernel.code if each.opcode.startswith("PRMT"))
         return [wanted for wanted in ("0xdd99", "0xffbb") if wanted not in operands]
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_float32_takes_three_products_for_one(kernels):
     """Of float32 inputs the rounding errors are multiplied, too: thrice the instructions, but in the same loops."""
     of = {(kernel.architecture, *kernel.identity): kernel for kernel in kernels}
     for (architecture, name, operand, width), kernel in of.items():
-        if operand == "any float32" and name in PRODUCTS:
-            once = of[architecture, name, "any 16", width]
+        if operand == "generic float32" and name in PRODUCTS:
+            once = of[architecture, name, "generic 16-bit", width]
             ratio = kernel.count("HMMA.1688") / once.count("HMMA.1688")
             assert ratio == 3, f"{kernel}: {ratio} times as many"
 
@@ -178,7 +178,7 @@ def test_rows_are_moved_sixteen_bytes_at_a_time(kernels):
             return f"{single} accesses of two bytes"
         return None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_no_atomics(kernels):
@@ -187,7 +187,7 @@ def test_no_atomics(kernels):
     def fault(kernel):
         return [name for name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") if kernel.count(name)]
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_features_of_bf16_come_from_powers_of_two(kernels):
@@ -197,7 +197,7 @@ def test_features_of_bf16_come_from_powers_of_two(kernels):
         powers = kernel.count("MUFU.EX2")
         return f"{powers} of MUFU.EX2" if kernel.operand == "bf16" and powers < 8 else None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)
 
 
 def test_instructions_stay_within_their_budget(kernels):
@@ -207,8 +207,8 @@ def test_instructions_stay_within_their_budget(kernels):
         if kernel.name not in WORK or kernel.operand != "bf16":
             return None
         factor = BUDGET_FACTORS.get(kernel.architecture, 1)
-        allowed = factor * BUDGET[kernel.name][WIDTHS.index(kernel.width)]
+        allowed = factor * BUDGET[kernel.name][PADDED_HEAD_DIMS.index(kernel.width)]
         found = cost(kernel).instructions
         return f"{found:.0f} warp instructions for 16 tokens, allowed are {allowed:.0f}" if found > allowed else None
 
-    assert not faulty(kernels, fault)
+    assert not describe_failures(kernels, fault)

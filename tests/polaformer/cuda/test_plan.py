@@ -20,7 +20,7 @@ class Planned:
 
     workspaces: tuple[int, int]
     splits: list[tuple[int, int]]
-    why_not: str
+    unsupported_reason: str
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def test_workspaces_are_no_larger_than_the_inputs(plan):
     """Sums of splits are the larger part: on a card of 132 multiprocessors two images would otherwise have 98 each."""
     sizes = [(14, 14), (28, 28), (56, 56), (113, 57), (256, 256), (1, 4000)]
     shapes = list(itertools.product((1, 2, 16, 128), (1, 2), sizes, (32, 64, 96, 128), (BFLOAT16, FLOAT)))
-    shapes = [(batch, heads, *size, head_width, dtype) for batch, heads, size, head_width, dtype in shapes]
+    shapes = [(batch, heads, *size, head_dim, dtype) for batch, heads, size, head_dim, dtype in shapes]
     for shape, planned in zip(shapes, plan(shapes), strict=True):
-        batch, heads, height, width, head_width, dtype = shape
+        batch, heads, height, width, head_dim, dtype = shape
         tokens = batch * heads * height * width
-        inputs = 2 * tokens * head_width * (4 if dtype == FLOAT else 2)  # k and v, or q and the gradient of out
-        sums = inputs * (1 + 4 / head_width)  # of splits: (2D, D), and a few more for each of 2D
-        tables = (height + width) * head_width * 6 + height * width * 8
+        inputs = 2 * tokens * head_dim * (4 if dtype == FLOAT else 2)  # k and v, or q and the gradient of out
+        sums = inputs * (1 + 4 / head_dim)  # of splits: (2D, D), and a few more for each of 2D
+        tables = (height + width) * head_dim * 6 + height * width * 8
         forward, backward = planned.workspaces
         assert forward <= sums + tables + 4096, shape
-        gradients = batch * heads * 2 * head_width * (head_width + 5) * 4  # of S and m of every head
+        gradients = batch * heads * 2 * head_dim * (head_dim + 5) * 4  # of S and m of every head
         assert backward <= sums + gradients + 16 * tokens + tables + 4096, shape
 
 
@@ -77,7 +77,7 @@ def test_splits_fill_the_card(plan):
 
 
 @pytest.mark.parametrize(
-    ("card", "head_width", "reason"),
+    ("card", "head_dim", "reason"),
     [
         (H100, 96, ""),
         (H100, 128, ""),
@@ -87,7 +87,7 @@ def test_splits_fill_the_card(plan):
         (H100, 130, "the kernels serve D up to 128"),
     ],
 )
-def test_what_is_left_to_the_reference(plan, card, head_width, reason):
+def test_what_is_left_to_the_reference(plan, card, head_dim, reason):
     for dtype in (BFLOAT16, HALF, FLOAT):
-        [planned] = plan([(1, 1, 4, 4, head_width, dtype)], card)
-        assert planned.why_not == reason
+        [planned] = plan([(1, 1, 4, 4, head_dim, dtype)], card)
+        assert planned.unsupported_reason == reason
