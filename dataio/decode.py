@@ -1,6 +1,6 @@
 """Batches of images out of shards, through pipeline.py's graph, with what becomes of an image that is not decoded.
 
-loader.py says which samples, views.py how each is looked at. DALI does not say which image of a batch it failed on, nor
+loader.py says which samples, params.py how each is looked at. DALI does not say which image of a batch it failed on, nor
 whether it was the image's fault. So each is then decoded alone, and beside a blank one; PIL finds the words.
 
 B: images of a batch, S: the side of those that come out.
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from dataio.augment.views import ImageOptions, TransformParams, eval_params
-from dataio.images import pil_without_limits
+from dataio.augment.params import ImageOptions, TransformParams, eval_params
 from dataio.manifest import Manifest
+from dataio.pil import pil_without_limits
 from dataio.pipeline import DALI_ERRORS, build_pipeline, make_resizer, pipeline_inputs, to_torch
 from dataio.shards import BadSampleError, EncodedImages, open_shards
 
@@ -33,7 +33,7 @@ _JPEG_SIDE = 65500  # pixels at most
 class SubstitutedSample(NamedTuple):
     """A broken image: its index in the batch, its row of the manifest, why, and the row that stands for it."""
 
-    index: int
+    batch_index: int
     sample: int
     reason: str
     substitute: int
@@ -218,7 +218,9 @@ class _BatchDecoder:
             first = index + 1
         return undecodable
 
-    def _first_undecodable(self, samples: np.ndarray, encoded: list[np.ndarray], params: TransformParams) -> tuple[int, str] | None:
+    def _first_undecodable(
+        self, samples: np.ndarray, encoded: list[np.ndarray], params: TransformParams
+    ) -> tuple[int, str] | None:
         """(index, what DALI says) of the first of these images that it does not decode, each alone, to its size."""
         options = dataclasses.replace(self.options.without_ops, prefetch_batches=1)
         params = params._replace(ops=params.ops[:, :0], op_args=params.op_args[:, :0])  # which refuse nothing
@@ -242,7 +244,9 @@ class _BatchDecoder:
             return index, " ".join((dali_message or text).split())
         return None
 
-    def _diagnose(self, sample: np.ndarray, encoded: np.ndarray, params: TransformParams, dali_message: str) -> str | None:
+    def _diagnose(
+        self, sample: np.ndarray, encoded: np.ndarray, params: TransformParams, dali_message: str
+    ) -> str | None:
         """What is wrong with an image of which DALI has said this; None if it decodes it after all. sample: (1,).
 
         Without memory DALI and PIL fail with the same words as on a broken image. So, unless its header is wrong, an

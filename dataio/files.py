@@ -78,7 +78,9 @@ def _locked(target: Path, partial: Path) -> Iterator[None]:
     deadline = time.monotonic() + _LOCK_SECONDS
     while (lock := _try_lock(target, partial)) is None:
         if time.monotonic() > deadline:
-            raise FolderLockedError(f"another process is writing {target}; wait until it has ended, or name another folder")
+            raise FolderLockedError(
+                f"another process is writing {target}; wait until it has ended, or name another folder"
+            )
         time.sleep(0.05)
     with lock:
         yield

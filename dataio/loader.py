@@ -1,6 +1,6 @@
 """Hands out batches on the training device: which samples each rank gets, and where a stopped run goes on.
 
-index.py gives the order, decoding.py decodes. A run has one long sequence of positions, epoch after epoch without
+index.py gives the order, decode.py decodes. A run has one long sequence of positions, epoch after epoch without
 a gap; a step takes the next `global_batch_size` of them, whatever the number of ranks. So the state of a run is one
 number, and a run may go on with another number of ranks.
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dataio.augment.views import ImageOptions, eval_params, train_params
+from dataio.augment.params import ImageOptions, eval_params, train_params
 from dataio.decode import BatchRequest, SubstitutedSample, SubstituteFn, decode_batches
 from dataio.manifest import Manifest
 from dataio.sampler import Sampler, draws_at
@@ -95,7 +95,7 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class _TrainRequests:
-    """What a rank asks decoding.py for. It does not know the loader, which would else live as long as the pipeline."""
+    """What a rank asks decode.py for. It does not know the loader, which would else live as long as the pipeline."""
 
     manifest: Manifest
     options: ImageOptions
@@ -109,7 +109,9 @@ class _TrainRequests:
             samples = self._sampler.samples_at(np.arange(first, first + loader_options.micro_batch_size))
             shards: tuple[int, ...] = ()
             if self.manifest.remote:
-                step = number // loader_options.gradient_accumulation_steps * loader_options.global_batch_size  # alike on all ranks, which share a cache
+                step = (
+                    number // loader_options.gradient_accumulation_steps * loader_options.global_batch_size
+                )  # alike on all ranks, which share a cache
                 shards = self._sampler.shards_to_prefetch(step, step + loader_options.global_batch_size - 1)
             yield self._request(first, samples, shards)
 
@@ -121,7 +123,7 @@ class _TrainRequests:
         """The request with substitutes, each looked at with its position's draws."""
         samples = request.samples.copy()
         for broken in substituted:
-            samples[broken.index] = broken.substitute
+            samples[broken.batch_index] = broken.substitute
         request_with_substitutes = self._request(request.position, samples, request.shards)
         return request_with_substitutes._replace(substituted=(*request.substituted, *substituted))
 
@@ -133,7 +135,9 @@ class TrainLoader:
     read, or more than max_bad_samples of this epoch's cannot be decoded; it names them.
     """
 
-    def __init__(self, manifest: Manifest, options: ImageOptions, loader_options: LoaderOptions, device: torch.device) -> None:
+    def __init__(
+        self, manifest: Manifest, options: ImageOptions, loader_options: LoaderOptions, device: torch.device
+    ) -> None:
         self.manifest, self.options, self.loader_options, self.device = manifest, options, loader_options, device
         if manifest.remote:
             manifest.remote.cache.check_cache_size({manifest.location: loader_options.required_cache_bytes(manifest)})
@@ -150,7 +154,9 @@ class TrainLoader:
             requests = _TrainRequests(self.manifest, self.options, self.loader_options, self._sampler)
             substitute = requests.substitute if self.loader_options.max_bad_samples else None
             coming = requests.from_micro_step(self._micro_step)
-            self._batches = _batches(self.manifest, self.options, coming, self.loader_options.micro_batch_size, self.device, substitute)
+            self._batches = _batches(
+                self.manifest, self.options, coming, self.loader_options.micro_batch_size, self.device, substitute
+            )
         try:
             batch = next(self._batches)
             self._count(batch)
@@ -200,14 +206,18 @@ class TrainLoader:
                     f"the run began with {words} {state[name]}, this is {words} {here[name]};"
                     f" set it back to {state[name]}, or start a new run"
                 )
-        self._micro_step = state["samples_seen"] // self.loader_options.global_batch_size * self.loader_options.gradient_accumulation_steps
+        self._micro_step = (
+            state["samples_seen"]
+            // self.loader_options.global_batch_size
+            * self.loader_options.gradient_accumulation_steps
+        )
         self.close()
         self._bad_samples = {}
 
     def _count(self, batch: Batch) -> None:
         """Raises RuntimeError, naming them, if an epoch has more broken images than are allowed."""
         for broken in batch.substituted:
-            epoch = (batch.position + broken.index) // len(self.manifest)
+            epoch = (batch.position + broken.batch_index) // len(self.manifest)
             met = self._bad_samples.setdefault(epoch, [])
             if broken not in met:
                 met.append(broken)

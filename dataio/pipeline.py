@@ -1,9 +1,9 @@
 """The DALI graph, from encoded images to normalised pixels on the training device; and what goes in and comes out.
 
-views.py says how each image is looked at, and DALI does the work: decode a window, resize it (on the CPU with the help
-of resize.py), change its pixels by the operations of recipes.py, cut out the crop, mirror, normalise. DALI draws
+params.py says how each image is looked at, and DALI does the work: decode a window, resize it (on the CPU with the help
+of resize.py), change its pixels by the operations of policies.py, cut out the crop, mirror, normalise. DALI draws
 nothing by itself: every number comes in with the batch, so that the pixels of a sample are a pure function of its view.
-decoding.py feeds the graph. Only this file and operations.py import DALI.
+decode.py feeds the graph. Only this file and dali_ops.py import DALI.
 
 Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
@@ -18,11 +18,11 @@ from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
-from dataio.augment import recipes
-from dataio.augment.operations import INTERPOLATIONS, Stage, apply_stage
-from dataio.augment.recipes import SampledOps
+from dataio.augment import policies
+from dataio.augment.dali_ops import INTERPOLATIONS, Stage, apply_stage
+from dataio.augment.params import ImageOptions, TransformParams
+from dataio.augment.policies import SampledOps
 from dataio.augment.resize import Resizer
-from dataio.augment.views import ImageOptions, TransformParams
 
 DALI_ERRORS = (RuntimeError, MemoryError)  # as which DALI's errors come
 
@@ -45,11 +45,11 @@ def pipeline_inputs(params: TransformParams, options: ImageOptions) -> tuple[np.
 
 def _stage_inputs(params: TransformParams, options: ImageOptions) -> Iterator[np.ndarray]:
     """Op, op_arg and, where there is use for it, matrix of one stage after the other."""
-    of_stages = recipes.op_matrices(SampledOps(params.ops, params.op_args), options.image_size, params.flips)
+    of_stages = policies.op_matrices(SampledOps(params.ops, params.op_args), options.image_size, params.flips)
     for number, ops in enumerate(options.stages):
         yield np.ascontiguousarray(params.ops[:, number])
         yield np.ascontiguousarray(params.op_args[:, number])
-        if recipes.need_matrices(ops):
+        if policies.need_matrices(ops):
             yield np.ascontiguousarray(of_stages[:, number])
 
 
@@ -60,7 +60,7 @@ def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
         *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
     ]
     for ops in options.stages:
-        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * recipes.need_matrices(ops)
+        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * policies.need_matrices(ops)
     return result
 
 
@@ -117,7 +117,7 @@ def _pipeline(
     mean = [255 * value for value in options.mean]
     fill = [round(value) for value in mean]
     for ops in options.stages:
-        count = 2 + recipes.need_matrices(ops)
+        count = 2 + policies.need_matrices(ops)
         stage, operations = Stage(*operations[:count]), operations[count:]
         images = apply_stage(images, stage, ops, fill, INTERPOLATIONS[options.interpolation])
     images = fn.crop_mirror_normalize(

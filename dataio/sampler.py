@@ -140,7 +140,9 @@ def _window_order(sampler: Sampler, number: int) -> np.ndarray:
     epoch, window = divmod(number, sampler.windows_per_epoch)
     shards_by_window, ends = _assign_windows(sampler, epoch)
     starts = np.cumsum(sampler.shard_samples) - sampler.shard_samples
-    members = np.concatenate([starts[shard] + np.arange(sampler.shard_samples[shard]) for shard in shards_by_window[window]])
+    members = np.concatenate(
+        [starts[shard] + np.arange(sampler.shard_samples[shard]) for shard in shards_by_window[window]]
+    )
     first = _shard_strata(sampler).size + int(ends[window]) - len(members)  # behind the words that deal
     permuted = members[np.argsort(_random_words(sampler.seed, epoch, first, len(members)), kind="stable")]
     permuted.flags.writeable = False

@@ -2,8 +2,8 @@
 
 pack.py writes a sample as two members of a tar file: the image, and behind it the label. The sample table says where
 the image lies and what its label is; the label that is read with it must agree. So a shard that was exchanged,
-shifted or overwritten since it was packed gives an error, and never an image with another image's label. decoding.py
-reads through this module, cache.py does the same for shards that it fetches.
+shifted or overwritten since it was packed gives an error, and never an image with another image's label. decode.py
+reads through this module, prefetch.py does the same for shards that it fetches.
 """
 
 import errno
@@ -65,7 +65,7 @@ class LocalShards:
                 raise RuntimeError(f"cannot open {shard.name}: {error.strerror}; {remedy}") from error
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """They are all there; cache.py's would be fetched."""
+        """They are all there; prefetch.py's would be fetched."""
 
     def read_ahead(self, samples: Sequence[int]) -> None:
         """Lets the operating system fetch these from disk side by side, while they are read one by one."""
@@ -139,7 +139,7 @@ def open_dataset(location: str | Path, cache: "CacheOptions") -> Manifest:
     """
     if not is_url(location):
         return load_manifest(location)
-    from dataio.remote.cache import open_remote  # fsspec is for those who need it
+    from dataio.remote.prefetch import open_remote  # fsspec is for those who need it
 
     return open_remote(str(location), cache)
 
@@ -148,6 +148,6 @@ def open_shards(manifest: Manifest) -> EncodedImages:
     """What reads the encoded images of a data set."""
     if not manifest.remote:
         return LocalShards(manifest)
-    from dataio.remote.cache import RemoteShards
+    from dataio.remote.prefetch import RemoteShards
 
     return RemoteShards(manifest)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dataio.files import user_path
-from dataio.images import pil_without_limits
 from dataio.manifest import Manifest, load_manifest
+from dataio.pil import pil_without_limits
 from dataio.remote.options import CacheOptions
 from dataio.sampler import samples_at
 from dataio.shards import open_dataset, open_shards
@@ -62,8 +62,8 @@ def augmented_tiles(manifest: Manifest, count: int, size: int, seed: int) -> lis
     """
     import torch  # here, because PyTorch and DALI take seconds to import and the packed images need neither
 
-    from dataio.augment.mixing import BatchAugment, BatchAugmentOptions
-    from dataio.augment.views import ImageOptions
+    from dataio.augment.batch_augment import BatchAugment, BatchAugmentOptions
+    from dataio.augment.params import ImageOptions
     from dataio.loader import LoaderOptions, TrainLoader
 
     device = torch.device("cpu")

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from dataio.files import sha256_of
-from dataio.images import check_image
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
-from dataio.terminal import progress_bar
+from dataio.pack.image_checks import check_image
+from dataio.progress import progress_bar
 from dataio.urls import is_url, redact_url
 from dataio.workers import available_cores, worker_pool
 

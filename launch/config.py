@@ -112,7 +112,9 @@ class DataSection(Section):
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
     hflip: Fraction = 0.5  # of mirroring an image left to right
-    augmentation: Literal["rand-augment", "three-augment", "simple"] = "rand-augment"  # what is done after crop and flip
+    augmentation: Literal["rand-augment", "three-augment", "simple"] = (
+        "rand-augment"  # what is done after crop and flip
+    )
     rand_augment: RandAugmentSection = RandAugmentSection()
     color_jitter: Annotated[float, Field(ge=0)] | None = None  # largest change; null: three-augment 0.3, others none
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -122,7 +124,9 @@ class DataSection(Section):
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
     cutmix: Annotated[float, Field(ge=0)] = 1.0
-    mixup_group_size: Count = 128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
+    mixup_group_size: Count = (
+        128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
+    )
     mixup_prob: Fraction = 1.0  # of mixing a group at all
     mixup_switch_prob: Fraction = 0.5  # of cutmix for a mixed group, where mixup is on as well
     label_smoothing: Fraction = 0.1

@@ -159,7 +159,9 @@ def _rendezvous(rank_info: RankInfo, environ: Mapping[str, str]) -> dict[str, st
     """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
     if rank_info.launcher == "environment":
         return {}
-    if rank_info.world_size == 1:  # what the environment may hold was meant for other processes; port 0 is any that is free
+    if (
+        rank_info.world_size == 1
+    ):  # what the environment may hold was meant for other processes; port 0 is any that is free
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return {
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import nn
@@ -36,7 +37,9 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
             " or set model.kernels=auto for the reference in PyTorch"
         )
     torch.manual_seed(config.seed)
-    model = timm.create_model(config.model.name, num_classes=plan.num_classes, drop_path_rate=config.model.drop_path_rate)
+    model = timm.create_model(
+        config.model.name, num_classes=plan.num_classes, drop_path_rate=config.model.drop_path_rate
+    )
     if config.model.weights is not None:
         if not config.model.new_head:
             _require_same_classes(config.model.weights, plan)
@@ -171,3 +174,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
+
+
+@torch.no_grad()
+def sync_batchnorm_buffers(model: nn.Module) -> None:
+    """Replaces every floating buffer by its mean over the ranks, in one all-reduce (b5: 8,160 numbers)."""
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if dist.get_world_size() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataio.augment.views import ImageOptions
+from dataio.augment.params import ImageOptions
 from dataio.files import user_path
 from dataio.loader import Batch, EvalLoader, count_classes, map_labels
 from dataio.manifest import Manifest
@@ -138,7 +138,9 @@ def prepare(
     cache = cache_options(arguments.cache, arguments.cache_gib, arguments.data)
     manifest = open_dataset(arguments.data, cache)
     if manifest.remote:
-        cache.check_cache_size({manifest.location: EvalLoader.required_cache_bytes(manifest, arguments.batch_size, local_world_size)})
+        cache.check_cache_size(
+            {manifest.location: EvalLoader.required_cache_bytes(manifest, arguments.batch_size, local_world_size)}
+        )
     metadata = _resolve_metadata(arguments, path, manifest)
     label_map = map_labels(manifest, metadata.classes, str(path))
     model = timm.create_model(metadata.model, num_classes=len(metadata.classes))

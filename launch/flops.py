@@ -13,7 +13,14 @@ from launch.config import Config
 from launch.plan import Plan
 
 #: Dense bf16 tensor-core rates from the makers' data sheets, operations per second, by part of the device's name.
-_DATA_SHEET_PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12}
+_DATA_SHEET_PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+}
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,20 @@ class Monitor:
     """
 
     def __init__(
-        self, folder: Path, first_step: int, steps: int, log_every_steps: int, mfu_constants: MfuConstants, max_bad_samples: int = 0
+        self,
+        folder: Path,
+        first_step: int,
+        steps: int,
+        log_every_steps: int,
+        mfu_constants: MfuConstants,
+        max_bad_samples: int = 0,
     ) -> None:
-        self._log_every_steps, self._mfu_constants, self._steps, self._max_bad_samples = log_every_steps, mfu_constants, steps, max_bad_samples
+        self._log_every_steps, self._mfu_constants, self._steps, self._max_bad_samples = (
+            log_every_steps,
+            mfu_constants,
+            steps,
+            max_bad_samples,
+        )
         self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
@@ -190,7 +201,9 @@ class Monitor:
         except OSError as error:
             with suppress(OSError):
                 self._metrics_file.truncate(end)
-            self.warn(f"cannot write to {self._metrics_file.name}: {error.strerror}; training goes on, with steps missing")
+            self.warn(
+                f"cannot write to {self._metrics_file.name}: {error.strerror}; training goes on, with steps missing"
+            )
 
     def _to_tensorboard(self, method: str, *arguments: Any) -> None:
         """Something for TensorBoard, whose own thread writes it, and ends where it cannot."""

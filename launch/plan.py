@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
 from rich.console import Console
 from rich.table import Table
 
-from dataio.augment.recipes import RandAugment
-from dataio.augment.views import ImageOptions
+from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
+from dataio.augment.params import ImageOptions
+from dataio.augment.policies import RandAugment
 from dataio.files import user_path
 from dataio.loader import EvalLoader, LoaderOptions, check_labels, count_classes, map_labels
 from dataio.manifest import Manifest
@@ -32,7 +32,10 @@ from launch.config import Config, DataSection, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
-_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.8  # that these may wait, of the time for which ranks wait for each other
+_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = (
+    0.4,
+    0.8,
+)  # that these may wait, of the time for which ranks wait for each other
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,13 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
     label_map = map_labels(val, train.classes, train.location)
     classes = config.model.num_classes or len(train.classes)
     check_labels(train, classes)
-    mixing = replace(mixing, mixup_group_size=min(mixing.mixup_group_size, loader_options.global_batch_size))  # no draw is for more than a step
+    mixing = replace(
+        mixing, mixup_group_size=min(mixing.mixup_group_size, loader_options.global_batch_size)
+    )  # no draw is for more than a step
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
-    return Plan(train, val, label_map, loader_options, images, mixing, names, make_schedule(config.optimizer, len(train)))
+    return Plan(
+        train, val, label_map, loader_options, images, mixing, names, make_schedule(config.optimizer, len(train))
+    )
 
 
 def make_loader_options(config: Config, rank: int, world_size: int) -> LoaderOptions:

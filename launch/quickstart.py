@@ -87,7 +87,9 @@ def run_stages(arguments: argparse.Namespace) -> None:
     shards = Path("data/shards") / name
     run = Path("runs") / ("quickstart" if dataset is None else f"quickstart-{name}")
     if dataset is None:
-        stages.run("photographs", module_command("dataio.fashion_mnist", FASHION_MNIST), done=FASHION_MNIST.is_dir())
+        stages.run(
+            "photographs", module_command("dataio.pack.fashion_mnist", FASHION_MNIST), done=FASHION_MNIST.is_dir()
+        )
     for remark in dataset.remarks if dataset else ():
         console.print(printable(remark), soft_wrap=True)
     commands = pack_commands(dataset, shards, options)
@@ -141,7 +143,9 @@ def prepare(arguments: argparse.Namespace) -> tuple[CustomDataset | None, PackOp
     load_config(CONFIG, ["optimizer.warmup_epochs=0", *arguments.overrides])
     dataset = inspect_dataset(arguments.data, options, val_percent)
     if dataset.val is None:
-        options = replace(options, val_percent=DEFAULT_VAL_PERCENT if val_percent is None else val_percent, split="train")
+        options = replace(
+            options, val_percent=DEFAULT_VAL_PERCENT if val_percent is None else val_percent, split="train"
+        )
     return dataset, options
 
 

@@ -125,7 +125,9 @@ def acquire(
         other = _parse(content)
         dead = _is_dead(other, own, path) if other else None
         if content is not None and dead is None:
-            log(f"{path} is of {other or 'an unknown run'}: up to {MISSED_HEARTBEATS * heartbeat_seconds:g} s to see if it lives")
+            log(
+                f"{path} is of {other or 'an unknown run'}: up to {MISSED_HEARTBEATS * heartbeat_seconds:g} s to see if it lives"
+            )
             before, content = content, _watch(path, content, sleep, heartbeat_seconds)
             dead = content == before
         if content is None:

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 import yaml
-from dataio.augment.batch_augment import BatchAugment
 from timm.loss import SoftTargetCrossEntropy
 
+from dataio.augment.batch_augment import BatchAugment
 from dataio.files import atomic_write, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.urls import redact_url
@@ -50,8 +50,16 @@ from launch.distributed import (
     raise_on_all_ranks,
     read_rank_info,
 )
-from launch.ema import ModelEma, sync_batchnorm_buffers
-from launch.engine import build_model, check_engine, seed_step, set_lr, start_engine, unwrapped_model
+from launch.ema import ModelEma
+from launch.engine import (
+    build_model,
+    check_engine,
+    seed_step,
+    set_lr,
+    start_engine,
+    sync_batchnorm_buffers,
+    unwrapped_model,
+)
 from launch.evaluate import evaluate
 from launch.flops import measure_mfu_constants
 from launch.model_metadata import make_model_metadata
@@ -79,7 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         # Launchers end all ranks as soon as one has ended: they meet, so that rank 0 has said why by then.
         fault, timeout = error, EngineSection().timeout_minutes
     else:
-        print_rank_0(f"starting {config.model.name}, world size {rank_info.world_size} ({device_type}): loading DeepSpeed", rank)
+        print_rank_0(
+            f"starting {config.model.name}, world size {rank_info.world_size} ({device_type}): loading DeepSpeed", rank
+        )
     try:
         device = init_distributed(rank_info, device_type, timedelta(minutes=timeout))
     except (ValueError, RuntimeError) as error:  # of this rank alone, too
@@ -93,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         with raise_on_all_ranks():
             plan = make_plan(config, rank, rank_info.world_size, local_world_size)
             check_engine(config, plan)
-            augment = BatchAugment(plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device)
+            augment = BatchAugment(
+                plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
+            )
         with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
             run = prepare(config, plan, device, check_lock)
             with contextlib.closing(run.monitor), contextlib.closing(run.loader):
@@ -121,7 +133,9 @@ def train(run: "Run", augment: BatchAugment) -> None:
             with monitor.data_wait():
                 batch = next(run.loader)
             for broken in batch.substituted:
-                monitor.warn(f"sample {broken.substitute} stands for {plan.train.describe(broken.sample)}: {broken.reason}")
+                monitor.warn(
+                    f"sample {broken.substitute} stands for {plan.train.describe(broken.sample)}: {broken.reason}"
+                )
             images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
@@ -162,7 +176,9 @@ class Run:
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
-        loader = EvalLoader(plan.val, plan.image_options, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map)
+        loader = EvalLoader(
+            plan.val, plan.image_options, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
+        )
         models = unwrapped_model(self.engine, ema), ema
         of_weights, of_ema = evaluate(models, loader, plan.num_classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
@@ -187,7 +203,9 @@ class Run:
         self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
         metadata = make_model_metadata(self.config.model.name, self.plan.class_names, self.plan.image_options)
         folder = checkpoint_folder(self.config)
-        saved = checkpoint.save(folder, self.engine, self.ema, self.state, metadata.safetensors_metadata(), self.check_lock)
+        saved = checkpoint.save(
+            folder, self.engine, self.ema, self.state, metadata.safetensors_metadata(), self.check_lock
+        )
         checkpoint.mark_best_and_prune(saved, is_best, self.config.checkpoint.keep)
 
 

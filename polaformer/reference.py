@@ -173,7 +173,9 @@ def backward(
             grad_normalizer = grad_normalizer.clamp(-MAX_NORMALIZER_GRADIENT, MAX_NORMALIZER_GRADIENT)
             grad_state.append(rotated.mT @ u)
             grad_key_mean = grad_key_mean + (grad_normalizer * features).sum(-2)  # not in place: vmap may map it alone
-            grad_features = apply_rotary(grad_rotated, rotary.conj_physical()) + grad_normalizer * key_mean.unsqueeze(-2)
+            grad_features = apply_rotary(grad_rotated, rotary.conj_physical()) + grad_normalizer * key_mean.unsqueeze(
+                -2
+            )
             grad_exponent = grad_features * _slope(parts * temperature, shift)
             of_temperature = torch.where(parts > 0, grad_exponent * parts, 0)
             grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
@@ -197,7 +199,9 @@ def _query_features(
     key_shift = _per_feature(key_shift).unsqueeze(-2)
     largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
     token_shift = _required_shift(largest)
-    shift = (token_shift - key_shift).clamp(min=-MAX_UNSHIFTED_EXPONENT)  # less only where a part is 0, and so its feature
+    shift = (token_shift - key_shift).clamp(
+        min=-MAX_UNSHIFTED_EXPONENT
+    )  # less only where a part is 0, and so its feature
     features = _shifted_features(exponents, shift)
     epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)
     return features, shift, features @ key_mean.unsqueeze(-1) + epsilon

@@ -1,4 +1,4 @@
-"""Real images to start with: `python -m dataio.fashion_mnist TARGET` writes Fashion-MNIST as class folders.
+"""Real images to start with: `python -m dataio.pack.fashion_mnist TARGET` writes Fashion-MNIST as class folders.
 
 TARGET/train/<class>/00000.png (60,000) and TARGET/val/<class>/… (10,000): clothes, 28×28 grey, 10 classes
 (Xiao, Rasul and Vollgraf 2017, MIT licence). A file's name is the image's place in the original files.
@@ -56,7 +56,8 @@ def load_fashion_mnist() -> dict[str, LabeledImages]:
                 f" bash launch/quickstart.sh --data FOLDER"
             ) from error
     return {
-        part: LabeledImages(data.data.numpy(), [names[target] for target in data.targets]) for part, data in parts.items()
+        part: LabeledImages(data.data.numpy(), [names[target] for target in data.targets])
+        for part, data in parts.items()
     }
 
 
@@ -88,7 +89,7 @@ def is_complete(target: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dataio.fashion_mnist",
+        prog="python -m dataio.pack.fashion_mnist",
         description="Writes the 60,000 + 10,000 images of Fashion-MNIST as class folders of PNG files.",
     )
     parser.add_argument("target", metavar="TARGET", type=user_path, help="folder to write; kept if it is complete")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataio.files import list_folder
-from dataio.images import EXTENSIONS
 from dataio.pack.archives import Member, TarReader, ZipReader
+from dataio.pack.image_checks import EXTENSIONS
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there is the validation part
@@ -71,7 +71,9 @@ def inspect_folder(path: Path) -> FolderListing:
     archive, inside = split_archive(path)
     if archive is not None:
         facts = archive.stat()
-        return _read_archive_listings(archive, facts.st_mtime_ns, facts.st_size).get(inside, FolderListing([], images=False))
+        return _read_archive_listings(archive, facts.st_mtime_ns, facts.st_size).get(
+            inside, FolderListing([], images=False)
+        )
     entries = [entry for entry in list_folder(path) if is_visible(entry.name)]
     folders = [entry.name for entry in entries if entry.is_dir()] or [
         entry.name for entry in entries if entry.name.lower().endswith(".zip") or _split_name(entry.name) != entry.name
@@ -149,7 +151,9 @@ def _holds_images(path: Path, inspect_folder: FolderLister, above: frozenset[str
     if real in above:
         return False
     listing = inspect_folder(path)
-    return listing.images or any(_holds_images(path / folder, inspect_folder, above | {real}) for folder in listing.folders)
+    return listing.images or any(
+        _holds_images(path / folder, inspect_folder, above | {real}) for folder in listing.folders
+    )
 
 
 def split_archive(path: Path) -> tuple[Path | None, str]:

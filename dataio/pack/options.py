@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dataio.files import user_path
-from dataio.images import CHECKS, Downscale
+from dataio.pack.image_checks import CHECKS, Downscale
 
 SPLITS = ("train", "val")  # of --val-percent
 

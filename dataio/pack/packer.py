@@ -6,7 +6,7 @@
                                   TARGET/report.json        how they were packed, and the odd images among them
                                   TARGET/manifest.json      classes, shards, sha256 of every other file but the report
 
-source.py finds the images, images.py looks at each, shard_writer.py writes a shard in a worker process. The bytes
+source.py finds the images, image_checks.py looks at each, shard_writer.py writes a shard in a worker process. The bytes
 of all files depend on the images and the options alone, not on the number of workers, nor on how often packing was
 killed: started again, it keeps the shards that a journal says are finished. TARGET appears when it is complete.
 """
@@ -26,8 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import atomic_folder, printable, sync
-from dataio.images import DOWNSCALE_VERSION
+from dataio.files import atomic_folder, clear_folder, printable, sync
 from dataio.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -39,12 +38,13 @@ from dataio.manifest import (
     load_manifest,
     parse_manifest,
 )
+from dataio.pack.image_checks import DOWNSCALE_VERSION
 from dataio.pack.journal import TEMP_SUFFIX, FinishedShard, Journal
 from dataio.pack.options import PackOptions
 from dataio.pack.shard_writer import BrokenImageError, ShardTask, WrittenShard, member_bytes, write_shard
 from dataio.pack.source import ImageFile, Source, find_images, read_names
+from dataio.progress import progress_bar, spinner
 from dataio.sampler import PACK_SHUFFLE_STREAM, philox
-from dataio.terminal import progress_bar, spinner
 from dataio.workers import available_cores, worker_pool
 
 REPORT_NAME = "report.json"

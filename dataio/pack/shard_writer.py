@@ -1,6 +1,6 @@
 """Writes one shard in a worker process: images and labels as a tar file, its index, what is to be said of it.
 
-pack.py plans the shards and gives them their names; images.py looks at each image.
+pack.py plans the shards and gives them their names; image_checks.py looks at each image.
 """
 
 import hashlib
@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from dataio.images import Downscale, Header, check_image, downscale_image
 from dataio.manifest import SAMPLE_DTYPE, SkippedFile
+from dataio.pack.image_checks import Downscale, Header, check_image, downscale_image
 from dataio.pack.source import LABEL_EXTENSION, ImageFile, Reader
 
 _BLOCK = tarfile.BLOCKSIZE

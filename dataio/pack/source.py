@@ -1,6 +1,6 @@
 """What is to be packed: the classes and images of a class folder, of a zip or tar of one, or of a WebDataset.
 
-Names and sizes decide here what is an image at all (find_images); images.py looks into the bytes. archives.py
+Names and sizes decide here what is an image at all (find_images); image_checks.py looks into the bytes. archives.py
 reads zip and tar. pack.py makes shards of it all.
 """
 
@@ -20,9 +20,9 @@ from typing import NamedTuple, Protocol
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from dataio.files import list_folder, printable
-from dataio.images import EXTENSIONS
 from dataio.manifest import MANIFEST_NAME, SkippedFile, read_manifest_file
 from dataio.pack.archives import Member, TarReader
+from dataio.pack.image_checks import EXTENSIONS
 from dataio.pack.layout import (
     archive_listings,
     find_classes,
@@ -42,7 +42,21 @@ _OTHER_EXTENSION = f"its name ends with none of {' '.join(EXTENSIONS)}"
 #: Images that others decode and DALI does not.
 _UNSUPPORTED = (".avif", ".gif", ".heic", ".heif", ".ico", ".jxl", ".psd", ".svg", ".tga")
 #: What is often kept beside images: annotations, tables, texts.
-_SIDECAR_EXTENSIONS = (".aae", ".csv", ".html", ".ini", ".json", ".md", ".tsv", ".txt", ".url", ".xml", ".xmp", ".yaml", ".yml")
+_SIDECAR_EXTENSIONS = (
+    ".aae",
+    ".csv",
+    ".html",
+    ".ini",
+    ".json",
+    ".md",
+    ".tsv",
+    ".txt",
+    ".url",
+    ".xml",
+    ".xmp",
+    ".yaml",
+    ".yml",
+)
 _UNREADABLE = "it is a link to nothing, or no regular file"
 
 
@@ -234,7 +248,9 @@ def _of_class_folder(
                 f'class "{folder}" has no images{kinds}; add some to {path / folder}, remove that folder, or name all'
                 f" classes in a file for --classes"
             )
-    return Source(str(path), tuple(classes), images, broken, fingerprint, reader, ignored, natural_order=class_names is None)
+    return Source(
+        str(path), tuple(classes), images, broken, fingerprint, reader, ignored, natural_order=class_names is None
+    )
 
 
 def _label_folders(
@@ -277,7 +293,11 @@ def _fault_of_name(name: str) -> str | None:
     if is_image(name):
         return None
     extension = os.path.splitext(name)[1].lower()
-    return f"DALI does not decode {extension} files; convert it to JPEG or PNG" if extension in _UNSUPPORTED else _OTHER_EXTENSION
+    return (
+        f"DALI does not decode {extension} files; convert it to JPEG or PNG"
+        if extension in _UNSUPPORTED
+        else _OTHER_EXTENSION
+    )
 
 
 # WebDatasets

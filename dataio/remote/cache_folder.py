@@ -8,8 +8,8 @@
     CACHE/3f2a…/.shard-000008.tar.partial    what has come of it
 
 Any number of processes share the folder without knowing of each other. A shard in use is open and bears a shared lock,
-which goes with its process; whoever needs room removes those without one, longest unused first. remote.py fetches,
-cache.py says which shards, and when.
+which goes with its process; whoever needs room removes those without one, longest unused first. fetch.py fetches,
+prefetch.py says which shards, and when.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from dataio.files import sha256_of, sync
 from dataio.remote.fetch import Deadline, fetch
-from dataio.remote.options import CacheOptions, Remote
+from dataio.remote.options import CacheOptions, Remote, format_gib
 
 _POLL_SECONDS, _LOCK_POLL_SECONDS = 0.05, 0.005
 _DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched

@@ -1,7 +1,7 @@
 """Files from far away: an address below a URL → a whole, verified file on a local disk, or one clear error.
 
 fsspec does the transport (s3://, gs://, https://, file:// and whatever else it has a package for). Here a transfer is
-given its time, tried again with growing pauses, and checked. cache.py decides what is fetched, and when;
+given its time, tried again with growing pauses, and checked. prefetch.py decides what is fetched, and when;
 cache_folder.py, where it lies.
 """
 
@@ -144,7 +144,8 @@ def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Resul
         system, path = _open_system(address, retry_policy)
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception(_is_retryable),
-            stop=tenacity.stop_after_attempt(retry_policy.max_attempts) | tenacity.stop_before_delay(deadline.seconds_left),
+            stop=tenacity.stop_after_attempt(retry_policy.max_attempts)
+            | tenacity.stop_before_delay(deadline.seconds_left),
             wait=tenacity.wait_exponential(retry_policy.initial_backoff_seconds, max=_MAX_BACKOFF_SECONDS),
             sleep=tenacity.sleep_using_event(deadline.cancelled),
             before_sleep=lambda state: faults.append(state.outcome.exception()),

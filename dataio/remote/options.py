@@ -19,7 +19,9 @@ class RetryPolicy:
     initial_backoff_seconds: float = 0.5  # before the second attempt; twice as long before each later one
     read_timeout_seconds: float = 30  # that a server may send nothing, or take to answer
     eviction_timeout_seconds: float = 60  # that shards in use may take up the cache
-    file_timeout_seconds: float = 240  # that a file may take in all: for room, for another process that fetches it, to come
+    file_timeout_seconds: float = (
+        240  # that a file may take in all: for room, for another process that fetches it, to come
+    )
     batch_timeout_seconds: float = 480  # that a batch may wait for all its files
     timeout_hint: str = ""  # how to allow more of both, ending a message
 

@@ -68,7 +68,9 @@ def find_errors(
     )
     ours = _compute(attention, inputs)
     ours = [x[chosen] for x in ours[:4]] + ours[4:]  # the logits' gradients have no batch
-    computed = zip(TOLERANCE_FACTORS, ours, _compute(reference.eager_polarity_attention, alone), _exact(alone), strict=True)
+    computed = zip(
+        TOLERANCE_FACTORS, ours, _compute(reference.eager_polarity_attention, alone), _exact(alone), strict=True
+    )
     return {
         name: {size: _errors(of, own, eager, exact, TOLERANCE_FACTORS[name]) for size, of in _SIZES.items()}
         for name, own, eager, exact in computed

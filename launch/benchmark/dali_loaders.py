@@ -15,7 +15,7 @@ from nvidia.dali import pipeline_def
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
-from dataio.augment.views import train_params
+from dataio.augment.params import train_params
 from dataio.decode import BatchRequest, decode_batches
 from dataio.loader import EvalLoader
 from dataio.manifest import Manifest, load_manifest
@@ -76,7 +76,9 @@ class DaliWebDatasetLoader:
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
         samples, batch = len(self._manifest), self.config.batch
         batches = -(-samples // batch)
-        for _ in range(_PREFETCH_QUEUE_DEPTH if self._started else 1):  # the first call starts `_PREFETCH_QUEUE_DEPTH` batches
+        for _ in range(
+            _PREFETCH_QUEUE_DEPTH if self._started else 1
+        ):  # the first call starts `_PREFETCH_QUEUE_DEPTH` batches
             self._pipeline.schedule_run()
         self._started = True
         for place in range(batches):

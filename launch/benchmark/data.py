@@ -29,8 +29,8 @@ from dataio.manifest import Manifest, load_manifest
 from dataio.workers import available_cores
 from launch.benchmark.data_report import DESCRIPTIONS, describe, draw, show
 from launch.benchmark.data_stalls import DataStallConfig, measure_data_stalls
+from launch.benchmark.loader_processes import LOADERS, OutputMismatch, benchmark_loaders, require_tools
 from launch.benchmark.loaders import WORKLOADS, LoaderConfig
-from launch.benchmark.loading import LOADERS, OutputMismatch, benchmark_loaders, require_tools
 from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
 from launch.benchmark.sample_images import DESCRIPTION, pack_images
 from launch.distributed import default_device_type
@@ -70,7 +70,12 @@ def measure(benchmark: DataBenchmark, manifest: Manifest, description: str) -> d
         "mean_width": float(manifest.samples["width"].mean()),
         "mean_height": float(manifest.samples["height"].mean()),
     }
-    report |= {"cores": benchmark.config.cores, "batch": benchmark.config.batch, "size": benchmark.config.size, "rounds": benchmark.rounds}
+    report |= {
+        "cores": benchmark.config.cores,
+        "batch": benchmark.config.batch,
+        "size": benchmark.config.size,
+        "rounds": benchmark.rounds,
+    }
     report["contenders"] = {name: DESCRIPTIONS[name] for name in benchmark.loaders}
     labels = tuple(np.bincount(manifest.samples["label"], minlength=len(manifest.classes)).tolist())
     report["results"] = []
@@ -83,7 +88,9 @@ def measure(benchmark: DataBenchmark, manifest: Manifest, description: str) -> d
     report["feeding"] = []
     for model in benchmark.models:
         print(f"feeding {model}", file=sys.stderr)
-        config = DataStallConfig(model, _STALL_RECIPE, benchmark.config.batch, benchmark.config.size, benchmark.config.cores, _STALL_STEPS)
+        config = DataStallConfig(
+            model, _STALL_RECIPE, benchmark.config.batch, benchmark.config.size, benchmark.config.cores, _STALL_STEPS
+        )
         report["feeding"].append(measure_data_stalls(config, manifest.folder, device))
     return report
 
@@ -162,7 +169,9 @@ def resolve(arguments: argparse.Namespace) -> DataBenchmark:
         raise ValueError(f"--size is {arguments.size}; give a multiple of 32, as the models need")
     if arguments.data and arguments.images:
         raise ValueError("--data says which images; leave --images out")
-    config = LoaderConfig("", Path(), arguments.batch, arguments.size, arguments.cores or available_cores(), device_type)
+    config = LoaderConfig(
+        "", Path(), arguments.batch, arguments.size, arguments.cores or available_cores(), device_type
+    )
     models = _STALL_MODELS[device_type] if arguments.models is None else tuple(arguments.models)
     unique = (tuple(dict.fromkeys(names)) for names in (arguments.workloads, arguments.loaders))
     benchmark = DataBenchmark(config, *unique, arguments.rounds, models)

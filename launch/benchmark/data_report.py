@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.benchmark.loading import PeakMemory, Trial
+from launch.benchmark.loader_processes import PeakMemory, Trial
 from launch.benchmark.measure import quantiles
 
 DESCRIPTIONS = {

@@ -36,7 +36,9 @@ _GROWTH_SIDES = (56, 112, 256)
 _GROWTH_BATCH = {"cpu": 1, "cuda": 16}  # the fewest tokens already fill a GPU
 
 
-def measure(settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int]) -> dict[str, Any]:
+def measure(
+    settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int]
+) -> dict[str, Any]:
     """The whole report. Raises WrongResult if ours is wrong for one of the shapes; then no implementation was timed.
 
     growth_sides: of square images, in tokens, on which ours alone is timed, from small to large.
@@ -95,7 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sides = "of square images, in tokens, where ours alone is timed; may be empty (default 56 112 256)"
     add("--growth", nargs="*", type=int, default=list(_GROWTH_SIDES), metavar="SIDE", help=sides)
     add("--seconds", type=float, default=10, help="to measure one shape, about; at least 5 rounds (default 10)")
-    add("--limit", type=float, default=5, help="a implementation that takes longer once is skipped, seconds (default 5)")
+    add(
+        "--limit", type=float, default=5, help="a implementation that takes longer once is skipped, seconds (default 5)"
+    )
     add("--threads", type=int, help="of the CPU (default: PyTorch's choice)")
     add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
     add("--markdown", action="store_true", help="print the table as Markdown")

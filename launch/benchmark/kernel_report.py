@@ -52,7 +52,9 @@ def _describe_pass(result: Result, name: str, others: dict[str, Result], peaks: 
         "share_of_copy_rate": floor_bytes / seconds.median / peaks.copy.median,
         "flops": operations,
         "share_of_product_rate": operations / seconds.median / peaks.products[result.dtype].median,
-        "times_faster_than": {other: baseline.seconds[name].median / seconds.median for other, baseline in others.items()},
+        "times_faster_than": {
+            other: baseline.seconds[name].median / seconds.median for other, baseline in others.items()
+        },
     }
 
 

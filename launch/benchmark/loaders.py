@@ -1,7 +1,7 @@
 """What the data benchmark's loaders have to do, and those that read with webdataset and decode with PIL.
 
 Each is an object made for one config, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
-ours among them; loading.py runs each in a process of its own.
+ours among them; loader_processes.py runs each in a process of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -88,7 +88,9 @@ class WebDataset:
         self._rows = rows_by_key(manifest)
         urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
         # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do.
-        workers = min(config.cores, len(urls)) * (config.workload != "read")  # bytes are read faster than workers hand them on
+        workers = min(config.cores, len(urls)) * (
+            config.workload != "read"
+        )  # bytes are read faster than workers hand them on
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if config.shuffled else False, seed=SEED)
         if config.shuffled:
             dataset = dataset.shuffle(SHUFFLE_BUFFER)

@@ -205,7 +205,9 @@ def identify(symbol: str) -> tuple[str, str, int]:
     if width is None:
         return name, {"ILb0E": "16", "ILb1E": "float32"}.get(rest[:5], ""), 0
     flags = re.search(r"Tf32OperandILb(\d)ELb(\d)E", rest)
-    operand = {None: "bf16", "11": "float32", "01": "generic float32", "00": "generic 16-bit"}[flags and flags[1] + flags[2]]
+    operand = {None: "bf16", "11": "float32", "01": "generic float32", "00": "generic 16-bit"}[
+        flags and flags[1] + flags[2]
+    ]
     return name, operand, int(width[1])
 
 

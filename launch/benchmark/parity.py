@@ -1,7 +1,7 @@
-"""How near our augmentation is to timm's, as a table: `python -m dataio.parity --out dataio/parity.md`.
+"""How near our augmentation is to timm's, as a table: `python -m launch.benchmark.parity --out launch/benchmark/results/parity.md`.
 
-The operations of operations.py are done to photographs, beside timm's own functions and PIL's filters; and the draws
-of recipes.py are counted beside those of timm's RandAugment. timm and PIL are the oracle here, and nothing that
+The operations of dali_ops.py are done to photographs, beside timm's own functions and PIL's filters; and the draws
+of policies.py are counted beside those of timm's RandAugment. timm and PIL are the oracle here, and nothing that
 training needs. The photographs are scikit-image's unless others are named.
 """
 
@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP, rand_augment_transform
 
-from dataio.augment.operations import change_images
-from dataio.augment.recipes import (
+from dataio.augment.dali_ops import apply_ops
+from dataio.augment.policies import (
     DRAWS_PER_OP,
     RAND_AUGMENT_OPS,
     Op,
-    Operations,
     RandAugment,
-    rand_amounts,
+    SampledOps,
+    level_to_args,
     sample_rand_augment,
 )
 from dataio.files import user_path, write_file
@@ -57,12 +57,12 @@ _SIGNS_TRIED = 64  # timm tosses a coin for each sign
 _UNIQUE_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _WHOLE = (Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD)  # have integers for op_args
-_WITHOUT_AMOUNT = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
+_WITHOUT_ARG = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
-Done = list[list[tuple[Op, float]]]  # the operations done to each image, one after the other
+AppliedOps = list[list[tuple[Op, float]]]  # the operations done to each image, one after the other
 
 
-def in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
+def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
     """The image after an operation, done by timm's function or PIL's filter."""
     if op == Op.NONE:
         return image
@@ -72,7 +72,7 @@ def in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicu
         return image.filter(ImageFilter.GaussianBlur(float(op_arg)))
     if op == Op.POSTERIZE and op_arg == 0:  # an error since Pillow 13, and black before
         return Image.new(image.mode, image.size)
-    op_args = () if op in _WITHOUT_AMOUNT else (int(op_arg),) if op in _WHOLE else (float(op_arg),)
+    op_args = () if op in _WITHOUT_ARG else (int(op_arg),) if op in _WHOLE else (float(op_arg),)
     return NAME_TO_OP[TIMM_NAMES[op]](image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
 
 
@@ -105,13 +105,13 @@ def differences(
     """Levels between our operation and timm's, with our op_args and its: (op_args × images, S, S, 3) int."""
     chosen = [image for _ in ours for image in images]
     op_args = np.repeat(np.array(ours, np.float32), len(images))[:, None]
-    wanted = Operations(np.full(op_args.shape, op, np.int32), op_args)
-    got = change_images(np.stack([np.asarray(image) for image in chosen]), wanted, FILL, interpolation, device)
-    expected = [np.asarray(in_pil(image, op, op_arg, interpolation)) for op_arg in theirs for image in images]
+    wanted = SampledOps(np.full(op_args.shape, op, np.int32), op_args)
+    got = apply_ops(np.stack([np.asarray(image) for image in chosen]), wanted, FILL, interpolation, device)
+    expected = [np.asarray(apply_op_in_pil(image, op, op_arg, interpolation)) for op_arg in theirs for image in images]
     return np.abs(got.astype(int) - np.stack(expected))
 
 
-def timm_amounts(op: Op, magnitude: float) -> list[float]:
+def timm_level_args(op: Op, magnitude: float) -> list[float]:
     """What timm gives an operation at a magnitude, with either sign: one or two numbers, the smaller first."""
     level_to_amount = LEVEL_TO_ARG[TIMM_NAMES[op]]
     if level_to_amount is None:
@@ -119,13 +119,13 @@ def timm_amounts(op: Op, magnitude: float) -> list[float]:
     return sorted({float(level_to_amount(magnitude, {})[0]) for _ in range(_SIGNS_TRIED)})
 
 
-def our_amounts(op: Op, magnitude: float) -> list[float]:
+def our_level_args(op: Op, magnitude: float) -> list[float]:
     """The same of ours."""
-    op_args = rand_amounts(np.full(2, op), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
+    op_args = level_to_args(np.full(2, op), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
     return sorted(set(op_args.tolist()))
 
 
-def timm_draws(recipe: str, count: int) -> Done:
+def timm_draws(recipe: str, count: int) -> AppliedOps:
     """What timm's RandAugment does to `count` images. Its operations note what they are called with, and hand the
     notes on as the image.
     """
@@ -147,7 +147,7 @@ def timm_draws(recipe: str, count: int) -> Done:
         np.random.set_state(states[1])
 
 
-def our_draws(settings: RandAugment, count: int) -> Done:
+def our_draws(settings: RandAugment, count: int) -> AppliedOps:
     """The same of ours."""
     operations = sample_rand_augment(draws_at(_SEED, 0, count, DRAWS_PER_OP * settings.num_layers), settings)
     return [
@@ -156,12 +156,12 @@ def our_draws(settings: RandAugment, count: int) -> Done:
     ]
 
 
-def amounts_of(done: Done, op: Op) -> np.ndarray:
+def op_args_of(done: AppliedOps, op: Op) -> np.ndarray:
     """The op_args of an operation wherever it was done, to five digits: ours are float32."""
     return np.round([op_arg for operations in done for other, op_arg in operations if other == op], 5)
 
 
-def largest_gap(ours: np.ndarray, theirs: np.ndarray) -> float:
+def ks_statistic(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Kolmogorov's and Smirnov's statistic: the largest distance of the two empirical distribution functions."""
     places = np.concatenate([ours, theirs])
     shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
@@ -183,7 +183,7 @@ class Row:
     op: Op
     levels: tuple[tuple[float, int], ...]  # for each of MAGNITUDES: mean and largest difference, of 255
     done: tuple[int, int]  # times in DRAWN images: ours, timm's
-    gap: float  # largest_gap of the op_args; 0 where there is none
+    gap: float  # ks_statistic of the op_args; 0 where there is none
 
 
 def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
@@ -193,11 +193,11 @@ def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
     for op in RAND_AUGMENT_OPS:
         levels = []
         for magnitude in MAGNITUDES:
-            op_args = our_amounts(op, magnitude), timm_amounts(op, magnitude)
+            op_args = our_level_args(op, magnitude), timm_level_args(op, magnitude)
             found = differences(images, op, *op_args, "bicubic", device)
             levels.append((float(found.mean()), int(found.max())))
-        drawn = amounts_of(ours, op), amounts_of(theirs, op)
-        rows.append(Row(op, tuple(levels), (len(drawn[0]), len(drawn[1])), largest_gap(*drawn)))
+        drawn = op_args_of(ours, op), op_args_of(theirs, op)
+        rows.append(Row(op, tuple(levels), (len(drawn[0]), len(drawn[1])), ks_statistic(*drawn)))
     return rows
 
 
@@ -222,13 +222,13 @@ def render(rows: list[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     levels = [f"{mean:.3f} · {largest}" for mean, largest in row.levels]
-    gap = "" if row.op in _WITHOUT_AMOUNT else f"{row.gap:.3f}"
+    gap = "" if row.op in _WITHOUT_ARG else f"{row.gap:.3f}"
     return [TIMM_NAMES[row.op], *levels, f"{row.done[0]} · {row.done[1]}", gap]
 
 
 _TEXT = """# Our augmentation beside timm's
 
-Written by `python -m dataio.parity --out dataio/parity.md`; a test computes it again.
+Written by `python -m launch.benchmark.parity --out launch/benchmark/results/parity.md`; a test computes it again.
 
 Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on photographs of {size}×{size}
 pixels, bicubic, with timm's op_args for four magnitudes and both signs: **mean · largest difference** in levels of 255.
@@ -249,7 +249,7 @@ choice between bilinear and bicubic at random.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dataio.parity",
+        prog="python -m launch.benchmark.parity",
         description="Compares each operation of RandAugment with timm's, in pixels and in draws, and writes a table.",
     )
     parser.add_argument(

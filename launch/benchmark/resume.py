@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataio.augment.views import ImageOptions
+from dataio.augment.params import ImageOptions
 from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
 from dataio.sampler import Sampler
@@ -116,7 +116,12 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
         many = replicate_samples(few, Path(folder, "many"), samples)
         report["data"] = {"description": DESCRIPTION, "samples": len(many), "shards": len(many.shards)}
         state = state_at(step, many.folder)
-        report |= {"step": step, "state_bytes": len(json.dumps(state)), "batch": _PLAN.micro_batch_size, "rounds": rounds}
+        report |= {
+            "step": step,
+            "state_bytes": len(json.dumps(state)),
+            "batch": _PLAN.micro_batch_size,
+            "rounds": rounds,
+        }
         seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)

@@ -233,9 +233,7 @@ def show(report: dict[str, Any], markdown: bool) -> None:
         )
         print(_count_table(entries, markdown), end="\n\n")
     gpu, prediction = report["card"]["name"], report["prediction"]
-    print(
-        title.format(f"Lower bounds for {report['shape']} in bf16 on one {gpu.upper()}, µs: predicted, not measured")
-    )
+    print(title.format(f"Lower bounds for {report['shape']} in bf16 on one {gpu.upper()}, µs: predicted, not measured"))
     print(_bound_table(prediction["kernels"], markdown), end="\n\n")
     print(title.format("Both passes: predicted, not measured"))
     print(_pass_table(prediction["passes"], markdown))

@@ -20,8 +20,8 @@ from PIL import Image
 
 from dataio.manifest import Manifest, load_manifest
 from dataio.pack.packer import PackOptions, pack
-from dataio.remote.cache import RemoteShards
 from dataio.remote.options import CacheOptions
+from dataio.remote.prefetch import RemoteShards
 
 
 class TinyShards(PackOptions):

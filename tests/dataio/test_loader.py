@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataio.augment.views import ImageOptions
+from dataio.augment.params import ImageOptions
 from dataio.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, check_labels, count_classes, map_labels
 from dataio.manifest import Manifest, load_manifest
 from dataio.sampler import samples_at
@@ -35,10 +35,21 @@ def many(many_shards) -> Manifest:
 
 
 def loaders(
-    manifest: Manifest, ranks: int, gradient_accumulation_steps: int = 1, global_batch_size: int = 24, options=SMALL, **more
+    manifest: Manifest,
+    ranks: int,
+    gradient_accumulation_steps: int = 1,
+    global_batch_size: int = 24,
+    options=SMALL,
+    **more,
 ) -> list[TrainLoader]:
     """One loader for each rank."""
-    plan = LoaderOptions(seed=7, global_batch_size=global_batch_size, gradient_accumulation_steps=gradient_accumulation_steps, world_size=ranks, **more)
+    plan = LoaderOptions(
+        seed=7,
+        global_batch_size=global_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        world_size=ranks,
+        **more,
+    )
     return [TrainLoader(manifest, options, dataclasses.replace(plan, rank=rank), CPU) for rank in range(ranks)]
 
 
@@ -96,11 +107,15 @@ SWITCHES = [1, 2, 1, 3, 1, 4, 1, 8, 1, 2, 3, 2, 4, 2, 8, 2, 3, 4, 3, 8, 3, 4, 8,
 
 
 @pytest.mark.parametrize(
-    ("shuffle_window_shards", "augmentation"), [pytest.param(None, "rand-augment", marks=pytest.mark.slow), (3, "simple")]
+    ("shuffle_window_shards", "augmentation"),
+    [pytest.param(None, "rand-augment", marks=pytest.mark.slow), (3, "simple")],
 )
 def test_any_switch_between_1_2_3_4_and_8_ranks(many, shuffle_window_shards, augmentation):
     """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
-    more = {"shuffle_window_shards": shuffle_window_shards, "options": dataclasses.replace(SMALL, augmentation=augmentation)}
+    more = {
+        "shuffle_window_shards": shuffle_window_shards,
+        "options": dataclasses.replace(SMALL, augmentation=augmentation),
+    }
     counts = set(SWITCHES)
     assert set(itertools.pairwise(SWITCHES)) == {(before, after) for before in counts for after in counts - {before}}
     steps = 2 * len(SWITCHES)
@@ -241,7 +256,9 @@ def shard_range(manifest: Manifest, shard: int) -> range:
 
 
 @pytest.mark.parametrize(("ranks", "shuffle_window_shards"), [(1, None), (2, None), (3, 3), (8, 3)])
-def test_a_broken_image_is_replaced_by_the_next_of_its_shard(damaged, overwrite, truncate, ranks, shuffle_window_shards):
+def test_a_broken_image_is_replaced_by_the_next_of_its_shard(
+    damaged, overwrite, truncate, ranks, shuffle_window_shards
+):
     """Three in one batch of the first step, one whose next one is broken too, and the last one of a shard.
 
     Whatever the number of ranks, all other pixels stay as they were, and the stand-in is looked at as the broken one
@@ -284,14 +301,18 @@ def test_which_views_of_a_truncated_image_are_broken_does_not_depend_on_the_batc
         truncate(manifest, sample)
     options = dataclasses.replace(SMALL, crop_scale=(0.01, 0.05))
     alone = next_steps(loaders(manifest, 1, options=options, max_bad_samples=1000), 6)
-    met = {(batch.position + broken.index, broken.substitute) for batch in alone for broken in batch.substituted}
+    met = {(batch.position + broken.batch_index, broken.substitute) for batch in alone for broken in batch.substituted}
     seen = np.concatenate([batch.samples for batch in alone])
     assert any(seen % 4 == 0)
     assert len(met) > 5
     for ranks in (2, 8):
         together = next_steps(loaders(manifest, ranks, options=options, max_bad_samples=1000), 6)
         assert_same(together, alone)
-        assert met == {(batch.position + broken.index, broken.substitute) for batch in together for broken in batch.substituted}
+        assert met == {
+            (batch.position + broken.batch_index, broken.substitute)
+            for batch in together
+            for broken in batch.substituted
+        }
 
 
 def test_more_broken_images_than_are_allowed(damaged, overwrite):
@@ -388,7 +409,10 @@ def test_a_shard_that_vanishes_is_an_error_and_no_broken_image(damaged, max_bad_
             {"global_batch_size": 1000, "world_size": 8, "gradient_accumulation_steps": 2},
             "global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008",
         ),
-        ({"global_batch_size": 3, "world_size": 4}, "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4"),
+        (
+            {"global_batch_size": 3, "world_size": 4},
+            "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4",
+        ),
         ({"global_batch_size": 0}, "global batch 0, .* must be at least 1"),
         ({"global_batch_size": 8, "seed": -1}, "seed -1 at least 0"),
         ({"global_batch_size": 8, "rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks; use 0 to 1"),

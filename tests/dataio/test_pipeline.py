@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 from torchvision.transforms import functional as vision
 
-from dataio.augment.recipes import Op, RandAugment
-from dataio.augment.views import ImageOptions, TransformParams, eval_params, train_params
+from dataio.augment.params import ImageOptions, TransformParams, eval_params, train_params
+from dataio.augment.policies import Op, RandAugment
 from dataio.decode import BatchRequest, decode_batches
 from dataio.manifest import Manifest, load_manifest
 from dataio.pipeline import build_pipeline
@@ -49,7 +49,9 @@ def requests(params: TransformParams, batch: int) -> Iterator[BatchRequest]:
         yield BatchRequest(int(first), chosen, TransformParams(*(field[chosen] for field in params)))
 
 
-def decode(manifest: Manifest, options: ImageOptions, params: TransformParams, device: torch.device = CPU) -> torch.Tensor:
+def decode(
+    manifest: Manifest, options: ImageOptions, params: TransformParams, device: torch.device = CPU
+) -> torch.Tensor:
     """All images of the manifest in one tensor: (N, 3, S, S)."""
     batches = decode_batches(manifest, options, requests(params, 7), 7, device)
     return torch.cat([images for _, images in batches])
@@ -137,7 +139,9 @@ def test_training_windows_and_flips_are_the_same_in_pil(manifest, device):
         pytest.param(ImageOptions(image_size=96, threads=2, rand_augment=RandAugment(num_layers=1)), id="one layer"),
         pytest.param(ImageOptions(image_size=96, threads=2, interpolation="bilinear"), id="bilinear"),
         pytest.param(ImageOptions(image_size=96, threads=2, augmentation="three-augment"), id="three-augment"),
-        pytest.param(ImageOptions(image_size=96, threads=2, augmentation="simple", color_jitter=0.4), id="colour jitter"),
+        pytest.param(
+            ImageOptions(image_size=96, threads=2, augmentation="simple", color_jitter=0.4), id="colour jitter"
+        ),
     ],
 )
 def test_training_recipes_are_the_same_in_pil(manifest, options, device):
@@ -236,6 +240,10 @@ def test_a_recipe_leaves_windows_and_flips_alone(manifest):
     draws = draws_at(0, 0, len(manifest), ImageOptions().draws_per_image)
     cuts = [
         train_params(manifest.samples, draws[:, : options.draws_per_image], options)[:4]
-        for options in (ImageOptions(), ImageOptions(augmentation="simple"), ImageOptions(augmentation="simple", color_jitter=0.0))
+        for options in (
+            ImageOptions(),
+            ImageOptions(augmentation="simple"),
+            ImageOptions(augmentation="simple", color_jitter=0.0),
+        )
     ]
     assert all(np.array_equal(*pair) for others in cuts[1:] for pair in zip(cuts[0], others, strict=True))

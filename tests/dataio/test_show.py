@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dataio.augment.mixing import BatchAugment, BatchAugmentOptions
-from dataio.augment.views import ImageOptions
+from dataio.augment.batch_augment import BatchAugment, BatchAugmentOptions
+from dataio.augment.params import ImageOptions
 from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import load_manifest
 from dataio.pack.packer import pack

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from launch.benchmark.implementations import AttentionCall, Shape, make_inputs, model_shapes, parse_shape
 
 from launch.benchmark import __main__, data, gpu, implementations, kernel, measure
 from launch.benchmark.check import WrongResult, check
+from launch.benchmark.implementations import AttentionCall, Shape, make_inputs, model_shapes, parse_shape
 from polaformer import ops, reference
 
 CPU = torch.device("cpu")
@@ -99,7 +99,10 @@ def test_a_report(measured):
     assert all("errors" in entry for entry in report["checks"])
     entries = [(entry["shape"], entry["dtype"], entry["contender"]) for entry in report["results"]]
     assert entries == [
-        (shape, dtype, name) for shape in SMALL[1:3] for dtype in ("float32", "bfloat16") for name in ("ours", *BASELINES)
+        (shape, dtype, name)
+        for shape in SMALL[1:3]
+        for dtype in ("float32", "bfloat16")
+        for name in ("ours", *BASELINES)
     ]
     for shape, dtype, name in entries:
         assert re.search(rf"^ *{shape} +{dtype} +{name} +\d", table, re.MULTILINE)
@@ -123,11 +126,16 @@ def test_numbers_follow_from_each_other(measured):
             products = report["product_flops_per_second"][dtype]["median"]
             share = numbers["flops"] / seconds["median"] / products
             assert numbers["share_of_product_rate"] == pytest.approx(share)
-            others = {baseline: by_key[text, dtype, baseline] for baseline in ("ours", *BASELINES) if baseline != implementation}
+            others = {
+                baseline: by_key[text, dtype, baseline]
+                for baseline in ("ours", *BASELINES)
+                if baseline != implementation
+            }
             other_dtype = "bfloat16" if dtype == "float32" else "float32"
             others[f"{implementation} {other_dtype}"] = by_key[text, other_dtype, implementation]
             ratios = {
-                baseline: other["passes"][name]["seconds"]["median"] / seconds["median"] for baseline, other in others.items()
+                baseline: other["passes"][name]["seconds"]["median"] / seconds["median"]
+                for baseline, other in others.items()
             }
             assert numbers["times_faster_than"] == pytest.approx(ratios)
         peaks = entry["peak_extra_bytes"]

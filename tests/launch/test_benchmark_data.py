@@ -10,14 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch.benchmark.sample_images import pack_images
 from PIL import Image
 
 from dataio.manifest import load_manifest
 from dataio.shards import LocalShards
-from launch.benchmark import data, feed, loading
-from launch.benchmark.loaders import AUGMENTATIONS, WORKLOADS, LoaderConfig, rows_by_key
-from launch.benchmark.loading import (
+from launch.benchmark import data, loader_processes
+from launch.benchmark.loader_processes import (
     LOADERS,
     OutputFingerprint,
     OutputMismatch,
@@ -28,6 +26,8 @@ from launch.benchmark.loading import (
     make_loader,
     run_trial,
 )
+from launch.benchmark.loaders import AUGMENTATIONS, WORKLOADS, LoaderConfig, rows_by_key
+from launch.benchmark.sample_images import pack_images
 
 SMALL = ("--images", "24", "--batch", "10", "--size", "64", "--cores", "2", "--rounds", "2", "--device", "cpu")
 CLASSES = 6
@@ -257,4 +257,4 @@ def test_missing_tools(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: webdataset is not installed; install it, or choose --loaders ours dali\n"
     )
-    loading.require_tools(["ours", "dali"])
+    loader_processes.require_tools(["ours", "dali"])

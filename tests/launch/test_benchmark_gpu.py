@@ -51,7 +51,9 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def make_part(name, code, usual=0.0, limit=3600.0, parse_result=last_line, **options):
-    return Part(name, (sys.executable, "-c", code), usual, limit, parse_result, needs_kernels=name != "build", **options)
+    return Part(
+        name, (sys.executable, "-c", code), usual, limit, parse_result, needs_kernels=name != "build", **options
+    )
 
 
 def run(parts, folder, seconds=float("inf"), archive=None, **clock):
@@ -288,7 +290,10 @@ def test_tools_of_the_toolkit(tmp_path, monkeypatch):
     assert planned["memcheck"].command[0] == str(tmp_path / "compute-sanitizer")
     assert planned["memcheck"].missing == ""
     assert planned["counters"].missing == "ncu is neither on the PATH nor in CUDA_HOME/bin"
-    assert gpu_parts.missing_modules("torch", "nowhere.at_all", "json.nothing") == "not installed: nowhere.at_all, json.nothing"
+    assert (
+        gpu_parts.missing_modules("torch", "nowhere.at_all", "json.nothing")
+        == "not installed: nowhere.at_all, json.nothing"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from launch.benchmark.sample_images import make_images
 
 from launch.benchmark import pack
+from launch.benchmark.sample_images import make_images
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from launch.benchmark.sample_images import pack_images
 
-from dataio.augment.views import ImageOptions
+from dataio.augment.params import ImageOptions
 from dataio.loader import TrainLoader
 from dataio.manifest import load_manifest
 from dataio.sampler import Sampler
 from dataio.shards import LocalShards
 from launch.benchmark import resume
+from launch.benchmark.sample_images import pack_images
 
 CPU = torch.device("cpu")
 

@@ -202,7 +202,9 @@ def test_trips():
     ids=["fewer", "none", "either may be unrolled", "extra"],
 )
 def test_wrong_trips_are_refused(columns, parts, extra, fault):
-    loop = LoopNest("tokens", lambda w: 1, (LoopNest("columns", lambda w: columns, (LoopNest("parts", lambda w: parts),)),))
+    loop = LoopNest(
+        "tokens", lambda w: 1, (LoopNest("columns", lambda w: columns, (LoopNest("parts", lambda w: parts),)),)
+    )
     wrong = Work(1, lambda w: 3, loop, lambda w: 3 * 8, {"means": lambda w: 3 * extra})
     message = (
         f"sm_90 attend<bf16, 32>: {fault} trip counts of its loop over tokens give the 24 + {3 * extra} (means) HMMAs"
@@ -308,7 +310,9 @@ def test_the_command(extension, tmp_path, capsys):
         assert (entry["registers"], entry["threads"], entry["blocks_by_registers"]) == (100, 128, 4)
         assert (entry["static_shared_bytes"], entry["stack_bytes"], entry["local_accesses"]) == (1024, 0, 0)
     written = {tuple(line.split()) for line in printed.splitlines()}
-    assert {("HMMA", *(str(work.all_products(width)) for width in PADDED_HEAD_DIMS)) for work in WORK.values()} <= written
+    assert {
+        ("HMMA", *(str(work.all_products(width)) for width in PADDED_HEAD_DIMS)) for work in WORK.values()
+    } <= written
     assert "Lower bounds for 128,1,56x56,96 in bf16 on one H100, µs: predicted, not measured" in printed
     assert "share of copy bandwidth" in printed
 

@@ -7,11 +7,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from launch.ema import ModelEma
 
 from launch import checkpoint
 from launch.checkpoint import RunState
 from launch.distributed import RunError
+from launch.ema import ModelEma
 from launch.engine import build_model, start_engine
 from launch.plan import make_plan
 from polaformer.weights import save_weights

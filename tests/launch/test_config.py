@@ -47,7 +47,10 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.imagesize=64", "unknown key data.imagesize; did you mean image_size?"),
         ("optimizer.epochs=many", "optimizer.epochs is 'many': input should be a valid number, unable to parse"),
         ("optimizer.global_batch_size=1.5", "optimizer.global_batch_size is 1.5: input should be a valid integer"),
-        ("optimizer.global_batch_size=0", "optimizer.global_batch_size is 0: input should be greater than or equal to 1"),
+        (
+            "optimizer.global_batch_size=0",
+            "optimizer.global_batch_size is 0: input should be greater than or equal to 1",
+        ),
         ("optimizer.lr=0", "optimizer.lr is 0: input should be greater than 0"),
         ("optimizer.lr=.inf", "optimizer.lr is inf: input should be a finite number"),
         ("optimizer.lr=", "optimizer.lr is None: input should be a valid number"),
@@ -60,9 +63,15 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.image_size=0", "data.image_size is 0: input should be greater than or equal to 32"),
         ("data.hflip=2", "data.hflip is 2: input should be less than or equal to 1"),
         ("data.crop_pct=0", "data.crop_pct is 0: input should be greater than 0"),
-        ("data.augmentation=full", "data.augmentation is 'full': input should be 'rand-augment', 'three-augment' or 'simple'"),
+        (
+            "data.augmentation=full",
+            "data.augmentation is 'full': input should be 'rand-augment', 'three-augment' or 'simple'",
+        ),
         ("data.rand_augment.magnitude=11", "data.rand_augment.magnitude is 11: input should be less than or equal to"),
-        ("data.rand_augment.num_layers=0", "data.rand_augment.num_layers is 0: input should be greater than or equal to 1"),
+        (
+            "data.rand_augment.num_layers=0",
+            "data.rand_augment.num_layers is 0: input should be greater than or equal to 1",
+        ),
         (
             "data.rand_augment.std=1",
             "unknown key data.rand_augment.std; known are magnitude, magnitude_std, num_layers, prob",
@@ -110,7 +119,10 @@ def explanation(path: Path, *overrides: str) -> str:
             "deepspeed.optimizer.type=Lion",
             "deepspeed.optimizer is derived; set the optimizer section instead",
         ),
-        ("deepspeed.gradient_clipping=3", "deepspeed.gradient_clipping is derived; set optimizer.max_grad_norm instead"),
+        (
+            "deepspeed.gradient_clipping=3",
+            "deepspeed.gradient_clipping is derived; set optimizer.max_grad_norm instead",
+        ),
         (
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead",
@@ -161,9 +173,7 @@ def test_what_must_be_set(tmp_path):
 
 
 def test_each_of_several_faults_has_its_line(file):
-    lines = explanation(
-        file, "optimizer.lr=-1", "modle.name=x", "data.hflip=no way", "seed=0.5"
-    ).splitlines()
+    lines = explanation(file, "optimizer.lr=-1", "modle.name=x", "data.hflip=no way", "seed=0.5").splitlines()
     assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
         "seed",
         "data.hflip",
@@ -205,9 +215,7 @@ def test_no_such_file_lists_the_others(tmp_path):
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
     file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "max_grad_norm": 2.0}, "seed": 3}))
-    config = load_config(
-        file, ["optimizer.max_grad_norm=", "seed=4", "seed=5", "engine.compile=true", "data.hflip=0"]
-    )
+    config = load_config(file, ["optimizer.max_grad_norm=", "seed=4", "seed=5", "engine.compile=true", "data.hflip=0"])
     assert (config.optimizer.lr, config.optimizer.max_grad_norm, config.optimizer.epochs) == (0.25, None, 300)
     assert (config.seed, config.engine.compile, config.data.hflip) == (5, True, 0.0)
 
@@ -277,7 +285,9 @@ def test_a_file_of_another_editor(tmp_path):
 
 
 def test_numbers_are_those_of_yaml_1_2(file):
-    config = load_config(file, ["seed=010", "optimizer.global_batch_size=1e3", "deepspeed={communication_data_type: 1e3}"])
+    config = load_config(
+        file, ["seed=010", "optimizer.global_batch_size=1e3", "deepspeed={communication_data_type: 1e3}"]
+    )
     assert (config.seed, config.optimizer.global_batch_size) == (10, 1000)
     assert config.deepspeed == {"communication_data_type": 1000.0}
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch.model_metadata import make_model_metadata
 from timm.optim import param_groups_weight_decay
 
 from launch.config import load_config
 from launch.engine import build_model, check_engine, deepspeed_config, seed_step
+from launch.model_metadata import make_model_metadata
 from launch.plan import make_plan
 from polaformer.weights import save_weights
 
@@ -31,7 +31,12 @@ def configured(fashion_shards, tmp_path):
 
 
 def test_deepspeed_configuration(configured):
-    overrides = "optimizer.gradient_accumulation_steps=4", "engine.precision=bf16", "engine.zero_stage=2", "optimizer.max_grad_norm=0.5"
+    overrides = (
+        "optimizer.gradient_accumulation_steps=4",
+        "engine.precision=bf16",
+        "engine.zero_stage=2",
+        "optimizer.max_grad_norm=0.5",
+    )
     derived = deepspeed_config(*configured(*overrides, ranks=2))
     assert derived == {
         "train_batch_size": 32,
@@ -156,7 +161,12 @@ def test_steps_and_ranks_draw_differently():
 def test_every_zero_stage_trains_like_plain_pytorch(forked, fashion_shards, tmp_path):
     overrides = [
         *(f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"),
-        *("optimizer.global_batch_size=32", "optimizer.gradient_accumulation_steps=2", "optimizer.max_grad_norm=0.5", "optimizer.lr=0.01"),
+        *(
+            "optimizer.global_batch_size=32",
+            "optimizer.gradient_accumulation_steps=2",
+            "optimizer.max_grad_norm=0.5",
+            "optimizer.lr=0.01",
+        ),
         *("model.drop_path_rate=0.2", "data.mixup=0.8", "data.cutmix=1.0"),
     ]
     script = Path(__file__).with_name("zero_losses.py")

@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from launch.model_metadata import make_model_metadata, read_model_metadata
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -19,6 +18,7 @@ from dataio.manifest import load_manifest
 from dataio.pack.packer import PackOptions, pack
 from launch.evaluate import evaluate, main
 from launch.find_weights import find_weights
+from launch.model_metadata import make_model_metadata, read_model_metadata
 from launch.plan import image_options
 from polaformer.weights import official_name, save_weights
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from launch.model_metadata import read_model_metadata
 from PIL import Image
 from safetensors.torch import load_file
 
 from launch import checkpoint
 from launch.export import default_target, export, main
 from launch.find_weights import WEIGHTS_PATH_HELP
+from launch.model_metadata import read_model_metadata
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -22,7 +22,7 @@ from launch.typed_yaml import field_type
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = [f"launch.benchmark.{_MODULES.get(name, name)}" for name in COMMANDS]
 ENTRIES = [
-    *("dataio.pack", "dataio.verify", "dataio.show", "dataio.parity", "dataio.fashion_mnist"),
+    *("dataio.pack", "dataio.verify", "dataio.show", "launch.benchmark.parity", "dataio.pack.fashion_mnist"),
     *("launch.train", "launch.plan", "launch.evaluate", "launch.export", "launch.quickstart"),
     *BENCHMARKS,
     "launch.benchmark.check_kernels",
@@ -32,17 +32,20 @@ TAKE_KEYS = ("launch.train", "launch.plan", "launch.quickstart")
 _RUNS, _FETCHES = ("launch.train", "launch.plan"), ("launch.train", "launch.plan", "launch.evaluate", "dataio.show")
 #: Who says what a module's strings say, or those of one of its functions or classes; a command says its own.
 SAID_BY = {
-    "dataio/cache.py": _FETCHES,
-    "dataio/cache_folder.py": _FETCHES,
-    "dataio/remote.py": _FETCHES,
-    "dataio/decoding.py": ("launch.train", "launch.evaluate"),
-    "dataio/resize.py": ("launch.train", "launch.evaluate"),
+    "dataio/remote/prefetch.py": _FETCHES,
+    "dataio/remote/cache_folder.py": _FETCHES,
+    "dataio/remote/fetch.py": _FETCHES,
+    "dataio/decode.py": ("launch.train", "launch.evaluate"),
+    "dataio/augment/resize.py": ("launch.train", "launch.evaluate"),
     "dataio/loader.py": _RUNS,
-    "dataio/parity.py": ("dataio.parity", "launch.train"),  # the document that it writes is about training
-    "dataio/source.py": ("dataio.pack",),
-    "dataio/images.py": ("dataio.pack",),
-    "dataio/pack_options.py": ("dataio.pack",),
-    "dataio/layout.py": ("dataio.pack",),
+    "launch/benchmark/parity.py": (
+        "launch.benchmark.parity",
+        "launch.train",
+    ),  # the document that it writes is about training
+    "dataio/pack/source.py": ("dataio.pack",),
+    "dataio/pack/image_checks.py": ("dataio.pack",),
+    "dataio/pack/options.py": ("dataio.pack",),
+    "dataio/pack/layout.py": ("dataio.pack",),
     "launch/config.py": _RUNS,
     "launch/custom_dataset.py": ("launch.quickstart",),
     "launch/engine.py": ("launch.train",),
@@ -50,9 +53,9 @@ SAID_BY = {
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
     "launch/plan.py": _RUNS,
-    "launch/benchmark/contest.py": ("launch.benchmark.kernel",),
-    "launch/benchmark/loading.py": ("launch.benchmark.data",),
-    "launch/benchmark/photographs.py": ("launch.benchmark.data",),
+    "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
+    "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
+    "launch/benchmark/sample_images.py": ("launch.benchmark.data",),
     "launch/benchmark/machine_code.py": ("launch.benchmark.sass",),
     "polaformer/ops.py": ("launch.train", "launch.evaluate"),
 }
@@ -234,7 +237,11 @@ def test_where_derived_keys_are_set():
             "optimizer.lrr is nothing that launch.train",
         ),
         ("launch/config.py", "x = 'set deepspeed.nonsense here'", "deepspeed.nonsense is nothing that launch.train"),
-        ("dataio/cache.py", "raise ValueError('full; raise data.cache_gib')", "launch.evaluate says it and takes none"),
+        (
+            "dataio/remote/prefetch.py",
+            "raise ValueError('full; raise data.cache_gib')",
+            "launch.evaluate says it and takes none",
+        ),
         ("dataio/verify.py", "R = 'repair it'\nprint(f'{a}; {R} with --skip-broken')", "--skip-broken is nothing that"),
         ("polaformer/model.py", "raise ValueError('bad; set model.name')", "add to SAID_BY which commands say: bad"),
     ],

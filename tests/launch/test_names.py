@@ -79,7 +79,7 @@ def test_only_launch_knows_deepspeed():
 
 def test_only_the_pipeline_and_its_benchmark_import_dali():
     users = {file for file in FILES if any(name.startswith("nvidia") for name in imports_of(file))}
-    names = ("dataio/pipeline.py", "dataio/operations.py", "launch/benchmark/dali_loaders.py")
+    names = ("dataio/pipeline.py", "dataio/augment/dali_ops.py", "launch/benchmark/dali_loaders.py")
     assert users == {ROOT / name for name in names}
 
 

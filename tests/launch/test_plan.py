@@ -8,14 +8,16 @@ import pytest
 import timm
 import torch
 
-from dataio.augment.recipes import RandAugment
+from dataio.augment.policies import RandAugment
 from dataio.pack.packer import PackOptions, pack
 from dataio.remote.options import cache_options
 from launch.plan import batch_augment_options, check_output, describe, image_options, main, make_plan
 
 
 def test_the_numbers(configure):
-    config = configure("optimizer.global_batch_size=48", "optimizer.gradient_accumulation_steps=2", "optimizer.epochs=5")
+    config = configure(
+        "optimizer.global_batch_size=48", "optimizer.gradient_accumulation_steps=2", "optimizer.epochs=5"
+    )
     plan = make_plan(config, rank=2, world_size=3)
     assert (plan.samples_per_epoch, len(plan.val), plan.num_classes) == (len(plan.train), 400 - len(plan.train), 10)
     assert plan.steps == -(-5 * plan.samples_per_epoch // 48)
@@ -51,7 +53,10 @@ def test_what_dataio_is_told(configure):
 
 
 def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
-    groups = {make_plan(configure(f"optimizer.global_batch_size={size}"), 0, 1).batch_augment.mixup_group_size for size in (64, 256)}
+    groups = {
+        make_plan(configure(f"optimizer.global_batch_size={size}"), 0, 1).batch_augment.mixup_group_size
+        for size in (64, 256)
+    }
     assert groups == {64, 128}
 
 
@@ -64,7 +69,10 @@ def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.gradient_accumulation_steps=2", "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup"),
+        (
+            "optimizer.gradient_accumulation_steps=2",
+            "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup",
+        ),
         ("data.mixup_group_size=31", "mixup_group_size is 31; images are mixed in pairs, use an even number above 0"),
     ],
 )

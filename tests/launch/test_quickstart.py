@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from launch.custom_dataset import dataset_name, image_overrides, inspect_dataset, schedule_overrides
 
 from dataio.manifest import SAMPLE_DTYPE, load_manifest
 from dataio.pack.options import PackOptions
 from dataio.pack.packer import read_report
 from launch.config import load_config
+from launch.custom_dataset import dataset_name, image_overrides, inspect_dataset, schedule_overrides
 from launch.find_weights import find_weights
 from launch.quickstart import CONFIG, SUMMARY_NAME, main, pack_commands
 
@@ -140,7 +140,9 @@ def two_parts(here: Path, photos: Path) -> Path:
 def test_options_that_cannot_be(here, photos, capsys):
     assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
     assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
-    assert refused(capsys, "--data", photos, "--val-percent=100").startswith("error: --val-percent is 100.0; use a perc")
+    assert refused(capsys, "--data", photos, "--val-percent=100").startswith(
+        "error: --val-percent is 100.0; use a perc"
+    )
     assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
 
 

@@ -134,7 +134,8 @@ def test_an_interval_ends_in_the_step_that_completes_it(samples, global_batch_si
     ends = {step for step in range(steps) if ends_interval(step, global_batch_size, interval)}
     completed = math.floor(Fraction(steps * global_batch_size) / Fraction(interval))
     first_steps = {
-        math.ceil(number * Fraction(interval) / global_batch_size) - 1 for number in range(1, min(completed, 10 * steps) + 1)
+        math.ceil(number * Fraction(interval) / global_batch_size) - 1
+        for number in range(1, min(completed, 10 * steps) + 1)
     }
     if completed <= 10 * steps:
         assert ends == first_steps  # of several that end in one step, each is in it

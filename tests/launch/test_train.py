@@ -122,9 +122,7 @@ def assert_equal_tree(left, right, where: str) -> None:
 
 
 def test_which_weights_to_take():
-    assert train.compare_ema(50.0, 50.0).startswith(
-        "the EMA is as good or better (50.00 % against 50.00 %): launch"
-    )
+    assert train.compare_ema(50.0, 50.0).startswith("the EMA is as good or better (50.00 % against 50.00 %): launch")
     assert train.compare_ema(50.01, 50.0).endswith("launch.export take them with --kind model")
 
 
@@ -256,7 +254,12 @@ def test_deepspeed_launcher_bf16_and_an_average_of_nothing(command, few, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path, stage):
-    staged = f"engine.zero_stage={stage}", "optimizer.gradient_accumulation_steps=1", "optimizer.epochs=1", "log.eval_every_epochs=9"
+    staged = (
+        f"engine.zero_stage={stage}",
+        "optimizer.gradient_accumulation_steps=1",
+        "optimizer.epochs=1",
+        "log.eval_every_epochs=9",
+    )
     whole = overrides(few, tmp_path / "whole", *staged)
     assert forked(2, TRAIN, *whole).returncode == 0
     folder = tmp_path / "whole" / "checkpoints"
@@ -323,7 +326,9 @@ def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, fe
     often = f"log.every_steps={every_steps}", "checkpoint.every_epochs=2"
     finished = forked(2, TRAIN, *overrides(tmp_path, tmp_path / "run", *places, *often))
     assert finished.returncode != 0
-    message = "error: 3 broken images in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
+    message = (
+        "error: 3 broken images in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
+    )
     assert finished.stderr.count(message) == 1
     said = [line for line in finished.stderr.splitlines() if "stands for" in line]
     for sample in broken:
@@ -390,7 +395,10 @@ sys.exit(train.main(sys.argv[1:]))
     ("override", "message"),
     [
         ("optimizer.lrr=1", "unknown key optimizer.lrr; did you mean lr?"),
-        ("optimizer.global_batch_size=33", "global batch 33 is not divisible by 2 ranks × 2 accumulation; use 32 or 36"),
+        (
+            "optimizer.global_batch_size=33",
+            "global batch 33 is not divisible by 2 ranks × 2 accumulation; use 32 or 36",
+        ),
     ],
 )
 def test_one_message_for_all_ranks(forked, few, tmp_path, override, message):
@@ -436,7 +444,10 @@ def test_a_checkpoint_of_another_model(forked, few, runs):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.global_batch_size=33", "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34"),
+        (
+            "optimizer.global_batch_size=33",
+            "global batch 33 is not divisible by 1 ranks × 2 accumulation; use 32 or 34",
+        ),
         ("data.train=nowhere", "no manifest.json in nowhere; write shards there with: python -m dataio.pack"),
         ("model.weights=nothing.pth", "no weights at nothing.pth"),
         ("deepspeed.zero_optimization.typo=1", "in the deepspeed section, typo is 1: Extra inputs are not permitted"),

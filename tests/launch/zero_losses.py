@@ -10,11 +10,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from dataio.augment.batch_augment import BatchAugment
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from dataio.augment.batch_augment import BatchAugment
 from dataio.loader import TrainLoader
 from launch.config import load_config
 from launch.distributed import destroy_process_group, init_distributed, read_rank_info
@@ -29,7 +29,11 @@ class PlainEngine:
     """What DeepSpeed does, in the plainest way: average over ranks at the boundary, clip, step."""
 
     def __init__(self, config, model: nn.Module) -> None:
-        self.module, self._accumulation, self._clip = model, config.optimizer.gradient_accumulation_steps, config.optimizer.max_grad_norm
+        self.module, self._accumulation, self._clip = (
+            model,
+            config.optimizer.gradient_accumulation_steps,
+            config.optimizer.max_grad_norm,
+        )
         self.optimizer = torch.optim.AdamW(
             param_groups_weight_decay(model, config.optimizer.weight_decay),
             betas=config.optimizer.betas,
@@ -61,7 +65,9 @@ class PlainEngine:
 def trace(config, plan, engine, device) -> dict[str, list[float]]:
     """Mean loss over ranks and micro-steps of each step, and the gradient norm before clipping."""
     loader = TrainLoader(plan.train, plan.image_options, plan.loader_options, device)
-    augment = BatchAugment(plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device)
+    augment = BatchAugment(
+        plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
+    )
     loss_fn = SoftTargetCrossEntropy()
     losses, norms = [], []
     for step in range(STEPS):

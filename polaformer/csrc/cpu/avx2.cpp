@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "cpu/kernels.h"
+#include "cpu/interface.h"
 #include "polarity_attention.h"
 
 #pragma GCC target("avx2,fma,f16c")

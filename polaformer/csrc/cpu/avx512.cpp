@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "cpu/kernels.h"
+#include "cpu/interface.h"
 #include "polarity_attention.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")

@@ -1,4 +1,4 @@
-#include "cpu/kernels.h"
+#include "cpu/interface.h"
 #include "polarity_attention.h"
 
 #define POLAFORMER_ISA baseline

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/kernels.h"
+#include "cpu/interface.h"
 
 namespace polaformer {
 namespace {

@@ -8,8 +8,8 @@
 // product over tokens reads rows. Work is cut by the shape alone and sums are formed in a fixed order: the same bits
 // on any number of threads.
 
-#include "cpu/vectors.inl"
-#include "cpu/products.inl"
+#include "cpu/simd.inl"
+#include "cpu/gemm.inl"
 #include "cpu/tiles.inl"
 #include "cpu/features.inl"
 #include "cpu/forward.inl"

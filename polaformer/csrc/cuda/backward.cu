@@ -14,7 +14,7 @@
 // ├─ combine_query_splits               here          adds the splits up in order
 // ├─ differentiate_keys           bf16 · tf32   dk and dv
 // └─ differentiate_keys_shifted   tf32          the same of heads whose keys are shifted
-#include "features.cuh"
+#include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer {

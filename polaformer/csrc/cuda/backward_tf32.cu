@@ -1,6 +1,6 @@
 // Backward in tf32 (backward.cu tells the equations and which kernel follows which), for float32, and for 16-bit inputs
 // that are not aligned bf16; and everything with a shift.
-#include "features.cuh"
+#include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer::tf32 {

@@ -15,7 +15,7 @@
 // rotates by a token's row, is that of the positive numbers, in the opposite flow that of the negative ones.
 #pragma once
 
-#include "tokens.cuh"
+#include "tiles.cuh"
 
 namespace polaformer {
 

@@ -17,7 +17,7 @@
 #include <tuple>
 
 #include "checks.h"
-#include "plan.h"
+#include "launch_params.h"
 
 namespace polaformer {
 namespace {

@@ -12,7 +12,7 @@
 // ├─ combine_key_splits         here            adds the splits up in order; heads with larger exponents again, shifted
 // ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded kMaxUnshiftedExponent; notes splits with larger
 // └─ attend_shifted      tf32            computes those again; leaves at once where there are none
-#include "features.cuh"
+#include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer {

@@ -1,6 +1,6 @@
 // Forward in tf32 (forward.cu tells the equations and which kernel follows which), for float32, and for 16-bit inputs
 // that are not aligned bf16; and attend with a shift, for everything.
-#include "features.cuh"
+#include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer::tf32 {

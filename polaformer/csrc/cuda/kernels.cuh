@@ -2,7 +2,7 @@
 // which also compute with a shift for everything. Each returns null, or what went wrong.
 #pragma once
 
-#include "plan.h"
+#include "launch_params.h"
 
 namespace polaformer {
 

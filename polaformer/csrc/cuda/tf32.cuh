@@ -12,7 +12,7 @@
 
 #include <type_traits>
 
-#include "tokens.cuh"
+#include "tiles.cuh"
 
 namespace polaformer {
 

@@ -13,8 +13,8 @@ from polaformer import layers
 ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "polaformer/csrc/cuda"
 HERE = Path(__file__).parent
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # in the order of plan.h's Dtype
-PATHS = ["bfloat16", "float32", "generic float32", "generic 16-bit"]  # of plan.h's Path
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]  # in the order of launch_params.h's Dtype
+PATHS = ["bfloat16", "float32", "generic float32", "generic 16-bit"]  # of launch_params.h's Path
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class EmulatorInput:
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Compiles the kernels with the emulator in the place of device.cuh."""
+    """Compiles the kernels with the emulator in the place of ptx.cuh."""
     program = folder / "emulate"
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [

@@ -6,7 +6,7 @@
 #include <deque>
 #include <fstream>
 
-#include "plan.h"
+#include "launch_params.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// A GPU on a CPU, for tests: stands in for polaformer/csrc/cuda/device.cuh (whose guard it takes), so that g++ compiles
+// A GPU on a CPU, for tests: stands in for polaformer/csrc/cuda/ptx.cuh (whose guard it takes), so that g++ compiles
 // the kernels as they are. Blocks run one after another in random order. Every thread of a block is a fiber; whenever
 // one has to wait for others (a barrier of the block, an instruction of the whole warp) a random one that can go on
 // does. What CUDA leaves undefined is made to fail or to show:

@@ -1,9 +1,9 @@
-// Prints what every lane of a warp receives from each function of device.cuh, of the same words every time: built by
+// Prints what every lane of a warp receives from each function of ptx.cuh, of the same words every time: built by
 // nvcc, what a GPU does, and by g++ with the emulator, what it is believed to do. A line: name, lane, words in hex.
 #include <cstdio>
 #include <cstdlib>
 
-#include "device.cuh"
+#include "ptx.cuh"
 
 namespace {
 

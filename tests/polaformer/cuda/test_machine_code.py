@@ -1,7 +1,7 @@
 """The machine code of the built CUDA extension, for every architecture in it: what the compiler made of the kernels.
 
 Registers decide how many blocks share a multiprocessor: it has 65,536, and a warp takes them in units of 256. Shared
-memory, all of it dynamic, must allow as many; plan.h's `fit` is asserted of that when the kernels are compiled. For
+memory, all of it dynamic, must allow as many; launch_params.h's `fit` is asserted of that when the kernels are compiled. For
 bf16 at W = 96 the five product kernels come to 8 or 12 warps each (2 × 6, 2 × 4, 2 × 6, 2 × 6, 3 × 4), which hide
 latency by copies ahead and by independent products rather than by their number.
 """
@@ -24,7 +24,7 @@ PRODUCTS = ("sum_keys", "attend", "differentiate_queries", "differentiate_keys")
 BF16_PRODUCTS = (*PRODUCTS, "sum_queries")
 SHIFTED = ("attend_shifted", "differentiate_queries_shifted", "differentiate_keys_shifted")
 
-# Blocks per multiprocessor that plan.h counts on, at each width: of bf16, of the others.
+# Blocks per multiprocessor that launch_params.h counts on, at each width: of bf16, of the others.
 BLOCKS_PER_SM = {
     "sum_keys": ((8, 3, 2, 1), (6, 2, 1, 1)),
     "attend": ((3, 2, 2, 2), (2, 2, 2, 1)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = Path(__file__).parents[3] / "polaformer/csrc/cuda"
-BFLOAT16, HALF, FLOAT = range(3)  # of plan.h's Dtype
+BFLOAT16, HALF, FLOAT = range(3)  # of launch_params.h's Dtype
 H100 = (132, 9, 227 << 10)  # multiprocessors, compute capability, shared memory that a block may take
 RTX_4090 = (128, 8, 99 << 10)
 RTX_2080 = (46, 7, 64 << 10)
@@ -28,7 +28,7 @@ def plan(tmp_path_factory):
     """Returns a function: shapes (B, H, height, width, D, dtype), a card → `Planned` for each."""
     program = tmp_path_factory.mktemp("plan") / "plan"
     subprocess.run(
-        ["g++", "-std=c++20", f"-I{KERNELS}", Path(__file__).with_name("plan.cpp"), "-o", program], check=True
+        ["g++", "-std=c++20", f"-I{KERNELS}", Path(__file__).with_name("print_plan.cpp"), "-o", program], check=True
     )
 
     def run(shapes, card=H100):

@@ -1,4 +1,4 @@
-"""device.cuh on a GPU and its emulation, function by function: the one file that the emulated tests do not run."""
+"""ptx.cuh on a GPU and its emulation, function by function: the one file that the emulated tests do not run."""
 
 import os
 import shutil

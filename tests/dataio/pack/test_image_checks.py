@@ -1,0 +1,356 @@
+"""What passes each check, what headers say, and smaller images, against PIL and DALI."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+from nvidia.dali import fn, pipeline_def
+from PIL import Image
+
+from dataio.pack.image_checks import CHECKS, Downscale, Header, _stored_pixels, check_image, downscale_image
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope="module")
+def photograph() -> Image.Image:
+    """300×200 pixels."""
+    with Image.open(Path(skimage.data_dir, "chelsea.png")) as image:
+        return image.convert("RGB").crop((60, 40, 360, 240))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def rotation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def by_dali(data: bytes) -> np.ndarray:
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def decoder():
+        source = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+        return fn.decoders.image(source, device="cpu", adjust_orientation=False)
+
+    pipeline = decoder()
+    pipeline.build()
+    (decoded,) = pipeline.run()
+    return decoded.at(0).astype(int)
+
+
+# Headers
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_headers_of_all_photographs(check, photos):
+    """Sizes as PIL has them; and what conftest made odd, whatever the check."""
+    odd = {"coffee/01.jpg": (True, False), "rocket/01.jpg": (False, True)}
+    paths = sorted(photos.glob("*/*"))
+    for path in paths:
+        header = check_image(path.read_bytes(), check)
+        with Image.open(path) as image:
+            assert (header.width, header.height) == image.size
+        assert header.extension == path.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+        assert (header.cmyk, header.rotated) == odd.get(str(path.relative_to(photos)), (False, False))
+    assert len(paths) == 48
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"progressive": True},
+        {"optimize": True, "subsampling": 0},
+        {"comment": b"\xff\xc0\0\x11\x08\0\1\0\1 no frame"},
+        {"restart_marker_blocks": 4},
+        {"exif": rotation(1)},
+        {"exif": rotation(9)},  # means nothing
+        {"exif": b"Exif\0\0II*\0\xff\xff\xff\xff"},  # points nowhere
+        {"exif": b"Exif\0\0garbage"},
+    ],
+)
+def test_jpegs_of_all_kinds(check, options, photograph):
+    assert check_image(encoded(photograph, "JPEG", **options), check) == Header("jpg", 300, 200)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_rotation_behind_other_metadata(check, photograph):
+    """XMP often stands before EXIF, under the same marker."""
+    data = encoded(photograph, "JPEG", exif=rotation(6))
+    xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
+    assert check_image(data, check) == Header("jpg", 300, 200, rotated=True)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_several_pictures_in_one_jpeg(check, photograph):
+    small = photograph.resize((30, 20))
+    data = encoded(photograph, "MPO", save_all=True, append_images=[small])
+    assert check_image(data, check) == Header("jpg", 300, 200)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotations_of_other_formats(check, kind, orientation, photograph):
+    """PIL turns TIFF files by their orientation, unlike all other formats; DALI gets the stored pixels."""
+    header = check_image(encoded(photograph, kind, exif=rotation(orientation)), check)
+    assert header == Header(kind.lower(), 300, 200, rotated=orientation != 1)
+
+
+@pytest.mark.parametrize("extension", ["bmp", "jp2", "jpg", "pgm", "png", "tif", "webp"])
+def test_dali_decodes_what_is_let_in(extension, tmp_path, photograph):
+    path = tmp_path / f"image.{extension}"
+    photograph.convert("L").save(path)
+    header = check_image(path.read_bytes(), "decode")
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    assert (header.width, header.height) == (300, 200)
+    assert np.abs(by_dali(path.read_bytes()) - expected).mean() < 0.1
+
+
+#: Of what PIL writes: modes that are let in, and modes that DALI refuses or takes for other pixels.
+MODES = {
+    "TIFF": ("L P RGB RGBA CMYK YCbCr I;16", "1 LA LAB I F"),
+    "PNG": ("1 L LA P RGB RGBA I;16", ""),
+    "JPEG2000": ("L RGB RGBA I;16", "LA CMYK"),
+    "PPM": ("1 L RGB RGBA", "I F I;16"),
+    "BMP": ("1 L P RGB RGBA", ""),
+}
+
+
+def in_mode(photograph: Image.Image, mode: str) -> Image.Image:
+    grey = np.asarray(photograph.convert("L"))
+    wide = {"I": grey.astype(np.int32) * 256, "F": grey.astype(np.float32), "I;16": grey.astype(np.uint16) * 257}
+    if mode == "LAB":
+        return Image.merge("LAB", photograph.split())  # any pixels will do
+    return Image.fromarray(wide[mode]) if mode in wide else photograph.convert(mode)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in MODES for mode in MODES[kind][0].split()])
+def test_dali_decodes_what_is_let_in_of_any_mode(kind, mode, photograph):
+    data = encoded(in_mode(photograph, mode), kind)
+    check_image(data, "decode")
+    expected = np.asarray(_stored_pixels(Image.open(io.BytesIO(data))).convert("RGB"), dtype=int)
+    assert np.abs(by_dali(data) - expected).max() <= 1  # palettes and YCbCr of TIFF are rounded otherwise
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in MODES for mode in MODES[kind][1].split()])
+def test_modes_that_dali_takes_for_others(kind, mode, check, photograph):
+    with pytest.raises(ValueError, match=f"it is a {kind} .*, which DALI does not decode; convert it to JPEG or PNG"):
+        check_image(encoded(in_mode(photograph, mode), kind), check)
+
+
+@pytest.mark.parametrize(
+    "header", [b"P5\n4 4\n100\n" + bytes(16), b"P2\n4 4\n255\n" + b"0 " * 16, b"P3\n4 4\n255\n" + b"0 " * 48]
+)
+def test_pixel_maps_that_dali_takes_for_others(header):
+    with pytest.raises(ValueError, match="it is a PPM in plain text, or of other than 256 levels, which DALI does not"):
+        check_image(header, "none")
+
+
+@pytest.mark.parametrize(("masks", "kind"), [((), "15 bits a pixel"), ((0xF800, 0x07E0, 0x001F), "16 bits a pixel")])
+def test_bitmaps_of_16_bits(masks, kind):
+    """DALI refuses the former and takes the latter for other pixels; PIL does not write any."""
+    end = 54 + 4 * len(masks)
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", end + 32, 0, end, 40, 4, 4, 1, 16, len(masks), 32, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match=f"it is a BMP with {kind}, which DALI does not decode; convert it to JPEG"):
+        check_image(header + struct.pack(f"<{len(masks)}I", *masks) + bytes(32), "none")
+
+
+def test_bitmaps_with_masks_that_dali_does_not_read():
+    """Behind a header of 40 bytes; PIL does not write any."""
+    masks = struct.pack("<3I", 0xFF000000, 0x00FF0000, 0x0000FF00)
+    header = struct.pack("<2sIIIIiiHHIIiiII", b"BM", 130, 0, 66, 40, 4, 4, 1, 32, 3, 64, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="it is a BMP with masks behind a header of 40 bytes, which DALI does not"):
+        check_image(header + masks + bytes(64), "none")
+
+
+def test_planes(photograph):
+    """PIL does not write them either: the tag PlanarConfiguration of a file that it wrote is changed."""
+    plain = encoded(photograph.convert("RGBA"), "TIFF")
+    together = struct.pack("<HHIHH", 284, 3, 1, 1, 0)
+    assert plain.count(together) == 1
+    with pytest.raises(ValueError, match="it is a TIFF with a plane for each colour, which DALI does not decode"):
+        check_image(plain.replace(together, struct.pack("<HHIHH", 284, 3, 1, 2, 0)), "none")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_premultiplied_transparency(bits, photograph):
+    plain = encoded(photograph.convert("RGBA"), "TIFF")
+    check_image(plain, "decode")
+    kind = struct.pack("<HHIHH", 338, 3, 1, 2, 0)  # the tag ExtraSamples, one short: 2 is "unassociated"
+    depths = struct.pack("<4H", 8, 8, 8, 8)
+    assert (plain.count(kind), plain.count(depths)) == (1, 1)
+    other = plain.replace(kind, struct.pack("<HHIHH", 338, 3, 1, 1, 0)).replace(depths, struct.pack("<4H", *4 * [bits]))
+    with pytest.raises(ValueError, match="it is a TIFF with premultiplied transparency, which DALI does not decode"):
+        check_image(other, "none")
+
+
+@pytest.mark.parametrize("offsets", [{"offset": (5, 7)}, {"offset": (5, 7), "tile_offset": (3, 3)}])
+def test_jpeg_2000_with_an_offset(offsets, photograph):
+    with pytest.raises(ValueError, match="it is a JPEG2000 with an offset of its image or tiles, which DALI does not"):
+        check_image(encoded(photograph, "JPEG2000", tile_size=(400, 400), **offsets), "none")
+
+
+# Checks
+
+NO_IMAGE = "it is no image, or of an unknown format"
+
+
+def damaged_files(photograph: Image.Image) -> dict[str, tuple[bytes, dict[str, str]]]:
+    """The bytes, and for each check that finds them broken its reason."""
+    jpeg, png = encoded(photograph, "JPEG", quality=95), encoded(photograph, "PNG")
+    thumbnail = encoded(photograph.resize((60, 40)), "JPEG")
+    embedded = encoded(photograph, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
+    cut = "it cannot be decoded: image file is truncated"
+    checksum = png.index(b"IDAT") + 200
+    return {
+        "empty": (b"", dict.fromkeys(CHECKS, "the file is empty")),
+        "text": (b"not an image", dict.fromkeys(CHECKS, NO_IMAGE)),
+        "gif": (encoded(photograph, "GIF"), dict.fromkeys(CHECKS, "it is a GIF, which DALI does not decode; convert")),
+        "jpeg that ends in its header": (jpeg[:150], dict.fromkeys(CHECKS, "it ")),
+        "half a jpeg": (jpeg[: len(jpeg) // 2], {"decode": cut, "header": cut}),
+        "jpeg without its last 2 bytes": (jpeg[:-2], {"decode": cut, "header": cut}),
+        "half a jpeg with a whole one in its metadata": (
+            embedded[: len(embedded) // 2],
+            {"decode": cut, "header": cut},
+        ),
+        "half a png": (png[: len(png) // 2], dict.fromkeys(("decode", "header"), "it cannot be decoded: ")),
+        "png without its end": (png[:-4], dict.fromkeys(("decode", "header"), "it cannot be decoded: ")),
+        "png with a wrong checksum": (
+            png[:checksum] + bytes([png[checksum] ^ 1]) + png[checksum + 1 :],
+            dict.fromkeys(("decode", "header"), "it cannot be decoded: broken PNG file"),
+        ),
+        "half a bmp": ((bmp := encoded(photograph, "BMP"))[: len(bmp) // 2], {"decode": cut}),
+    }
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_what_each_check_finds(check, photograph):
+    for name, (data, reasons) in damaged_files(photograph).items():
+        if check in reasons:
+            with pytest.raises(ValueError, match=reasons[check]):
+                check_image(data, check)
+        else:
+            header = check_image(data, check)
+            assert (name, header.width, header.height) == (name, 300, 200)
+
+
+def test_random_bytes_are_broken_images_and_no_other_error(photograph):
+    """Garbage behind the first bytes of each format, and holes in whole files."""
+    generator = np.random.Generator(np.random.Philox(0))
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"):
+        whole = encoded(photograph.resize((64, 48)), kind)
+        for _ in range(30):
+            data = bytearray(whole)
+            start = int(generator.integers(0, min(len(data), 400)))
+            data[start : start + 20] = generator.bytes(20)
+            for check in CHECKS:
+                try:
+                    check_image(bytes(data), check)
+                except ValueError as error:
+                    assert str(error).startswith("it ")  # noqa: PT017  (not raising is right as well)
+
+
+# Smaller images
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (200, 200), (1000, 50)])
+def test_the_short_side_is_what_was_asked_for(size, photograph):
+    data = encoded(photograph.resize(size), "PNG")
+    header = check_image(data, "decode")
+    smaller, after = downscale_image(data, header, Downscale(48, 90))
+    short = min(size)
+    assert after == Header("jpg", round(size[0] * 48 / short), round(size[1] * 48 / short))
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert (image.format, image.size) == ("JPEG", (after.width, after.height))
+
+
+def test_small_images_keep_their_bytes(photograph):
+    data = encoded(photograph, "PNG")
+    header = check_image(data, "decode")
+    for side in (200, 201, 1000):
+        assert downscale_image(data, header, Downscale(side, 90)) == (data, header)
+    assert downscale_image(data, header, Downscale(199, 90))[1] == Header("jpg", 298, 199)
+
+
+def test_quality_and_determinism(photograph):
+    data = encoded(photograph, "PNG")
+    header = check_image(data, "decode")
+    sizes = [len(downscale_image(data, header, Downscale(100, quality))[0]) for quality in (50, 90, 95)]
+    assert sizes == sorted(set(sizes))
+    assert downscale_image(data, header, Downscale(100, 90)) == downscale_image(data, header, Downscale(100, 90))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"])
+def test_smaller_images_look_like_the_stored_ones(mode, photograph):
+    """As DALI decodes them: 16 bits become 8, transparency is dropped, CMYK becomes RGB."""
+    if mode == "I;16":
+        stored = Image.fromarray(np.asarray(photograph.convert("L")).astype(np.uint16) * 257)
+    else:
+        stored = photograph.convert(mode)
+    data = encoded(stored, "JPEG" if mode == "CMYK" else "PNG", **({"quality": 98} if mode == "CMYK" else {}))
+    smaller, header = downscale_image(data, check_image(data, "decode"), Downscale(100, 95))
+    assert (header.extension, header.cmyk) == ("jpg", mode == "CMYK")
+    expected = Image.fromarray(by_dali(data).astype(np.uint8)).resize((150, 100), Image.Resampling.LANCZOS)
+    assert np.abs(by_dali(smaller) - np.asarray(expected).astype(int)).mean() < 4  # most of it from P's dithering
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_smaller_images_are_not_rotated(kind, orientation, photograph):
+    data = encoded(photograph, kind, exif=rotation(orientation))
+    smaller, header = downscale_image(data, check_image(data, "decode"), Downscale(100, 95))
+    assert header == Header("jpg", 150, 100, rotated=orientation != 1)
+    expected = np.asarray(photograph.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(by_dali(smaller) - expected).mean() < 3
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert dict(image.getexif()) == {}
+
+
+def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
+    large = photograph.resize((1500, 1000), Image.Resampling.BICUBIC)
+    data = encoded(large, "JPEG", quality=95)
+    smaller, _ = downscale_image(data, check_image(data, "header"), Downscale(100, 95))
+    expected = np.asarray(large.resize((150, 100), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(by_dali(smaller) - expected).mean() < 3
+
+
+def test_an_image_that_breaks_when_it_is_made_smaller(photograph):
+    data = encoded(photograph, "JPEG")[:3000]
+    with pytest.raises(ValueError, match="it cannot be decoded: image file is truncated"):
+        downscale_image(data, check_image(data, "none"), Downscale(100, 90))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_limit_of_pixels_is_ours(check, photograph, monkeypatch):
+    """PIL's own, here of 100 pixels, never speaks."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
+        data = encoded(photograph.resize((1500, 1000)), kind)
+        header = check_image(data, check, max_megapixels=2)
+        assert downscale_image(data, header, Downscale(100, 90))[1] == Header("jpg", 150, 100)
+        with pytest.raises(
+            ValueError, match="it has 1500×1000 pixels, more than the 1 million of --max-megapixels; al"
+        ):
+            check_image(data, check, max_megapixels=1)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_phones_format_under_another_name(check):
+    data = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(1000)
+    with pytest.raises(
+        ValueError, match="it is HEIC, as phones write it, whatever its name; convert it to JPEG or PNG"
+    ):
+        check_image(data, check)

@@ -1,0 +1,418 @@
+"""The orders and the draws against Philox written out from its paper; the manifest against damage."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataio.files import sha256_of
+from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
+from dataio.sampler import Sampler, draws_at, epoch_permutation, samples_at
+
+WORD = 2**64
+
+
+def philox(key: tuple[int, int], count: int, first_block: int = 0) -> list[int]:
+    """`count` words of Philox4x64-10 (Salmon et al. 2011, section 3.3), in Python integers.
+
+    NumPy counts up before each block of four words, so its first block has counter 1.
+    """
+    words = []
+    for block in range(first_block + 1, first_block + 1 + -(-count // 4)):
+        c0, c1, c2, c3 = block, 0, 0, 0
+        k0, k1 = key
+        for _ in range(10):
+            high0, low0 = divmod(0xD2E7470EE14C6C93 * c0, WORD)
+            high1, low1 = divmod(0xCA5A826395121157 * c2, WORD)
+            c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+            k0, k1 = (k0 + 0x9E3779B97F4A7C15) % WORD, (k1 + 0xBB67AE8584CAA73B) % WORD
+        words += [c0, c1, c2, c3]
+    return words[:count]
+
+
+@pytest.mark.parametrize(("seed", "epoch", "samples"), [(0, 0, 1), (0, 0, 10), (7, 3, 101), (2**63 - 1, 90, 64)])
+def test_order_is_the_ranking_of_philox_words(seed, epoch, samples):
+    words = philox((seed, 2 * epoch), samples)
+    assert epoch_permutation(seed, epoch, samples).tolist() == sorted(range(samples), key=words.__getitem__)
+
+
+def test_order_stays_what_it_was():
+    """A run that was started with an older version must resume in the same order."""
+    assert epoch_permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert epoch_permutation(42, 5, 10).tolist() == [9, 3, 1, 0, 7, 4, 6, 5, 8, 2]
+
+
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), samples=st.integers(1, 300))
+def test_order_holds_each_sample_once(seed, epoch, samples):
+    assert sorted(epoch_permutation(seed, epoch, samples)) == list(range(samples))
+
+
+def test_epochs_and_seeds_differ():
+    orders = {tuple(epoch_permutation(seed, epoch, 50)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+def test_order_cannot_be_changed_by_its_readers():
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_permutation(0, 0, 10)[0] = 1
+
+
+def test_samples_at_crosses_epochs():
+    expected = np.concatenate([epoch_permutation(3, epoch, 7) for epoch in range(4)])
+    assert samples_at(3, np.arange(28), 7).tolist() == expected.tolist()
+    assert samples_at(3, np.arange(5, 16), 7).tolist() == expected[5:16].tolist()
+    assert samples_at(3, np.array([20, 6, 7]), 7).tolist() == expected[[20, 6, 7]].tolist()
+
+
+def windows_by_hand(seed: int, epoch: int, sizes: list[int], shuffle_window_shards: int) -> list[tuple[list, list]]:
+    """(shards, samples) of each window of an epoch, from the definition: no NumPy, and no jump in the stream.
+
+    Rows of as many neighbouring shards as there are windows deal one shard to each, in the order of their words; the
+    middle row may lack some. Then each place of the epoch has a word, and those of a window rank its samples.
+    """
+    windows = -(-len(sizes) // shuffle_window_shards)
+    rows = -(-len(sizes) // windows)
+    words = iter(philox((seed, 2 * epoch), rows * windows + sum(sizes) + 4))
+    dealt = [[] for _ in range(windows)]
+    if windows == 1:
+        dealt[0] = list(range(len(sizes)))
+        [next(words) for _ in sizes]
+    else:
+        shards = iter(range(len(sizes)))
+        for row in range(rows):
+            there = windows if row != rows // 2 else len(sizes) - (rows - 1) * windows
+            stretch = [next(shards) if place < there else None for place in range(windows)]
+            keys = [next(words) for _ in range(windows)]
+            for window, place in enumerate(sorted(range(windows), key=keys.__getitem__)):
+                if stretch[place] is not None:
+                    dealt[window].append(stretch[place])
+    result = []
+    for shards in dealt:
+        members = [sum(sizes[:shard]) + number for shard in shards for number in range(sizes[shard])]
+        keys = [next(words) for _ in members]
+        result.append((shards, [members[place] for place in sorted(range(len(members)), key=keys.__getitem__)]))
+    return result
+
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+WINDOWS = st.integers(1, 14)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 10**6), sizes=SIZES, window=WINDOWS)
+def test_windowed_order_is_its_definition(seed, epoch, sizes, window):
+    order = Sampler(seed, tuple(sizes), window)
+    by_hand = windows_by_hand(seed, epoch, sizes, window)
+    first = epoch * order.samples_per_epoch
+    expected = [sample for _, samples in by_hand for sample in samples]
+    assert order.samples_at(np.arange(first, first + order.samples_per_epoch)).tolist() == expected
+    assert sorted(expected) == list(range(order.samples_per_epoch))
+    counts = [len(shards) for shards, _ in by_hand]
+    assert max(counts) <= window
+    assert max(counts) - min(counts) <= 1
+    assert len(by_hand) == order.windows_per_epoch
+
+
+def test_windowed_order_stays_what_it_was():
+    """A run that was started with an older version must resume in the same order."""
+    order = Sampler(42, (3, 2, 4, 1, 2), 2)
+    first = [4, 3, 11, 10, 1, 2, 0, 9, 6, 5, 8, 7]
+    second = [0, 1, 2, 5, 11, 6, 7, 10, 8, 3, 9, 4]
+    assert order.samples_at(np.arange(24)).tolist() == first + second
+
+
+@settings(max_examples=60)
+@given(sizes=SIZES, window=WINDOWS | st.none(), data=st.data())
+def test_any_positions_in_any_order(sizes, window, data):
+    order = Sampler(7, tuple(sizes), window)
+    whole = order.samples_at(np.arange(3 * order.samples_per_epoch))
+    positions = data.draw(st.lists(st.integers(0, 3 * order.samples_per_epoch - 1), min_size=1, max_size=20))
+    assert order.samples_at(np.array(positions)).tolist() == whole[positions].tolist()
+
+
+@settings(max_examples=60)
+@given(sizes=SIZES, window=WINDOWS | st.none(), first=st.integers(0, 200), length=st.integers(1, 40))
+def test_shards_ahead(sizes, window, first, length):
+    """All that the stretch needs and the window after its first one, in the order of need, and no more than bounded."""
+    order = Sampler(3, tuple(sizes), window)
+    ahead = order.shards_to_prefetch(first, first + length - 1)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    needed = [int(shard_of[sample]) for sample in order.samples_at(np.arange(first, first + length))]
+    assert set(needed) <= set(ahead)
+    assert len(ahead) == len(set(ahead)) <= order.max_prefetched_shards(length)
+    if window is None:
+        assert sorted(ahead) == list(range(len(sizes)))
+        return
+    epochs = range(first // order.samples_per_epoch, (first + length) // order.samples_per_epoch + 2)
+    windows = [shards for epoch in epochs for shards, _ in windows_by_hand(3, epoch, sizes, window)]
+    ends = (
+        np.cumsum([sum(sizes[shard] for shard in shards) for shards in windows]) + epochs[0] * order.samples_per_epoch
+    )
+    begin = int(np.searchsorted(ends, first, side="right"))
+    end = max(begin + 1, int(np.searchsorted(ends, first + length - 1, side="right")))
+    assert list(ahead) == list(dict.fromkeys(shard for shards in windows[begin : end + 1] for shard in shards))
+
+
+def test_a_far_position_of_a_windowed_order():
+    order = Sampler(5, (100,) * 64, 16)
+    far = 10**12 // 6400 * 6400
+    assert sorted(order.samples_at(np.arange(far, far + 6400))) == list(range(6400))
+    window = order.samples_at(np.arange(far, far + 1600)) // 100
+    assert sorted(set(window.tolist())) == sorted(order.shards_to_prefetch(far, far)[:16])
+
+
+def correlations(order: Sampler, epochs: int) -> np.ndarray:
+    """Of place and stored place, for each epoch."""
+    stored = np.arange(order.samples_per_epoch)
+    orders = [order.samples_at(epoch * order.samples_per_epoch + stored) for epoch in range(epochs)]
+    return np.array([np.corrcoef(stored, seen)[0, 1] for seen in orders])
+
+
+def test_a_full_order_is_unlike_the_stored_one():
+    assert np.abs(correlations(Sampler(0, (1000,) * 64), 10)).max() <= 0.02
+
+
+@pytest.mark.parametrize("shards", [17, 40, 64, 250])
+def test_an_order_in_windows_of_16_shards_is_nearly_so(shards):
+    """Over an epoch, and within each window."""
+    order = Sampler(0, (256,) * shards, 16)
+    assert np.abs(correlations(order, 5)).max() <= 0.1
+    seen = order.samples_at(np.arange(order.samples_per_epoch))
+    ends = (
+        np.flatnonzero(np.diff([order.shards_to_prefetch(place, place)[0] for place in range(order.samples_per_epoch)]))
+        + 1
+    )
+    within = [np.corrcoef(np.arange(len(part)), part)[0, 1] for part in np.split(seen, ends)]
+    assert len(within) == order.windows_per_epoch
+    assert np.abs(within).max() <= 0.1
+
+
+def test_orders_by_name():
+    assert str(Sampler(0, (3, 2))) == "full"
+    assert str(Sampler(0, (3, 2), 16)) == "windowed by 16 shards"
+    assert Sampler(0, (3, 2)).samples_at(np.arange(5)).tolist() == epoch_permutation(0, 0, 5).tolist()
+    with pytest.raises(ValueError, match="shuffle_window_shards is 0; use at least 1"):
+        Sampler(0, (3, 2), 0)
+
+
+def test_draws_are_the_upper_bits_of_philox_words():
+    words = philox((11, 1), 40 * 8)
+    expected = (np.array(words, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2**53
+    assert np.array_equal(draws_at(11, 0, 40, 8), expected.reshape(40, 8))
+
+
+def test_draws_at_a_far_position():
+    """Position 10⁹ with 8 draws each begins at block 2·10⁹, which nobody has to count up to."""
+    words = philox((11, 1), 8, first_block=2 * 10**9)
+    expected = (np.array(words, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2**53
+    assert np.array_equal(draws_at(11, 10**9, 1, 8)[0], expected)
+
+
+@given(first=st.integers(0, 10**12), counts=st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_draws_do_not_depend_on_how_a_range_is_cut(first, counts):
+    whole = draws_at(5, first, sum(counts), 4)
+    starts = first + np.cumsum([0, *counts[:-1]])
+    pieces = [draws_at(5, int(start), count, 4) for start, count in zip(starts, counts, strict=True)]
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert ((whole >= 0) & (whole < 1)).all()
+
+
+def test_draws_refuse_a_part_of_a_block():
+    with pytest.raises(ValueError, match="per_position is 6; .* use a multiple of 4"):
+        draws_at(0, 0, 1, 6)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_seeds_beyond_the_range(seed):
+    message = rf"seed is {seed}; use a number from 0 to 2\*\*63 - 1"
+    with pytest.raises(ValueError, match=message):
+        epoch_permutation(seed, 0, 10)
+    with pytest.raises(ValueError, match=message):
+        draws_at(seed, 0, 1, 4)
+
+
+def test_manifest_says_what_was_packed(shards, photos):
+    manifest = load_manifest(shards)
+    assert manifest.classes == ("astronaut", "cat", "coffee", "rocket")
+    assert len(manifest) == sum(1 for _ in photos.glob("*/*")) == sum(shard.samples for shard in manifest.shards)
+    assert len(manifest.shards) > 1
+    assert manifest.broken == ()
+    assert manifest.hash == sha256_of(shards / MANIFEST_NAME)
+    row = manifest.samples[5]
+    assert manifest.describe(5) == (
+        f'sample 5 (shard-000000.tar, offset {row["offset"]}, class "{manifest.classes[row["label"]]}")'
+    )
+
+
+@pytest.fixture
+def copy(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "copy")
+
+
+def change_manifest(folder, **fields):
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields | {"sha256": ""}))
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no manifest.json in .*; write shards there with: python -m"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", 9999 * "[", "\xff", '{"format": 1}', '{"format": 1, "shards": 3, "classes": []}']
+)
+def test_not_a_manifest(copy, text):
+    (copy / MANIFEST_NAME).write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=r"manifest.json is not a manifest .*; pack the folder again"):
+        load_manifest(copy)
+
+
+def change_first_shard(**fields):
+    return lambda manifest: manifest["shards"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda manifest: manifest.update(samples="48"), "samples: Input should be a valid integer"),
+        (lambda manifest: manifest.update(sample=48), "sample: Unexpected keyword argument"),
+        (lambda manifest: manifest.pop("classes"), "classes: Field required"),
+        (lambda manifest: manifest["classes"].__setitem__(2, "cat"), "two classes have one name"),
+        (lambda manifest: manifest.update(samples_sha256="0" * 63), "'0{63}' is no sha256"),
+        (lambda manifest: manifest["shards"].reverse() or manifest["shards"][0].pop("bytes"), "shards.0.bytes: Field"),
+        (change_first_shard(name="../shard-000000.tar"), "'../shard-000000.tar' is no name of a shard"),
+        (change_first_shard(name="/etc/passwd"), "'/etc/passwd' is no name of a shard"),
+        (change_first_shard(name="shard-000001.tar"), "two shards have one name"),
+        (change_first_shard(samples=0), "a shard is empty"),
+        (change_first_shard(bytes=-1), "a shard is empty"),
+        (change_first_shard(sha256="A" * 64), "'A{64}' is no sha256"),
+    ],
+)
+def test_a_manifest_that_says_what_none_says(copy, change, fault):
+    path = copy / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"manifest.json is not a manifest \(.*{fault}.*\); pack the folder again"):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    "change", [{"classes": ["astronaut", "coffee", "cat", "rocket"]}, {"seed": 1}, {"sha256": 64 * "0"}]
+)
+def test_a_manifest_whose_content_changed(copy, change):
+    """Classes that exchanged their names are the same to everything but the hash."""
+    path = copy / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(
+        ValueError, match=r"manifest.json is not a manifest \(its content changed, its own sha256 is of"
+    ):
+        load_manifest(copy)
+
+
+def test_a_manifest_from_before_it_had_a_hash(copy):
+    path = copy / MANIFEST_NAME
+    fields = json.loads(path.read_text())
+    del fields["sha256"]
+    path.write_text(json.dumps(fields))
+    assert load_manifest(copy).classes == tuple(fields["classes"])
+
+
+def test_manifest_of_another_format(copy):
+    change_manifest(copy, format=2)
+    with pytest.raises(ValueError, match="manifest.json has format 2, this code reads 1; pack the folder again"):
+        load_manifest(copy)
+
+
+def test_missing_shard(copy):
+    (copy / "shard-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"shard-000001.tar is missing; .* Pack the folder again"):
+        load_manifest(copy)
+
+
+def test_truncated_shard(copy):
+    path = copy / "shard-000001.tar"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 512)
+    with pytest.raises(ValueError, match=f"has {size - 512} bytes where the manifest says {size}: it was truncated"):
+        load_manifest(copy)
+
+
+def change_samples(folder, rows):
+    """Another sample table, which the manifest names."""
+    np.save(folder / SAMPLES_NAME, rows)
+    change_manifest(folder, samples_sha256=sha256_of(folder / SAMPLES_NAME))
+
+
+def test_sample_table_of_another_length(copy):
+    change_samples(copy, np.load(copy / SAMPLES_NAME)[:-1])
+    with pytest.raises(ValueError, match=r"shape \(47,\) .* asks for 48 samples; pack the folder again"):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00v\x00{'descr'"])
+def test_sample_table_that_is_no_table(copy, content):
+    (copy / SAMPLES_NAME).write_bytes(content)
+    change_manifest(copy, samples_sha256=sha256_of(copy / SAMPLES_NAME))
+    with pytest.raises(ValueError, match=r"samples.npy cannot be read .*; copy it again, or pack the folder again"):
+        load_manifest(copy)
+
+
+def test_sample_table_that_was_changed(copy):
+    """A label that is another one, and still one of the classes: only the hash can tell."""
+    rows = np.load(copy / SAMPLES_NAME)
+    rows["label"][3] = (rows["label"][3] + 1) % 4
+    np.save(copy / SAMPLES_NAME, rows)
+    with pytest.raises(
+        ValueError, match=r"samples.npy cannot be read \(its bytes changed, the manifest has another sha"
+    ):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize("change", ["another count", "another order"])
+def test_sample_table_of_other_shards(copy, change):
+    rows = np.load(copy / SAMPLES_NAME)
+    rows["shard"][0] = 1
+    if change == "another order":  # each shard has as many as before
+        rows["shard"][np.flatnonzero(rows["shard"] == 1)[-1]] = 0
+    change_samples(copy, rows)
+    with pytest.raises(ValueError, match="samples.npy does not fit the manifest's shards"):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("offset", 0), ("offset", 100), ("offset", 2**40), ("offset", 2**64 - 1), ("bytes", 2**32 - 1)]
+)
+def test_images_beyond_their_shard(copy, field, value):
+    rows = np.load(copy / SAMPLES_NAME)
+    rows[field][7] = value
+    change_samples(copy, rows)
+    with pytest.raises(ValueError, match="samples.npy has an image beyond the end of its shard; pack the folder again"):
+        load_manifest(copy)
+
+
+@pytest.mark.parametrize("size", [0, 2**63, 2**70])
+def test_shards_of_an_absurd_size(copy, size):
+    shards = json.loads((copy / MANIFEST_NAME).read_text())["shards"]
+    shards[0]["bytes"] = size
+    change_manifest(copy, shards=shards)
+    with pytest.raises(ValueError, match="a shard is (empty|larger than any disk)"):
+        load_manifest(copy)
+
+
+def test_labels_beyond_the_classes(copy):
+    change_manifest(copy, classes=["astronaut", "cat"])
+    with pytest.raises(ValueError, match="has label 3 but the manifest names 2 classes"):
+        load_manifest(copy)
+
+
+def test_no_samples(copy):
+    change_manifest(copy, samples=0, shards=[])
+    change_samples(copy, np.load(copy / SAMPLES_NAME)[:0])
+    with pytest.raises(ValueError, match="holds no samples; pack a folder with images"):
+        load_manifest(copy)

@@ -1,0 +1,36 @@
+// Prints what launch_params.h makes of shapes, one a line of standard input: batch, heads, height, width, head dimension, dtype,
+// multiprocessors, compute capability, shared memory of a block in bytes.
+#include <iostream>
+
+#include "launch_params.h"
+
+int main() {
+  using namespace polaformer;
+  Shape shape;
+  int dtype, sm_count, major;
+  int64_t shared_bytes;
+  while (std::cin >> shape.batch >> shape.heads >> shape.height >> shape.width >> shape.head_dim >> dtype >>
+         sm_count >> major >> shared_bytes) {
+    shape.dtype = static_cast<Dtype>(dtype);
+    if (const char* reason = unsupported_reason(shape, major, shared_bytes)) {
+      std::cout << "0 0 0 0 0 0 0 0 0 0 " << reason << '\n';
+      continue;
+    }
+    const StridedTensor aligned = {nullptr, 0, 0, 0};
+    int64_t floats[2] = {};
+    Forward forward{};
+    Backward backward{};
+    forward.shape = backward.shape = shape;
+    forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), sm_count);
+    const auto count = [&](int64_t& sum) {
+      return [&](int64_t size) { return sum += size, static_cast<float*>(nullptr); };
+    };
+    forward.assign_workspaces(count(floats[0])), backward.assign_workspaces(count(floats[1]));
+    std::cout << 4 * floats[0] << ' ' << 4 * floats[1];
+    for (const Splits& splits :
+         {forward.plan.keys, forward.plan.queries, forward.plan.query_grads, forward.plan.key_grads}) {
+      std::cout << ' ' << splits.splits_per_head << ' ' << splits.tokens_per_split;
+    }
+    std::cout << " \n";
+  }
+}
