@@ -6,7 +6,6 @@ whether it was the image's fault. So each is then decoded alone, and beside a bl
 B: images of a batch, S: the side of those that come out.
 """
 
-import dataclasses
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,7 +221,7 @@ class _BatchDecoder:
         self, samples: np.ndarray, encoded: list[np.ndarray], params: TransformParams
     ) -> tuple[int, str] | None:
         """(index, what DALI says) of the first of these images that it does not decode, each alone, to its size."""
-        options = dataclasses.replace(self.options.without_ops, prefetch_batches=1)
+        options = self.options.without_ops.replace(prefetch_batches=1)
         params = params._replace(ops=params.ops[:, :0], op_args=params.op_args[:, :0])  # which refuse nothing
         index = 0
 

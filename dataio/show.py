@@ -19,6 +19,7 @@ from PIL import Image
 
 from dataio.files import user_path
 from dataio.manifest import Manifest, load_manifest
+from dataio.options import parse_options
 from dataio.pil import pil_without_limits
 from dataio.remote.options import CacheOptions
 from dataio.sampler import samples_at
@@ -67,7 +68,7 @@ def augmented_tiles(manifest: Manifest, count: int, size: int, seed: int) -> lis
     from dataio.loader import LoaderOptions, TrainLoader
 
     device = torch.device("cpu")
-    options, mix = ImageOptions(image_size=size), BatchAugmentOptions()
+    options, mix = parse_options(ImageOptions, image_size=size), BatchAugmentOptions()
     augment = BatchAugment(mix, len(manifest.classes), seed, count, device)
     with closing(TrainLoader(manifest, options, LoaderOptions(seed, count), device)) as loader:
         images, targets = augment(next(loader))

@@ -14,8 +14,11 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from dataio.augment.batch_augment import BatchAugmentOptions
+from dataio.augment.params import ImageOptions
 from launch.typed_yaml import field_type, read_value, read_yaml
 from polaformer import PRESETS
+from polaformer.model import TOTAL_STRIDE
 
 
 def _expand(path: str | Path) -> str | Path:
@@ -91,48 +94,22 @@ class ModelSection(Section):
         return self
 
 
-class RandAugmentSection(Section):
-    """The defaults are timm's rand-m9-mstd0.5-inc1."""
+class DataSource(Section):
+    """Which images, in which order."""
 
-    magnitude: Annotated[float, Field(ge=0, le=10)] = 9.0  # mean strength of the operations
-    magnitude_std: Annotated[float, Field(ge=0)] = 0.5  # standard deviation of the strength
-    num_layers: Count = 2  # operations drawn for an image
-    prob: Fraction = 0.5  # of doing one that was drawn
-
-
-class DataSection(Section):
     train: PathOrUrl  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
     val: PathOrUrl  # the same, for evaluation
     shuffle: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
     shuffle_window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
     cache: UserPath | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
-    max_bad_samples: Annotated[int, Field(ge=0)] = 10  # images of an epoch that may be replaced; one more ends the run
-    image_size: Annotated[int, Field(ge=32, multiple_of=32)] = 224  # pixels, height and width
-    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)  # random-resized crop: share of the image's area
-    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
-    hflip: Fraction = 0.5  # of mirroring an image left to right
-    augmentation: Literal["rand-augment", "three-augment", "simple"] = (
-        "rand-augment"  # what is done after crop and flip
-    )
-    rand_augment: RandAugmentSection = RandAugmentSection()
-    color_jitter: Annotated[float, Field(ge=0)] | None = None  # largest change; null: three-augment 0.3, others none
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    crop_mode: Literal["squash", "center"] = "squash"  # both sides, as the recipe does, or the short side
-    crop_pct: Annotated[float, Field(gt=0, le=1)] = 224 / 256  # share of the resized side that is kept
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    mixup: Annotated[float, Field(ge=0)] = 0.8  # Beta parameter; 0 turns it off
-    cutmix: Annotated[float, Field(ge=0)] = 1.0
-    mixup_group_size: Count = (
-        128  # images that share the draws of mixing, even, a step's at most: the authors' batch per GPU
-    )
-    mixup_prob: Fraction = 1.0  # of mixing a group at all
-    mixup_switch_prob: Fraction = 0.5  # of cutmix for a mixed group, where mixup is on as well
-    label_smoothing: Fraction = 0.1
-    reprob: Fraction = 0.25  # of random erasing, per image
-    threads: Count = 4  # decoding threads of each rank
-    prefetch_batches: Count = 2  # decoded ahead
+    max_bad_samples: Annotated[int, Field(ge=0)] = 10  # of an epoch that may be substituted; one more ends the run
+
+
+class DataSection(BatchAugmentOptions, ImageOptions, DataSource):
+    """The images of a run; how they are augmented is declared where it is done, in dataio/augment."""
+
+    image_size: Annotated[int, Field(ge=TOTAL_STRIDE, multiple_of=TOTAL_STRIDE)] = 224  # pixels, height and width
 
 
 class OptimizerSection(Section):

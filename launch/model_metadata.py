@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 
 from dataio.augment.params import ImageOptions
+from dataio.options import parse_options
 from polaformer.model import TOTAL_STRIDE
 
 _KEY = "polaformer"
@@ -42,7 +43,7 @@ class ModelMetadata:
     def image_options(self, threads: int) -> ImageOptions:
         """How images are evaluated."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("model", "classes")}
-        return ImageOptions(**fields, threads=threads)
+        return parse_options(ImageOptions, **fields, threads=threads)
 
     def timm_config(self) -> dict[str, Any]:
         """The config.json that makes a folder loadable as timm's `local-dir:FOLDER`, for other classes too."""

@@ -11,24 +11,21 @@ if __name__ == "__main__":
 import argparse
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
-from dataio.augment.params import ImageOptions
-from dataio.augment.policies import RandAugment
 from dataio.files import user_path
 from dataio.loader import EvalLoader, LoaderOptions, check_labels, count_classes, map_labels
 from dataio.manifest import Manifest
 from dataio.remote.options import RetryPolicy, cache_options
 from dataio.shards import open_dataset
 from dataio.urls import is_url
-from launch.config import Config, DataSection, load_config
+from launch.config import Config, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
@@ -46,7 +43,6 @@ class Plan:
     val: Manifest  # may lack some of train's classes
     val_label_map: np.ndarray  # (val's classes,) int64: the labels of the same names in train
     loader_options: LoaderOptions  # how a step's samples are dealt to ranks and micro-steps
-    image_options: ImageOptions
     batch_augment: BatchAugmentOptions
     class_names: tuple[str, ...]  # one for each output of the model
     schedule: Schedule
@@ -74,8 +70,7 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
     """
     check_output(config.output)
     loader_options = make_loader_options(config, rank, world_size)
-    images, mixing = image_options(config.data), batch_augment_options(config.data)
-    check_even_batch(mixing, loader_options.micro_batch_size)
+    check_even_batch(config.data, loader_options.micro_batch_size)
     check_batch(config, loader_options)
     train, val = open_datasets(config, loader_options, local_world_size or world_size)
     if count_classes(train) < 2:
@@ -87,12 +82,11 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
     label_map = map_labels(val, train.classes, train.location)
     classes = config.model.num_classes or len(train.classes)
     check_labels(train, classes)
-    mixing = replace(
-        mixing, mixup_group_size=min(mixing.mixup_group_size, loader_options.global_batch_size)
-    )  # no draw is for more than a step
+    group_size = min(config.data.mixup_group_size, loader_options.global_batch_size)  # no draw is for more than a step
+    batch_augment = config.data.replace(mixup_group_size=group_size)
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
     return Plan(
-        train, val, label_map, loader_options, images, mixing, names, make_schedule(config.optimizer, len(train))
+        train, val, label_map, loader_options, batch_augment, names, make_schedule(config.optimizer, len(train))
     )
 
 
@@ -146,21 +140,6 @@ def open_datasets(config: Config, loader_options: LoaderOptions, local_world_siz
         needed["data.val"] = EvalLoader.required_cache_bytes(val, loader_options.micro_batch_size, local_world_size)
     cache.check_cache_size(needed)
     return train, val
-
-
-def image_options(data: DataSection) -> ImageOptions:
-    """The same: how an image is prepared."""
-    return ImageOptions(**_same_fields(data, ImageOptions) | {"rand_augment": RandAugment(**dict(data.rand_augment))})
-
-
-def batch_augment_options(data: DataSection) -> BatchAugmentOptions:
-    """The same for what happens to whole batches."""
-    return BatchAugmentOptions(**_same_fields(data, BatchAugmentOptions))
-
-
-def _same_fields(data: DataSection, options: type) -> dict[str, Any]:
-    """The configuration's values for all fields of a dataclass of dataio; both have the same names."""
-    return {field.name: getattr(data, field.name) for field in fields(options)}
 
 
 def main(argv: list[str] | None = None) -> int:

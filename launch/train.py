@@ -177,7 +177,7 @@ class Run:
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
         loader = EvalLoader(
-            plan.val, plan.image_options, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
+            plan.val, config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
         )
         models = unwrapped_model(self.engine, ema), ema
         of_weights, of_ema = evaluate(models, loader, plan.num_classes, self.config.engine.precision)
@@ -201,7 +201,7 @@ class Run:
         best_top1 = max(top1, self.state.best_top1)
         is_best = top1 > self.state.best_top1
         self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
-        metadata = make_model_metadata(self.config.model.name, self.plan.class_names, self.plan.image_options)
+        metadata = make_model_metadata(self.config.model.name, self.plan.class_names, self.config.data)
         folder = checkpoint_folder(self.config)
         saved = checkpoint.save(
             folder, self.engine, self.ema, self.state, metadata.safetensors_metadata(), self.check_lock
@@ -218,7 +218,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
     hashes = broadcast_object((plan.train.hash, plan.val.hash))
     with raise_on_all_ranks():
         require_same_data(plan, hashes)
-    loader = TrainLoader(plan.train, plan.image_options, plan.loader_options, device)
+    loader = TrainLoader(plan.train, config.data, plan.loader_options, device)
     initial_state = RunState(
         step=0,
         model=config.model.name,

@@ -9,30 +9,33 @@ ranks, whatever ran before. All this takes 2 ms for 64 images of 32² on one CPU
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 
-from dataio.loader import Batch
+from dataio.options import Count, Fraction, NonNegative, Options
 from dataio.sampler import draws_at
 
+if TYPE_CHECKING:
+    from dataio.loader import Batch
 
-@dataclass(frozen=True)
-class BatchAugmentOptions:
-    """How batches are augmented; the defaults are the official recipe."""
 
-    reprob: float = 0.25  # per image: that a rectangle of it becomes noise
-    mixup: float = 0.8  # alpha of the Beta distribution of the shares; 0 is off
-    cutmix: float = 1.0  # likewise
-    mixup_group_size: int = (
-        128  # images that share the draws of mixing, even; the authors' batch per GPU, for b3 and b4
+class BatchAugmentOptions(Options):
+    """How whole batches are augmented; the defaults are the official recipe."""
+
+    reprob: Fraction = 0.25  # probability of erasing a rectangle of an image
+    mixup: NonNegative = 0.8  # alpha of the Beta distribution of the shares; 0 turns mixup off
+    cutmix: NonNegative = 1.0  # likewise
+    mixup_prob: Fraction = 1.0  # probability of mixing a group of images
+    mixup_switch_prob: Fraction = 0.5  # probability of cutmix for a mixed group, where both are on
+    mixup_group_size: Annotated[Count, Field(multiple_of=2)] = (
+        128  # images that share the draws of mixing, in pairs: the authors' batch per GPU
     )
-    mixup_prob: float = 1.0  # per group: that it is mixed
-    mixup_switch_prob: float = 0.5  # per mixed group: of cutmix, where both are on
-    label_smoothing: float = 0.1
+    label_smoothing: Fraction = 0.1
 
     @property
     def mixup_active(self) -> bool:
@@ -40,15 +43,11 @@ class BatchAugmentOptions:
 
 
 def check_even_batch(options: BatchAugmentOptions, batch: int) -> None:
-    """Raises ValueError if images are to be mixed and `batch`, of a rank and micro-step, or mixup_group_size is odd."""
+    """Raises ValueError if images are to be mixed and `batch`, of a rank and micro-step, is odd."""
     if options.mixup_active and batch % 2:
         raise ValueError(
             f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
             " or set mixup and cutmix to 0"
-        )
-    if options.mixup_active and (options.mixup_group_size < 2 or options.mixup_group_size % 2):
-        raise ValueError(
-            f"mixup_group_size is {options.mixup_group_size}; images are mixed in pairs, use an even number above 0"
         )
 
 
@@ -77,7 +76,7 @@ class BatchAugment:
             num_classes=num_classes,
         )
 
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batch: "Batch") -> tuple[torch.Tensor, torch.Tensor]:
         chances = draws_at(self._erase_seed, batch.position, len(batch.images), 4)[:, 0]
         with _preserved_rng_state(batch.images.device) as seed_rng:
             for index in np.flatnonzero(chances < self.options.reprob):
@@ -87,7 +86,7 @@ class BatchAugment:
                 return batch.images, self._mix_groups(batch, seed_rng)
         return batch.images, mixup_target(batch.labels, self.num_classes, smoothing=self.options.label_smoothing)
 
-    def _mix_groups(self, batch: Batch, seed_rng: Callable[[tuple[int, int]], None]) -> torch.Tensor:
+    def _mix_groups(self, batch: "Batch", seed_rng: Callable[[tuple[int, int]], None]) -> torch.Tensor:
         """Mixes the images in place; the targets. A batch may begin and end within a group."""
         targets = []
         for group, places in _groups(batch.position, len(batch.images), self.options.mixup_group_size):

@@ -5,18 +5,15 @@ index.py draws the numbers, pipeline.py does what is said here. Nothing here imp
 Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
 """
 
-import dataclasses
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import model_validator
+from typing_extensions import Self
 
 from dataio.augment import policies
 from dataio.augment.policies import Op, RandAugment, SampledOps
-
-_INTERPOLATIONS = ("bicubic", "bilinear")
-_CROP_MODES = ("squash", "center")
-_AUGMENTATIONS = ("simple", "three-augment", "rand-augment")
+from dataio.options import Count, Fraction, NonNegative, Options, Positive, PositiveFraction
 
 #: Uniform draws of a training window: an area and an aspect ratio for each try, left, top, flip, and one spare.
 CROP_DRAWS = 24
@@ -24,48 +21,36 @@ _TRIES = 10  # as in torchvision's RandomResizedCrop
 _LEFT, _TOP, _FLIP = 2 * _TRIES, 2 * _TRIES + 1, 2 * _TRIES + 2
 
 
-@dataclass(frozen=True)
-class ImageOptions:
-    """How images are cut, scaled and decoded; the defaults are the official recipe.
+class ImageOptions(Options):
+    """How images are decoded, cropped, resized and augmented one by one; the defaults are the official recipe."""
 
-    Raises ValueError if a value has no meaning.
-    """
-
-    image_size: int = 224  # pixels, both sides
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]: ImageNet's
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"  # or "bilinear"; both with antialiasing, as PIL has them
-    crop_scale: tuple[float, float] = (0.08, 1.0)  # training: the crop's share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # training: the crop's width / height
-    hflip: float = 0.5  # training
-    augmentation: str = "rand-augment"  # training, between crop and normalising; or "three-augment", "simple": nothing
+    image_size: Count = 224  # pixels, height and width
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)  # random resized crop: share of the area
+    crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # and its width / height
+    hflip: Fraction = 0.5  # probability of a horizontal flip
+    augmentation: Literal["rand-augment", "three-augment", "simple"] = "rand-augment"  # after crop and flip
     rand_augment: RandAugment = RandAugment()
-    color_jitter: float | None = None  # training: largest share by which colours change; None: the augmentation's own
-    crop_mode: str = "squash"  # both sides alike; "center": the short side, keeping the aspect ratio
-    crop_pct: float = 224 / 256  # evaluation: the crop's side / the side resized to; 1 is no crop
-    threads: int = 4  # of the CPU, per rank
-    prefetch_batches: int = 2  # under way while the caller computes
+    color_jitter: NonNegative | None = None  # largest change; null: 0.3 after three-augment, else none
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # both with antialiasing, as in PIL
+    crop_mode: Literal["squash", "center"] = "squash"  # evaluation resizes both sides alike, or the short side
+    crop_pct: PositiveFraction = 224 / 256  # evaluation: share of the resized side that is kept
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]: ImageNet's
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    threads: Count = 4  # CPU threads of each rank that decode
+    prefetch_batches: Count = 2  # decoded ahead
 
-    def __post_init__(self) -> None:
-        choices = {"interpolation": _INTERPOLATIONS, "crop_mode": _CROP_MODES, "augmentation": _AUGMENTATIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(allowed)}")
-        for name in ("image_size", "threads", "prefetch_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"crop_pct is {self.crop_pct}; use a number above 0, at most 1")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale is {self.crop_scale}; use (smallest, largest) above 0, at most 1")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise ValueError(f"crop_ratio is {self.crop_ratio}; use (smallest, largest) above 0")
-        if self.color_jitter is not None and not 0 <= self.color_jitter < np.inf:
-            raise ValueError(f"color_jitter is {self.color_jitter}; use a finite number of at least 0")
+    @model_validator(mode="after")
+    def check_image_options(self) -> Self:
+        for name in ("crop_scale", "crop_ratio"):
+            smallest, largest = getattr(self, name)
+            if smallest > largest:
+                raise ValueError(f"{name} is {[smallest, largest]}; give the smaller one first")
         if self.augmentation == "rand-augment" and self.color_jitter:
             raise ValueError(
-                f"color_jitter is {self.color_jitter}, and RandAugment replaces it; set it to 0, or augmentation to simple"
+                f"color_jitter is {self.color_jitter}, and RandAugment replaces it; set it to 0, or augmentation to"
+                " simple"
             )
+        return self
 
     @property
     def jitter(self) -> float:
@@ -77,19 +62,18 @@ class ImageOptions:
     @property
     def stages(self) -> tuple[tuple[Op, ...], ...]:
         """The operations that a training image passes: of each stage, the ops that it may have."""
-        by_augmentation = {
+        stages: dict[str, tuple[tuple[Op, ...], ...]] = {
             "simple": (),
             "three-augment": (policies.THREE_AUGMENT_OPS,),
             "rand-augment": (policies.RAND_AUGMENT_OPS,) * self.rand_augment.num_layers,
         }
-        return by_augmentation[self.augmentation] + (policies.COLOR_JITTER_OPS,) * len(policies.COLOR_JITTER_OPS) * (
-            self.jitter > 0
-        )
+        jitter_stages = len(policies.COLOR_JITTER_OPS) if self.jitter else 0
+        return stages[self.augmentation] + (policies.COLOR_JITTER_OPS,) * jitter_stages
 
     @property
-    def without_ops(self) -> "ImageOptions":
+    def without_ops(self) -> Self:
         """The same without operations: a graph that is built in a tenth of the time."""
-        return dataclasses.replace(self, augmentation="simple", color_jitter=0.0)
+        return self.replace(augmentation="simple", color_jitter=0.0)
 
     @property
     def draws_per_image(self) -> int:

@@ -8,12 +8,14 @@ Axes: B images of a batch, L stages.
 """
 
 import itertools
-from dataclasses import dataclass
 from enum import IntEnum
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from pydantic import Field
+
+from dataio.options import Count, Fraction, NonNegative, Options
 
 
 class Op(IntEnum):
@@ -56,26 +58,13 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # PIL's ImageFilter.
 _normal = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
 
 
-@dataclass(frozen=True)
-class RandAugment:
-    """RandAugment's numbers; the defaults are `rand-m9-mstd0.5-inc1`. Raises ValueError if one has no meaning."""
+class RandAugment(Options):
+    """Settings of RandAugment; the defaults are timm's `rand-m9-mstd0.5-inc1`."""
 
-    magnitude: float = 9.0  # mean strength, from 0 to 10
-    magnitude_std: float = 0.5  # standard deviation of the strength, which is then cut to 0–10
-    num_layers: int = 2  # operations drawn for an image, one after the other
-    prob: float = 0.5  # that an operation which was drawn is done
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.magnitude <= _MAX_LEVEL:
-            raise ValueError(f"rand_augment.magnitude is {self.magnitude}; use a number from 0 to {_MAX_LEVEL:g}")
-        if not 0 <= self.magnitude_std < np.inf:
-            raise ValueError(f"rand_augment.magnitude_std is {self.magnitude_std}; use a finite number of at least 0")
-        if self.num_layers < 1:
-            raise ValueError(
-                f"rand_augment.num_layers is {self.num_layers}; use at least 1, or the augmentation simple"
-            )
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"rand_augment.prob is {self.prob}; use a number from 0 to 1")
+    magnitude: Annotated[float, Field(ge=0, le=_MAX_LEVEL)] = 9.0  # mean level of the ops
+    magnitude_std: NonNegative = 0.5  # standard deviation of the level, which is then clipped to 0 … 10
+    num_layers: Count = 2  # ops drawn for an image, one after the other
+    prob: Fraction = 0.5  # probability of applying an op that was drawn
 
 
 class SampledOps(NamedTuple):

@@ -23,7 +23,6 @@ from dataio.sampler import Sampler, draws_at
 from dataio.shards import open_shards
 from launch.benchmark.loaders import EXTENSIONS, SEED, SHUFFLE_BUFFER, LoadedBatch, LoaderConfig, grid_of
 from launch.config import DataSection
-from launch.plan import image_options
 
 _PREFETCH_QUEUE_DEPTH = 2  # batches under way, as ours has
 
@@ -33,7 +32,7 @@ class DataioLoader:
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self.manifest = config, load_manifest(config.folder)
-        self._options, self._device = image_options(config.data()), torch.device(config.device)
+        self._options, self._device = config.data(), torch.device(config.device)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
         if self.config.workload == "read":

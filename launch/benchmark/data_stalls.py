@@ -18,7 +18,6 @@ from dataio.loader import Batch, LoaderOptions, TrainLoader
 from dataio.manifest import Manifest, load_manifest
 from launch.benchmark.measure import MIN_ROUNDS, quantiles
 from launch.config import DataSection
-from launch.plan import image_options
 
 _WARM_UP_STEPS = 3
 _SEED = 0
@@ -57,7 +56,7 @@ def measure_data_stalls(config: DataStallConfig, folder: Path, device: torch.dev
 
 def _batches(config: DataStallConfig, manifest: Manifest, device: torch.device) -> Iterator[Batch]:
     data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, augmentation=config.recipe)
-    return TrainLoader(manifest, image_options(data), LoaderOptions(_SEED, config.batch), device)
+    return TrainLoader(manifest, data, LoaderOptions(_SEED, config.batch), device)
 
 
 def _make_step(config: DataStallConfig, classes: int, device: torch.device) -> Callable[[Batch], None]:

@@ -81,7 +81,7 @@ def test_each_epoch_has_each_sample_once(clothes, ranks):
 @pytest.mark.parametrize("augmentation", ["rand-augment", "three-augment", "simple"])
 def test_pixels_do_not_depend_on_ranks_or_accumulation(manifest, augmentation):
     """Through two epochs and a part; photographs, on which each operation shows."""
-    options = dataclasses.replace(SMALL, augmentation=augmentation)
+    options = SMALL.replace(augmentation=augmentation)
     alone = next_steps(loaders(manifest, 1, options=options), 5)
     for ranks, accumulation in ((2, 1), (3, 1), (4, 1), (8, 1), (1, 4), (2, 3)):
         assert_same(next_steps(loaders(manifest, ranks, accumulation, options=options), 5), alone)
@@ -114,7 +114,7 @@ def test_any_switch_between_1_2_3_4_and_8_ranks(many, shuffle_window_shards, aug
     """Each number of ranks is followed by each other one, every two steps, through three epochs and a part."""
     more = {
         "shuffle_window_shards": shuffle_window_shards,
-        "options": dataclasses.replace(SMALL, augmentation=augmentation),
+        "options": SMALL.replace(augmentation=augmentation),
     }
     counts = set(SWITCHES)
     assert set(itertools.pairwise(SWITCHES)) == {(before, after) for before in counts for after in counts - {before}}
@@ -299,7 +299,7 @@ def test_which_views_of_a_truncated_image_are_broken_does_not_depend_on_the_batc
     manifest = load_manifest(shutil.copytree(shards, tmp_path / "damaged"))
     for sample in range(0, len(manifest), 4):
         truncate(manifest, sample)
-    options = dataclasses.replace(SMALL, crop_scale=(0.01, 0.05))
+    options = SMALL.replace(crop_scale=(0.01, 0.05))
     alone = next_steps(loaders(manifest, 1, options=options, max_bad_samples=1000), 6)
     met = {(batch.position + broken.batch_index, broken.substitute) for batch in alone for broken in batch.substituted}
     seen = np.concatenate([batch.samples for batch in alone])

@@ -116,7 +116,7 @@ def test_weights_of_the_same_classes_in_another_order(configured, tmp_path):
     state, cpu = build_model(config, plan, torch.device("cpu")).state_dict(), torch.device("cpu")
     exchanged = plan.class_names[1::-1] + plan.class_names[2:]
     for name, classes in (("same", plan.class_names), ("exchanged", exchanged)):
-        metadata = make_model_metadata(config.model.name, classes, plan.image_options)
+        metadata = make_model_metadata(config.model.name, classes, config.data)
         save_weights(state, tmp_path / f"{name}.safetensors", metadata.safetensors_metadata())
     loaded = build_model(*configured(f"model.weights={tmp_path}/same.safetensors", "seed=5"), cpu)
     assert torch.equal(loaded.head.weight, state["head.weight"])

@@ -19,7 +19,6 @@ from dataio.pack.packer import PackOptions, pack
 from launch.evaluate import evaluate, main
 from launch.find_weights import find_weights
 from launch.model_metadata import make_model_metadata, read_model_metadata
-from launch.plan import image_options
 from polaformer.weights import official_name, save_weights
 
 SCORES = ("top1", "top5", "loss")
@@ -272,7 +271,7 @@ def test_a_cache_that_is_too_small(score, ema, val, tmp_path):
 
 
 def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, configure):
-    metadata = make_model_metadata("polaformerpp_b0", load_manifest(val).classes[:9], image_options(configure().data))
+    metadata = make_model_metadata("polaformerpp_b0", load_manifest(val).classes[:9], configure().data)
     save_weights(load_file(ema), tmp_path / "nine.safetensors", metadata.safetensors_metadata())
     status, _, errors = score("--weights", tmp_path / "nine.safetensors", "--data", val)
     assert status == 2

@@ -11,7 +11,7 @@ import torch
 from dataio.augment.policies import RandAugment
 from dataio.pack.packer import PackOptions, pack
 from dataio.remote.options import cache_options
-from launch.plan import batch_augment_options, check_output, describe, image_options, main, make_plan
+from launch.plan import check_output, describe, main, make_plan
 
 
 def test_the_numbers(configure):
@@ -40,7 +40,7 @@ def test_what_dataio_is_told(configure):
         *("data.cutmix=0.7", "data.mixup_prob=0.6", "data.label_smoothing=0.05", "data.reprob=0.15"),
         "data.mixup_group_size=6",
     )
-    images, mixing = image_options(config.data), batch_augment_options(config.data)
+    images = mixing = config.data
     assert (images.image_size, images.crop_mode, images.crop_pct) == (64, "center", 0.9)
     assert (images.interpolation, images.crop_scale, images.crop_ratio) == ("bilinear", (0.2, 0.9), (0.5, 2))
     assert (images.hflip, images.threads, images.prefetch_batches) == (0.25, 3, 5)

@@ -64,7 +64,7 @@ class PlainEngine:
 
 def trace(config, plan, engine, device) -> dict[str, list[float]]:
     """Mean loss over ranks and micro-steps of each step, and the gradient norm before clipping."""
-    loader = TrainLoader(plan.train, plan.image_options, plan.loader_options, device)
+    loader = TrainLoader(plan.train, config.data, plan.loader_options, device)
     augment = BatchAugment(
         plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
     )

@@ -1,7 +1,6 @@
 """Augmentation repeats to the bit whatever ran before, and its targets say what is in the images."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -138,12 +137,12 @@ def test_without_mixing_the_targets_are_smoothed_and_the_images_untouched(photog
 def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
     partner = partners(photographs.images)
     for position in POSITIONS[:10]:
-        images, _ = augment(replace(ONLY_MIX, **options))(at(photographs, position))
+        images, _ = augment(ONLY_MIX.replace(**options))(at(photographs, position))
         assert ((images == photographs.images) | (images == partner)).all().item() == cuts
 
 
 def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
-    options = replace(ONLY_MIX, mixup_prob=0.3, label_smoothing=0.4)
+    options = ONLY_MIX.replace(mixup_prob=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
     for position in POSITIONS:
@@ -161,11 +160,8 @@ def test_an_odd_batch_cannot_be_mixed():
 
 @pytest.mark.parametrize("group", [-2, 0, 1, 15])
 def test_images_of_a_group_can_be_paired(group):
-    with pytest.raises(
-        ValueError, match=f"mixup_group_size is {group}; images are mixed in pairs, use an even number ab"
-    ):
-        augment(BatchAugmentOptions(mixup_group_size=group))
-    augment(replace(OFF, mixup_group_size=group))
+    with pytest.raises(ValueError, match="mixup_group_size\n  Input should be (a multiple of 2|greater than)"):
+        BatchAugmentOptions(mixup_group_size=group)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -193,7 +189,7 @@ def test_images_and_targets_are_the_same_bits_on_any_number_of_ranks(photographs
 
 def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
     """Of 8 images, so that a batch has two groups. Mixup's shares are of any size, boxes of cutmix may be equal."""
-    mixup, shares = augment(replace(ONLY_MIX, cutmix=0, mixup_group_size=8)), []
+    mixup, shares = augment(ONLY_MIX.replace(cutmix=0, mixup_group_size=8)), []
     for position in POSITIONS:
         _, targets = mixup(at(photographs, position))
         for group in (slice(0, 8), slice(8, 16)):

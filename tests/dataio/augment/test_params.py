@@ -9,6 +9,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from dataio.augment.params import CROP_DRAWS, ImageOptions, random_resized_crops, train_params
 from dataio.manifest import load_manifest
+from dataio.options import parse_options
 from dataio.sampler import draws_at
 from launch.benchmark.parity import ks_statistic
 
@@ -72,22 +73,28 @@ def test_half_of_the_images_are_flipped(shards):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"interpolation": "cubic"}, "interpolation is 'cubic'; use bicubic or bilinear"),
-        ({"crop_mode": "long"}, "crop_mode is 'long'; use squash or center"),
-        ({"augmentation": "full"}, "augmentation is 'full'; use simple or three-augment or rand-augment"),
-        ({"augmentation": "simple", "color_jitter": -1}, "color_jitter is -1; use a finite number of at least 0"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic': input should be 'bicubic' or 'bilinear'"),
+        ({"crop_mode": "long"}, "crop_mode is 'long': input should be 'squash' or 'center'"),
+        (
+            {"augmentation": "full"},
+            "augmentation is 'full': input should be 'rand-augment', 'three-augment' or 'simple'",
+        ),
+        (
+            {"augmentation": "simple", "color_jitter": -1},
+            "color_jitter is -1: input should be greater than or equal to 0",
+        ),
         (
             {"color_jitter": 0.4},
             "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or augmentation to simple",
         ),
-        ({"crop_pct": 1.5}, "crop_pct is 1.5; use a number above 0, at most 1"),
-        ({"crop_scale": (0.5, 0.1)}, r"crop_scale is \(0.5, 0.1\); use \(smallest, largest\)"),
-        ({"crop_ratio": (0.0, 1.0)}, r"crop_ratio is \(0.0, 1.0\); use \(smallest, largest\)"),
-        ({"image_size": 0}, "image_size is 0; use at least 1"),
-        ({"threads": 0}, "threads is 0; use at least 1"),
-        ({"prefetch_batches": 0}, "prefetch_batches is 0; use at least 1"),
+        ({"crop_pct": 1.5}, "crop_pct is 1.5: input should be less than or equal to 1"),
+        ({"crop_scale": (0.5, 0.1)}, r"crop_scale is \[0.5, 0.1\]; give the smaller one first"),
+        ({"crop_ratio": (0.0, 1.0)}, "crop_ratio.0 is 0.0: input should be greater than 0"),
+        ({"image_size": 0}, "image_size is 0: input should be greater than or equal to 1"),
+        ({"threads": 0}, "threads is 0: input should be greater than or equal to 1"),
+        ({"prefetch_batches": 0}, "prefetch_batches is 0: input should be greater than or equal to 1"),
     ],
 )
 def test_options_without_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageOptions(**options)
+        parse_options(ImageOptions, **options)

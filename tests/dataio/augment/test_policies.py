@@ -21,6 +21,7 @@ from dataio.augment.policies import (
     sample_rand_augment,
     sample_three_augment,
 )
+from dataio.options import parse_options
 from dataio.sampler import draws_at
 from launch.benchmark.parity import RECIPE, TIMM_NAMES, chi_square, ks_statistic, op_args_of, our_draws, timm_draws
 
@@ -150,14 +151,14 @@ def test_what_has_no_matrix_needs_none(recipe):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"magnitude": 11}, "rand_augment.magnitude is 11; use a number from 0 to 10"),
-        ({"magnitude": -1}, "rand_augment.magnitude is -1; use a number from 0 to 10"),
-        ({"magnitude_std": -0.5}, "rand_augment.magnitude_std is -0.5; use a finite number of at least 0"),
-        ({"magnitude_std": float("inf")}, "rand_augment.magnitude_std is inf; use a finite number of at least 0"),
-        ({"num_layers": 0}, "rand_augment.num_layers is 0; use at least 1, or the augmentation simple"),
-        ({"prob": 1.5}, "rand_augment.prob is 1.5; use a number from 0 to 1"),
+        ({"magnitude": 11}, "magnitude is 11: input should be less than or equal to 10"),
+        ({"magnitude": -1}, "magnitude is -1: input should be greater than or equal to 0"),
+        ({"magnitude_std": -0.5}, "magnitude_std is -0.5: input should be greater than or equal to 0"),
+        ({"magnitude_std": float("inf")}, "magnitude_std is inf: input should be a finite number"),
+        ({"num_layers": 0}, "num_layers is 0: input should be greater than or equal to 1"),
+        ({"prob": 1.5}, "prob is 1.5: input should be less than or equal to 1"),
     ],
 )
 def test_settings_without_meaning_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        RandAugment(**settings)
+        parse_options(RandAugment, **settings)
