@@ -1,12 +1,11 @@
-"""Hands out batches on the training device: which samples each rank gets, and where a stopped run goes on.
+"""Batches on the training device: which samples each rank gets, in every step, and after a resume.
 
-index.py gives the order, decode.py decodes. A run has one long sequence of positions, epoch after epoch without
-a gap; a step takes the next `global_batch_size` of them, whatever the number of ranks. So the state of a run is one
-number, and a run may go on with another number of ranks.
+sampler.py orders the samples, decode.py decodes them. A run is one sequence of positions, epoch after epoch without a
+gap, of which each step takes the next `global_batch_size`, on any number of ranks. So the position is all the state of
+a loader, and a run may resume with another number of ranks.
 
-An image that cannot be decoded ends an evaluation. In training the next sample of its shard that can be decoded
-stands for it, with its own label, and it is counted: by each rank for the images that it met since it started, anew
-in each epoch.
+In training the next decodable sample of the same shard substitutes for one that cannot be decoded, with its own label;
+in evaluation that is an error.
 """
 
 import difflib
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 from dataio.augment.params import ImageOptions, eval_params, train_params
-from dataio.decode import BatchRequest, SubstitutedSample, SubstituteFn, decode_batches
+from dataio.bad_samples import BadSampleBudget, SubstitutedSample
+from dataio.decode import BatchRequest, SubstituteFn, decode_batches
 from dataio.manifest import Manifest
 from dataio.sampler import Sampler, draws_at
 
@@ -27,10 +27,10 @@ _BROKEN_SHOWN = 5
 
 
 class Batch(NamedTuple):
-    """What one rank computes in one micro-step, or one evaluation step. B images of S×S pixels.
+    """The images of one rank in one micro-step, or one evaluation step. B images of S×S pixels.
 
-    position: of the first sample in the run (training) or in the manifest (evaluation). substituted: broken images, for
-    which `samples` and `labels` have their substitutes.
+    position: of the first sample in the run (training) or in the manifest (evaluation). substituted: bad samples, which
+    `samples` and `labels` do not name, but their substitutes.
     """
 
     images: torch.Tensor  # (B, 3, S, S) float32, normalised, channels_last, on the device
@@ -42,11 +42,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How a step's samples are dealt: to `gradient_accumulation_steps` micro-steps, and in each of them to `world_size` ranks.
+    """Which samples of a run this rank gets.
 
-    shuffle_window_shards: None for an order over the whole data set, else of index.Sampler. max_bad_samples: images of an epoch that
-    this rank may substitute.
-    Raises ValueError if global_batch_size cannot be dealt evenly.
+    shuffle_window_shards: None shuffles the whole data set, a number within windows of so many shards, see Sampler.
+    max_bad_samples: how many of an epoch this rank may substitute.
+    Raises ValueError if the global batch is not divisible by ranks and micro-steps.
     """
 
     seed: int
@@ -60,8 +60,8 @@ class LoaderOptions:
     def __post_init__(self) -> None:
         if min(self.global_batch_size, self.gradient_accumulation_steps, self.world_size) < 1 or self.seed < 0:
             raise ValueError(
-                f"global batch {self.global_batch_size}, accumulation {self.gradient_accumulation_steps} and ranks {self.world_size}"
-                f" must be at least 1, and seed {self.seed} at least 0"
+                f"global batch {self.global_batch_size}, accumulation {self.gradient_accumulation_steps} and ranks"
+                f" {self.world_size} must be at least 1, and seed {self.seed} at least 0"
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks; use 0 to {self.world_size - 1}")
@@ -80,39 +80,49 @@ class LoaderOptions:
         return self.global_batch_size // (self.world_size * self.gradient_accumulation_steps)
 
     def sampler(self, manifest: Manifest) -> Sampler:
-        """Of the run's samples."""
+        """The order of the run's samples."""
         return Sampler(self.seed, manifest.shard_samples, self.shuffle_window_shards)
 
     def required_cache_bytes(self, manifest: Manifest) -> int:
         """Room that a cache of remote shards needs: for all that a step reads, and the window after it."""
         return manifest.required_cache_bytes(self.sampler(manifest).max_prefetched_shards(self.global_batch_size))
 
+    def step_position(self, micro_step: int) -> int:
+        """The position at which the step of a micro-step begins; micro-steps of the run count from 0."""
+        return micro_step // self.gradient_accumulation_steps * self.global_batch_size
+
     def first_position(self, micro_step: int) -> int:
-        """The position of this rank's first sample in a micro-step of the run, counted from 0."""
-        step, part = divmod(micro_step, self.gradient_accumulation_steps)
-        return step * self.global_batch_size + (part * self.world_size + self.rank) * self.micro_batch_size
+        """The position of this rank's first sample in a micro-step."""
+        micro_batch = micro_step % self.gradient_accumulation_steps * self.world_size + self.rank
+        return self.step_position(micro_step) + micro_batch * self.micro_batch_size
+
+    def micro_step_at(self, position: int) -> int:
+        """The first micro-step of the step that begins at a position."""
+        return position // self.global_batch_size * self.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
 class _TrainRequests:
-    """What a rank asks decode.py for. It does not know the loader, which would else live as long as the pipeline."""
+    """The batches that a rank asks decode.py for.
+
+    DALI keeps the iterator, so this must not know the loader, which would live as long as the pipeline.
+    """
 
     manifest: Manifest
     options: ImageOptions
     loader_options: LoaderOptions
-    _sampler: Sampler
+    sampler: Sampler
 
     def from_micro_step(self, micro_step: int) -> Iterator[BatchRequest]:
-        loader_options = self.loader_options
+        """Requests from a micro-step on, without an end."""
+        options = self.loader_options
         for number in itertools.count(micro_step):
-            first = loader_options.first_position(number)
-            samples = self._sampler.samples_at(np.arange(first, first + loader_options.micro_batch_size))
+            first = options.first_position(number)
+            samples = self.sampler.samples_at(np.arange(first, first + options.micro_batch_size))
             shards: tuple[int, ...] = ()
             if self.manifest.remote:
-                step = (
-                    number // loader_options.gradient_accumulation_steps * loader_options.global_batch_size
-                )  # alike on all ranks, which share a cache
-                shards = self._sampler.shards_to_prefetch(step, step + loader_options.global_batch_size - 1)
+                step = options.step_position(number)  # the same on all ranks, which share a cache
+                shards = self.sampler.shards_to_prefetch(step, step + options.global_batch_size - 1)
             yield self._request(first, samples, shards)
 
     def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> BatchRequest:
@@ -120,19 +130,19 @@ class _TrainRequests:
         return BatchRequest(first, samples, train_params(self.manifest.samples[samples], draws, self.options), shards)
 
     def substitute(self, request: BatchRequest, substituted: list[SubstitutedSample]) -> BatchRequest:
-        """The request with substitutes, each looked at with its position's draws."""
+        """The request with substitutes, each transformed by the draws of its position."""
         samples = request.samples.copy()
-        for broken in substituted:
-            samples[broken.batch_index] = broken.substitute
-        request_with_substitutes = self._request(request.position, samples, request.shards)
-        return request_with_substitutes._replace(substituted=(*request.substituted, *substituted))
+        for bad in substituted:
+            samples[bad.batch_index] = bad.substitute
+        repaired = self._request(request.position, samples, request.shards)
+        return repaired._replace(substituted=(*request.substituted, *substituted))
 
 
 class TrainLoader:
-    """An endless iterator of this rank's batches, which can be set to any step of the run in no time.
+    """An endless iterator of this rank's batches, which can be set to any step of the run at no cost.
 
     Raises ValueError if the cache is too small for a remote data set, RuntimeError from `next` if an image cannot be
-    read, or more than max_bad_samples of this epoch's cannot be decoded; it names them.
+    read, or more than max_bad_samples of this epoch cannot be decoded; it names them.
     """
 
     def __init__(
@@ -144,7 +154,7 @@ class TrainLoader:
         self._sampler = loader_options.sampler(manifest)
         self._micro_step = 0  # micro-steps handed out since the run began
         self._batches: Iterator[Batch] | None = None  # built by the first next(), dropped by restore()
-        self._bad_samples: dict[int, list[SubstitutedSample]] = {}  # by epoch
+        self._bad_samples = BadSampleBudget(manifest, loader_options.max_bad_samples)
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -159,7 +169,7 @@ class TrainLoader:
             )
         try:
             batch = next(self._batches)
-            self._count(batch)
+            self._bad_samples.add(batch.position, batch.substituted)
         except BaseException:  # the generator is dead; a further next() starts anew from the same batch
             self._batches = None
             raise
@@ -168,10 +178,9 @@ class TrainLoader:
 
     def state(self) -> dict[str, int | str]:
         """Where the run is, for JSON. `samples_seen` counts the whole steps handed out, over all ranks."""
-        steps = self._micro_step // self.loader_options.gradient_accumulation_steps
         return {
             "seed": self.loader_options.seed,
-            "samples_seen": steps * self.loader_options.global_batch_size,
+            "samples_seen": self.loader_options.step_position(self._micro_step),
             "manifest_hash": self.manifest.hash,
             "global_batch": self.loader_options.global_batch_size,
             "order": str(self._sampler),
@@ -179,21 +188,21 @@ class TrainLoader:
 
     @property
     def bad_samples(self) -> int:
-        """Broken images that this rank has substituted in the epoch that its last step began in."""
-        step = max(0, self._micro_step - 1) // self.loader_options.gradient_accumulation_steps
-        return len(self._bad_samples.get(step * self.loader_options.global_batch_size // len(self.manifest), []))
+        """Samples that this rank has substituted in the epoch in which its last step began."""
+        position = self.loader_options.step_position(max(0, self._micro_step - 1))
+        return self._bad_samples.count(position // len(self.manifest))
 
     def close(self) -> None:
-        """Lets go of shards, and of what fetches and decodes ahead; a further next() goes on from the same batch."""
+        """Closes shards and pipeline; a further next() continues with the same batch."""
         self._batches = None
 
     def restore(self, state: dict[str, int | str]) -> None:
-        """Goes to where `state` was taken, at no cost; ranks and accumulation may be others than then.
+        """Goes to where `state` was taken, at no cost; ranks and accumulation may differ.
 
-        Raises ValueError if it is of another data set, order, global batch or seed: it does not go on here.
+        Raises ValueError if data set, order, global batch or seed differ.
         """
         here = self.state()
-        state = {"order": "full", **state}  # there was no other before states named theirs
+        state = {"order": "full", **state}  # the only one before states named it
         if state["manifest_hash"] != here["manifest_hash"]:
             raise ValueError(
                 f"the run began on a data set with manifest {state['manifest_hash'][:12]},"
@@ -206,29 +215,9 @@ class TrainLoader:
                     f"the run began with {words} {state[name]}, this is {words} {here[name]};"
                     f" set it back to {state[name]}, or start a new run"
                 )
-        self._micro_step = (
-            state["samples_seen"]
-            // self.loader_options.global_batch_size
-            * self.loader_options.gradient_accumulation_steps
-        )
+        self._micro_step = self.loader_options.micro_step_at(state["samples_seen"])
         self.close()
-        self._bad_samples = {}
-
-    def _count(self, batch: Batch) -> None:
-        """Raises RuntimeError, naming them, if an epoch has more broken images than are allowed."""
-        for broken in batch.substituted:
-            epoch = (batch.position + broken.batch_index) // len(self.manifest)
-            met = self._bad_samples.setdefault(epoch, [])
-            if broken not in met:
-                met.append(broken)
-            if len(met) > self.loader_options.max_bad_samples:
-                named = [f"{self.manifest.describe(each.sample)}: {each.reason}" for each in met]
-                if len(named) > _BROKEN_SHOWN:
-                    named[_BROKEN_SHOWN:] = [f"and {len(named) - _BROKEN_SHOWN} more"]
-                raise RuntimeError(
-                    f"more than {self.loader_options.max_bad_samples} broken images in epoch {epoch}: {', '.join(named)};"
-                    f" {self.manifest.remedy}, or raise data.max_bad_samples"
-                )
+        self._bad_samples = BadSampleBudget(self.manifest, self.loader_options.max_bad_samples)
 
 
 class EvalLoader:
@@ -244,39 +233,40 @@ class EvalLoader:
         self,
         manifest: Manifest,
         options: ImageOptions,
-        batch: int,
+        batch_size: int,
         rank: int,
         world_size: int,
         device: torch.device,
         label_map: np.ndarray | None = None,
     ) -> None:
-        if batch < 1:
-            raise ValueError(f"the evaluation batch is {batch}; use at least 1")
+        if batch_size < 1:
+            raise ValueError(f"the evaluation batch is {batch_size}; use at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of {world_size} ranks; use 0 to {world_size - 1}")
-        self.manifest, self.options, self.batch, self.device = manifest, options.without_ops, batch, device
+        self.manifest, self.options, self.device = manifest, options.without_ops, device
+        self.batch_size = batch_size
         if manifest.remote:
-            manifest.remote.cache.check_cache_size({manifest.location: self.required_cache_bytes(manifest, batch)})
+            manifest.remote.cache.check_cache_size({manifest.location: self.required_cache_bytes(manifest, batch_size)})
         self._label_map = None if label_map is None else torch.from_numpy(label_map).to(device)
         self._share = range(len(manifest) * rank // world_size, len(manifest) * (rank + 1) // world_size)
 
     @staticmethod
-    def required_cache_bytes(manifest: Manifest, batch: int, local_world_size: int = 1) -> int:
+    def required_cache_bytes(manifest: Manifest, batch_size: int, local_world_size: int = 1) -> int:
         """Room that a cache of remote shards needs: for a batch of each rank that shares it, and the shard after it."""
-        touched = 1 + -(-(batch - 1) // min(manifest.shard_samples))
+        touched = 1 + -(-(batch_size - 1) // min(manifest.shard_samples))
         return manifest.required_cache_bytes(local_world_size * (touched + 1))
 
     def __len__(self) -> int:
         """Batches of this rank."""
-        return -(-len(self._share) // self.batch)
+        return -(-len(self._share) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in _batches(self.manifest, self.options, self._requests(), self.batch, self.device):
+        for batch in _batches(self.manifest, self.options, self._requests(), self.batch_size, self.device):
             yield batch if self._label_map is None else batch._replace(labels=self._label_map[batch.labels])
 
     def _requests(self) -> Iterator[BatchRequest]:
-        for first in self._share[:: self.batch]:
-            samples = np.arange(first, min(first + self.batch, self._share.stop))
+        for first in self._share[:: self.batch_size]:
+            samples = np.arange(first, min(first + self.batch_size, self._share.stop))
             rows = self.manifest.samples[samples]
             after = min(int(rows["shard"][-1]) + 1, int(self.manifest.samples["shard"][self._share[-1]]))
             shards = tuple(range(int(rows["shard"][0]), after + 1))

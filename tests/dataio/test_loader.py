@@ -332,7 +332,7 @@ def test_more_broken_images_than_are_allowed(damaged, overwrite):
     named = ".*".join(f"sample {sample} .*: not an image" for sample in order[:61:20])
     for _ in range(2):  # met again by a further next()
         with pytest.raises(
-            RuntimeError, match=f"^more than 3 broken images in epoch 0: .*{named}; check .* data.max_br"
+            RuntimeError, match=f"^more than 3 broken images in epoch 0: .*{named}; check .* data.max_bad"
         ):
             next_steps([loader], 5)
         assert loader.state()["samples_seen"] == 48
@@ -352,7 +352,7 @@ def test_a_resumed_run_counts_anew_and_replaces_alike(damaged, truncate):
     for one in resumed:
         one.restore(state)
     assert_same(next_steps(resumed, 4), uninterrupted)
-    assert sum(one.broken for one in resumed) == 1
+    assert sum(one.bad_samples for one in resumed) == 1
 
 
 def test_a_shard_without_any_whole_image(damaged, overwrite):
