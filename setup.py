@@ -142,7 +142,7 @@ setup(
     version="0.1.0",
     description="PolaFormer++ at scale: polarity-aware linear attention, trained with DALI and DeepSpeed",
     python_requires=">=3.10",
-    packages=["polaformer", "dataio", "launch", "launch.benchmark"],
+    packages=["polaformer", "dataio", "dataio.pack", "dataio.remote", "dataio.augment", "launch", "launch.benchmark"],
     install_requires=MODEL,
     extras_require={"train": DATA + LAUNCH, "remote": REMOTE, "test": DATA + LAUNCH + TEST},
     **kernels(),
