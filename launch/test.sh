@@ -8,8 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 apt_install slurm-wlm munge dataset-fashion-mnist
 { ruff check --quiet . && ruff format --check --quiet .; } ||
   setup_fail "the style is off; ruff check --fix . and ruff format . mend most of it"
-git ls-files 'polaformer/csrc/*.cpp' 'polaformer/csrc/*.cu' '*.cuh' '*.inl' 'polaformer/csrc/*.h' |
-  xargs clang-format --dry-run --Werror || setup_fail "the style of C++ is off; clang-format -i FILE mends it"
+find polaformer/csrc tests/polaformer/cuda -regex '.*\.\(cpp\|cu\|cuh\|h\|inl\)' -print0 |
+  xargs -0 clang-format --dry-run --Werror || setup_fail "the style of C++ is off; clang-format -i FILE mends it"
 mypy --no-error-summary || setup_fail "types do not fit; see above"
 workers=$(nproc)
 workers=$((workers < 4 ? workers : 4))
