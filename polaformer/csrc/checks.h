@@ -32,8 +32,8 @@ inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const 
                     k.sizes(), " and v ", v.sizes(), " must have one shape (B, H, N, D)");
   const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-  TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height <= kMaxInt && width <= kMaxInt && tokens == height * width, tokens,
-                    " tokens are not height ", height, " × width ", width, "; pass the image's own size");
+  TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height <= kMaxInt && width <= kMaxInt && tokens == height * width,
+                    tokens, " tokens are not height ", height, " × width ", width, "; pass the image's own size");
   TORCH_CHECK_VALUE(head_dim % 2 == 0, "head dimension ", head_dim, " is odd; the two flows need an even one");
   TORCH_CHECK_VALUE(heads <= kMaxInt && head_dim <= kMaxInt, "q has ", heads, " heads of width ", head_dim,
                     "; pass fewer than 2^31 of each");
@@ -59,8 +59,9 @@ inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const a
   const int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(3);
   const auto compute_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto check = [&](const NamedTensor& x, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(x.tensor.sizes() == sizes && x.tensor.scalar_type() == compute_dtype, x.name, " is ", x.tensor.sizes(),
-                      " in ", x.tensor.scalar_type(), ", needs ", sizes, " in ", compute_dtype, "; pass on what forward gave");
+    TORCH_CHECK_VALUE(x.tensor.sizes() == sizes && x.tensor.scalar_type() == compute_dtype, x.name, " is ",
+                      x.tensor.sizes(), " in ", x.tensor.scalar_type(), ", needs ", sizes, " in ", compute_dtype,
+                      "; pass on what forward gave");
     check_tensor(x, q);
   };
   check({"state", state}, {batch, heads, 2 * head_dim, head_dim});

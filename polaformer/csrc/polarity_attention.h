@@ -1,8 +1,9 @@
 // The numbers and formulas of polarity attention that host and device share, so that the CPU's tests exercise what
 // the GPU computes. polaformer/reference.py tells them in PyTorch, and why a shift keeps every feature finite.
 //
-// Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension; 2D features, in D pairs that the rotary
-// embedding mixes: the first D/2 pairs are positive parts and rotate with the token's row, the others negative, its column.
+// Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension; 2D features, in D pairs that the
+// rotary embedding mixes: the first D/2 pairs are positive parts and rotate with the token's row, the others negative,
+// its column.
 #pragma once
 
 #include <cfloat>
@@ -19,7 +20,7 @@ namespace polaformer {
 // In double, for the CPU's float64: where all else in a normalizer vanishes, a rounded epsilon shows in every digit.
 constexpr double kEpsilon = 1e-6;
 constexpr float kMaxUnshiftedExponent = 20.f;  // the shift brings larger ones down to this
-constexpr float kMinNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
+constexpr float kMinNormalizer = FLT_MIN;      // epsilon · e^(−C) becomes no smaller
 constexpr double kMinGradientNormalizer = 1e-8;
 constexpr double kMaxNormalizerGradient = 1e25;
 constexpr int kMaxHeadDim = 128;

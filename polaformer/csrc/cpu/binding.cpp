@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v,
   const Tensor state = at::empty({batch, heads, 2 * head_dim, head_dim}, compute_options);
   const Tensor key_mean = at::empty({batch, heads, 2 * head_dim}, compute_options);
   const Tensor key_shift = at::empty({batch, heads, head_dim}, compute_options);
-  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), out = empty_bnhd(q_rows);
+  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v),
+               out = empty_bnhd(q_rows);
   if (q.numel() == 0) {
     for (const Tensor& x : {state, key_mean, key_shift}) x.zero_();
   } else {
@@ -125,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v,
     const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
     const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
     TorchRuntime runtime;
-    kernels().forward({problem(q, height, width, frequencies), rows(q_rows), rows(k_rows), rows(v_rows), rows(out),
-                       same.data_ptr(), opposite.data_ptr(), state.data_ptr(), key_mean.data_ptr(),
-                       key_shift.data_ptr()},
-                      runtime);
+    kernels().forward(
+        {problem(q, height, width, frequencies), rows(q_rows), rows(k_rows), rows(v_rows), rows(out), same.data_ptr(),
+         opposite.data_ptr(), state.data_ptr(), key_mean.data_ptr(), key_shift.data_ptr()},
+        runtime);
   }
   return {clamp_to_dtype(out, q.scalar_type()), state, key_mean, key_shift};
 }
@@ -143,20 +144,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inp
   const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
   const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
   const Tensor grad_same = at::zeros_like(same), grad_opposite = at::zeros_like(opposite);
-  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), grad_rows = to_kernel_layout(grad_out);
+  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v),
+               grad_rows = to_kernel_layout(grad_out);
   const Tensor grad_q = empty_bnhd(q_rows), grad_k = empty_bnhd(q_rows), grad_v = empty_bnhd(q_rows);
   if (q.numel() > 0) {
     const Tensor frequencies = rotary_frequencies(q.size(3)), s = state.contiguous(), m = key_mean.contiguous();
     const Tensor shift = key_shift.contiguous();
     TorchRuntime runtime;
-    kernels().backward({problem(q, height, width, frequencies), rows(grad_rows), rows(q_rows), rows(k_rows), rows(v_rows),
-                        rows(grad_q), rows(grad_k), rows(grad_v), same.data_ptr(), opposite.data_ptr(), s.data_ptr(),
-                        m.data_ptr(), shift.data_ptr(), grad_same.data_ptr(), grad_opposite.data_ptr()},
+    kernels().backward({problem(q, height, width, frequencies), rows(grad_rows), rows(q_rows), rows(k_rows),
+                        rows(v_rows), rows(grad_q), rows(grad_k), rows(grad_v), same.data_ptr(), opposite.data_ptr(),
+                        s.data_ptr(), m.data_ptr(), shift.data_ptr(), grad_same.data_ptr(), grad_opposite.data_ptr()},
                        runtime);
   }
   const auto type = q.scalar_type();
-  return {clamp_to_dtype(grad_q, type), clamp_to_dtype(grad_k, type), clamp_to_dtype(grad_v, type), grad_same.to(same_logits.scalar_type()),
-          grad_opposite.to(opposite_logits.scalar_type())};
+  return {clamp_to_dtype(grad_q, type), clamp_to_dtype(grad_k, type), clamp_to_dtype(grad_v, type),
+          grad_same.to(same_logits.scalar_type()), grad_opposite.to(opposite_logits.scalar_type())};
 }
 
 }  // namespace

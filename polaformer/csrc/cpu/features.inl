@@ -7,8 +7,8 @@ namespace POLAFORMER_ISA {
 template <class R>
 struct Features {
   R* rotated;  // (kTile, F), ready for the product with the state
-  R* active;  // (kTile, W): the feature of the part that is not zero
-  R* slope;   // (kTile, W): its derivative
+  R* active;   // (kTile, W): the feature of the part that is not zero
+  R* slope;    // (kTile, W): its derivative
 };
 
 // e^(x − shift) − e^(−shift) for a positive exponent; reference.py says why in this way.
@@ -16,8 +16,9 @@ template <class R>
 inline R shifted_feature(R x, R shift) {
   const R small = x < R(kMaxUnshiftedExponent) ? x : R(kMaxUnshiftedExponent);
   const R feature = R(__builtin_expm1(small) * __builtin_exp(-shift));
-  return x <= R(kMaxUnshiftedExponent) ? feature
-                               : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kMaxUnshiftedExponent) - shift));
+  return x <= R(kMaxUnshiftedExponent)
+             ? feature
+             : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kMaxUnshiftedExponent) - shift));
 }
 
 template <class R>
@@ -30,8 +31,8 @@ void rotate_tile(const Tile<R>& tile, const Sizes& s, R* features) {
     }
 }
 
-// Features of keys without a shift. Adds them to sums (F); returns the largest exponent: above kMaxUnshiftedExponent the
-// result is of no use, and shifted_key_features has to be called.
+// Features of keys without a shift. Adds them to sums (F); returns the largest exponent: above kMaxUnshiftedExponent
+// the result is of no use, and shifted_key_features has to be called.
 template <class R, bool for_backward>
 R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R>& out, R* sums) {
   Vec<R> largest{};
@@ -153,7 +154,8 @@ void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, con
 template <class R, bool for_backward>
 void any_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow, const Features<R>& out,
                         R* normalizer) {
-  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kMaxUnshiftedExponent)) return;
+  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kMaxUnshiftedExponent))
+    return;
   shifted_query_features(tile, s, q, flow, out, normalizer);
 }
 

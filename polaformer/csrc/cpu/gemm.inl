@@ -7,7 +7,7 @@ namespace POLAFORMER_ISA {
 // A block of `rows` × `columns` vectors of C, held in registers: C = A B or C += A B.
 template <class R, int rows, int columns>
 inline void micro_kernel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row,
-                           int depth, bool add) {
+                         int depth, bool add) {
   constexpr int lanes = Simd<R>::lanes;
   Vec<R> sums[rows][columns];
   for (int i = 0; i < rows; ++i)
@@ -26,7 +26,7 @@ inline void micro_kernel(const R* a, int64_t a_row, int64_t a_column, const R* b
 
 template <class R, int columns>
 void gemm_panel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row, int m,
-                    int depth, bool add) {
+                int depth, bool add) {
   constexpr int rows = POLAFORMER_BLOCK_ROWS;
   int i = 0;
   for (; i + rows <= m; i += rows)
@@ -61,8 +61,7 @@ struct DirectGemm {
       gemm_panel<R, 3>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
     for (; j + 2 * lanes <= n; j += 2 * lanes)
       gemm_panel<R, 2>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
-    for (; j < n; j += lanes)
-      gemm_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
+    for (; j < n; j += lanes) gemm_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
   }
 };
 
@@ -92,8 +91,7 @@ struct Bf16Gemm {
   static OperandA pack_a(const float* x, int m, int depth, void* buffer) {
     auto* out = static_cast<uint16_t*>(buffer);
     for (int64_t i = 0; i < int64_t(m) * depth; i += Simd<float>::lanes)
-      *reinterpret_cast<HalfWords*>(out + i) =
-          __builtin_convertvector(rounded(load(x + i)) >> 16, HalfWords);
+      *reinterpret_cast<HalfWords*>(out + i) = __builtin_convertvector(rounded(load(x + i)) >> 16, HalfWords);
     return {out, depth};
   }
 

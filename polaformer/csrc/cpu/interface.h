@@ -18,20 +18,20 @@ struct StridedTensor {
 struct Problem {
   int64_t batch, heads, height, width;
   int head_dim;
-  bool bf16_gemm;  // multiply matrices in bfloat16 with float32 sums, by `multiply_bf16`
+  bool bf16_gemm;            // multiply matrices in bfloat16 with float32 sums, by `multiply_bf16`
   const float* frequencies;  // (D/2): the rotation angle of each pair per unit of distance
 };
 
 // Everything in the compute type, float or double, contiguous: logits (H, 2D), state (B, H, 2D, D), key_mean
 // (B, H, 2D), key_shift (B, H, D). Gradients of logits are (H, 2D) too.
-struct Forward {
+struct ForwardParams {
   Problem problem;
   StridedTensor q, k, v, out;
   const void *same_logits, *opposite_logits;
   void *state, *key_mean, *key_shift;
 };
 
-struct Backward {
+struct BackwardParams {
   Problem problem;
   StridedTensor grad_out, q, k, v, grad_q, grad_k, grad_v;
   const void *same_logits, *opposite_logits, *state, *key_mean, *key_shift;
@@ -51,8 +51,8 @@ struct Runtime {
 
 struct Kernels {
   const char* instruction_set;
-  void (*forward)(const Forward&, Runtime&);
-  void (*backward)(const Backward&, Runtime&);
+  void (*forward)(const ForwardParams&, Runtime&);
+  void (*backward)(const BackwardParams&, Runtime&);
 };
 
 extern const Kernels kBaseline;

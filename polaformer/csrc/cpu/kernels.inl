@@ -18,22 +18,22 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-inline void forward(const Forward& call, Runtime& runtime) {
-  if (call.q.type == Type::float64)
-    ForwardPass<DirectGemm<double>>(call, runtime).run();
-  else if (call.problem.bf16_gemm)
-    ForwardPass<Bf16Gemm>(call, runtime).run();
+inline void forward(const ForwardParams& params, Runtime& runtime) {
+  if (params.q.type == Type::float64)
+    ForwardPass<DirectGemm<double>>(params, runtime).run();
+  else if (params.problem.bf16_gemm)
+    ForwardPass<Bf16Gemm>(params, runtime).run();
   else
-    ForwardPass<DirectGemm<float>>(call, runtime).run();
+    ForwardPass<DirectGemm<float>>(params, runtime).run();
 }
 
-inline void backward(const Backward& call, Runtime& runtime) {
-  if (call.q.type == Type::float64)
-    BackwardPass<DirectGemm<double>>(call, runtime).run();
-  else if (call.problem.bf16_gemm)
-    BackwardPass<Bf16Gemm>(call, runtime).run();
+inline void backward(const BackwardParams& params, Runtime& runtime) {
+  if (params.q.type == Type::float64)
+    BackwardPass<DirectGemm<double>>(params, runtime).run();
+  else if (params.problem.bf16_gemm)
+    BackwardPass<Bf16Gemm>(params, runtime).run();
   else
-    BackwardPass<DirectGemm<float>>(call, runtime).run();
+    BackwardPass<DirectGemm<float>>(params, runtime).run();
 }
 
 }  // namespace POLAFORMER_ISA

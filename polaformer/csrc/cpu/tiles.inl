@@ -3,7 +3,7 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-constexpr int kTile = 64;  // tokens; a last tile may have fewer, its rows beyond the last token are zeros
+constexpr int kTile = 64;         // tokens; a last tile may have fewer, its rows beyond the last token are zeros
 constexpr int kRowMultiple = 32;  // a tile's rows are a multiple of these, as matrix units want it
 constexpr int64_t kTokensPerTask = 1024;
 
@@ -11,11 +11,19 @@ struct Sizes {
   int64_t batch, heads, tokens, height, width;
   int D, W, F, M, V;
   int64_t tasks_per_head, tokens_per_task;  // of work without sums over tokens
-  int64_t splits, tokens_per_split;           // of work with them: each split has its own sums
+  int64_t splits, tokens_per_split;         // of work with them: each split has its own sums
 
   Sizes(const Problem& p, int lanes)
-      : batch(p.batch), heads(p.heads), tokens(p.height * p.width), height(p.height), width(p.width), D(p.head_dim),
-        W(padded(D, lanes)), F(2 * W), M(padded(D / 2, lanes)), V(2 * M) {
+      : batch(p.batch),
+        heads(p.heads),
+        tokens(p.height * p.width),
+        height(p.height),
+        width(p.width),
+        D(p.head_dim),
+        W(padded(D, lanes)),
+        F(2 * W),
+        M(padded(D / 2, lanes)),
+        V(2 * M) {
     constexpr int64_t enough = 256;  // tasks to keep any processor busy
     tasks_per_head = ceil(tokens, kTokensPerTask);
     const int64_t wanted = ceil(enough, batch * heads);
@@ -53,12 +61,12 @@ struct RotaryTables {
 
   static const R* table(const Sizes& s, const float* frequencies, int64_t length, Runtime& runtime) {
     R* table = static_cast<R*>(runtime.allocate(length * 2 * s.W * sizeof(R)));
-    for (int64_t place = 0; place < length; ++place)
+    for (int64_t position = 0; position < length; ++position)
       for (int i = 0; i < s.W; i += 2) {
-        const R angle = i < s.D ? R(place) * R(frequencies[i / 2]) : R(0);
+        const R angle = i < s.D ? R(position) * R(frequencies[i / 2]) : R(0);
         const R cosine = sizeof(R) == 4 ? __builtin_cosf(angle) : __builtin_cos(angle);
         const R sine = sizeof(R) == 4 ? __builtin_sinf(angle) : __builtin_sin(angle);
-        R* pair = table + place * 2 * s.W + i;
+        R* pair = table + position * 2 * s.W + i;
         pair[0] = pair[1] = cosine;
         pair[s.W] = -sine;
         pair[s.W + 1] = sine;
@@ -80,13 +88,16 @@ struct Tile {
   int64_t batch, head, first;
   int count, rows;  // tokens, and rows of the tile
   const R *row[kTile], *column[kTile];
-  const char *ahead[2];  // where the next tile begins in two of the tensors that are read
+  const char* ahead[2];    // where the next tile begins in two of the tensors that are read
   int64_t ahead_bytes[2];  // from one of its tokens to the next
 
-  Tile(const Sizes& s, const RotaryTables<R>& rotary, int64_t of_head, int64_t first, int64_t end, const StridedTensor& read,
-       const StridedTensor& read_too)
-      : batch(of_head / s.heads), head(of_head % s.heads), first(first),
-        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowMultiple)),
+  Tile(const Sizes& s, const RotaryTables<R>& rotary, int64_t of_head, int64_t first, int64_t end,
+       const StridedTensor& read, const StridedTensor& read_too)
+      : batch(of_head / s.heads),
+        head(of_head % s.heads),
+        first(first),
+        count(end - first < kTile ? end - first : kTile),
+        rows(padded(count, kRowMultiple)),
         ahead{address(read, batch, head, first + kTile), address(read_too, batch, head, first + kTile)},
         ahead_bytes{read.token * bytes_of(read.type), read_too.token * bytes_of(read_too.type)} {
     int64_t y = first / s.width, x = first % s.width;

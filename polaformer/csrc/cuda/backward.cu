@@ -28,30 +28,30 @@ struct CombineBlocks {
   int64_t logits, mean, state;
   int chunks;  // of 32 features
 
-  POLAFORMER_INLINE explicit CombineBlocks(const Backward& f)
+  POLAFORMER_INLINE explicit CombineBlocks(const BackwardParams& params)
       : logits(0),
-        mean((f.shape.batch_heads() * f.shape.features() + kCombineThreads - 1) / kCombineThreads),
+        mean((params.shape.batch_heads() * params.shape.features() + kCombineThreads - 1) / kCombineThreads),
         state(0),
-        chunks(static_cast<int>(f.shape.features() + 31) / 32) {
-    logits = 2 * f.shape.heads * chunks;
-    if (f.plan.query_grads.splits_per_head > 1) {
-      state = (f.shape.batch_heads() * f.shape.state_size() + kCombineThreads - 1) / kCombineThreads;
+        chunks(static_cast<int>(params.shape.features() + 31) / 32) {
+    logits = 2 * params.shape.heads * chunks;
+    if (params.plan.query_grads.splits_per_head > 1) {
+      state = (params.shape.batch_heads() * params.shape.state_size() + kCombineThreads - 1) / kCombineThreads;
     }
   }
 };
 
 // A logit's gradient: over all splits of all images, times the logistic function's slope.
-__device__ __forceinline__ void combine_logits(const Backward& f, int block, int chunks) {
+__device__ __forceinline__ void combine_logits(const BackwardParams& params, int block, int chunks) {
   auto& partial_sums = shared_memory<float[kReducers][32]>();
-  const int head = block / chunks % f.shape.heads, flow = block / chunks / f.shape.heads;
-  const int features = static_cast<int>(f.shape.features()), feature = block % chunks * 32 + threadIdx.x % 32;
-  const int splits = f.plan.query_grads.splits_per_head, member = threadIdx.x / 32;
+  const int head = block / chunks % params.shape.heads, flow = block / chunks / params.shape.heads;
+  const int features = static_cast<int>(params.shape.features()), feature = block % chunks * 32 + threadIdx.x % 32;
+  const int splits = params.plan.query_grads.splits_per_head, member = threadIdx.x / 32;
   float sum = 0.f;
   if (feature < features) {
 #pragma unroll 4
-    for (int64_t i = member; i < f.shape.batch * splits; i += kReducers) {
-      const int64_t split = (i / splits * f.shape.heads + head) * splits + i % splits;
-      sum += f.split_grad_logits[(split * 2 + flow) * features + feature];
+    for (int64_t i = member; i < params.shape.batch * splits; i += kReducers) {
+      const int64_t split = (i / splits * params.shape.heads + head) * splits + i % splits;
+      sum += params.split_grad_logits[(split * 2 + flow) * features + feature];
     }
   }
   partial_sums[member][threadIdx.x % 32] = sum;
@@ -59,54 +59,57 @@ __device__ __forceinline__ void combine_logits(const Backward& f, int block, int
   if (member > 0 || feature >= features) return;
   for (int i = 1; i < kReducers; ++i) sum += partial_sums[i][threadIdx.x];
   const int64_t index = int64_t{head} * features + feature;
-  const float temperature = logistic((flow ? f.opposite_logits : f.same_logits)[index]);
-  (flow ? f.grad_opposite_logits : f.grad_same_logits)[index] = sum * (temperature * (1.f - temperature));
+  const float temperature = logistic((flow ? params.opposite_logits : params.same_logits)[index]);
+  (flow ? params.grad_opposite_logits : params.grad_same_logits)[index] = sum * (temperature * (1.f - temperature));
 }
 
-__global__ void __launch_bounds__(kCombineThreads) combine_query_splits(const Backward f) {
-  const CombineBlocks blocks(f);
-  const int splits = f.plan.query_grads.splits_per_head;
-  if (blockIdx.x < blocks.logits) return combine_logits(f, blockIdx.x, blocks.chunks);
+__global__ void __launch_bounds__(kCombineThreads) combine_query_splits(const BackwardParams params) {
+  const CombineBlocks blocks(params);
+  const int splits = params.plan.query_grads.splits_per_head;
+  if (blockIdx.x < blocks.logits) return combine_logits(params, blockIdx.x, blocks.chunks);
   const int64_t block = blockIdx.x - blocks.logits;
   if (block < blocks.mean) {
-    const int64_t index = block * kCombineThreads + threadIdx.x, head = index / f.shape.features();
-    if (head >= f.shape.batch_heads()) return;
-    const float* partial = f.split_grad_mean + head * (2 * splits) * f.shape.features() + index % f.shape.features();
+    const int64_t index = block * kCombineThreads + threadIdx.x, head = index / params.shape.features();
+    if (head >= params.shape.batch_heads()) return;
+    const float* partial =
+        params.split_grad_mean + head * (2 * splits) * params.shape.features() + index % params.shape.features();
     float sum = 0.f;
 #pragma unroll 8
-    for (int i = 0; i < 2 * splits; ++i) sum += partial[i * f.shape.features()];
-    f.grad_mean[index] = sum;
+    for (int i = 0; i < 2 * splits; ++i) sum += partial[i * params.shape.features()];
+    params.grad_mean[index] = sum;
   } else {
-    const int64_t index = (block - blocks.mean) * kCombineThreads + threadIdx.x, size = f.shape.state_size();
+    const int64_t index = (block - blocks.mean) * kCombineThreads + threadIdx.x, size = params.shape.state_size();
     const int64_t head = index / size;
-    if (head >= f.shape.batch_heads()) return;
-    const float* partial = f.split_grad_state + head * splits * size + index % size;
+    if (head >= params.shape.batch_heads()) return;
+    const float* partial = params.split_grad_state + head * splits * size + index % size;
     float sum = 0.f;
 #pragma unroll 8
     for (int i = 0; i < splits; ++i) sum += partial[i * size];
-    f.grad_state[index] = sum;
+    params.grad_state[index] = sum;
   }
 }
 
-const char* launch_combine_query_splits(const Backward& f, void* stream) {
-  const CombineBlocks blocks(f);
+const char* launch_combine_query_splits(const BackwardParams& params, void* stream) {
+  const CombineBlocks blocks(params);
   const LaunchConfig grid{blocks.logits + blocks.mean + blocks.state, kCombineThreads, sizeof(float[kReducers][32])};
-  return launch(combine_query_splits, grid, stream, f);
+  return launch(combine_query_splits, grid, stream, params);
 }
 
 }  // namespace
 
-const char* run_backward(const Backward& f, void* stream) {
-  const bool is_bf16 = f.plan.path == Path::kBfloat16;
-  const char* error = make_rotary_tables(f, stream);
+const char* run_backward(const BackwardParams& params, void* stream) {
+  const bool is_bf16 = params.plan.path == Path::kBfloat16;
+  const char* error = make_rotary_tables(params, stream);
   if (!error) {
-    error = is_bf16 ? bf16::launch_differentiate_queries(f, stream) : tf32::launch_differentiate_queries(f, stream);
+    error = is_bf16 ? bf16::launch_differentiate_queries(params, stream)
+                    : tf32::launch_differentiate_queries(params, stream);
   }
-  if (!error && is_bf16) error = bf16::launch_sum_queries(f, stream);
-  if (!error) error = tf32::launch_differentiate_queries_shifted(f, stream);
-  if (!error) error = launch_combine_query_splits(f, stream);
-  if (!error) error = is_bf16 ? bf16::launch_differentiate_keys(f, stream) : tf32::launch_differentiate_keys(f, stream);
-  if (!error) error = tf32::launch_differentiate_keys_shifted(f, stream);
+  if (!error && is_bf16) error = bf16::launch_sum_queries(params, stream);
+  if (!error) error = tf32::launch_differentiate_queries_shifted(params, stream);
+  if (!error) error = launch_combine_query_splits(params, stream);
+  if (!error)
+    error = is_bf16 ? bf16::launch_differentiate_keys(params, stream) : tf32::launch_differentiate_keys(params, stream);
+  if (!error) error = tf32::launch_differentiate_keys_shifted(params, stream);
   return error;
 }
 

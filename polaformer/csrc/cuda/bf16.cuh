@@ -6,9 +6,9 @@
 //
 //   Pairs {(x0, x2), (x1, x3)}: the first and the second numbers of both pairs, two bf16 to a register,
 //
-// so that a rotation is four packed instructions, and the registers are those of an A fragment without being moved: `first`
-// stands for its columns 2t and 2t + 1, `second` for 2t + 8 and 2t + 9. The matrix on the other side has its rows in
-// the same order: order_16().
+// so that a rotation is four packed instructions, and the registers are those of an A fragment without being moved:
+// `first` stands for its columns 2t and 2t + 1, `second` for 2t + 8 and 2t + 9. The matrix on the other side has its
+// rows in the same order: order_16().
 //
 // A number has two features, of its positive and of its negative part, and one of them is 0. Both come from one
 // exponential, and a mask of x's sign (all ones: negative) tells them apart. The first part of the features, which
@@ -45,8 +45,8 @@ __device__ __forceinline__ Pairs multiply(Pairs a, Pairs b) {
   return {multiply(a.first, b.first), multiply(a.second, b.second)};
 }
 
-// The rotation of a token's two pairs by their angles, or back: (x0 cos − x1 sin, x1 cos + x0 sin). ptxas folds no negation
-// into a packed multiplication, so that of the sine is made once for both flows.
+// The rotation of a token's two pairs by their angles, or back: (x0 cos − x1 sin, x1 cos + x0 sin). ptxas folds no
+// negation into a packed multiplication, so that of the sine is made once for both flows.
 struct Rotation {
   Bf16x2 cosine, sine, minus_sine;
 
@@ -126,10 +126,10 @@ struct alignas(16) Temperatures {
   }
 };
 
-__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SmemPointer place) {
+__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SmemPointer address) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 words = load_words(place + 64 * i);
+    const uint4 words = load_words(address + 64 * i);
     four[i] = {{__builtin_bit_cast(float, words.x), __builtin_bit_cast(float, words.y)},
                {__builtin_bit_cast(float, words.z), __builtin_bit_cast(float, words.w)}};
   }
@@ -221,16 +221,16 @@ __device__ __forceinline__ void load_state(uint16_t* tile, const float* state, i
                                            ColumnOrder column_order) {
 #pragma unroll 8
   for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim * kHeadDim / 4; i += threads) {
-    const int row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
-    const int part = row / kHeadDim, feature = row % kHeadDim;
+    const int part_row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
+    const int part = part_row / kHeadDim, feature = part_row % kHeadDim;
     const int column = column_of<kHeadDim>(padded, head_dim, halves);
     float4 four = {0.f, 0.f, 0.f, 0.f};
     if (feature < head_dim && column >= 0) {
       four = __ldg(reinterpret_cast<const float4*>(state + (part * head_dim + feature) * head_dim + column));
     }
-    uint16_t* place = tile + (part * kHeadDim + order_16(feature)) * kStride;
-    *reinterpret_cast<uint32_t*>(place + column_order(padded)) = pack_bf16(four.x, four.y);
-    *reinterpret_cast<uint32_t*>(place + column_order(padded + 2)) = pack_bf16(four.z, four.w);
+    uint16_t* row = tile + (part * kHeadDim + order_16(feature)) * kStride;
+    *reinterpret_cast<uint32_t*>(row + column_order(padded)) = pack_bf16(four.x, four.y);
+    *reinterpret_cast<uint32_t*>(row + column_order(padded + 2)) = pack_bf16(four.z, four.w);
   }
 }
 
@@ -246,19 +246,19 @@ struct TokenPosition {
   }
 };
 
-// A token's entries of the packed rotary table (rotary.cu) at this thread's four of 16 columns, in bytes: the first part
-// of the features rotates by the token's row, the second by its column. Tables of the next 16 columns begin
+// A token's entries of the packed rotary table (rotary.cu) at this thread's four of 16 columns, in bytes: the first
+// part of the features rotates by the token's row, the second by its column. Tables of the next 16 columns begin
 // rotary_stride() bytes for each of them further on.
 struct RotaryRow {
   unsigned by_row, by_column;
 
   // Tokens beyond the image, which are computed in vain, take the last row's.
   __device__ __forceinline__ RotaryRow() = default;
-  __device__ __forceinline__ RotaryRow(const TokenPosition& place, const Shape& shape) {
+  __device__ __forceinline__ RotaryRow(const TokenPosition& position, const Shape& shape) {
     constexpr unsigned kBytes = 4 * sizeof(CosSin);
     const unsigned own = sizeof(CosSin) * thread_in_group();
-    by_row = opaque(own + min(place.row, shape.height - 1) * kBytes);
-    by_column = opaque(own + (shape.height + place.column) * kBytes);
+    by_row = opaque(own + min(position.row, shape.height - 1) * kBytes);
+    by_column = opaque(own + (shape.height + position.column) * kBytes);
   }
   __device__ __forceinline__ Rotation first(const char* table) const { return load(table + by_row); }
   __device__ __forceinline__ Rotation second(const char* table) const { return load(table + by_column); }
@@ -299,8 +299,8 @@ struct StageCopies {
   int target_stride, remaining;  // bytes; tokens from the next one of this thread on
 
   // halves: each half of the columns of `b` is padded by itself.
-  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const StridedTensor& rows, const StridedTensor& b, bool halves,
-                                         const Split& split, const Shape& shape)
+  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const StridedTensor& rows, const StridedTensor& b,
+                                         bool halves, const Split& split, const Shape& shape)
       : target(threadIdx.x >= kHeadDim ? stages[0].b : stages[0].rows) {
     const bool copies_b = threadIdx.x >= kHeadDim;
     const int row = threadIdx.x % kHeadDim / (kHeadDim / 8), padded = threadIdx.x % (kHeadDim / 8) * 8;
@@ -342,8 +342,8 @@ struct alignas(16) MeanPairs {
   Pairs first, second;
 };
 
-__device__ __forceinline__ MeanPairs load_means(SmemPointer place) {
-  const uint4 words = load_words(place);
+__device__ __forceinline__ MeanPairs load_means(SmemPointer address) {
+  const uint4 words = load_words(address);
   return {{words.x, words.y}, {words.z, words.w}};
 }
 
@@ -368,19 +368,18 @@ __device__ __forceinline__ bool is_shifted(const float* shifts, int head_dim, in
 }
 
 // Fills a table of temperatures in the order of order_table().
-template <class Arguments>
-__device__ __forceinline__ void fill_temperatures(Temperatures* table, const Arguments& f, const Split& split,
+__device__ __forceinline__ void fill_temperatures(Temperatures* table, const CommonParams& params, const Split& split,
                                                   int padded_head_dim, int threads) {
-  const int width = f.shape.head_dim;
-  const float* same = f.same_logits + int64_t{split.head_in_batch} * (2 * width);
-  const float* opposite = f.opposite_logits + int64_t{split.head_in_batch} * (2 * width);
+  const int head_dim = params.shape.head_dim;
+  const float* same = params.same_logits + int64_t{split.head_in_batch} * (2 * head_dim);
+  const float* opposite = params.opposite_logits + int64_t{split.head_in_batch} * (2 * head_dim);
   for (int i = opaque(int(threadIdx.x)); i < padded_head_dim; i += threads) {
     Temperatures by = {};
-    if (i < width) {
+    if (i < head_dim) {
       constexpr float kHalf = 0.5f * kLog2E;
-      const float same_positive = kHalf * logistic(same[i]), same_negative = kHalf * logistic(same[width + i]);
+      const float same_positive = kHalf * logistic(same[i]), same_negative = kHalf * logistic(same[head_dim + i]);
       const float opposite_negative = kHalf * logistic(opposite[i]);
-      const float opposite_positive = kHalf * logistic(opposite[width + i]);
+      const float opposite_positive = kHalf * logistic(opposite[head_dim + i]);
       by = {{same_positive - same_negative, opposite_positive - opposite_negative},
             {same_positive + same_negative, opposite_positive + opposite_negative}};
     }
@@ -395,17 +394,17 @@ struct QueryTables {
   alignas(16) uint16_t means[2 * kHeadDim][8];  // m of either part as a sum of two, four times
 
   // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
-  template <class Arguments>
-  __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
-    const int width = f.shape.head_dim;
-    const float* mean = f.key_mean + int64_t{split.head} * (2 * width);
-    fill_temperatures(temperatures, f, split, kHeadDim, threads);
+  template <class Params>
+  __device__ __forceinline__ bool load(const Params& params, const Split& split, int threads) {
+    const int head_dim = params.shape.head_dim;
+    const float* mean = params.key_mean + int64_t{split.head} * (2 * head_dim);
+    fill_temperatures(temperatures, params, split, kHeadDim, threads);
     for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim; i += threads) {
       const int part = i / kHeadDim, column = i % kHeadDim;
-      const Bf16x2 two = column < width ? split_bf16(mean[part * width + column]) : 0;
+      const Bf16x2 two = column < head_dim ? split_bf16(mean[part * head_dim + column]) : 0;
       *reinterpret_cast<uint4*>(means[part * kHeadDim + order_16(column)]) = {two, two, two, two};
     }
-    return is_shifted(f.key_shift + int64_t{split.head} * width, width, threads);
+    return is_shifted(params.key_shift + int64_t{split.head} * head_dim, head_dim, threads);
   }
 
   // Where load_temperatures() finds those of a thread's columns; 16 bytes a column.

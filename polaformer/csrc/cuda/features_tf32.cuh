@@ -42,16 +42,16 @@ struct AxialRotation {
   }
 };
 
-__device__ __forceinline__ AxialRotation load_rotation(const float* table, int2 place, int pair) {
+__device__ __forceinline__ AxialRotation load_rotation(const float* table, int2 offsets, int pair) {
   const auto* cos_sin = reinterpret_cast<const float2*>(table);
-  return {__ldg(cos_sin + place.x + pair), __ldg(cos_sin + place.y + pair)};
+  return {__ldg(cos_sin + offsets.x + pair), __ldg(cos_sin + offsets.y + pair)};
 }
 
 // Rotations of two neighbouring pairs, the first of them even.
-__device__ __forceinline__ void load_rotation(AxialRotation (&both)[2], const float* table, int2 place, int pair) {
+__device__ __forceinline__ void load_rotation(AxialRotation (&both)[2], const float* table, int2 offsets, int pair) {
   const auto* cos_sin = reinterpret_cast<const float2*>(table);
-  const float4 row = __ldg(reinterpret_cast<const float4*>(cos_sin + place.x + pair));
-  const float4 column = __ldg(reinterpret_cast<const float4*>(cos_sin + place.y + pair));
+  const float4 row = __ldg(reinterpret_cast<const float4*>(cos_sin + offsets.x + pair));
+  const float4 column = __ldg(reinterpret_cast<const float4*>(cos_sin + offsets.y + pair));
   both[0] = {{row.x, row.y}, {column.x, column.y}};
   both[1] = {{row.z, row.w}, {column.z, column.w}};
 }
@@ -131,23 +131,24 @@ struct alignas(16) QueryTables {
   float2 shifts[kHeadDim / 2];  // of pairs
 
   // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
-  template <class Arguments>
-  __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
-    const int width = f.shape.head_dim, features = 2 * width;
-    const float* mean = f.key_mean + int64_t{split.head} * features;
+  template <class Params>
+  __device__ __forceinline__ bool load(const Params& params, const Split& split, int threads) {
+    const int head_dim = params.shape.head_dim, features = 2 * head_dim;
+    const float* mean = params.key_mean + int64_t{split.head} * features;
     for (int i = opaque(int(threadIdx.x)); i < kHeadDim; i += threads) {
-      means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
+      means[i] = i < head_dim ? make_float2(mean[i], mean[head_dim + i]) : make_float2(0.f, 0.f);
       for (int flow = 0; flow < 2; ++flow) {
-        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{split.head_in_batch} * features;
+        const float* logits =
+            (flow ? params.opposite_logits : params.same_logits) + int64_t{split.head_in_batch} * features;
         temperatures[flow][i] = make_float2(0.f, 0.f);
-        if (i >= width) continue;
-        temperatures[flow][i] = make_float2(logistic(logits[i]), logistic(logits[width + i]));
+        if (i >= head_dim) continue;
+        temperatures[flow][i] = make_float2(logistic(logits[i]), logistic(logits[head_dim + i]));
       }
     }
     bool shifted = false;
     for (int i = opaque(int(threadIdx.x)); i < kHeadDim / 2; i += threads) {
-      const float* shift = f.key_shift + int64_t{split.head} * width + i;
-      shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
+      const float* shift = params.key_shift + int64_t{split.head} * head_dim + i;
+      shifts[i] = 2 * i < head_dim ? make_float2(shift[0], shift[head_dim / 2]) : make_float2(0.f, 0.f);
       shifted |= shifts[i].x > 0.f || shifts[i].y > 0.f;
     }
     return shifted;

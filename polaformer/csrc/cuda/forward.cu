@@ -1,4 +1,5 @@
-// Polarity attention. Per head, with R the rotary embedding of a token and m the mean over keys (polaformer/reference.py):
+// Polarity attention. Per head, with R the rotary embedding of a token and m the mean over keys
+// (polaformer/reference.py):
 //
 //   S = Σ_keys R(φ(k))ᵀ v / N      m = Σ_keys φ(k) / N            (2D, D), (2D)
 //   out = R(φ(q)) S / (φ(q)·m + ε)                                of both flows, each with its half of S's columns
@@ -7,11 +8,12 @@
 // so is all else but the operands of the products; of bf16, features are rounded to bf16 once they are made (bf16.cuh).
 //
 // run_forward                            of aligned bf16: forward_bf16.cu; of all else: forward_tf32.cu
-// ├─ make_rotary_tables          rotary.cu        cosines and sines of every row and column, where each token finds its own
-// ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded kMaxUnshiftedExponent
-// ├─ combine_key_splits         here            adds the splits up in order; heads with larger exponents again, shifted
-// ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded kMaxUnshiftedExponent; notes splits with larger
-// └─ attend_shifted      tf32            computes those again; leaves at once where there are none
+// ├─ make_rotary_tables          rotary.cu        cosines and sines of every row and column, where each token finds its
+// own ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded
+// kMaxUnshiftedExponent ├─ combine_key_splits         here            adds the splits up in order; heads with larger
+// exponents again, shifted ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded
+// kMaxUnshiftedExponent; notes splits with larger └─ attend_shifted      tf32            computes those again; leaves
+// at once where there are none
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -59,9 +61,10 @@ __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Row
 
 // S, m and the shift of this block's pairs, without tensor cores: thread d has column d of S.
 template <bool kFloat>
-__device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Forward& f, const Split& head, int first) {
-  const Shape& shape = f.shape;
-  const Rows<kFloat> keys = rows_of<kFloat>(f.k, shape, head), values = rows_of<kFloat>(f.v, shape, head);
+__device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const ForwardParams& params, const Split& head,
+                                                 int first) {
+  const Shape& shape = params.shape;
+  const Rows<kFloat> keys = rows_of<kFloat>(params.k, shape, head), values = rows_of<kFloat>(params.v, shape, head);
   find_key_shifts(shared, keys, first, shape);
 
   const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs, column = threadIdx.x;
@@ -78,9 +81,9 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
       const Pair<float> features = features_of<true>(exponents, {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
-      const int64_t place = by_row ? row : shape.height + token - row * shape.width;
+      const int64_t position = by_row ? row : shape.height + token - row * shape.width;
       const int64_t rotary_pair = by_row ? first + pair : first + pair - shape.head_dim / 2;
-      const float2 by = __ldg(reinterpret_cast<const float2*>(f.cos_sin) + place * half + rotary_pair);
+      const float2 by = __ldg(reinterpret_cast<const float2*>(params.cos_sin) + position * half + rotary_pair);
       rotated = rotate(features, by.x, by.y);
     }
     __syncthreads();
@@ -94,12 +97,12 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
     }
   }
 
-  const float scale = f.plan.inv_tokens;
+  const float scale = params.plan.inv_tokens;
   const int64_t feature = int64_t{head.head} * shape.features() + 2 * first;
   if (column < shape.head_dim) {
 #pragma unroll
     for (int j = 0; j < 2 * kCombinePairs; ++j) {
-      if (2 * first + j < shape.features()) f.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
+      if (2 * first + j < shape.features()) params.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
     }
   }
   shared.sums[member][2 * pair] = mean.first, shared.sums[member][2 * pair + 1] = mean.second;
@@ -107,66 +110,68 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
   if (threadIdx.x < 2 * kCombinePairs && 2 * first + threadIdx.x < shape.features()) {
     float sum = 0.f;
     for (int i = 0; i < 16; ++i) sum += shared.sums[i][threadIdx.x];
-    f.key_mean[feature + threadIdx.x] = sum * scale;
+    params.key_mean[feature + threadIdx.x] = sum * scale;
   }
-  if (member == 0 && inside) f.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
+  if (member == 0 && inside) params.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
 }
 
 // Adds up the splits of a head, for the pairs of this block.
-__device__ __forceinline__ void sum_splits(const Forward& f, const Split& head, int first) {
-  const int splits = f.plan.keys.splits_per_head;
-  const int64_t width = f.shape.head_dim, features = f.shape.features(), size = f.shape.state_size();
+__device__ __forceinline__ void sum_splits(const ForwardParams& params, const Split& head, int first) {
+  const int splits = params.plan.keys.splits_per_head;
+  const int64_t head_dim = params.shape.head_dim, features = params.shape.features(), size = params.shape.state_size();
   const int rows = min(2 * kCombinePairs, static_cast<int>(features) - 2 * first);
   if (splits > 1) {
-    for (int i = threadIdx.x; i < rows * width; i += kCombineThreads) {
-      const float* partial = f.split_state + int64_t{head.head} * splits * size + 2 * first * width + i;
+    for (int i = threadIdx.x; i < rows * head_dim; i += kCombineThreads) {
+      const float* partial = params.split_state + int64_t{head.head} * splits * size + 2 * first * head_dim + i;
       float sum = 0.f;
 #pragma unroll 8
       for (int split = 0; split < splits; ++split) sum += partial[split * size];
-      f.state[int64_t{head.head} * size + 2 * first * width + i] = sum;
+      params.state[int64_t{head.head} * size + 2 * first * head_dim + i] = sum;
     }
     if (static_cast<int>(threadIdx.x) < rows) {
-      const float* partial = f.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
+      const float* partial = params.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
       float sum = 0.f;
 #pragma unroll 8
       for (int split = 0; split < splits; ++split) sum += partial[split * features];
-      f.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
+      params.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
     }
   }
-  if (static_cast<int>(threadIdx.x) < rows / 2) f.key_shift[int64_t{head.head} * width + first + threadIdx.x] = 0.f;
+  if (static_cast<int>(threadIdx.x) < rows / 2)
+    params.key_shift[int64_t{head.head} * head_dim + first + threadIdx.x] = 0.f;
 }
 
 template <bool kFloat>
-__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const Forward f) {
-  const int blocks_per_head = (f.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
-  const Split head = locate_split(blockIdx.x / blocks_per_head, {1, f.shape.tokens(), 0}, f.shape);
+__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const ForwardParams params) {
+  const int blocks_per_head = (params.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
+  const Split head = locate_split(blockIdx.x / blocks_per_head, {1, params.shape.tokens(), 0}, params.shape);
   const int first = static_cast<int>(blockIdx.x % blocks_per_head) * kCombinePairs;
   float max_abs = 0.f;
-  for (int split = 0; split < f.plan.keys.splits_per_head; ++split) {
-    max_abs = fmaxf(max_abs, f.split_max_abs[int64_t{head.head} * f.plan.keys.splits_per_head + split]);
+  for (int split = 0; split < params.plan.keys.splits_per_head; ++split) {
+    max_abs = fmaxf(max_abs, params.split_max_abs[int64_t{head.head} * params.plan.keys.splits_per_head + split]);
   }
   if (max_abs > kMaxUnshiftedExponent) {
-    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), f, head, first);
+    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), params, head, first);
   } else {
-    sum_splits(f, head, first);
+    sum_splits(params, head, first);
   }
 }
 
-const char* launch_combine_key_splits(const Forward& f, void* stream) {
-  const int64_t blocks = f.shape.batch_heads() * ((f.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
+const char* launch_combine_key_splits(const ForwardParams& params, void* stream) {
+  const int64_t blocks = params.shape.batch_heads() * ((params.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
   const LaunchConfig grid{blocks, kCombineThreads, sizeof(CombineShared)};
-  return launch(f.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, grid, stream, f);
+  return launch(params.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, grid,
+                stream, params);
 }
 
 }  // namespace
 
-const char* run_forward(const Forward& f, void* stream) {
-  const bool is_bf16 = f.plan.path == Path::kBfloat16;
-  const char* error = make_rotary_tables(f, stream);
-  if (!error) error = is_bf16 ? bf16::launch_sum_keys(f, stream) : tf32::launch_sum_keys(f, stream);
-  if (!error) error = launch_combine_key_splits(f, stream);
-  if (!error) error = is_bf16 ? bf16::launch_attend(f, stream) : tf32::launch_attend(f, stream);
-  if (!error) error = tf32::launch_attend_shifted(f, stream);
+const char* run_forward(const ForwardParams& params, void* stream) {
+  const bool is_bf16 = params.plan.path == Path::kBfloat16;
+  const char* error = make_rotary_tables(params, stream);
+  if (!error) error = is_bf16 ? bf16::launch_sum_keys(params, stream) : tf32::launch_sum_keys(params, stream);
+  if (!error) error = launch_combine_key_splits(params, stream);
+  if (!error) error = is_bf16 ? bf16::launch_attend(params, stream) : tf32::launch_attend(params, stream);
+  if (!error) error = tf32::launch_attend_shifted(params, stream);
   return error;
 }
 

@@ -40,7 +40,7 @@ __device__ __forceinline__ T* opaque(T* pointer) {
   return pointer;
 }
 
-// A place in shared memory: one register, where a pointer takes two.
+// A address in shared memory: one register, where a pointer takes two.
 struct SmemPointer {
   uint32_t address;
 
@@ -52,16 +52,16 @@ struct SmemPointer {
   }
 };
 
-__device__ __forceinline__ uint4 load_words(SmemPointer place) {
+__device__ __forceinline__ uint4 load_words(SmemPointer pointer) {
   uint4 words;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(place.address)
+               : "r"(pointer.address)
                : "memory");
   return words;
 }
-__device__ __forceinline__ void store_words(SmemPointer place, uint4 words) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place.address), "r"(words.x), "r"(words.y),
+__device__ __forceinline__ void store_words(SmemPointer pointer, uint4 words) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(pointer.address), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w)
                : "memory");
 }
@@ -239,7 +239,9 @@ struct LaunchConfig {
 };
 
 // Null, or what went wrong.
-inline const char* error_message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+inline const char* error_message(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), LaunchConfig grid, void* stream, const Arguments& arguments) {

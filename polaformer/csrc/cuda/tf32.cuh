@@ -112,9 +112,10 @@ struct Tf32Operand {
   }
 };
 
-using Float32 = Tf32Operand<true, true>;      // aligned float32
+using Float32 = Tf32Operand<true, true>;          // aligned float32
 using GenericFloat32 = Tf32Operand<false, true>;  // float32, one element at a time
-using Generic16Bit = Tf32Operand<false, false>;      // fp16 or bf16, one element at a time; they fit tf32: one product is enough
+using Generic16Bit =
+    Tf32Operand<false, false>;  // fp16 or bf16, one element at a time; they fit tf32: one product is enough
 
 // Starts copying kRows tokens from `first` on into a tile of rows of W + padding elements; zeros from `end` on.
 template <class Operand, int kRows, int kHeadDim>
@@ -149,10 +150,10 @@ __device__ __forceinline__ typename Operand::template Elements<kCount> load_elem
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x.values[i] = column + i < rows.head_dim ? rows.load(token, column + i) : 0.f;
   } else if (column < rows.head_dim) {
-    const char* place = rows.at(token, column);
+    const char* address = rows.at(token, column);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(place) + i / 4);
+      const float4 four = __ldg(reinterpret_cast<const float4*>(address) + i / 4);
       x.values[i] = four.x, x.values[i + 1] = four.y, x.values[i + 2] = four.z, x.values[i + 3] = four.w;
     }
   }
@@ -196,24 +197,25 @@ __device__ __forceinline__ void load_state(float* tile, const float* state, int 
       const int column = column_of<kHeadDim>(padded + j, head_dim, halves);
       pair[j] = feature < head_dim && column >= 0 ? __ldg(source + column) : 0.f;
     }
-    const int place = (part * kHeadDim + row_order(feature)) * kStride + column_order(padded);
-    *reinterpret_cast<float2*>(tile + place) = make_float2(pair[0], pair[1]);
+    const int index = (part * kHeadDim + row_order(feature)) * kStride + column_order(padded);
+    *reinterpret_cast<float2*>(tile + index) = make_float2(pair[0], pair[1]);
   }
 }
 
-// Calls visit(operand family, padded width) with those of a plan for tf32, or of what computes with a shift.
+// Calls visit(operand type, head_dim) for the plan's path, or for a computation with a shift, and for the padded head
+// dimension as in dispatch_head_dim().
 template <class Visitor>
-const char* dispatch_operand(const Plan& plan, int padded_head_dim, Visitor visit) {
-  return dispatch_head_dim(padded_head_dim, [&](auto width) {
-    return plan.path == Path::kFloat32      ? visit(Float32(), width)
-           : plan.path == Path::kGenericFloat32 ? visit(GenericFloat32(), width)
-                                            : visit(Generic16Bit(), width);
+const char* dispatch_operand(const CommonParams& params, Visitor visit) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    return params.plan.path == Path::kFloat32          ? visit(Float32(), head_dim)
+           : params.plan.path == Path::kGenericFloat32 ? visit(GenericFloat32(), head_dim)
+                                                       : visit(Generic16Bit(), head_dim);
   });
 }
 template <class Visitor>
-const char* dispatch_shifted_operand(const Shape& shape, Visitor visit) {
-  return dispatch_head_dim(shape.padded_head_dim(), [&](auto width) {
-    return shape.dtype == Dtype::kFloat ? visit(GenericFloat32(), width) : visit(Generic16Bit(), width);
+const char* dispatch_shifted_operand(const CommonParams& params, Visitor visit) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    return params.shape.dtype == Dtype::kFloat ? visit(GenericFloat32(), head_dim) : visit(Generic16Bit(), head_dim);
   });
 }
 

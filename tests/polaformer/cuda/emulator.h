@@ -59,8 +59,8 @@ struct alignas(16) uint4 {
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 template <class T>
-T __ldg(const T* place) {
-  return *place;
+T __ldg(const T* address) {
+  return *address;
 }
 using std::max;
 using std::min;
@@ -330,23 +330,23 @@ struct SmemPointer {
 };
 
 inline void ldmatrix_x4(uint32_t (&fragment)[4], SmemPointer row) { ldmatrix_x4(fragment, row.address, false); }
-inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) {
-  ldmatrix_x4(fragment, row.address, true);
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) { ldmatrix_x4(fragment, row.address, true); }
+inline uint4 load_words(SmemPointer pointer) {
+  check_aligned(pointer.address, "ld.shared.v4");
+  return *reinterpret_cast<const uint4*>(pointer.address);
 }
-inline uint4 load_words(SmemPointer place) {
-  check_aligned(place.address, "ld.shared.v4");
-  return *reinterpret_cast<const uint4*>(place.address);
-}
-inline void store_words(SmemPointer place, uint4 words) {
-  check_aligned(place.address, "st.shared.v4");
-  *reinterpret_cast<uint4*>(place.address) = words;
+inline void store_words(SmemPointer pointer, uint4 words) {
+  check_aligned(pointer.address, "st.shared.v4");
+  *reinterpret_cast<uint4*>(pointer.address) = words;
 }
 
-// PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and writing
-// the transposed elements to destination d"; fragments as of ldmatrix.
+// PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and
+// writing the transposed elements to destination d"; fragments as of ldmatrix.
 inline uint32_t movmatrix_trans(uint32_t fragment) {
   return emulator::warp_instruction<uint32_t>("movmatrix", fragment, [](const auto& given, auto& received) {
-    const auto element = [&](int row, int column) { return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff; };
+    const auto element = [&](int row, int column) {
+      return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;
+    };
     for (int lane = 0; lane < 32; ++lane) {
       received[lane] = element(2 * (lane % 4), lane / 4) | element(2 * (lane % 4) + 1, lane / 4) << 16;
     }
@@ -438,8 +438,8 @@ inline uint16_t round_to_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | uint32_t{round_to_bf16(high)} << 16; }
 
-// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM", of
-// NaN NaN.
+// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM",
+// of NaN NaN.
 inline uint32_t pack_bf16_finite(float low, float high) {
   const auto limit = [](float x) { return std::isnan(x) ? x : std::clamp(x, -0x1.fep127f, 0x1.fep127f); };
   return pack_bf16(limit(low), limit(high));
@@ -450,7 +450,8 @@ using Bf16x2 = uint32_t;
 // What `one` makes of the low halves, and of the high ones, as bf16.
 template <class One, class... Words>
 Bf16x2 each_half(One one, Words... words) {
-  return round_to_bf16(one(float_of(words << 16)...)) | uint32_t{round_to_bf16(one(float_of(words & 0xffff0000u)...))} << 16;
+  return round_to_bf16(one(float_of(words << 16)...)) | uint32_t{round_to_bf16(one(float_of(words & 0xffff0000u)...))}
+                                                            << 16;
 }
 // Rounded once: a product of bf16 is exact in double, and a sum's double rounding would take 37 zeros or ones in a row.
 inline Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
@@ -458,10 +459,10 @@ inline Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
 }
 inline Bf16x2 negate_bf16x2(Bf16x2 a) { return a ^ 0x80008000u; }
 inline Bf16x2 absolute_bf16x2(Bf16x2 a) { return a & 0x7fff7fffu; }
-inline Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) { return each_half([](float x, float y) { return std::fmax(x, y); }, a, b); }
-inline uint32_t nonzero_bf16x2(Bf16x2 a) {
-  return (a & 0x7fffu ? 0xffffu : 0u) | (a & 0x7fff0000u ? 0xffff0000u : 0u);
+inline Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) {
+  return each_half([](float x, float y) { return std::fmax(x, y); }, a, b);
 }
+inline uint32_t nonzero_bf16x2(Bf16x2 a) { return (a & 0x7fffu ? 0xffffu : 0u) | (a & 0x7fff0000u ? 0xffff0000u : 0u); }
 inline Bf16x2 low_halves(Bf16x2 a, Bf16x2 b) { return (a & 0xffffu) | b << 16; }
 inline Bf16x2 high_halves(Bf16x2 a, Bf16x2 b) { return a >> 16 | (b & 0xffff0000u); }
 inline uint32_t low_signs(Bf16x2 a, Bf16x2 b) { return (a >> 15 & 1) * 0xffffu | (b >> 15 & 1) * 0xffff0000u; }
@@ -514,8 +515,7 @@ inline void cp_async(SmemPointer target, const void* global, bool valid) {
   if (valid) check_aligned(global, "cp.async");
   std::memset(shared, 0xff, 16);
   emulator::Block& b = *emulator::block;
-  b.fibers[b.current].copies.back().push_back(
-      {shared, static_cast<const char*>(global), valid});
+  b.fibers[b.current].copies.back().push_back({shared, static_cast<const char*>(global), valid});
 }
 inline void cp_async_commit_group() {
   emulator::Block& b = *emulator::block;

@@ -11,32 +11,11 @@ using namespace polaformer;
 
 constexpr int kWords = 16;  // given to a lane, and received of each function at most
 constexpr const char* kNames[] = {
-    "low_signs",
-    "high_signs",
-    "low_halves",
-    "high_halves",
-    "fma_bf16x2",
-    "negate_bf16x2",
-    "absolute_bf16x2",
-    "max_bf16x2",
-    "nonzero_bf16x2",
-    "pack_bf16",
-    "pack_bf16_finite",
-    "round_to_tf32",
-    "half_to_float",
-    "float_to_half",
-    "min_or_nan",
-    "max_or_nan",
-    "movmatrix_trans",
-    "ldmatrix_x4",
-    "ldmatrix_x4_trans",
-    "cp_async",
-    "load_words",
-    "mma_m16n8k16_bf16",
-    "mma_m16n8k8_tf32",
-    "ex2_approx",
-    "lg2_approx",
-    "reciprocal",
+    "low_signs",         "high_signs",    "low_halves",     "high_halves",       "fma_bf16x2",       "negate_bf16x2",
+    "absolute_bf16x2",   "max_bf16x2",    "nonzero_bf16x2", "pack_bf16",         "pack_bf16_finite", "round_to_tf32",
+    "half_to_float",     "float_to_half", "min_or_nan",     "max_or_nan",        "movmatrix_trans",  "ldmatrix_x4",
+    "ldmatrix_x4_trans", "cp_async",      "load_words",     "mma_m16n8k16_bf16", "mma_m16n8k8_tf32", "ex2_approx",
+    "lg2_approx",        "reciprocal",
 };
 constexpr int kCount = sizeof kNames / sizeof kNames[0];
 
@@ -59,8 +38,8 @@ __global__ void run(const Arguments a) {
   for (int i = 0; i < kWords; ++i) w[i] = a.given[lane * kWords + i];
   int next = 0;
   const auto receive = [&](auto... words) {
-    uint32_t* place = a.received + (next++ * 32 + lane) * kWords;
-    ((*place++ = words), ...);
+    uint32_t* next_word = a.received + (next++ * 32 + lane) * kWords;
+    ((*next_word++ = words), ...);
   };
   receive(low_signs(w[0], w[1]));
   receive(high_signs(w[0], w[1]));
