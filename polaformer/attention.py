@@ -34,7 +34,8 @@ class GatedAttention(nn.Module):
         q, k, v, gate = self.qkvg(x).chunk(4, dim=-1)
         attended = self.attend(self.split_heads(q), self.split_heads(k), self.split_heads(v), height, width, rotary)
         attended = attended.transpose(1, 2).flatten(2)
-        attended = attended.unflatten(1, (height, width))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        # torch leaves this function unannotated
+        attended = attended.unflatten(1, (height, width))  # type: ignore[no-untyped-call]
         out: Tensor = self.proj((attended + self.lepe(v)) * gate)
         return out
 
@@ -44,7 +45,8 @@ class GatedAttention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """View (B, height, width, C) as (B, H, N, D)."""
-        heads: Tensor = x.unflatten(-1, (self.heads, -1))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        # torch leaves this function unannotated
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))  # type: ignore[no-untyped-call]
         return heads.flatten(1, 2).transpose(1, 2)
 
 

@@ -34,7 +34,8 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     real ones. `rotary.conj_physical()` inverts it; inside an operator, torch.compile drops the lazy `conj()`.
     """
     wide = x.to(rotary.real.dtype)
-    pairs = wide.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    # torch leaves this function unannotated
+    pairs = wide.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     return torch.view_as_real(torch.view_as_complex(pairs) * rotary).flatten(-2).to(x.dtype)
 
 

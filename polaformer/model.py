@@ -106,7 +106,8 @@ class Stage(nn.Module):
         if self.uses_rotary:
             rotary = rotary_embedding(x.shape[1], x.shape[2], self.head_dim, x)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():  # type: ignore[attr-defined]  # torch
+            # torch.jit does not declare is_scripting as exported
+            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
@@ -151,17 +152,19 @@ class PolaFormerPP(nn.Module):
         drop_paths: list[Any] = calculate_drop_path_rates(rate, list(preset.depths), stagewise=True)
         self.stem = Stem(in_chans, preset.channels[0])
         self.stages = nn.ModuleList(Stage(preset, stage, drop_paths[stage]) for stage in range(4))
-        self.feature_info: list[dict[str, Any]] = [
+        feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}.features"}
             for stage, channels in enumerate(preset.channels)
         ]
+        self.feature_info = feature_info
         self.proj: nn.Module = nn.Conv2d(preset.channels[-1], preset.head_hidden_size, 1)
         self.norm: nn.Module = nn.BatchNorm2d(preset.head_hidden_size)
         self.act: nn.Module = nn.SiLU()
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(_initialise)
-        self.register_load_state_dict_pre_hook(weights.remap_official_hook)  # type: ignore[no-untyped-call]  # torch
+        # torch leaves this function unannotated
+        self.register_load_state_dict_pre_hook(weights.remap_official_hook)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:
             self.to(device, dtype)
 
@@ -177,7 +180,8 @@ class PolaFormerPP(nn.Module):
         """Compute the last stage's features: images (B, in_chans, h, w) → (B, C, h / 32, w / 32)."""
         x = self.stem(_channels_last(x))
         for stage in self.stages:
-            x = stage.downsample(stage(x))  # type: ignore[operator]  # torch: a module's attributes may be tensors
+            # torch's stub: attributes of modules may be tensors
+            x = stage.downsample(stage(x))  # type: ignore[operator]
         return x
 
     def forward_intermediates(
@@ -204,7 +208,8 @@ class PolaFormerPP(nn.Module):
             if number in taken:
                 intermediates.append(x)
             if number < len(stages) - 1:
-                x = stage.downsample(x)  # type: ignore[operator]  # torch: a module's attributes may be tensors
+                # torch's stub: attributes of modules may be tensors
+                x = stage.downsample(x)  # type: ignore[operator]
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -255,7 +260,8 @@ class PolaFormerPP(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Save only the inputs of blocks for backward and recompute the rest."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]  # torch: attributes are tensors or modules
+            # torch's stub: attributes of modules are tensors or modules
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
 
 def _initialise(module: nn.Module) -> None:
@@ -307,7 +313,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> PolaFormerPP:
         **kwargs,
     )
     if kwargs.get("features_only"):
-        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)  # type: ignore[no-untyped-call]  # torch
+        # torch leaves this function unannotated
+        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)  # type: ignore[no-untyped-call]
     return model
 
 

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from polaformer import reference
 
-_library: Any = torch.library.Library("polaformer", "DEF")  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+# torch leaves Library and its methods unannotated
+_library: Any = torch.library.Library("polaformer", "DEF")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
 _SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
 _SIZE = "SymInt height, SymInt width"
@@ -51,7 +52,8 @@ def _load_kernels() -> None:
             _LOAD_ERRORS[device_type] = "they were not built"
         for library in libraries:
             try:
-                torch.ops.load_library(library)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+                # torch leaves this function unannotated
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
             except OSError as error:  # built against another torch or CUDA
                 _LOAD_ERRORS[device_type] = str(error)
 

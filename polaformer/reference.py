@@ -231,7 +231,8 @@ def _required_shift(largest: Tensor) -> Tensor:
 
 
 def _pair_maxima(exponents: Tensor) -> Tensor:
-    pairs: Tensor = exponents.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+    # torch leaves this function unannotated
+    pairs: Tensor = exponents.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     return pairs.amax(dim=-1)  # (…, 2D) → (…, D)
 
 

@@ -155,7 +155,8 @@ def _check_container(path: Path) -> None:
 class _Stub:
     """Stand-in for a class of another package: unpickles as a dict, which the weights-only unpickler can fill."""
 
-    def __new__(cls, *_arguments: object) -> OrderedDict[str, object]:  # type: ignore[misc]  # replaces the instance
+    # a dict takes the place of the instance
+    def __new__(cls, *_arguments: object) -> OrderedDict[str, object]:  # type: ignore[misc]
         return OrderedDict()
 
 

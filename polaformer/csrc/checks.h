@@ -1,5 +1,5 @@
-// What both bindings require of the operators' arguments before any of them is read: a caller may have come by
-// torch.ops or from a traced graph, past every check in Python. reference.py (check_inputs, check_saved) asks the same.
+// Checks of the operators' arguments in both bindings: callers through torch.ops or a traced graph bypass those in
+// Python. reference.py (check_inputs, check_saved) has the same.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ inline void check_tensor(const NamedTensor& x, const at::Tensor& q) {
                     "; move them to one device");
 }
 
-// Heads, height, width and head dimension fit an int afterwards. `device_type` is that of the kernels.
+// Afterwards heads, height, width and head dimension fit an int. `device_type`: where the kernels run.
 inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const at::Tensor& same_logits, const at::Tensor& opposite_logits, int64_t height,
                          int64_t width) {
@@ -49,7 +49,7 @@ inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const 
   for (const auto& x : {NamedTensor{"q", q}, {"k", k}, {"v", v}, logits[0], logits[1]}) check_tensor(x, q);
 }
 
-// After check_inputs: the gradient of the output, and what forward gave.
+// Requires check_inputs(): checks the gradient of the output and the tensors saved by forward.
 inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& state,
                         const at::Tensor& key_mean, const at::Tensor& key_shift) {
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(), "grad_out is ",

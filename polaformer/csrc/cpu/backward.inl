@@ -1,9 +1,9 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-// First over queries: with u = grad_out / z, for each flow
+// Backward pass of polarity attention. First over queries, with u = grad_out / z, for each flow
 //     grad of rotate(φ_q) = u Sᵀ,  grad of z = −(rotate(φ_q) · u Sᵀ) / z,  grad of S = Σ rotate(φ_q)ᵀ u,
-// and the sums for key_mean and the logits; then over keys with those sums.
+// and the sums for key_mean and the logits; then over keys, with those sums.
 template <class Gemm>
 struct BackwardPass {
   using R = typename Gemm::Real;
@@ -13,7 +13,7 @@ struct BackwardPass {
   const Gemm gemm;
   const RotaryTables<R> rotary;
   const R* temperatures;
-  R *grad_states, *grad_means, *grad_temperatures;  // of each split: (V, F), (F), (2, F)
+  R *grad_states, *grad_means, *grad_temperatures;  // per split: (V, F), (F), (2, F)
   int64_t workspace_bytes;
   char* workspace;
 
@@ -140,7 +140,7 @@ struct BackwardPass {
     }
   }
 
-  // From the gradients of rotated features and normalizers to those of q, key_mean and the temperatures.
+  // Backpropagates from rotated features and normalizers to q, key_mean and the temperatures.
   void differentiate_features(const Tile<R>& tile, const Flow<R>& flow, const QueryBuffers& b, const R* grad_normalizer,
                               R* grad_mean, R* grad_temperature) const {
     for (int i = 0; i < s.W; i += Simd<R>::lanes) {
@@ -157,7 +157,7 @@ struct BackwardPass {
         const Vec<R> grad_exponent = grad_feature * load(b.features.slope + t * s.W + i);
         mean_positive += x > 0 ? of_mean : zero;
         mean_negative += x > 0 ? zero : of_mean;
-        const Vec<R> of_temperature = grad_exponent * x;  // of −temperature for a negative part
+        const Vec<R> of_temperature = grad_exponent * x;  // for a negative part, the gradient of −temperature
         temperature_positive += x > 0 ? of_temperature : zero;
         temperature_negative -= x > 0 ? zero : of_temperature;
         const Vec<R> signed_temperature = x > 0 ? load(flow.temperature + i) : -load(flow.temperature + s.W + i);
@@ -171,7 +171,7 @@ struct BackwardPass {
     }
   }
 
-  // The sums of a head's splits, divided by N, in the first split's place.
+  // Adds up the splits of a head, divides by N, and leaves the sums in the first split's buffers.
   void combine_splits(int64_t head) const {
     R *grad_state = grad_states + head * s.splits * s.V * s.F, *grad_mean = grad_means + head * s.splits * s.F;
     const R share = R(1) / R(s.tokens);
@@ -190,9 +190,9 @@ struct BackwardPass {
         for (int64_t batch = 0; batch < s.batch; ++batch)
           for (int64_t split = 0; split < s.splits; ++split)
             sum += grad_temperatures[(((batch * s.heads + head) * s.splits + split) * 2 + flow) * s.F + s.feature(i)];
-        const R signed_temperature = temperatures[(head * 2 + flow) * s.F + s.feature(i)];
+        const R temperature = temperatures[(head * 2 + flow) * s.F + s.feature(i)];
         static_cast<R*>(flow ? params.grad_opposite : params.grad_same)[head * 2 * s.D + i] =
-            sum * signed_temperature * (R(1) - signed_temperature);
+            sum * temperature * (R(1) - temperature);
       }
   }
 

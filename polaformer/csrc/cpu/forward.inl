@@ -1,7 +1,7 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-// state = Σ rotate(φ_k)ᵀ v / N and key_mean = Σ φ_k / N over tokens, then out = rotate(φ_q) state / (φ_q key_mean + ε).
+// Forward pass: state = Σ rotate(φ_k)ᵀ v / N, key_mean = Σ φ_k / N, out = rotate(φ_q) state / (φ_q key_mean + ε).
 template <class Gemm>
 struct ForwardPass {
   using R = typename Gemm::Real;
@@ -11,7 +11,7 @@ struct ForwardPass {
   const Gemm gemm;
   const RotaryTables<R> rotary;
   const R* temperatures;
-  R *states, *sums, *largest;  // of each split: (V, F), (F), the largest exponent of its keys
+  R *states, *sums, *largest;  // per split: (V, F), (F), the largest key exponent
   int64_t workspace_bytes;
   char* workspace;
 
@@ -78,7 +78,7 @@ struct ForwardPass {
     });
   }
 
-  // Sums over the tokens from `first` to `end`: state (V, F), sum (F). With a shift (F) exponents may be any.
+  // Sums over tokens first … end − 1: state (V, F), sum (F). With a shift (F), exponents may be of any size.
   R accumulate(int64_t head, int64_t first, int64_t end, const R* shift, Arena& arena, R* state, R* sum) const {
     const KeyBuffers b(s, arena);
     R largest = 0;
@@ -125,7 +125,7 @@ struct ForwardPass {
     }
   }
 
-  // By how much the largest exponent of each pair of key features exceeds what needs no shift: (F).
+  // Excess of the largest exponent of each pair of key features over kMaxUnshiftedExponent: (F).
   void find_shift(int64_t head, Arena arena, R* shift) const {
     R* k = arena.take<R>(kTile * s.W);
     for (int64_t at = 0; at < s.tokens; at += kTile) {
@@ -161,7 +161,7 @@ struct ForwardPass {
     }
   }
 
-  // A tile's products (kTile, M) by their normalizers.
+  // Divides the products of a tile (kTile, M) by their normalizers.
   void divide(const Tile<R>& tile, R* products, const R* normalizer) const {
     for (int t = 0; t < tile.rows; ++t) {
       const R inverse = R(1) / normalizer[t];

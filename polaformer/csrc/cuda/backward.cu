@@ -1,19 +1,22 @@
-// Gradients of polarity attention. Per head, of either flow, with z = φ(q)·m + ε and u = dout / z:
+// Gradients of polarity attention. Per head, for both flows, with z = φ(q)·m + ε and u = dout / z:
 //
-//   dR(φ(q)) = S u    dz = −R(φ(q))·dR(φ(q)) / z    dφ(q) = R⁻¹(dR(φ(q))) + dz m    (no output is needed)
-//   dS = Σ_queries R(φ(q)) uᵀ / N                    dm = Σ_queries dz φ(q) / N
-//   dφ(k) = R⁻¹(dS v) + dm                           dv = R(φ(k)) dS
+//   dR(φ(q)) = S u     dz = −R(φ(q))·dR(φ(q)) / z     dφ(q) = R⁻¹(dR(φ(q))) + dz m     (without the output)
+//   dS = Σ_queries R(φ(q)) uᵀ / N                     dm = Σ_queries dz φ(q) / N
+//   dφ(k) = R⁻¹(dS v) + dm                            dv = R(φ(k)) dS
 //
-// and from there by the exponents: φ' = e^x. Features are computed again from q and k. Types as in forward.cu.
+// and from there to q, k and logits through the exponents, as φ' = e^x. Features are recomputed. Dtypes as in
+// forward.cu.
 //
-// run_backward                           of aligned bf16: backward_bf16.cu; of all else: backward_tf32.cu
-// ├─ make_rotary_tables                   rotary.cu
-// ├─ differentiate_queries        bf16 · tf32   dq, and the logits' sums over each split; of tf32 dS and dm, too
-// ├─ sum_queries                  bf16          dS and dm over each split's tokens
-// ├─ differentiate_queries_shifted   tf32       all of them again for splits with exponents above kMaxUnshiftedExponent
-// ├─ combine_query_splits               here          adds the splits up in order
-// ├─ differentiate_keys           bf16 · tf32   dk and dv
-// └─ differentiate_keys_shifted   tf32          the same of heads whose keys are shifted
+// Call graph; kernels launch in this order. "bf16" is backward_bf16.cu, for aligned bf16; "tf32" is backward_tf32.cu.
+//
+// run_backward
+// ├─ fill_rotary_tables             rotary.cu      as in forward
+// ├─ differentiate_queries          bf16 or tf32   dq, and each split's sums for the logits; tf32: also dS and dm
+// ├─ sum_queries                    bf16           dS and dm of each split
+// ├─ differentiate_queries_shifted  tf32           recomputes all of these for splits that need a shift
+// ├─ combine_query_splits           this file      adds up the splits
+// ├─ differentiate_keys             bf16 or tf32   dk and dv of heads whose keys are not shifted
+// └─ differentiate_keys_shifted     tf32           dk and dv of the other heads
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -21,9 +24,9 @@ namespace polaformer {
 namespace {
 
 constexpr int kCombineThreads = 256;
-constexpr int kReducers = kCombineThreads / 32;  // that share the sum for one feature of the logits
+constexpr int kReducers = kCombineThreads / 32;  // threads that share the sum of one feature's logit
 
-// The blocks of combine_query_splits, in this order.
+// First block of each job of combine_query_splits, in this order.
 struct CombineBlocks {
   int64_t logits, mean, state;
   int chunks;  // of 32 features
@@ -40,23 +43,23 @@ struct CombineBlocks {
   }
 };
 
-// A logit's gradient: over all splits of all images, times the logistic function's slope.
+// Gradient of a logit: sum over all splits of all images, times the derivative of the logistic function.
 __device__ __forceinline__ void combine_logits(const BackwardParams& params, int block, int chunks) {
   auto& partial_sums = shared_memory<float[kReducers][32]>();
   const int head = block / chunks % params.shape.heads, flow = block / chunks / params.shape.heads;
   const int features = static_cast<int>(params.shape.features()), feature = block % chunks * 32 + threadIdx.x % 32;
-  const int splits = params.plan.query_grads.splits_per_head, member = threadIdx.x / 32;
+  const int splits = params.plan.query_grads.splits_per_head, reducer = threadIdx.x / 32;
   float sum = 0.f;
   if (feature < features) {
 #pragma unroll 4
-    for (int64_t i = member; i < params.shape.batch * splits; i += kReducers) {
+    for (int64_t i = reducer; i < params.shape.batch * splits; i += kReducers) {
       const int64_t split = (i / splits * params.shape.heads + head) * splits + i % splits;
       sum += params.split_grad_logits[(split * 2 + flow) * features + feature];
     }
   }
-  partial_sums[member][threadIdx.x % 32] = sum;
+  partial_sums[reducer][threadIdx.x % 32] = sum;
   __syncthreads();
-  if (member > 0 || feature >= features) return;
+  if (reducer > 0 || feature >= features) return;
   for (int i = 1; i < kReducers; ++i) sum += partial_sums[i][threadIdx.x];
   const int64_t index = int64_t{head} * features + feature;
   const float temperature = logistic((flow ? params.opposite_logits : params.same_logits)[index]);
@@ -91,8 +94,8 @@ __global__ void __launch_bounds__(kCombineThreads) combine_query_splits(const Ba
 
 const char* launch_combine_query_splits(const BackwardParams& params, void* stream) {
   const CombineBlocks blocks(params);
-  const LaunchConfig grid{blocks.logits + blocks.mean + blocks.state, kCombineThreads, sizeof(float[kReducers][32])};
-  return launch(combine_query_splits, grid, stream, params);
+  const LaunchConfig config{blocks.logits + blocks.mean + blocks.state, kCombineThreads, sizeof(float[kReducers][32])};
+  return launch(combine_query_splits, config, stream, params);
 }
 
 }  // namespace

@@ -1,25 +1,24 @@
-// Backward for aligned bf16 (backward.cu tells the equations and which kernel follows which):
+// Backward kernels of the bf16 path; backward.cu has the equations and the call graph.
 //
-//   differentiate_queries  dq, the sums of the logits' gradients, and of each token and flow 1/z and z dz
-//   sum_queries            dS and dm of each split's tokens      A: features over z, rotated and transposed, B: dout
-//   differentiate_keys     dk and dv
+//   differentiate_queries   dq, sums of the logits' gradients, and 1/z and z·dz of each token and flow
+//   sum_queries             dS and dm of each split     A: rotated features / z, transposed     B: dout
+//   differentiate_keys      dk and dv
 //
-// A token's gradient by its rotated features is S dout / z, and as a rotation is orthogonal, z dz = −Σ φ · R⁻¹(S dout /
-// z).
+// The gradient of a token's rotated features is S dout / z. As rotations are orthogonal, z·dz = −Σ φ · R⁻¹(S dout / z).
 #include "bf16.cuh"
 #include "kernels.cuh"
 
 namespace polaformer::bf16 {
 namespace {
 
-// Sums of 16 columns by two as the pairs of an A fragment's thread: of one token, as bf16.
+// Packs one row of two accumulators (16 columns) to bf16 pairs, as a thread of an A fragment holds them.
 __device__ __forceinline__ Pairs pairs_of(const Accumulator& first, const Accumulator& second, int row) {
   return {pack_bf16(first[2 * row], first[2 * row + 1]), pack_bf16(second[2 * row], second[2 * row + 1])};
 }
 
-// The temperatures of a flow, of four neighbouring columns.
+// Temperatures of one flow, of four neighbouring columns.
 struct alignas(16) TemperaturePairs {
-  Pairs positive, negative;  // of positive and of negative numbers
+  Pairs positive, negative;  // for positive and negative inputs
 };
 
 template <int kHeadDim>
@@ -32,7 +31,7 @@ struct QueryGradShared {
   TemperaturePairs temperatures[2][kHeadDim / 4];  // by flow
   union {
     uint4 grads[kWarps][kHeadDim / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread
-    float logits[kWarps][2][2 * kHeadDim];      // the warps' sums, when all else is done
+    float logits[kWarps][2][2 * kHeadDim];      // sums of each warp, after the last token
   };
 
   __device__ __forceinline__ void load_temperatures(const BackwardParams& params, const Split& split, int threads) {
@@ -59,7 +58,7 @@ struct QueryGradPointers {
   SmemPointer state, means, temperatures, mean_pairs, temperature_pairs, grads;
 };
 
-// A warp's 16 tokens: twice through their columns, as z and dz are sums over all of them.
+// A warp's 16 tokens. Two passes over their columns, as z and dz are sums over all of them.
 template <int kHeadDim>
 struct QueryGradTile {
   using Shared = QueryGradShared<kHeadDim>;
@@ -68,7 +67,7 @@ struct QueryGradTile {
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
   int head_dim;
-  const char* queries[2];  // this thread's columns of each token
+  const char* queries[2];  // address of this thread's columns, per token
   bool inside[2];
   RotaryRow rotary[2];
 
@@ -82,7 +81,7 @@ struct QueryGradTile {
     for (int row = 0; row < 2; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
-  // A fragments of dout, by flow; `rows` is where this thread's columns of the first token begin.
+  // Loads A fragments of dout, by flow. `rows`: address of this thread's columns of the first token.
   __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kHeadDim / 32], const char* rows,
                                              int64_t stride) const {
     const int half = head_dim / 2;
@@ -100,7 +99,7 @@ struct QueryGradTile {
     }
   }
 
-  // Adds 16 columns to the normalizers and dots, and keeps R⁻¹(S dout) of them.
+  // Adds 16 columns to the normalizers and dots; stores R⁻¹(S dout) of them in shared memory.
   __device__ __forceinline__ void add(const FragmentA (&grads)[2][kHeadDim / 32], const Columns (&x)[2],
                                       unsigned column) {
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
@@ -115,7 +114,7 @@ struct QueryGradTile {
     const SmemPointer state = shared.state + 2 * Shared::kStride * column;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      Accumulator products[2][2] = {};  // S dout: by part; first, second numbers of the pairs
+      Accumulator products[2][2] = {};  // S dout, by part; first and second elements of the pairs
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
 #pragma unroll
@@ -145,10 +144,10 @@ struct QueryGradTile {
     }
   }
 
-  // What is known once all columns were added, of each flow and token.
+  // Per flow and token, after the pass over all columns.
   struct Stats {
     float inverses[2][2];          // 1/z
-    float grad_normalizers[2][2];  // z dz
+    float grad_normalizers[2][2];  // z·dz
   };
   __device__ __forceinline__ Stats stats() const {
     constexpr float kLargest = float(kMaxNormalizerGradient);
@@ -166,8 +165,8 @@ struct QueryGradTile {
     return result;
   }
 
-  // Returns dq of 16 columns, and adds the gradients by their temperatures to the sums over tokens, in column n =
-  // block.
+  // Returns dq of 16 columns; adds the gradients of their temperatures to the sums over tokens, in column column / 16
+  // of `logits`.
   __device__ __forceinline__ void finish(Columns (&grad_queries)[2], Accumulator (&logits)[2][2], const Stats& stats,
                                          const float (&log_inverses)[2][2], const Columns (&x)[2],
                                          unsigned column) const {
@@ -180,19 +179,20 @@ struct QueryGradTile {
     Pairs grad[2];
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      const uint4 kept = load_words(shared.grads + int(column / 16 * 2 + flow) * 512);
+      const uint4 stored = load_words(shared.grads + int(column / 16 * 2 + flow) * 512);
       const uint4 of_pairs =
           load_words(shared.temperature_pairs + 4 * column + flow * int(sizeof(TemperaturePairs[kHeadDim / 4])));
       Pairs of_temperatures[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const Pairs back = row ? Pairs{kept.z, kept.w} : Pairs{kept.x, kept.y};
+        const Pairs back = row ? Pairs{stored.z, stored.w} : Pairs{stored.x, stored.y};
         const Pairs slopes = powers_of(Exponents(x[row], temperatures, flow, log_inverses[flow][row]).values);
         const Pairs mean =
             flow ? choose(negative[row], means.first, means.second) : choose(negative[row], means.second, means.first);
-        const Bf16x2 weight = pack_bf16(stats.grad_normalizers[flow][row], stats.grad_normalizers[flow][row]);
-        const Pairs grad_exponents = multiply(
-            {fma_bf16x2(weight, mean.first, back.first), fma_bf16x2(weight, mean.second, back.second)}, slopes);
+        const Bf16x2 grad_normalizer = pack_bf16(stats.grad_normalizers[flow][row], stats.grad_normalizers[flow][row]);
+        const Pairs grad_exponents = multiply({fma_bf16x2(grad_normalizer, mean.first, back.first),
+                                               fma_bf16x2(grad_normalizer, mean.second, back.second)},
+                                              slopes);
         of_temperatures[row] = multiply(grad_exponents, x[row].absolute_pairs());
         const Pairs by = choose(negative[row], {of_pairs.z, of_pairs.w}, {of_pairs.x, of_pairs.y});
         grad[row] = flow ? Pairs{fma_bf16x2(grad_exponents.first, by.first, grad[row].first),
@@ -295,8 +295,8 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
     query += kHeadDim * queries.stride, grad += kHeadDim * grads.stride, out += kHeadDim * stride;
   }
 
-  // The logits' sums over the warps: rows 2g and 2g + 1 of 16 columns each are in columns 2t and 2t + 1 of the sums.
-  __syncthreads();  // nobody reads what was kept any more
+  // Logit sums of the warps: rows 2g, 2g + 1 of each 16 columns are in accumulator columns 2t and 2t + 1.
+  __syncthreads();  // no thread reads `grads` any more
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int flow = i / 8, part = i / 4 % 2, lower = i / 2 % 2, block = 2 * thread_in_group() + i % 2;
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
 
 template <int kHeadDim>
 struct QuerySumShared {
-  struct Stage : TokenStage<kHeadDim> {  // of queries, and gradients of out as B fragments
+  struct Stage : TokenStage<kHeadDim> {  // queries as rows, dout as B fragments
     NormalizerStats stats[kSumTokens];
   };
   static constexpr int kStages = 3;
@@ -331,14 +331,14 @@ struct QuerySumShared {
   Temperatures temperatures[kHeadDim];
 };
 
-// One block per split, one warp per 16 columns of q and all tokens.
+// One block per split; each warp sums 16 columns of q over all tokens.
 template <int kHeadDim>
 struct QuerySums {
   using Shared = QuerySumShared<kHeadDim>;
 
   Accumulator sums[2][2][kHeadDim / 16] =
-      {};                     // of dS: by flow, part; rows 2g and 2g + 1 of the warp's columns, eight of the flow's
-  Accumulator means[2] = {};  // of dm: by part; of either flow in two columns, of which it is the sum
+      {};  // of dS, by flow and part: rows 2g and 2g + 1 of the warp's columns × eight of the flow's columns
+  Accumulator means[2] = {};  // of dm, by part: two columns per flow, to be added (z·dz is the sum of two bf16)
 
   // Adds 16 tokens of a stage.
   __device__ __forceinline__ void add(const typename Shared::Stage& stage, int begin, const char* rotary,
@@ -365,7 +365,7 @@ struct QuerySums {
     const SmemPointer grads = b_rows(stage.b, Shared::Stage::kBStride) + begin * Shared::Stage::kBStride * 2;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      __syncwarp();  // keeps the other flow's features from being made meanwhile: there are no registers for them
+      __syncwarp();  // stops the compiler from computing the other flow's features here: too few registers
       Pairs unrotated[2][2], rotated[2][2];  // by part, then token; over z
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -446,7 +446,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
+    __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
@@ -463,7 +463,7 @@ template <int kHeadDim>
 struct KeyGradShared {
   static constexpr int kStride = kHeadDim + 8;
   alignas(16) uint16_t state[2 * kHeadDim * kStride];  // dS
-  MeanPairs means[kHeadDim / 4];                       // dm, of four columns at a time
+  MeanPairs means[kHeadDim / 4];                       // dm of four columns each
 };
 
 struct KeyGradPointers {
@@ -482,7 +482,7 @@ struct KeyGradTile {
   RotaryRow rotary[2];
   Accumulator grad_values[kHeadDim / 8] = {};
 
-  // A fragments of v.
+  // Loads A fragments of v.
   __device__ __forceinline__ void load_values(const char* rows, int64_t stride, const bool (&inside)[2], int head_dim) {
     const uint32_t zero = static_cast<uint32_t>(head_dim) >> 31;
 #pragma unroll
@@ -495,11 +495,11 @@ struct KeyGradTile {
     }
   }
 
-  // Adds the part of 16 columns of the keys to dv; returns dk of them.
+  // Adds the contribution of 16 columns of k to dv; returns dk of these columns.
   __device__ __forceinline__ void differentiate(Columns (&grad_keys)[2], const Columns (&x)[2], unsigned column) {
     const SmemPointer rows = shared.rows + 2 * Shared::kStride * column;
     const SmemPointer columns = shared.columns + 2 * Shared::kStride * column;
-    Accumulator products[2][2] = {};  // dS v: by part; first, second numbers of the pairs
+    Accumulator products[2][2] = {};  // dS v, by part; first and second elements of the pairs
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Backward in tf32 (backward.cu tells the equations and which kernel follows which), for float32, and for 16-bit inputs
-// that are not aligned bf16; and everything with a shift.
+// Backward kernels in tf32, for float32 and for 16-bit inputs outside the bf16 path, and all of backward with a shift;
+// backward.cu has the equations and the call graph.
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -10,24 +10,25 @@ template <class Operand, int kHeadDim>
 struct QueryGradShared {
   static constexpr int kStages = 4;
   static constexpr int kStride = kHeadDim + Operand::kPadding;
-  static constexpr int kGroups = kHeadDim / 16;  // of columns, per flow
-  // A block sums so many of dS's columns of either flow, as far as registers go; where that is not all, other blocks
-  // compute everything again for the others.
+  static constexpr int kGroups = kHeadDim / 16;  // of 16 columns, per flow
+  // Columns of dS per flow that a block sums, limited by registers. If they are not all, further blocks recompute
+  // everything else for the remaining columns.
   static constexpr int kColumns = kHeadDim < 128 ? 32 : 16;
   static constexpr int kColumnBlocks = (kHeadDim / 2 + kColumns - 1) / kColumns;
   struct alignas(16) Stage {
     float queries[kQueryGradTokens * kStride], grads[kQueryGradTokens * kStride];
     int2 rotary_offsets[kQueryGradTokens];
   } stages[kStages];
-  float sums[2 * kGroups][kQueryGradTokens];                             // each warp's part of normalizers, …
-  float dots[2 * kGroups][kQueryGradTokens];                             // … and of their gradients
-  alignas(16) float grad_queries[2][kQueryGradTokens * (kHeadDim + 8)];  // of dq, by flow, per unit of exponents
+  float sums[2 * kGroups][kQueryGradTokens];                             // per warp: partial normalizers
+  float dots[2 * kGroups][kQueryGradTokens];                             // per warp: partial gradients of normalizers
+  alignas(16) float grad_queries[2][kQueryGradTokens * (kHeadDim + 8)];  // dq by flow, before the flows are added
   QueryTables<kHeadDim> head;
 };
 
-// One block per split. One warp per flow and 16 columns of q: its features, rotated and transposed, are A fragments
-// that never leave its registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns 16 tokens.
-// S u has the same layout, so that every thread has both for tokens {2t, 2t + 1, 2t + 8, 2t + 9} and a pair of columns.
+// One block per split and column block; one warp per flow and 16 columns of q. Its rotated features, transposed, are A
+// fragments that stay in registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns are 16
+// tokens. S u has the same layout, so each thread holds both for tokens {2t, 2t + 1, 2t + 8, 2t + 9} and one pair of
+// columns. These four tokens are its slots.
 template <class Operand, int kHeadDim, bool kShifted>
 struct QueryGrads {
   using Shared = QueryGradShared<Operand, kHeadDim>;
@@ -37,26 +38,26 @@ struct QueryGrads {
 
   Shared& shared;
   const BackwardParams& params;
-  int flow, group;   // this warp's
-  int column_block;  // this block's
+  int flow, group;   // of this warp
+  int column_block;  // of this block
   unsigned head;     // of all B·H
 
   static constexpr int kColumns = Shared::kColumns;
-  Accumulator first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of either part, eight columns each
+  Accumulator first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of each part × eight columns
   PolarPair logit_sum = {}, mean_sum = {};
   float max_abs = 0.f;
 
   static __device__ __forceinline__ int token_of(int slot) { return 2 * thread_in_group() + slot % 2 + slot / 2 * 8; }
   __device__ __forceinline__ int pair() const { return group * 8 + group_id(); }
 
-  // The head's numbers for this thread's pair, from shared memory wherever they are needed: registers are all in use.
+  // Tables of the head for this thread's pair, reloaded from shared memory at each use: registers are exhausted.
   __device__ __forceinline__ PolarPair temperatures() const {
     return load_polar_pair(&shared.head.temperatures[flow][2 * pair()]);
   }
   __device__ __forceinline__ PolarPair means() const { return load_polar_pair(&shared.head.means[2 * pair()]); }
   __device__ __forceinline__ float2 key_shift() const { return kShifted ? shared.head.shifts[pair()] : float2{}; }
 
-  // This warp's rows of S of one part, 16 of its flow's columns.
+  // Loads this warp's rows of one part of S × 16 of its flow's columns.
   __device__ __forceinline__ FragmentA load_state_rows(int part, int step) const {
     FragmentA frag_a;
     const int head_dim = opaque(params.shape.head_dim);
@@ -72,14 +73,14 @@ struct QueryGrads {
     return frag_a;
   }
 
-  // The numbers of a token's pair of columns, negated in the opposite flow.
+  // Loads a slot's pair of columns, negated in the opposite flow.
   __device__ __forceinline__ Pair<float> load_pair(const float* queries, int slot) const {
     const auto both = *reinterpret_cast<const float2*>(queries + token_of(slot) * Shared::kStride + 2 * pair());
     const Pair<float> x = {both.x, both.y};
     return flow ? negative(x) : x;
   }
 
-  // Combines each slot's values over the warp and writes them to its row, one for each token.
+  // Reduces each slot's values over the warp and writes the results to its row, one per token.
   template <class Combine>
   __device__ __forceinline__ void write_row(float (&rows)[2 * kGroups][kQueryGradTokens], const float (&values)[4],
                                             Combine combine) const {
@@ -93,7 +94,7 @@ struct QueryGrads {
     if ((threadIdx.x & 4) == 0) rows[flow * kGroups + group][2 * thread_in_group() + odd + 8 * upper] = d;
   }
 
-  // Combines the rows of this flow's warps: lane i has token i % 16.
+  // Reduces the rows of this flow's warps: lane i has token i % 16.
   template <class Combine>
   __device__ __forceinline__ float read_rows(const float (&rows)[2 * kGroups][kQueryGradTokens],
                                              Combine combine) const {
@@ -104,14 +105,14 @@ struct QueryGrads {
     return combine(result, __shfl_xor_sync(kFullWarpMask, result, 16));
   }
 
-  // Where a slot's part of dq goes; before, a part of dφ waits there, as there are no registers for it.
+  // Address of a slot's dq; until that is known it holds R⁻¹(S u), for which there are no registers.
   __device__ __forceinline__ float2* grad_pointer(int slot) const {
     return reinterpret_cast<float2*>(shared.grad_queries[flow] + token_of(slot) * (kHeadDim + 8) + 2 * pair());
   }
 
   __device__ __forceinline__ void add_tile(const typename Shared::Stage& stage) {
     const auto plus = [](float a, float b) { return a + b; };
-    const auto most = [](float a, float b) { return fmaxf(a, b); };
+    const auto maximum = [](float a, float b) { return fmaxf(a, b); };
     const auto of_slot = [](float of_lane, int slot) { return __shfl_sync(kFullWarpMask, of_lane, token_of(slot)); };
 
     float token_shift = 0.f;
@@ -122,9 +123,9 @@ struct QueryGrads {
         const Pair<float> x = load_pair(stage.queries, slot);
         wanted[slot] = max_shifted_exponent(scale(absolute(x), select(temperatures(), x)), x, key_shift());
       }
-      write_row(shared.dots, wanted, most);
+      write_row(shared.dots, wanted, maximum);
       __syncthreads();
-      token_shift = required_shift(read_rows(shared.dots, most));
+      token_shift = required_shift(read_rows(shared.dots, maximum));
     }
 
     // Features and normalizers.
@@ -148,9 +149,9 @@ struct QueryGrads {
     const float inverse = reciprocal(max_or_nan(normalizer, float(kMinGradientNormalizer)));
 
     // dS += R(φ) / z · dout; S · dout.
-    Accumulator grad_first[2] = {}, grad_second[2] = {};  // of rotated features of tokens 0 … 7, 8 … 15
+    Accumulator grad_first[2] = {}, grad_second[2] = {};  // of rotated features: tokens 0 … 7 and 8 … 15
     const auto* grads = stage.grads + flow * (kHeadDim / 2);
-#pragma unroll 1  // unrolled, it needs more registers than there are
+#pragma unroll 1  // unrolling exceeds the registers
     for (int step = 0; step < kHeadDim / 32; ++step) {
       FragmentB frag_b[2];
       Operand::load_transposed(frag_b, grads + 16 * step, Shared::kStride);
@@ -160,7 +161,7 @@ struct QueryGrads {
     FragmentA first_part, second_part;
 #pragma unroll
     for (int upper = 0; upper < 2; ++upper) {
-      PolarPair rotated[2];  // over z
+      PolarPair rotated[2];  // features / z
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = 2 * upper + i;
@@ -193,7 +194,7 @@ struct QueryGrads {
     constexpr float kLargest = float(kMaxNormalizerGradient);
     const float grad_normalizer = min_or_nan(max_or_nan(exact, -kLargest), kLargest);
 
-    // dφ, dx, and the sums that need dz.
+    // dφ, dq, and the sums that need dz.
 #pragma unroll
     for (int slot = 0; slot < 4; ++slot) {
       const Pair<float> x = load_pair(stage.queries, slot), mean = select(means(), x), by = select(temperatures(), x);
@@ -212,7 +213,7 @@ struct QueryGrads {
     }
   }
 
-  // Writes this warp's part of the split's sums.
+  // Writes this warp's share of the split's sums.
   __device__ __forceinline__ void store_sums(unsigned split) const {
     const int head_dim = params.shape.head_dim, row = 2 * pair();
     const float scale = params.plan.inv_tokens;
@@ -248,7 +249,7 @@ struct QueryGrads {
   }
 };
 
-// Adds the flows' parts of a tile's dq and writes it, eight columns a thread.
+// Adds the flows' dq of a tile and writes it, eight columns per thread.
 template <class Operand, int kHeadDim>
 __device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kHeadDim>& shared,
                                            const BackwardParams& params, int64_t row, int begin, int end) {
@@ -265,7 +266,7 @@ __device__ __forceinline__ void store_tile(const QueryGradShared<Operand, kHeadD
   store_elements<Operand>(params.grad_q, index, values, head_dim - column, params.shape.dtype);
 }
 
-// Writes a split's dq and sums. Returns whether they are to be computed again: not so if kShifted.
+// Writes a split's dq and sums. Returns whether they must be recomputed with a shift; false if kShifted.
 template <class Operand, int kHeadDim, bool kShifted>
 __device__ __forceinline__ bool differentiate_split(QueryGradShared<Operand, kHeadDim>& shared,
                                                     const BackwardParams& params, unsigned index) {
@@ -273,9 +274,9 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<Operand, kHe
   constexpr int kThreads = 4 * kHeadDim;
   const int column_block = index % Shared::kColumnBlocks;
   const Split split = locate_split(index / Shared::kColumnBlocks, params.plan.query_grads, params.shape);
-  const int64_t kept_row = first_row(split, params.shape);
-  const auto row = [&] {  // shifted, located again, as there is no register to keep it in
-    if constexpr (!kShifted) return kept_row;
+  const int64_t row_offset = first_row(split, params.shape);
+  const auto row = [&] {  // recomputed if kShifted, which leaves no register for it
+    if constexpr (!kShifted) return row_offset;
     const unsigned again = opaque(static_cast<int>(index)) / Shared::kColumnBlocks;
     return first_row(locate_split(again, params.plan.query_grads, params.shape), params.shape);
   };
@@ -307,7 +308,7 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<Operand, kHe
   int begin = split.begin;
   for (; begin < split.end; begin += kQueryGradTokens) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, the last one is done with, its dq is there
+    __syncthreads();  // this stage has arrived, the previous one is free, and its dq is complete
     start_copy(begin + kAhead);
     if (begin > split.begin && column_block == 0)
       store_tile(shared, params, row(), begin - kQueryGradTokens, split.end);
@@ -335,7 +336,7 @@ __global__ void __launch_bounds__(4 * kHeadDim, 1) differentiate_queries_shifted
   constexpr int kColumnBlocks = QueryGradShared<Operand, kHeadDim>::kColumnBlocks;
   for (unsigned index = blockIdx.x; index < params.plan.query_grads.splits * kColumnBlocks; index += gridDim.x) {
     if (params.needs_shift[index / kColumnBlocks] == 0.f) continue;
-    __syncthreads();  // nobody reads the last split's memory any more
+    __syncthreads();  // no thread reads the last split's memory any more
     differentiate_split<Operand, kHeadDim, true>(shared, params, index);
   }
 }
@@ -345,12 +346,12 @@ struct KeyGradShared {
   static constexpr int kStride = kHeadDim + Operand::kPadding;
   alignas(16) float state[2 * kHeadDim * kStride];  // dS
   float2 means[kHeadDim];                           // dm: first, second part
-  float2 shifts[kHeadDim / 2];                      // of pairs
+  float2 shifts[kHeadDim / 2];                      // per pair
 };
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
 
-// Fills everything and returns true, or returns false: whether the head's keys are shifted is to be as said.
+// Fills all of `shared` and returns true; returns false unless the head's keys are shifted as kShifted says.
 template <bool kShifted, class Operand, int kHeadDim>
 __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kHeadDim>& shared, const BackwardParams& params,
                                           const Split& split) {
@@ -362,7 +363,7 @@ __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kHeadDim>& shar
     shared.shifts[i] = 2 * i < head_dim ? make_float2(shift[0], shift[head_dim / 2]) : make_float2(0.f, 0.f);
     shifted |= shared.shifts[i].x > 0.f || shared.shifts[i].y > 0.f;
   }
-  if (kShifted && !__syncthreads_or(shifted)) return false;  // it seldom is: before anything is loaded in vain
+  if (kShifted && !__syncthreads_or(shifted)) return false;  // the usual case: skips the loads below
   const float* mean = params.grad_mean + int64_t{split.head} * params.shape.features();
   for (int i = opaque(int(threadIdx.x)); i < kHeadDim; i += kKeyGradThreads) {
     shared.means[i] = i < head_dim ? make_float2(mean[i], mean[head_dim + i]) : make_float2(0.f, 0.f);
@@ -374,7 +375,7 @@ __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kHeadDim>& shar
   return true;
 }
 
-// A warp's 16 tokens: rows g and g + 8 of its A fragments and sums.
+// A warp's 16 tokens: rows g and g + 8 of its A fragments and accumulators.
 template <class Operand, int kHeadDim, bool kShifted>
 struct KeyGradTile {
   using Shared = KeyGradShared<Operand, kHeadDim>;
@@ -391,7 +392,7 @@ struct KeyGradTile {
 
   Accumulator grad_values[kHeadDim / 8] = {};
 
-  // 32 columns of v.
+  // Loads A fragments of 32 columns of v.
   __device__ __forceinline__ void load_values(FragmentA (&frag_a)[2], int column) const {
     Elements8 both[2];
 #pragma unroll
@@ -399,7 +400,7 @@ struct KeyGradTile {
     frag_a[0].set(both, 0), frag_a[1].set(both, 1);
   }
 
-  // dS v of 16 columns of the keys: of each part, of features {2t, 2t + 1} and {2t + 8, 2t + 9}.
+  // Computes dS v for 16 columns of k: by part, features {2t, 2t + 1} and {2t + 8, 2t + 9}.
   __device__ __forceinline__ void multiply_values(Accumulator (&first)[2], Accumulator (&second)[2], int column) const {
     const auto* rows = shared.state + column * Shared::kStride;
 #pragma unroll 1
@@ -417,12 +418,12 @@ struct KeyGradTile {
     }
   }
 
-  // Adds the part of 16 columns of the keys to dv; returns dk of four of them, the thread's, for either token.
+  // Adds the contribution of 16 columns of k to dv; returns dk of the thread's four columns, for both tokens.
   __device__ __forceinline__ void add(float (&grad_keys)[2][4], const Elements4 (&keys)[2], int column) {
     const int feature = column + 4 * thread_in_group();
     Accumulator first[2] = {}, second[2] = {};
     multiply_values(first, second, column);
-    FragmentA frag_a[2];  // part
+    FragmentA frag_a[2];  // by part
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
 #pragma unroll
@@ -471,7 +472,7 @@ __device__ __forceinline__ void differentiate_split_keys(KeyGradShared<Operand, 
   const Rows<Operand::kFloatInputs> keys = rows_of<Operand::kFloatInputs>(params.k, params.shape, split);
   const Rows<Operand::kFloatInputs> values = rows_of<Operand::kFloatInputs>(params.v, params.shape, split);
   const int head_dim = params.shape.head_dim;
-  const auto row_of = [&](int token) {  // from its parts each time, as there are no registers to keep more in
+  const auto row_of = [&](int token) {  // recomputed at each use: registers are exhausted
     return ((int64_t{split.batch} * params.shape.tokens() + token) * params.shape.heads + split.head_in_batch) *
            head_dim;
   };
@@ -531,7 +532,7 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(false,
 template <class Operand, int kHeadDim>
 __global__ void __launch_bounds__(kKeyGradThreads, 1) differentiate_keys_shifted(const BackwardParams params) {
   for (unsigned index = blockIdx.x; index < params.plan.key_grads.splits; index += gridDim.x) {
-    __syncthreads();  // nobody reads the last split's memory any more
+    __syncthreads();  // no thread reads the last split's memory any more
     differentiate_split_keys<Operand, kHeadDim, true>(shared_memory<KeyGradShared<Operand, kHeadDim>>(), params, index);
   }
 }

@@ -1,19 +1,19 @@
-// Polarity attention. Per head, with R the rotary embedding of a token and m the mean over keys
-// (polaformer/reference.py):
+// Polarity attention, forward. Per head, with R the rotary embedding of a token (formulas: polaformer/reference.py):
 //
-//   S = Σ_keys R(φ(k))ᵀ v / N      m = Σ_keys φ(k) / N            (2D, D), (2D)
-//   out = R(φ(q)) S / (φ(q)·m + ε)                                of both flows, each with its half of S's columns
+//   S = Σ_keys R(φ(k))ᵀ v / N             m = Σ_keys φ(k) / N             (2D, D), (2D)
+//   out = R(φ(q)) S / (φ(q)·m + ε)        for both flows, each with its half of the columns of S
 //
-// q, k, v: (B, H, N, D) of any strides in bf16, fp16 or float32; out in the same type. All sums are float32. In tf32,
-// so is all else but the operands of the products; of bf16, features are rounded to bf16 once they are made (bf16.cuh).
+// q, k, v: (B, H, N, D) of any strides in bf16, fp16 or float32; out in the same dtype. Sums are float32. On the tf32
+// paths so is everything but the operands of products; on the bf16 path features are rounded to bf16 once (bf16.cuh).
 //
-// run_forward                            of aligned bf16: forward_bf16.cu; of all else: forward_tf32.cu
-// ├─ make_rotary_tables          rotary.cu        cosines and sines of every row and column, where each token finds its
-// own ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded
-// kMaxUnshiftedExponent ├─ combine_key_splits         here            adds the splits up in order; heads with larger
-// exponents again, shifted ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded
-// kMaxUnshiftedExponent; notes splits with larger └─ attend_shifted      tf32            computes those again; leaves
-// at once where there are none
+// Call graph; kernels launch in this order. "bf16" is forward_bf16.cu, for aligned bf16; "tf32" is forward_tf32.cu.
+//
+// run_forward
+// ├─ fill_rotary_tables   rotary.cu      cosines and sines of every row and column; on the bf16 path also offsets
+// ├─ sum_keys             bf16 or tf32   S and m of each split, unshifted; its largest |k|
+// ├─ combine_key_splits   this file      adds up the splits; recomputes shifted the heads where |k| is too large
+// ├─ attend               bf16 or tf32   outputs, unshifted; marks splits that need a shift
+// └─ attend_shifted       tf32           recomputes the marked splits; exits at once if there are none
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -23,7 +23,7 @@ namespace {
 constexpr int kCombineThreads = 128;
 constexpr int kCombinePairs = 8;  // of features, per block
 
-// One head's share of a finishing block: pairs first … first + 8 of its D.
+// Shared memory of a block that sums shifted keys: pairs first … first + 7 of one head.
 struct CombineShared {
   alignas(16) float features[16][2 * kCombinePairs];  // of 16 tokens, rotated
   float sums[16][2 * kCombinePairs];
@@ -39,18 +39,18 @@ __device__ __forceinline__ Pair<float> key_exponents(const Rows<kFloat>& keys, i
   return {max_or_nan(sign * keys.load(token, column), 0.f), max_or_nan(sign * keys.load(token, column + 1), 0.f)};
 }
 
-// The shifts of this block's pairs, from the largest exponent of each over all tokens.
+// Shifts of this block's pairs, from each pair's largest exponent over all tokens.
 template <bool kFloat>
 __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Rows<kFloat>& keys, int first,
                                                 const Shape& shape) {
-  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs;
+  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs;
   float largest_exponent = 0.f;
   if (first + pair < shape.head_dim) {
-    for (int token = member; token < shape.tokens(); token += 16) {
+    for (int token = slot; token < shape.tokens(); token += 16) {
       largest_exponent = fmaxf(largest_exponent, largest(key_exponents(keys, token, first + pair)));
     }
   }
-  shared.sums[member][pair] = largest_exponent;
+  shared.sums[slot][pair] = largest_exponent;
   __syncthreads();
   if (threadIdx.x < kCombinePairs) {
     for (int i = 0; i < 16; ++i) largest_exponent = fmaxf(largest_exponent, shared.sums[i][threadIdx.x]);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Row
   __syncthreads();
 }
 
-// S, m and the shift of this block's pairs, without tensor cores: thread d has column d of S.
+// S, m and the shifts of this block's pairs, without tensor cores: thread d has column d of S.
 template <bool kFloat>
 __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const ForwardParams& params, const Split& head,
                                                  int first) {
@@ -67,14 +67,14 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
   const Rows<kFloat> keys = rows_of<kFloat>(params.k, shape, head), values = rows_of<kFloat>(params.v, shape, head);
   find_key_shifts(shared, keys, first, shape);
 
-  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs, column = threadIdx.x;
+  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs, column = threadIdx.x;
   const bool by_row = 2 * (first + pair) < shape.head_dim, inside = first + pair < shape.head_dim;
   const float shift = shared.shifts[pair];
   const int half = shape.padded_head_dim() / 2;
   Pair<float> mean = {0.f, 0.f};
   float sums[2 * kCombinePairs] = {};
   for (int begin = 0; begin < shape.tokens(); begin += 16) {
-    const int token = begin + member;
+    const int token = begin + slot;
     Pair<float> rotated = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
       const Pair<float> exponents = key_exponents(keys, token, first + pair);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
       rotated = rotate(features, by.x, by.y);
     }
     __syncthreads();
-    shared.features[member][2 * pair] = rotated.first, shared.features[member][2 * pair + 1] = rotated.second;
+    shared.features[slot][2 * pair] = rotated.first, shared.features[slot][2 * pair + 1] = rotated.second;
     __syncthreads();
     if (column >= shape.head_dim) continue;
     for (int i = 0; i < min(16, shape.tokens() - begin); ++i) {
@@ -105,17 +105,17 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
       if (2 * first + j < shape.features()) params.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
     }
   }
-  shared.sums[member][2 * pair] = mean.first, shared.sums[member][2 * pair + 1] = mean.second;
+  shared.sums[slot][2 * pair] = mean.first, shared.sums[slot][2 * pair + 1] = mean.second;
   __syncthreads();
   if (threadIdx.x < 2 * kCombinePairs && 2 * first + threadIdx.x < shape.features()) {
     float sum = 0.f;
     for (int i = 0; i < 16; ++i) sum += shared.sums[i][threadIdx.x];
     params.key_mean[feature + threadIdx.x] = sum * scale;
   }
-  if (member == 0 && inside) params.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
+  if (slot == 0 && inside) params.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
 }
 
-// Adds up the splits of a head, for the pairs of this block.
+// Adds up the splits of a head for this block's pairs.
 __device__ __forceinline__ void sum_splits(const ForwardParams& params, const Split& head, int first) {
   const int splits = params.plan.keys.splits_per_head;
   const int64_t head_dim = params.shape.head_dim, features = params.shape.features(), size = params.shape.state_size();
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const F
 
 const char* launch_combine_key_splits(const ForwardParams& params, void* stream) {
   const int64_t blocks = params.shape.batch_heads() * ((params.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
-  const LaunchConfig grid{blocks, kCombineThreads, sizeof(CombineShared)};
-  return launch(params.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, grid,
+  const LaunchConfig config{blocks, kCombineThreads, sizeof(CombineShared)};
+  return launch(params.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, config,
                 stream, params);
 }
 

@@ -1,9 +1,9 @@
-// Forward for aligned bf16 (forward.cu tells the equations and which kernel follows which):
+// Forward kernels of the bf16 path; forward.cu has the equations and the call graph.
 //
-//   sum_keys   S and m of each split's tokens       A: features rotated and transposed, B: values
-//   attend     outputs                             A: features rotated, B: S
+//   sum_keys   S and m of each split     A: rotated features, transposed     B: values
+//   attend     outputs                   A: rotated features                 B: S
 //
-// Normalizers and means come from the tensor cores, too: of features that are not rotated, m as the sum of two bf16.
+// Normalizers and means are tensor-core products, too: of features before rotation, with m as the sum of two bf16.
 #include "bf16.cuh"
 #include "kernels.cuh"
 
@@ -12,19 +12,19 @@ namespace {
 
 template <int kHeadDim>
 struct KeyShared {
-  using Stage = TokenStage<kHeadDim>;  // of keys, and values as B fragments
+  using Stage = TokenStage<kHeadDim>;  // keys as rows, values as B fragments
   static constexpr int kStages = 3;
   Stage stages[kStages];
   float max_abs[kHeadDim / 16];
 };
 
-// One block per split, one warp per 16 columns of k and all tokens.
+// One block per split; each warp sums 16 columns of k over all tokens.
 template <int kHeadDim>
 struct KeySums {
   using Shared = KeyShared<kHeadDim>;
 
   Accumulator sums[2][kHeadDim / 8] =
-      {};  // of S: by part; rows 2g and 2g + 1 of the warp's columns, eight columns each
+      {};  // of S, by part: rows 2g and 2g + 1 of the warp's columns × eight columns each
   Accumulator means[2] = {};
   Bf16x2 max_abs = 0;
 
@@ -45,7 +45,7 @@ struct KeySums {
       unrotated[0][row] = unmasked(features, negative), unrotated[1][row] = masked(features, negative);
       rotated[0][row] = by_row.forward(unrotated[0][row]), rotated[1][row] = by_column.forward(unrotated[1][row]);
     }
-    __syncwarp();  // keeps other tokens' features from being made meanwhile: there are no registers for them
+    __syncwarp();  // stops the compiler from computing other tokens' features here: too few registers
     FragmentA a[2];
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDi
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
+    __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
@@ -141,22 +141,22 @@ struct QueryPointers {
   SmemPointer state, means, temperatures;
 };
 
-// A warp's 32 tokens, of which a thread has g, g + 8, g + 16 and g + 24; above W = 96 there are registers for 16 alone.
+// A warp's 32 tokens; a thread has tokens g, g + 8, g + 16, g + 24. Above W = 96 registers suffice for 16 tokens only.
 template <int kHeadDim>
 struct QueryTile {
   using Shared = QueryShared<kHeadDim>;
-  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // of 16: each fragment of S is loaded once for all
-  static constexpr int kRows = 2 * kTiles;               // tokens of a thread
+  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // of 16 tokens, sharing each fragment of S
+  static constexpr int kRows = 2 * kTiles;               // tokens per thread
 
   const QueryPointers& shared;
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
   int head_dim;
-  const char* queries[kRows];  // this thread's columns of each token
+  const char* queries[kRows];  // address of this thread's columns, per token
   bool inside[kRows];
   RotaryRow rotary[kRows];
 
-  Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of its half each
+  Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of the flow's half each
   Accumulator normalizers[kTiles][2] = {};
   Bf16x2 max_abs = 0;
 
@@ -166,7 +166,7 @@ struct QueryTile {
     for (int row = 0; row < kRows; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
-  // Adds the products of 16 columns of the queries.
+  // Adds the products of 16 columns of q.
   __device__ __forceinline__ void add(const Columns (&x)[kRows], unsigned column) {
     uint32_t means[2][2];
     load_b(means, shared.means + 16 * column);
@@ -176,7 +176,7 @@ struct QueryTile {
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      __syncwarp();  // keeps the other flow's features from being made meanwhile: there are no registers for them
+      __syncwarp();            // stops the compiler from computing the other flow's features here: too few registers
       FragmentA a[2][kTiles];  // by part
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -226,7 +226,7 @@ struct QueryTile {
     }
   }
 
-  // Writes four columns of every 16 of a token's two halves; `half` is the width of one.
+  // Writes four columns of every 16 of both halves of a token's output; `half` is D/2.
   __device__ __forceinline__ void store(uint16_t* out, int own, int half) const {
     const int tile = own / 2, row = own % 2;
 #pragma unroll
@@ -248,7 +248,7 @@ struct QueryTile {
   }
 };
 
-// Writes a split's outputs. Returns whether they are to be computed again with a shift.
+// Writes a split's outputs. Returns whether they must be recomputed with a shift.
 template <int kHeadDim>
 __device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, const ForwardParams& params) {
   using Shared = QueryShared<kHeadDim>;

@@ -1,5 +1,5 @@
-// Forward in tf32 (forward.cu tells the equations and which kernel follows which), for float32, and for 16-bit inputs
-// that are not aligned bf16; and attend with a shift, for everything.
+// Forward kernels in tf32, for float32 and for 16-bit inputs outside the bf16 path, and attend with a shift for all
+// dtypes; forward.cu has the equations and the call graph.
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -17,15 +17,16 @@ struct KeyShared {
   float max_abs[kHeadDim / 16];
 };
 
-// One block per split, one warp per 16 columns of k. Its features, rotated and transposed, are A fragments that never
-// leave its registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns are 16 tokens.
+// One block per split; each warp sums 16 columns of k over all tokens. Its rotated features, transposed, are A
+// fragments that stay in registers: rows are features (row g is column 2g, row g + 8 column 2g + 1), columns are 16
+// tokens.
 template <class Operand, int kHeadDim>
 struct KeySums {
   static constexpr int kStride = kHeadDim + Operand::kPadding;
   using FragmentA = typename Operand::FragmentA;
   using FragmentB = typename Operand::FragmentB;
 
-  Accumulator first[kHeadDim / 8] = {}, second[kHeadDim / 8] = {};  // of S: rows of either part, eight columns each
+  Accumulator first[kHeadDim / 8] = {}, second[kHeadDim / 8] = {};  // of S: rows of each part × eight columns
   PolarPair mean = {};
   float max_abs = 0.f;
 
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(false, kHeadD
   using Shared = KeyShared<Operand, kHeadDim>;
   auto& shared = shared_memory<Shared>();
   const Split split = locate_split(blockIdx.x, params.plan.keys, params.shape);
-  const int copies_values = threadIdx.x / kHeadDim;  // half of the threads, the others keys
+  const int copies_values = threadIdx.x / kHeadDim;  // half of the threads copy values, the others keys
   const Rows<Operand::kFloatInputs> rows =
       rows_of<Operand::kFloatInputs>(copies_values ? params.v : params.k, params.shape, split);
 
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(false, kHeadD
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
+    __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
@@ -149,7 +150,7 @@ struct QueryShared {
   QueryTables<kHeadDim> head;
 };
 
-// Fills everything. Returns whether the head's keys are shifted.
+// Fills all of `shared`. Returns whether the head's keys are shifted.
 template <class Operand, int kHeadDim>
 __device__ __forceinline__ bool load_head(QueryShared<Operand, kHeadDim>& shared, const ForwardParams& params,
                                           const Split& split) {
@@ -159,14 +160,14 @@ __device__ __forceinline__ bool load_head(QueryShared<Operand, kHeadDim>& shared
   return __syncthreads_or(shifted);
 }
 
-// A warp's 16 tokens: rows g and g + 8 of its A fragments and sums.
+// A warp's 16 tokens: rows g and g + 8 of its A fragments and accumulators.
 template <class Operand, int kHeadDim, bool kShifted>
 struct QueryTile {
   using Shared = QueryShared<Operand, kHeadDim>;
   using FragmentA = typename Operand::FragmentA;
   using FragmentB = typename Operand::FragmentB;
   using Elements8 = typename Operand::template Elements<8>;
-  static constexpr bool kPrefetches = kHeadDim < 128;  // there, registers are all in use
+  static constexpr bool kPrefetches = kHeadDim < 128;  // at 128 there are no registers left for it
 
   const Shared& shared;
   const Rows<Operand::kFloatInputs>& queries;
@@ -175,8 +176,8 @@ struct QueryTile {
   int tokens[2];
   int2 rotary_offsets[2];
 
-  Accumulator sums[2][kHeadDim / 16] = {};  // of each flow; eight columns of its half each
-  float normalizers[2][2] = {};             // of each flow and token
+  Accumulator sums[2][kHeadDim / 16] = {};  // by flow; eight columns of the flow's half each
+  float normalizers[2][2] = {};             // by flow and token
   float token_shifts[2][2] = {};
   float max_abs = 0.f;
 
@@ -187,7 +188,7 @@ struct QueryTile {
     }
   }
 
-  // Finds the shift of each token and flow.
+  // Computes the shift of each token and flow.
   __device__ __forceinline__ void find_shifts() {
 #pragma unroll 1
     for (int column = 0; column < kHeadDim; column += 32) {
@@ -216,15 +217,15 @@ struct QueryTile {
     }
   }
 
-  // Adds the part of 16 columns of the queries; the thread has four of them, from `first` on.
+  // Adds the products of 16 columns of q; the thread has four of them, from `first` on.
   __device__ __forceinline__ void add(const Elements8 (&rows)[2], int column) {
     const int first = column / 32 * 32 + 8 * thread_in_group() + column / 16 % 2 * 4;
-    AxialRotation by[2][2];  // token, pair
+    AxialRotation by[2][2];  // by token, pair
 #pragma unroll
     for (int row = 0; row < 2; ++row) load_rotation(by[row], cos_sin, rotary_offsets[row], first / 2);
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      FragmentA frag_a[2];  // part
+      FragmentA frag_a[2];  // by part
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const int feature = first + 2 * pair;
@@ -268,7 +269,7 @@ struct QueryTile {
     for (int column = 0; column < kHeadDim; column += 32) {
       if constexpr (kPrefetches) rows[0] = ahead[0], rows[1] = ahead[1];
       if (kPrefetches && column + 32 < kHeadDim) load(ahead, column + 32);
-#pragma unroll 1  // unrolled, it needs more registers than there are
+#pragma unroll 1  // unrolling exceeds the registers
       for (int half = 0; half < 2; ++half) {
         if constexpr (!kPrefetches) load(rows, column);
         if (!kPrefetches && half) rows[0].drop_first_four(), rows[1].drop_first_four();
@@ -278,7 +279,7 @@ struct QueryTile {
     }
   }
 
-  // Writes the outputs of tokens before `end`; `row` is where the first token's of this head begins.
+  // Writes the outputs of tokens before `end`; `row`: element offset of the head's first token.
   __device__ __forceinline__ void store(void* out, int64_t row, int begin, int end, const Shape& shape) const {
     const int half = shape.head_dim / 2;
     float inverse[4];
@@ -304,7 +305,7 @@ struct QueryTile {
   }
 };
 
-// Writes a split's outputs. Returns whether they are to be computed again: not so if kShifted.
+// Writes a split's outputs. Returns whether they must be recomputed with a shift; false if kShifted.
 template <class Operand, int kHeadDim, bool kShifted>
 __device__ __forceinline__ bool attend_split(QueryShared<Operand, kHeadDim>& shared, const ForwardParams& params,
                                              unsigned index) {
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kQueryThreads, 1) attend_shifted(const Forward
   auto& shared = shared_memory<QueryShared<Operand, kHeadDim>>();
   for (unsigned index = blockIdx.x; index < params.plan.queries.splits; index += gridDim.x) {
     if (params.needs_shift[index] == 0.f) continue;
-    __syncthreads();  // nobody reads the last split's head any more
+    __syncthreads();  // no thread reads the last split's head any more
     attend_split<Operand, kHeadDim, true>(shared, params, index);
   }
 }

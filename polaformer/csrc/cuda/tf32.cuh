@@ -1,13 +1,12 @@
-// Matrices of float32 that the tensor cores multiply in tf32, spread over a warp: A fragments of 16 × 16, B fragments
-// of 16 × 8 and accumulators of 16 × 8, each for two mma.m16n8k8. Of float32 inputs, upper·upper + upper·lower +
-// lower·upper parts, three times as many: close to float32's accuracy.
+// Operands of tf32 tensor-core products: A fragments of 16 × 16, B fragments of 16 × 8 and accumulators of 16 × 8, each
+// for two mma.m16n8k8. float32 inputs take three products (3xTF32): upper·upper + upper·lower + lower·upper, which is
+// close to float32 accuracy.
 //
-// With g = lane / 4 and t = lane % 4 a thread has of
+// With g = lane / 4 and t = lane % 4 a thread holds of
 //   A            rows {g, g + 8}, columns {2t, 2t + 1, 2t + 8, 2t + 9}
 //   B            rows {2t, 2t + 1, 2t + 8, 2t + 9}, column g
 //   accumulator  rows {g, g + 8}, columns {2t, 2t + 1}: entries (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// as of mma.m16n8k16. tf32 instructions number the inner index otherwise; it is summed over, so numbering it alike on
-// both sides is enough.
+// as in mma.m16n8k16. mma.m16n8k8 numbers the K axis differently, which has no effect as long as A and B agree.
 #pragma once
 
 #include <type_traits>
@@ -16,7 +15,7 @@
 
 namespace polaformer {
 
-// A family of operands: aligned rows are loaded by vectors of 16 bytes, others element by element.
+// Operand type: aligned rows are loaded as 16-byte vectors, others element by element.
 template <bool kAligned, bool k3xTf32>
 struct Tf32Operand {
   static constexpr bool kVectorizedLoads = kAligned, kFloatInputs = k3xTf32;
@@ -32,7 +31,7 @@ struct Tf32Operand {
   };
 
   struct FragmentA {
-    float values[2][4];  // of each of two instructions: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+    float values[2][4];  // per mma: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
     __device__ __forceinline__ void set(int lower_row, int upper, float first, float second) {
       values[upper][lower_row] = first, values[upper][lower_row + 2] = second;
     }
@@ -44,13 +43,13 @@ struct Tf32Operand {
     }
   };
   struct FragmentB {
-    float values[2][2];  // of each of two instructions: (t, g), (t + 4, g)
+    float values[2][2];  // per mma: (t, g), (t + 4, g)
   };
 
   static __device__ __forceinline__ Dtype dtype(Dtype given) { return k3xTf32 ? Dtype::kFloat : given; }
 
   static __device__ __forceinline__ void load(FragmentB (&b)[2], const float* corner, int stride) {
-    __syncwarp();  // keeps loads of later operands from being moved up here, where they would occupy registers
+    __syncwarp();  // stops the compiler from moving later loads up here, where they would occupy registers
     const float* column = corner + 2 * thread_in_group() * stride + group_id();
     for (int i = 0; i < 8; ++i) {
       b[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
@@ -66,7 +65,7 @@ struct Tf32Operand {
     }
   }
 
-  // Adds a·b to two accumulators side by side.
+  // Adds a·b to two adjacent accumulators.
   static __device__ __forceinline__ void multiply(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                   const FragmentB (&b)[2]) {
 #pragma unroll
@@ -87,8 +86,8 @@ struct Tf32Operand {
     }
   }
 
-  // The same for sums over many tokens. Tensor cores round each sum toward zero, which a thousand times is more than
-  // float32 may lose; so products of 16 tokens are added by ordinary additions.
+  // The same for sums over many tokens. Tensor cores round every sum towards zero; over a thousand sums the error
+  // exceeds float32 accuracy. So products of 16 tokens are added by ordinary additions.
   static __device__ __forceinline__ void add_product(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                      const FragmentB (&b)[2]) {
     if constexpr (!k3xTf32) return multiply(first, second, a, b);
@@ -96,11 +95,11 @@ struct Tf32Operand {
     multiply(product[0], product[1], a, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) first[i] += product[0][i], second[i] += product[1][i];
-    __syncwarp();  // keeps later products from being begun before, where they would occupy registers
+    __syncwarp();  // stops the compiler from starting later products here, where they would occupy registers
   }
 
  private:
-  // Numbers as the sums of two of tf32.
+  // x as the sum of two tf32.
   template <int kCount>
   static __device__ __forceinline__ void split(uint32_t (&upper)[kCount], uint32_t (&lower)[kCount],
                                                const float (&x)[kCount]) {
@@ -115,9 +114,9 @@ struct Tf32Operand {
 using Float32 = Tf32Operand<true, true>;          // aligned float32
 using GenericFloat32 = Tf32Operand<false, true>;  // float32, one element at a time
 using Generic16Bit =
-    Tf32Operand<false, false>;  // fp16 or bf16, one element at a time; they fit tf32: one product is enough
+    Tf32Operand<false, false>;  // fp16 or bf16, one element at a time; exact in tf32, so one product is enough
 
-// Starts copying kRows tokens from `first` on into a tile of rows of W + padding elements; zeros from `end` on.
+// Starts copying tokens `first` … `first` + kRows − 1 into a tile with rows of W + padding; zeros from `end` on.
 template <class Operand, int kRows, int kHeadDim>
 __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloatInputs>& rows, bool halves, int first,
                                           int end, int thread, int threads) {
@@ -140,7 +139,7 @@ __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloa
   }
 }
 
-// Four or eight neighbouring elements of a token's row, zeros beyond its width.
+// Loads four or eight neighbouring elements of a token's row, zeros beyond D.
 template <class Operand, int kCount>
 __device__ __forceinline__ typename Operand::template Elements<kCount> load_elements(
     const Rows<Operand::kFloatInputs>& rows, int token, int column) {
@@ -160,18 +159,17 @@ __device__ __forceinline__ typename Operand::template Elements<kCount> load_elem
   return x;
 }
 
-// Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside. Numbers beyond the largest of the
-// tensor's type become that.
+// Stores the first `count` of neighbouring elements of a (B, N, H, D) tensor, clamped to the range of its dtype.
 template <class Operand, int kCount>
 __device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
                                                Dtype given) {
   count = opaque(count);
   const Dtype dtype = Operand::dtype(given);
-  const float most = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
+  const float max_value = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (i >= count) continue;
-    const float x = max_or_nan(min_or_nan(values[i], most), -most);
+    const float x = max_or_nan(min_or_nan(values[i], max_value), -max_value);
     if (dtype == Dtype::kFloat) {
       static_cast<float*>(tensor)[index + i] = x;
     } else {
@@ -181,8 +179,8 @@ __device__ __forceinline__ void store_elements(void* tensor, int64_t index, cons
   }
 }
 
-// Copies one head's (2D, D) matrix into shared memory: 2W rows, both parts padded; W columns, with `halves` each half
-// of them padded by itself. The orders say where a part's row and a padded column go; the second keeps neighbours.
+// Copies one head's (2D, D) matrix into shared memory. Rows: each part padded to W, in row_order. Columns: padded to W,
+// each half separately with `halves`, in column_order, which keeps neighbouring pairs together.
 template <class Operand, int kHeadDim, class RowOrder, class ColumnOrder>
 __device__ __forceinline__ void load_state(float* tile, const float* state, int head_dim, int threads, bool halves,
                                            RowOrder row_order, ColumnOrder column_order) {

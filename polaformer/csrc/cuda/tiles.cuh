@@ -99,8 +99,7 @@ const char* launch_blocks(void (*kernel)(Params), int64_t blocks, int threads, v
   return launch(kernel, {blocks, threads, sizeof(Shared)}, stream, params);
 }
 
-// Launches a kernel that computes with a shift: at most one block per SM, each looping over splits, few of which need
-// it.
+// Launches a kernel that computes with a shift: at most one block per SM, looping over splits, few of which need it.
 template <class Shared, int kHeadDim, class Params>
 const char* launch_shifted(void (*kernel)(Params), int64_t splits, int threads, void* stream, const Params& params) {
   const int64_t blocks = std::min<int64_t>(splits, params.plan.sm_count);

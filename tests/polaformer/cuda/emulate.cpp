@@ -1,7 +1,7 @@
-// Runs the kernels once on emulated threads: emulate REQUEST ANSWER. The files are written and read by conftest.py.
+// Program that runs the kernels once on emulated threads: emulate REQUEST ANSWER, files of conftest.py.
 //
-// Every tensor gets a buffer of its own and of its exact size, so that the address sanitizer sees an access outside;
-// outputs and workspaces are full of NaN before.
+// Every tensor has its own buffer of its exact size, so that the address sanitizer detects accesses outside; outputs
+// and workspaces are filled with NaN beforehand.
 #include <cstdio>
 #include <deque>
 #include <fstream>

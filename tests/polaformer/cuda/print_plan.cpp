@@ -1,5 +1,5 @@
-// Prints what launch_params.h makes of shapes, one a line of standard input: batch, heads, height, width, head
-// dimension, dtype, multiprocessors, compute capability, shared memory of a block in bytes.
+// Program that prints workspaces and splits of launch_params.h for shapes on standard input, one per line: batch,
+// heads, height, width, head dimension, dtype, SMs, major compute capability, bytes of shared memory per block.
 #include <iostream>
 
 #include "launch_params.h"
