@@ -106,8 +106,9 @@ class Stage(nn.Module):
         if self.uses_rotary:
             rotary = rotary_embedding(x.shape[1], x.shape[2], self.head_dim, x)
         for block in self.blocks:
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
             # torch.jit does not declare is_scripting as exported
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
@@ -300,7 +301,7 @@ def _check_size(height: int, width: int, multiple: int = TOTAL_STRIDE) -> None:
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> PolaFormerPP:
-    """Build a model or its `features_only` wrapper as timm asks for it."""
+    """Build a model or its `features_only` wrapper as timm requests."""
     if kwargs.get("feature_cls") in ("list", "dict"):
         raise ValueError(f"feature_cls {kwargs['feature_cls']} is not offered; use getter (the default), fx or hook")
     model: PolaFormerPP = build_model_with_cfg(

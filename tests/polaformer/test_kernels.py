@@ -120,7 +120,7 @@ def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_di
         assert all(actual[name].shape == exact[name].shape for name in NAMES)
         assert not actual["same_logits"].any()
         return
-    # Where normalizers are small every implementation loses digits: the eager one tells how many.
+    # Where normalizers are small every implementation loses digits: the eager formulas show how many.
     eager = results(reference.eager_polarity_attention, inputs, height, width)
     rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-12)
     for name in NAMES:

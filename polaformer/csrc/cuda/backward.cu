@@ -26,7 +26,7 @@ namespace {
 constexpr int kCombineThreads = 256;
 constexpr int kReducers = kCombineThreads / 32;  // threads that share the sum of one feature's logit
 
-// First block of each job of combine_query_splits, in this order.
+// Numbers of blocks of combine_query_splits that sum logits, means and states, in this order.
 struct CombineBlocks {
   int64_t logits, mean, state;
   int chunks;  // of 32 features

@@ -351,7 +351,7 @@ struct KeyGradShared {
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
 
-// Fills all of `shared` and returns true; returns false unless the head's keys are shifted as kShifted says.
+// Fills all of `shared`. Returns whether the head's keys are shifted exactly if kShifted; the caller stops if not.
 template <bool kShifted, class Operand, int kHeadDim>
 __device__ __forceinline__ bool load_head(KeyGradShared<Operand, kHeadDim>& shared, const BackwardParams& params,
                                           const Split& split) {
