@@ -1,18 +1,18 @@
-"""Installs the three packages and builds the attention's kernels; extras decide what comes with them.
+"""Setup of polaformer, dataio and launch, with the compiled kernels of polarity attention.
 
     pip install torch && pip install --no-build-isolation .            the model alone, for use through timm
     pip install --no-build-isolation -e '.[train]'                     everything that a training run needs
-    pip install --no-build-isolation -e '.[train,remote]'              that, and what reads s3://, gs:// and https://
-    pip install --no-build-isolation -e '.[test]'                      a training run and the tests' tools
+    pip install --no-build-isolation -e '.[train,remote]'              also readers of s3://, gs:// and https://
+    pip install --no-build-isolation -e '.[test]'                      a training run and the test tools
 
-requirements.txt says which versions the tests run with. The kernels are built against the torch that is installed:
+requirements.txt pins the versions that the tests run with. Kernels are built against the installed torch:
 `polaformer/_cpu*.so` wherever there is a C++ compiler, `polaformer/_cuda*.so` wherever there is a CUDA toolkit
-(CUDA_HOME, else the one of `nvcc`, else /usr/local/cuda), with or without a GPU. What is not built is computed by
-PyTorch. The build says what it builds; it obeys these variables:
+(CUDA_HOME, else that of `nvcc`, else /usr/local/cuda), with or without a GPU. Without kernels PyTorch computes the
+attention. The build prints what it builds and reads two variables:
 
-    POLAFORMER_KERNELS=none|cpu|all     all is the default, and builds what it can; none and cpu leave out the rest
-    TORCH_CUDA_ARCH_LIST="8.0;9.0"      the GPUs to build for, as in PyTorch's own extensions; by default 8.0, 9.0+PTX,
-                                        and 10.0 and 12.0 if the toolkit knows them
+    POLAFORMER_KERNELS=none|cpu|all     all (the default) builds every extension that it can; cpu and none build less
+    TORCH_CUDA_ARCH_LIST="8.0;9.0"      GPU architectures, as in PyTorch's own extensions; by default 8.0, 9.0+PTX,
+                                        and 10.0 and 12.0 if the toolkit supports them
 """
 
 import os
@@ -66,10 +66,11 @@ TEST = [
     "webdataset>=1.0.2",
 ]
 SOURCES = Path("polaformer/csrc")
+VERSION = re.search(r'^__version__ = "(.+?)"', Path("polaformer/__init__.py").read_text(), re.MULTILINE)[1]
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit's folder, which holds include/cuda_runtime.h; `nvcc` on the PATH may be a wrapper elsewhere."""
+    """Find the CUDA toolkit, by its include/cuda_runtime.h: `nvcc` on the PATH may be a wrapper elsewhere."""
     named, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     guesses = [named] if named else [str(Path(nvcc).resolve().parents[1])] * bool(nvcc) + ["/usr/local/cuda"]
     for folder in guesses:
@@ -84,19 +85,19 @@ def cuda_home() -> str | None:
 
 
 def architectures_of(home: str) -> str:
-    """The GPUs to build for: each generation from compute capability 8.0 on that the toolkit knows; PTX for others."""
+    """List the architectures to build for: one per GPU generation since 8.0 that the toolkit supports, and PTX."""
     listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = [f"{name[:-1]}.{name[-1]}" for name in re.findall(r"compute_(\d+)", listed)]
     return ";".join(["8.0", "9.0+PTX", *(each for each in ("10.0", "12.0") if each in known)])
 
 
 def kernels() -> dict:
-    """setup()'s arguments for the kernels that can be built here; says which ones, and why not the others."""
+    """Arguments of setup() for the kernels that can be built here; prints which ones, and why not the others."""
     wanted = os.environ.get("POLAFORMER_KERNELS", "all")
     if wanted not in ("none", "cpu", "all"):
         raise SystemExit(f"POLAFORMER_KERNELS is {wanted!r}; use none, cpu or all")
     if wanted == "none":
-        print("polaformer: building no kernels, as POLAFORMER_KERNELS=none says")
+        print("polaformer: building no kernels: POLAFORMER_KERNELS=none")
         return {}
     if not shutil.which(os.environ.get("CXX", "c++")):
         print("polaformer: building no kernels: no C++ compiler (c++, or CXX)")
@@ -114,7 +115,7 @@ def kernels() -> dict:
     host = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-Wno-unknown-pragmas"]
     include = [str(SOURCES.resolve())]
     cpu = sorted(map(str, SOURCES.glob("cpu/*.cpp")))
-    threads = ["-fopenmp"]  # PyTorch's own thread pool; without it at::parallel_for runs on one thread
+    threads = ["-fopenmp"]  # PyTorch's thread pool; without it at::parallel_for runs on one thread
     extensions = [
         CppExtension(
             "polaformer._cpu", cpu, include_dirs=include, extra_compile_args=host + threads, extra_link_args=threads
@@ -139,10 +140,11 @@ def kernels() -> dict:
 
 setup(
     name="polaformer-plus-plus",
-    version="0.1.0",
+    version=VERSION,
     description="PolaFormer++ at scale: polarity-aware linear attention, trained with DALI and DeepSpeed",
     python_requires=">=3.10",
-    packages=["polaformer", "dataio", "dataio.pack", "dataio.remote", "dataio.augment", "launch", "launch.benchmark"],
+    packages=["polaformer", "dataio", "dataio.augment", "dataio.pack", "dataio.remote", "launch", "launch.benchmark"],
+    package_data={"polaformer": ["py.typed"]},
     install_requires=MODEL,
     extras_require={"train": DATA + LAUNCH, "remote": REMOTE, "test": DATA + LAUNCH + TEST},
     **kernels(),

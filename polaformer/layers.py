@@ -1,7 +1,7 @@
-"""The parts between the attentions: rotary embeddings, channels-last convolutions, stem, downsampling, feed-forward.
+"""Layers around the attentions: rotary embedding, channels-last convolutions, stem, downsampling, feed-forward.
 
-Inside a stage an activation is (B, height, width, C) and contiguous, so that linear layers and norms work on the
-last axis and a convolution sees the very same memory as a channels-last image.
+Inside a stage activations are contiguous (B, height, width, C): linear layers and norms work on the last axis, and
+convolutions view the same memory as a channels-last image.
 """
 
 import torch
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 def rotary_frequencies(features: int) -> Tensor:
-    """The angular frequency of each rotated pair: (features / 4,) float32, from 1 down to 1e-4."""
+    """Angular frequency of each rotated pair: (features / 4,) float32, from 1 down to 1e-4."""
     return 1 / 10000.0 ** torch.linspace(0, 1, features // 4, dtype=torch.float32)
 
 
 def rotary_embedding(height: int, width: int, features: int, like: Tensor) -> Tensor:
-    """Every token's rotation as complex numbers of length one: (height·width, features / 2), one column a pair.
+    """Axial rotary embedding as complex numbers of modulus one: (height·width, features / 2), one column per pair.
 
-    The first half of the pairs rotates with the token's row, the second half with its column. On the device of `like`,
-    complex64, or complex128 if `like` is float64 (the frequencies themselves are float32 numbers either way).
+    The first half of the pairs rotates by the token's row, the second half by its column. On the device of `like`, in
+    complex64, or complex128 if `like` is float64; the frequencies are float32 values either way.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     frequencies = rotary_frequencies(features).to(like.device, dtype)
@@ -28,28 +28,31 @@ def rotary_embedding(height: int, width: int, features: int, like: Tensor) -> Te
 
 
 def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotates neighbouring pairs of the last axis: x (…, N, F), rotary (N, F / 2) → (…, N, F) in x's dtype.
+    """Rotate neighbouring pairs of the last axis: x (…, N, F), rotary (N, F / 2) → (…, N, F) in x's dtype.
 
-    Computed in the embedding's precision, as one complex product: a tenth of the time of the four real ones on a CPU.
-    With `rotary.conj_physical()` it rotates back; inside an operator, torch.compile loses the lazy `conj()`.
+    Computed in the embedding's precision as one complex product, which on a CPU takes a tenth of the time of the four
+    real ones. `rotary.conj_physical()` inverts it; inside an operator, torch.compile drops the lazy `conj()`.
     """
-    pairs = x.to(rotary.real.dtype).unflatten(-1, (-1, 2))
+    wide = x.to(rotary.real.dtype)
+    # torch leaves this function unannotated
+    pairs = wide.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
     return torch.view_as_real(torch.view_as_complex(pairs) * rotary).flatten(-2).to(x.dtype)
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise convolution with bias that keeps the size: (B, height, width, C) → the same."""
+    """Depthwise convolution with bias and same padding: (B, height, width, C) → the same shape."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # TorchScript knows no super()
+        """Convolve a (B, height, width, C) activation."""
+        x = self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias)  # TorchScript has no super()
         return x.permute(0, 2, 3, 1)
 
 
 class Stem(nn.Sequential):
-    """Image (B, in_chans, h, w) → (B, channels, h / 4, w / 4): four 3×3 convolutions, each normalised."""
+    """Convolutional stem, (B, in_chans, h, w) → (B, channels, h / 4, w / 4): four 3×3 convolutions with BatchNorm."""
 
     def __init__(self, in_chans: int, channels: int) -> None:
         layers: list[nn.Module] = []
@@ -64,7 +67,7 @@ class Stem(nn.Sequential):
 
 
 class Downsample(nn.Module):
-    """(B, C, height, width) → (B, channels, height / 2, width / 2)."""
+    """Strided 3×3 convolution with BatchNorm: (B, C, height, width) → (B, channels, height / 2, width / 2)."""
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
@@ -72,11 +75,16 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x))
+        """Halve height and width."""
+        out: Tensor = self.norm(self.reduction(x))
+        return out
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, a depthwise 3×3 convolution added to its own input, linear: (B, height, width, C) → the same."""
+    """Feed-forward network with a residual depthwise 3×3 convolution between its linear layers.
+
+    (B, height, width, C) → the same shape.
+    """
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -86,5 +94,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply both linear layers and the convolution."""
         x = self.act(self.fc1(x))
-        return self.fc2(x + self.dwconv(x))
+        out: Tensor = self.fc2(x + self.dwconv(x))
+        return out

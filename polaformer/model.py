@@ -1,13 +1,19 @@
-"""PolaFormer++ b0–b5: presets, the backbone with its classifier, and their registration with timm.
+"""PolaFormer++ b0–b5: presets, backbone with classifier, registration with timm.
 
-An image passes stem → four stages of blocks, a downsampling after each of the first three → head.
+Data flow: image → stem → four stages of blocks, with a downsampling after each of the first three → head.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import (  # type: ignore[attr-defined]  # timm re-exports them without __all__
+    DropPath,
+    SelectAdaptivePool2d,
+    calculate_drop_path_rates,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP
@@ -22,20 +28,20 @@ MLP_RATIO = 3.5
 TOTAL_STRIDE = 32
 POOL_TYPES = ("avg", "max", "avgmax", "")  # "" does not pool
 
-torch.fx.wrap("_channels_last")  # leaves of a traced graph: sizes are known when it runs
+torch.fx.wrap("_channels_last")  # leaves of a traced graph: they need the sizes of the image at run time
 torch.fx.wrap("rotary_embedding")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The four stages' sizes, and what differs between the sizes of the family."""
+    """Hyperparameters that differ among b0–b5; tuples hold one value per stage."""
 
     channels: tuple[int, int, int, int]
     depths: tuple[int, int, int, int]
     heads: tuple[int, int, int, int]
-    drop_path: float  # of the last block; rises linearly from 0
+    drop_path: float  # rate of the last block; rates rise linearly from 0
     head_hidden_size: int  # channels between the last stage and the classifier
-    layer_scale: tuple[float, float, float, float]  # initial values per stage
+    layer_scale: tuple[float, float, float, float]  # initial values
 
 
 ONES, SMALL = (1.0,) * 4, (1e-6,) * 4
@@ -50,10 +56,10 @@ PRESETS = {
 
 
 class Block(nn.Module):
-    """Positional convolution, attention, feed-forward, each added to its input: (B, height, width, C) → the same.
+    """Residual block of positional convolution, attention and feed-forward: (B, height, width, C) → the same shape.
 
-    The two scales γ have one value per channel; their shape has four axes because the recipe decays them, and spares
-    one-dimensional parameters.
+    The two LayerScale parameters γ have one value per channel. They are four-dimensional because the official recipe
+    decays them, and exempts only one-dimensional parameters from weight decay.
     """
 
     def __init__(self, attention: GatedAttention, channels: int, layer_scale: float, drop_path: float) -> None:
@@ -68,13 +74,15 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Apply the three residual branches; rotary: see `Rotary`."""
         x = x + self.pos(x)
         x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), rotary))
-        return x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+        out: Tensor = x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+        return out
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution and width; `downsample`, which the model calls, leads to the next stage."""
+    """Blocks of one resolution and width; the model calls `downsample` between this stage and the next."""
 
     def __init__(self, preset: Preset, stage: int, drop_paths: list[float]) -> None:
         super().__init__()
@@ -87,32 +95,35 @@ class Stage(nn.Module):
             Block(attention(channels, heads), channels, preset.layer_scale[stage], drop_path)
             for drop_path in drop_paths
         )
-        self.features = nn.Identity()  # a name for the output: to torch.fx, `downsample` is the stage's last part
+        self.features = nn.Identity()  # names the output for torch.fx, to which `downsample` is the stage's last module
         last = stage == len(preset.channels) - 1
         self.downsample = nn.Identity() if last else Downsample(channels, preset.channels[stage + 1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, height, width) in channels-last memory → the same."""
+        """Apply the blocks: (B, C, height, width) in channels-last memory → the same."""
         x = x.permute(0, 2, 3, 1)
         rotary: Rotary = None
         if self.uses_rotary:
             rotary = rotary_embedding(x.shape[1], x.shape[2], self.head_dim, x)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled() and not torch.jit.is_scripting():
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            # torch.jit does not declare is_scripting as exported
+            if recompute and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x = block(x, rotary)
-        return self.features(x.permute(0, 3, 1, 2))
+        out: Tensor = self.features(x.permute(0, 3, 1, 2))
+        return out
 
 
 class PolaFormerPP(nn.Module):
-    """The backbone with its classifier, with timm's methods.
+    """Backbone with classifier and the methods that timm expects of a model.
 
-    drop_path_rate: None takes the preset's. num_classes 0 gives pooled features (B, preset.head_hidden_size).
-    global_pool: one of POOL_TYPES; "" gives logits or features (B, …, h / 32, w / 32) of every place.
-    img_size: a size, or height and width, for timm to record; the model takes all others as well.
-    Raises ValueError, before anything is allocated, for another pooling, an image size that no image of this model
-    can have, or an output_stride other than 32.
+    drop_path_rate: None means the preset's. num_classes: 0 gives pooled features (B, preset.head_hidden_size).
+    global_pool: one of POOL_TYPES; "" gives unpooled logits or features (B, …, h / 32, w / 32).
+    img_size: side, or height and width, for timm to record; the model still accepts every size.
+    Raises ValueError, before anything is allocated, for another pooling, an image size that is not a multiple of 32,
+    or an output_stride other than 32.
     """
 
     def __init__(
@@ -136,39 +147,42 @@ class PolaFormerPP(nn.Module):
         self.global_pool = _pooling(global_pool)
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.num_features = preset.channels[-1]
-        self.head_hidden_size = preset.head_hidden_size
+        self.num_features: int = preset.channels[-1]
+        self.head_hidden_size: int = preset.head_hidden_size
         rate = preset.drop_path if drop_path_rate is None else drop_path_rate
-        drop_paths = calculate_drop_path_rates(rate, list(preset.depths), stagewise=True)
+        drop_paths: list[Any] = calculate_drop_path_rates(rate, list(preset.depths), stagewise=True)
         self.stem = Stem(in_chans, preset.channels[0])
         self.stages = nn.ModuleList(Stage(preset, stage, drop_paths[stage]) for stage in range(4))
-        self.feature_info = [
+        feature_info: list[dict[str, Any]] = [
             {"num_chs": channels, "reduction": 4 << stage, "module": f"stages.{stage}.features"}
             for stage, channels in enumerate(preset.channels)
         ]
-        self.proj = nn.Conv2d(preset.channels[-1], preset.head_hidden_size, 1)
-        self.norm = nn.BatchNorm2d(preset.head_hidden_size)
-        self.act = nn.SiLU()
+        self.feature_info = feature_info
+        self.proj: nn.Module = nn.Conv2d(preset.channels[-1], preset.head_hidden_size, 1)
+        self.norm: nn.Module = nn.BatchNorm2d(preset.head_hidden_size)
+        self.act: nn.Module = nn.SiLU()
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
         self.apply(_initialise)
-        self.register_load_state_dict_pre_hook(weights.remap_official_hook)
+        # torch leaves this function unannotated
+        self.register_load_state_dict_pre_hook(weights.remap_official_hook)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:
             self.to(device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, h, w), h and w multiples of 32 → logits (B, num_classes).
+        """Classify images (B, in_chans, h, w), h and w multiples of 32 → logits (B, num_classes).
 
-        Without pooling, logits of every place (B, num_classes, h / 32, w / 32).
-        Raises ValueError for another size, naming the nearest two that work.
+        Without pooling, logits of every position: (B, num_classes, h / 32, w / 32).
+        Raises ValueError for another size, naming the two nearest that work.
         """
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, h, w) → the last stage's (B, C, h / 32, w / 32)."""
+        """Compute the last stage's features: images (B, in_chans, h, w) → (B, C, h / 32, w / 32)."""
         x = self.stem(_channels_last(x))
         for stage in self.stages:
-            x = stage.downsample(stage(x))
+            # torch's stub: attributes of modules may be tensors
+            x = stage.downsample(stage(x))  # type: ignore[operator]
         return x
 
     def forward_intermediates(
@@ -180,9 +194,9 @@ class PolaFormerPP(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's: the outputs (B, C, h / reduction, w / reduction) of the stages in `indices` (the last n, or all).
+        """Compute the outputs (B, C, h / reduction, w / reduction) of the stages in `indices`: the last n, or all.
 
-        Every stage's output is as its last block left it; there is no further norm to apply, so `norm` changes nothing.
+        Outputs are those of each stage's last block. There is no final norm, so `norm` has no effect.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt} is not offered; use NCHW")
@@ -195,69 +209,73 @@ class PolaFormerPP(nn.Module):
             if number in taken:
                 intermediates.append(x)
             if number < len(stages) - 1:
-                x = stage.downsample(x)
+                # torch's stub: attributes of modules may be tensors
+                x = stage.downsample(x)  # type: ignore[operator]
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """The last stage's output → logits (B, num_classes), or the classifier's input (B, head_hidden_size)."""
+        """Map the last stage's features to logits (B, num_classes), or to the classifier's input if `pre_logits`."""
         x = self.global_pool(self.act(self.norm(self.proj(x))))
         if pre_logits:
             return x
-        return self.head(self.head_drop(x).movedim(1, -1)).movedim(-1, 1)  # of every place, if nothing was pooled
+        logits: Tensor = self.head(self.head_drop(x).movedim(1, -1))  # without pooling, channels are not the last axis
+        return logits.movedim(-1, 1)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """timm's: drops what the stages in `indices` do not need; returns them as non-negative numbers."""
+        """Drop the layers that the stages in `indices` do not need, as timm defines; return non-negative indices."""
         taken, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         self.stages[-1].downsample = nn.Identity()
-        if prune_head or last < 3:  # the head takes the last stage's channels
+        if prune_head or last < 3:  # the head needs the last stage's channels
             self.proj = self.norm = self.act = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             self.reset_classifier(0, "")
         return taken
 
     def get_classifier(self) -> nn.Module:
+        """Last linear layer, or an identity without classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the last linear layer, and the pooling unless it is None; 0 classes remove the layer."""
+        """Replace the last linear layer, and the pooling unless it is None; 0 classes remove the layer."""
         if global_pool is not None:
             self.global_pool = _pooling(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if num_classes:
-            like = self.stem[0].weight
+            like = next(self.stem.parameters())
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             _initialise_convolution(self.head)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's: patterns that sort parameters by depth, for rates that decay by layer; coarse goes by stages."""
+        """Patterns that group parameters by depth, for timm's layer-wise learning rates; `coarse` groups by stage."""
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.downsample", MATCH_PREV_GROUP),  # as deep as the block before
+            (r"^stages\.(\d+)\.downsample", MATCH_PREV_GROUP),  # the depth of the previous block
             (r"^(?:proj|norm)\.", MATCH_PREV_GROUP),
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keeps only the blocks' inputs for backward and computes the rest again."""
+        """Save only the inputs of blocks for backward and recompute the rest."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            # torch's stub: attributes of modules are tensors or modules
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
 
 def _initialise(module: nn.Module) -> None:
-    """Linear layers and norms keep PyTorch's own start values."""
+    """Initialise convolutions; linear layers and norms keep PyTorch's defaults."""
     if isinstance(module, nn.Conv2d):
         _initialise_convolution(module)
 
 
-def _initialise_convolution(module: nn.Module) -> None:
-    """Also for the classifier, which is a 1×1 convolution in the official model."""
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+def _initialise_convolution(module: nn.Conv2d | nn.Linear) -> None:
+    """Initialise a convolution, or the classifier, which is a 1×1 convolution in the official model."""
+    trunc_normal_(module.weight, std=0.02)
+    assert module.bias is not None
+    nn.init.zeros_(module.bias)
 
 
 def _pooling(global_pool: str) -> nn.Module:
@@ -268,9 +286,9 @@ def _pooling(global_pool: str) -> nn.Module:
 
 
 def _channels_last(images: Tensor) -> Tensor:
-    """Images (B, in_chans, h, w) in channels-last memory. Raises ValueError for a size that does not work."""
+    """Copy images (B, in_chans, h, w) to channels-last memory; raise ValueError for a size that does not work."""
     _check_size(images.shape[-2], images.shape[-1])
-    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap knows no memory format
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # torch.vmap does not support memory formats
 
 
 def _check_size(height: int, width: int, multiple: int = TOTAL_STRIDE) -> None:
@@ -282,10 +300,11 @@ def _check_size(height: int, width: int, multiple: int = TOTAL_STRIDE) -> None:
             )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> PolaFormerPP:
+    """Build a model or its `features_only` wrapper as timm requests."""
     if kwargs.get("feature_cls") in ("list", "dict"):
         raise ValueError(f"feature_cls {kwargs['feature_cls']} is not offered; use getter (the default), fx or hook")
-    model = build_model_with_cfg(
+    model: PolaFormerPP = build_model_with_cfg(
         PolaFormerPP,
         variant,
         pretrained,
@@ -295,11 +314,12 @@ def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
         **kwargs,
     )
     if kwargs.get("features_only"):
-        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)
+        # torch leaves this function unannotated
+        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)  # type: ignore[no-untyped-call]
     return model
 
 
-# How timm prepares images for these models; there are no weights to download.
+# How timm preprocesses images for these models; there are no weights to download.
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.untrained": {
@@ -322,30 +342,36 @@ default_cfgs = generate_default_cfgs(
 
 
 @register_model
-def polaformerpp_b0(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b0; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b0", pretrained, **kwargs)
 
 
 @register_model
-def polaformerpp_b1(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b1; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b1", pretrained, **kwargs)
 
 
 @register_model
-def polaformerpp_b2(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b2; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b2", pretrained, **kwargs)
 
 
 @register_model
-def polaformerpp_b3(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b3; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b3", pretrained, **kwargs)
 
 
 @register_model
-def polaformerpp_b4(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b4; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b4", pretrained, **kwargs)
 
 
 @register_model
-def polaformerpp_b5(pretrained: bool = False, **kwargs) -> nn.Module:
+def polaformerpp_b5(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """PolaFormer++ b5; kwargs as in `PolaFormerPP`."""
     return _create("polaformerpp_b5", pretrained, **kwargs)

@@ -1,27 +1,30 @@
-"""The operators as PyTorch sees them: schema, implementations, fake tensors, autograd, FLOPs.
+"""Operators of polarity attention: schemas, implementations, fake tensors, autograd, vmap, FLOP formulas.
 
 The only file that names torch.ops. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so beside this
-file) register themselves for CPU and CUDA under the schema defined here. Where there is none, the dispatcher falls
-through to the reference; what the CUDA kernels do not serve they hand to it themselves, as polaformer::reference:
-float64, D above 128 (above 96 where a block has little shared memory), GPUs before compute capability 8.0. The
-reference says once why it serves, of float64 nothing.
+file) register themselves for CPU and CUDA under the schemas defined here; where none is registered the dispatcher falls
+through to the reference. The CUDA binding itself calls polaformer::reference for what its kernels do not support:
+float64, D above 128 (above 96 where a block has less than 163 KB of shared memory), compute capabilities below 8.0.
+The reference warns once per reason, except for float64.
 """
 
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from polaformer import reference
 
-_library = torch.library.Library("polaformer", "DEF")
+# torch leaves Library and its methods unannotated
+_library: Any = torch.library.Library("polaformer", "DEF")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor same_logits, Tensor opposite_logits"
 _SAVED = "Tensor state, Tensor key_mean, Tensor key_shift"
 _SIZE = "SymInt height, SymInt width"
@@ -35,12 +38,13 @@ _forward_operator = torch.ops.polaformer.polarity_attention.default
 _backward_operator = torch.ops.polaformer.polarity_attention_backward.default
 
 
-_LOAD_ERRORS: dict[str, str] = {}  # device type → why its kernels are not there
+_LOAD_ERRORS: dict[str, str] = {}  # device type → why its kernels are not loaded
 
 
 def _load_kernels() -> None:
+    """Load the compiled extensions beside this file; record in _LOAD_ERRORS why one is missing."""
     for device_type in ("cpu", "cuda"):
-        if os.environ.get("POLAFORMER_KERNELS") == "none":  # the build's own switch, for comparing with the reference
+        if os.environ.get("POLAFORMER_KERNELS") == "none":  # setup.py's switch, here for comparisons with the reference
             _LOAD_ERRORS[device_type] = "POLAFORMER_KERNELS is none"
             continue
         libraries = sorted(Path(__file__).parent.glob(f"_{device_type}*.so"))
@@ -48,8 +52,9 @@ def _load_kernels() -> None:
             _LOAD_ERRORS[device_type] = "they were not built"
         for library in libraries:
             try:
-                torch.ops.load_library(library)
-            except OSError as error:  # of another torch, or of another CUDA
+                # torch leaves this function unannotated
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            except OSError as error:  # built against another torch or CUDA
                 _LOAD_ERRORS[device_type] = str(error)
 
 
@@ -59,17 +64,18 @@ _load_kernels()
 def polarity_attention(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> Tensor:
-    """Polarity-aware linear attention of PolaFormer++ through the fastest implementation that is installed.
+    """Polarity-aware linear attention of PolaFormer++ (formulas in reference.py), by compiled kernels where installed.
 
     q, k, v: (B, H, N, D), any strides, one floating dtype; logits: (H, 2D), any floating dtype.
-    Returns (B, H, N, D) in q's dtype, laid out in memory as (B, N, H, D) so that joining the heads costs nothing.
-    Keeps q, k, v, a (B, H, 2D, D) state and (B, H, 3D) numbers for backward.
-    Differentiable any number of times in reverse mode, by torch.func as well: write jacrev(jacrev(f)) for
-    torch.func.hessian, which needs forward mode. Second and higher derivatives are computed in plain PyTorch.
-    The operator itself raises ValueError, on every device and in every graph, if N != height * width, D is odd, or
-    shapes, dtypes or devices disagree.
+    Returns (B, H, N, D) in q's dtype, in the memory layout (B, N, H, D), so that joining the heads copies nothing.
+    Saves q, k, v, the logits, a (B, H, 2D, D) state and 3·B·H·D numbers for backward.
+    Differentiable any number of times in reverse mode, also by torch.func: use jacrev(jacrev(f)) instead of
+    torch.func.hessian, which needs forward mode. Second and higher derivatives run in plain PyTorch.
+    Raises ValueError, on every device and inside every graph, if N != height * width, D is odd, or shapes, dtypes or
+    devices disagree.
     """
-    return torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
+    out: Tensor = torch.ops.polaformer.polarity_attention(q, k, v, same_logits, opposite_logits, height, width)[0]
+    return out
 
 
 def has_compiled_kernels(device_type: str) -> bool:
@@ -79,7 +85,7 @@ def has_compiled_kernels(device_type: str) -> bool:
 
 
 def kernels_unavailable_reason(device_type: str) -> str:
-    """What is wrong with the compiled kernels for "cpu" or "cuda", and the remedy; empty if they are there."""
+    """Why "cpu" or "cuda" has no compiled kernels, with the remedy; empty if it has."""
     if has_compiled_kernels(device_type):
         return ""
     fault = _LOAD_ERRORS.get(device_type, "they were not built")
@@ -92,7 +98,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _to_bnhd(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A (B, H, N, D) tensor in a dtype that may be narrower, within its range; memory is a contiguous (B, N, H, D)."""
+    """Cast a (B, H, N, D) tensor, clamped to the dtype's range, into the memory layout of a contiguous (B, N, H, D)."""
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -102,9 +108,16 @@ def _empty_bnhd(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-# CompositeImplicitAutograd: called by itself, autograd differentiates its formulas.
-@torch.library.impl(_library, "reference", "CompositeImplicitAutograd")
-def _forward_reference(q, k, v, same_logits, opposite_logits, height, width, reason):
+def _forward_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    same_logits: Tensor,
+    opposite_logits: Tensor,
+    height: int,
+    width: int,
+    reason: str = "",
+) -> tuple[Tensor, ...]:
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     if reason:
         _warn_once(reason)
@@ -112,10 +125,20 @@ def _forward_reference(q, k, v, same_logits, opposite_logits, height, width, rea
     return _to_bnhd(out, q.dtype), *saved
 
 
-@torch.library.impl(_library, "reference_backward", "CompositeImplicitAutograd")
 def _backward_reference(
-    grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width, _reason
-):
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    same_logits: Tensor,
+    opposite_logits: Tensor,
+    state: Tensor,
+    key_mean: Tensor,
+    key_shift: Tensor,
+    height: int,
+    width: int,
+    _reason: str = "",
+) -> tuple[Tensor, ...]:
     inputs, saved = (q, k, v, same_logits, opposite_logits), (state, key_mean, key_shift)
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     reference.check_saved(grad_out, q, saved)
@@ -124,38 +147,60 @@ def _backward_reference(
     return grad_q, grad_k, grad_v, grad_same.to(same_logits.dtype), grad_opposite.to(opposite_logits.dtype)
 
 
-@torch.library.impl(_library, "polarity_attention", "CompositeExplicitAutograd")
-def _forward(q, *arguments):
-    known = q.device.type in ("cpu", "cuda")  # of other devices nobody expects kernels
-    return _forward_reference(q, *arguments, kernels_unavailable_reason(q.device.type) if known else "")
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
+) -> tuple[Tensor, ...]:
+    # no warning on devices that we have no kernels for
+    reason = kernels_unavailable_reason(q.device.type) if q.device.type in ("cpu", "cuda") else ""
+    return _forward_reference(q, k, v, same_logits, opposite_logits, height, width, reason)
 
 
-@torch.library.impl(_library, "polarity_attention_backward", "CompositeExplicitAutograd")
-def _backward(*arguments):
-    return _backward_reference(*arguments, "")
+# CompositeImplicitAutograd: autograd differentiates the formulas of the reference operators.
+_library.impl("reference", _forward_reference, "CompositeImplicitAutograd")
+_library.impl("reference_backward", _backward_reference, "CompositeImplicitAutograd")
+_library.impl("polarity_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("polarity_attention_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake(_forward_operator, lib=_library)
-def _forward_fake(q, k, v, same_logits, opposite_logits, height, width):
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
+) -> tuple[Tensor, ...]:
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     shapes, dtype = reference.saved_shapes(q), reference.compute_dtype(q)
     return _empty_bnhd(q), *(q.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.register_fake(_backward_operator, lib=_library)
-def _backward_fake(grad_out, q, k, v, same_logits, opposite_logits, state, key_mean, key_shift, height, width):
+def _backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    same_logits: Tensor,
+    opposite_logits: Tensor,
+    state: Tensor,
+    key_mean: Tensor,
+    key_shift: Tensor,
+    height: int,
+    width: int,
+) -> tuple[Tensor, ...]:
     reference.check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
     reference.check_saved(grad_out, q, (state, key_mean, key_shift))
     logits = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (same_logits, opposite_logits))
     return *(_empty_bnhd(x) for x in (q, k, v)), *logits
 
 
-def _vmap(operator, info, in_dims, *arguments):
-    """vmap's rule for both operators: mapped calls become further heads, since no head knows of another.
+torch.library.register_fake(_forward_operator, _forward_fake, lib=_library)
+torch.library.register_fake(_backward_operator, _backward_fake, lib=_library)
+
+
+def _vmap(
+    operator: torch._ops.OpOverload, info: Any, in_dims: Sequence[int | None], *arguments: Any
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Batching rule of both operators: mapped calls become additional heads, as heads are independent.
 
     The heads' axis is 0 in logits (H, 2D) and their gradients, 1 in everything else.
     """
-    calls = info.batch_size
+    calls: int = info.batch_size
 
     def fold(x: Tensor, dim: int | None) -> Tensor:
         axis = 0 if x.dim() - (dim is not None) == 2 else 1
@@ -169,78 +214,81 @@ def _vmap(operator, info, in_dims, *arguments):
     return tuple(unfolded), axes
 
 
-def _below_autograd(operator, keys, arguments):
-    """What the dispatcher would call next: a level of torch.func, which needs gradients switched on, or a kernel."""
+def _below_autograd(operator: torch._ops.OpOverload, keys: Any, arguments: tuple[Any, ...]) -> Any:
+    """Redispatch below autograd: to an outer level of torch.func, which needs gradients enabled, or to a kernel."""
     with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
 class _Attention(_SingleLevelFunction):
-    """The operator for autograd, at every level of torch.func; what it saves for backward has no gradient."""
+    """Autograd function of the forward operator at every level of torch.func; the saved outputs have no gradient."""
 
     @staticmethod
-    def forward(keys, *arguments):
+    def forward(keys: Any, *arguments: Any) -> Any:
         return _below_autograd(_forward_operator, keys, arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _keys, *tensors, ctx.height, ctx.width = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
-    def backward(ctx, grad_out, *_grads_of_saved):
+    def backward(ctx: Any, grad_out: Tensor, *_grads_of_saved: Tensor | None) -> Any:
         return None, *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
 
 class _AttentionBackward(_SingleLevelFunction):
-    """The gradient's operator for autograd, itself differentiated through the reference.
+    """Autograd function of the backward operator, differentiated through the reference.
 
-    What forward saved counts as the function of the inputs that it is, not as an input of its own.
+    The saved tensors are differentiated as functions of the inputs, not as independent inputs.
     """
 
     @staticmethod
-    def forward(keys, *arguments):
+    def forward(keys: Any, *arguments: Any) -> Any:
         return _below_autograd(_backward_operator, keys, arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _keys, grad_out, q, k, v, same_logits, opposite_logits, *_saved, ctx.height, ctx.width = inputs
         ctx.save_for_backward(grad_out, q, k, v, same_logits, opposite_logits)
 
     @staticmethod
-    def backward(ctx, *grads):
-        def differentiate(grad_out, *inputs):
-            _, *saved = reference.forward(*inputs, ctx.height, ctx.width)
-            first = reference.backward(grad_out, inputs, saved, ctx.height, ctx.width)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        def differentiate(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *logits: Tensor) -> tuple[Tensor, ...]:
+            inputs = (q, k, v, *logits)
+            _, *saved = reference.forward(q, k, v, logits[0], logits[1], ctx.height, ctx.width)
+            first = reference.backward(grad_out, inputs, (saved[0], saved[1], saved[2]), ctx.height, ctx.width)
             return tuple(grad.to(x.dtype) for grad, x in zip(first, inputs, strict=True))
 
-        _, vjp_fn = torch.func.vjp(differentiate, *ctx.saved_tensors)
+        vjp_fn = torch.func.vjp(differentiate, *ctx.saved_tensors)[1]
         return None, *vjp_fn(grads), *(None,) * 5
 
 
+_operator: Any
+_function: Any
 for _operator, _function in ((_forward_operator, _Attention), (_backward_operator, _AttentionBackward)):
     # torch.library.register_autograd makes an autograd.Function, which torch.func cannot differentiate inside an
-    # operator. These are differentiated as PyTorch's own operators are: level by level.
+    # operator. Single-level functions are differentiated level by level, as PyTorch's own operators are.
     _apply = enable_single_level_autograd_function()(_function.apply)
     _library.impl(_operator.name(), _apply, "Autograd", with_keyset=True)
     torch.library.register_vmap(_operator, functools.partial(_vmap, _operator), lib=_library)
 
 
-# For exporters that take operators apart (torch.onnx); torch.compile and torch.export keep the operator whole.
+# For exporters that decompose operators (torch.onnx); torch.compile and torch.export keep the operator whole.
 register_decomposition(_forward_operator)(reference.forward)
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention)
-def _forward_flops(q_shape, *_args, **_kwargs) -> int:
-    """8·D² per token and head: keys with values into the state, both query flows with their half of it."""
+def _forward_flops(q_shape: tuple[int, int, int, int], *_args: Any, **_kwargs: Any) -> int:
+    """8·D² per token and head: the state from keys and values, and both query flows times their half of it."""
     batch, heads, tokens, head_dim = q_shape
     return 8 * batch * heads * tokens * head_dim**2
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention_backward)
-def _backward_flops(_grad_shape, q_shape, *_args, **_kwargs) -> int:
-    """20·D² per token and head, as kernels must spend: the state is kept, features are computed again."""
+def _backward_flops(_grad_shape: object, q_shape: tuple[int, int, int, int], *_args: Any, **_kwargs: Any) -> int:
+    """20·D² per token and head: what kernels need that save the state and recompute features."""
     batch, heads, tokens, head_dim = q_shape
     return 20 * batch * heads * tokens * head_dim**2

@@ -1,15 +1,25 @@
-"""Polarity attention in plain PyTorch: the oracle that every kernel is compared with, and the fallback for none.
+"""Polarity attention in plain PyTorch: the oracle for every kernel, and the fallback where no kernel runs.
 
-Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension, F = 2·D features, P = D rotated pairs.
+Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension, 2D features in D rotated pairs.
 
-**The shift.** Features e^x − 1 overflow float32 for x > 88. The output does not: it is a quotient in which a factor of
-a query's features cancels, and a factor of a row of the state, or of the two rows that the rotation mixes, can be taken
-over by the query. So each pair of key features is kept as e^(x − c) − e^(−c), c being by how much the pair's largest
-exponent exceeds MAX_UNSHIFTED_EXPONENT; a token's query features as e^(x + c − C) − e^(c − C), C being by how much the largest
-x + c of its flow exceeds it; and its epsilon as epsilon · e^(−C). Below MAX_UNSHIFTED_EXPONENT c and C are 0 and nothing differs
-from the paper. Gradients where the normalizer vanishes beside the features grow like its square; two bounds that are
-met nowhere else keep them finite.
+**Formulas** (PolaFormer, ICLR 2025, arXiv:2501.15061, with the features of PolaFormer++). Per head, with x⁺ = relu(x),
+x⁻ = relu(−x), concatenation [·; ·] along features, R the rotary embedding, σ the logistic function, learned logits s₁
+and s₂, and ⊘ the division of rows:
+
+    φ_k = expm1([k⁺; k⁻])        m = mean of φ_k over tokens        S = R(φ_k)ᵀ v / N
+    same-sign flow:      φ = expm1([q⁺; q⁻] ⊙ σ(s₁))    out[:, :D/2] = R(φ) S[:, :D/2] ⊘ (φ m + ε)
+    opposite-sign flow:  φ = expm1([q⁻; q⁺] ⊙ σ(s₂))    out[:, D/2:] = R(φ) S[:, D/2:] ⊘ (φ m + ε)
+
+**Exact shift.** Features e^x − 1 overflow float32 for x > 88, although the output does not: it is a quotient in which
+any factor of a query's features cancels, and any factor of a row of S (or of the two rows that the rotation mixes) can
+be moved to the query. So each pair of key features is stored as e^(x − c) − e^(−c), where c is the excess of the pair's
+largest exponent over MAX_UNSHIFTED_EXPONENT; the query features of a token as e^(x + c − C) − e^(c − C), where C is the
+excess of the flow's largest x + c; and the token's ε as ε · e^(−C). Up to MAX_UNSHIFTED_EXPONENT, c and C are 0 and the
+formulas are the paper's. Gradients grow like 1/z² where the normalizer z vanishes beside the features; two bounds,
+inactive everywhere else, keep them finite.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,15 +28,15 @@ from polaformer.layers import apply_rotary, rotary_embedding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-6
-MAX_UNSHIFTED_EXPONENT = 20.0  # e^20 squared, times values and summed over a million tokens, is far from float32's end
-MIN_GRADIENT_NORMALIZER = 1e-8  # for a token whose shifted normalizer is smaller, gradients are those at this one
+MAX_UNSHIFTED_EXPONENT = 20.0  # e^40, times values and summed over a million tokens, is far below float32's maximum
+MIN_GRADIENT_NORMALIZER = 1e-8  # lower bound of the shifted normalizer in gradients
 MAX_NORMALIZER_GRADIENT = 1e25
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor], height: int, width: int) -> None:
-    """Raises ValueError unless shapes, dtypes and devices are those that `polarity_attention` describes.
+    """Check shapes, dtypes and devices as described in `polarity_attention`; raise ValueError if they are wrong.
 
-    csrc/checks.h asks the same of those who call the compiled operators.
+    csrc/checks.h repeats these checks for callers of the compiled operators.
     """
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
@@ -48,7 +58,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, logits: tuple[Tensor, Tensor],
 
 
 def check_saved(grad_out: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Raises ValueError unless grad_out is like q, and `saved` (state, key_mean, key_shift) as `forward` gives them."""
+    """Raise ValueError unless grad_out is like q, and `saved` like state, key_mean and key_shift of `forward`."""
     if grad_out.shape != q.shape or grad_out.dtype != q.dtype:
         raise ValueError(
             f"grad_out is {tuple(grad_out.shape)} in {grad_out.dtype}, q {tuple(q.shape)} in {q.dtype}; they must agree"
@@ -66,8 +76,7 @@ def check_saved(grad_out: Tensor, q: Tensor, saved: tuple[Tensor, Tensor, Tensor
 def saved_shapes(q: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of state (B, H, 2D, D), key_mean (B, H, 2D) and key_shift (B, H, D) for q (B, H, N, D)."""
     batch, heads, _, head_dim = q.shape
-    per_head = (2 * head_dim, head_dim), (2 * head_dim,), (head_dim,)
-    return tuple((batch, heads, *shape) for shape in per_head)
+    return (batch, heads, 2 * head_dim, head_dim), (batch, heads, 2 * head_dim), (batch, heads, head_dim)
 
 
 def compute_dtype(q: Tensor) -> torch.dtype:
@@ -87,10 +96,10 @@ def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
 def polarity_attention(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> Tensor:
-    """Polarity-aware linear attention of PolaFormer++; differentiable by autograd.
+    """Polarity-aware linear attention of PolaFormer++ (formulas above); differentiable by autograd.
 
     q, k, v: (B, H, N, D), any strides, any floating dtype; logits: (H, 2D). Returns (B, H, N, D) in q's dtype.
-    Computes in float32, or in float64 if q is float64; autocast does not reach inside. Finite for finite inputs.
+    Computes in float32, or in float64 if q is float64, even under autocast. Finite for finite inputs.
     Raises ValueError if N != height * width, D is odd, or shapes or dtypes disagree.
     """
     check_inputs(q, k, v, (same_logits, opposite_logits), height, width)
@@ -100,18 +109,16 @@ def polarity_attention(
 def eager_polarity_attention(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> Tensor:
-    """The paper's formulas in q's own dtype without a shift, as a model in eager PyTorch has them: the baseline.
+    """Baseline: the paper's formulas in q's own dtype without the shift, as an eager PyTorch model computes them.
 
-    Takes and returns what `polarity_attention` does. Benchmarks are relative to its time, low-precision tests to
-    its error.
+    Signature of `polarity_attention`. Benchmarks report times, and low-precision tests bound errors, relative to it.
     """
     rotary = rotary_embedding(height, width, 2 * q.shape[-1], q)
     key_features = torch.expm1(_split_polarity(k))
     key_mean = key_features.mean(dim=-2, keepdim=True)
     state = apply_rotary(key_features, rotary).mT @ (v / (height * width))
     halves = []
-    flows = zip((same_logits, opposite_logits), state.chunk(2, dim=-1), (False, True), strict=True)
-    for logits, state_half, swap in flows:
+    for logits, state_half, swap in _flows(same_logits, opposite_logits, state):
         query_features = torch.expm1(_split_polarity(q, swap) * logits.to(q.dtype).sigmoid().unsqueeze(-2))
         normalizer = query_features @ key_mean.mT + EPSILON
         halves.append(apply_rotary(query_features, rotary) @ state_half / normalizer)
@@ -121,10 +128,10 @@ def eager_polarity_attention(
 def forward(
     q: Tensor, k: Tensor, v: Tensor, same_logits: Tensor, opposite_logits: Tensor, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, state, key_mean, key_shift): attention, and what its backward needs.
+    """Attention and the tensors that its backward needs: (out, state, key_mean, key_shift).
 
     out: (B, H, N, D) in q's dtype. state S: (B, H, 2D, D), key_mean m: (B, H, 2D), both shifted, and key_shift c:
-    (B, H, D), one for each pair of features, in the compute dtype.
+    (B, H, D), one per pair of features; all three in the compute dtype.
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = q.dtype
@@ -150,9 +157,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, same_logits, opposite_logits, each in the compute dtype and in its input's shape.
 
-    inputs: those five tensors; saved: (state, key_mean, key_shift) of `forward`. Features are computed again, not
-    kept. Writing u for grad/normalizer, the gradient of a rotated query feature is S u, and that of the normalizer
-    needs no output: −(rotated features · S u) / normalizer.
+    inputs: those five tensors; saved: (state, key_mean, key_shift) of `forward`. Features are recomputed. With
+    u = grad_out / z, the gradient of a rotated query feature is S u, and that of the normalizer z is
+    −(rotated features · S u) / z, without the output.
     """
     q, k, v, same_logits, opposite_logits = inputs
     state, key_mean, key_shift = saved
@@ -160,7 +167,8 @@ def backward(
         q, k, v, grad_out = (_to_compute_dtype(x) for x in (q, k, v, grad_out))
         rotary = rotary_embedding(height, width, 2 * q.shape[-1], q)
         grad_q, grad_key_mean = torch.zeros_like(q), torch.zeros_like(key_mean)
-        grad_logits, grad_state = [], []
+        grad_logits: list[Tensor] = []
+        grad_state_halves: list[Tensor] = []
         flows = _flows(same_logits, opposite_logits, state)
         for (logits, state_half, swap), grad_half in zip(flows, grad_out.chunk(2, dim=-1), strict=True):
             parts, temperature = _split_polarity(q, swap), _temperature(logits, q)
@@ -171,22 +179,21 @@ def backward(
             grad_rotated = u @ state_half.mT
             grad_normalizer = -(rotated * grad_rotated).sum(-1, keepdim=True) / normalizer
             grad_normalizer = grad_normalizer.clamp(-MAX_NORMALIZER_GRADIENT, MAX_NORMALIZER_GRADIENT)
-            grad_state.append(rotated.mT @ u)
-            grad_key_mean = grad_key_mean + (grad_normalizer * features).sum(-2)  # not in place: vmap may map it alone
-            grad_features = apply_rotary(grad_rotated, rotary.conj_physical()) + grad_normalizer * key_mean.unsqueeze(
-                -2
-            )
+            grad_state_halves.append(rotated.mT @ u)
+            # not in place: vmap may map one operand alone
+            grad_key_mean = grad_key_mean + (grad_normalizer * features).sum(-2)
+            grad_features = apply_rotary(grad_rotated, rotary.conj_physical())
+            grad_features = grad_features + grad_normalizer * key_mean.unsqueeze(-2)
             grad_exponent = grad_features * _slope(parts * temperature, shift)
-            of_temperature = torch.where(parts > 0, grad_exponent * parts, 0)
-            grad_logits.append(of_temperature.sum((0, 2)) * _logistic_slope(temperature))
+            grad_temperature = torch.where(parts > 0, grad_exponent * parts, 0)
+            grad_logits.append(grad_temperature.sum((0, 2)) * _logistic_slope(temperature))
             grad_q = grad_q + _merge_polarity(grad_exponent * temperature, q, swap)
 
         exponents, shift = _split_polarity(k), _per_feature(key_shift).unsqueeze(-2)
-        grad_state = torch.cat(grad_state, dim=-1) / (height * width)
+        grad_state = torch.cat(grad_state_halves, dim=-1) / (height * width)
         grad_v = apply_rotary(_shifted_features(exponents, shift), rotary) @ grad_state
-        grad_features = apply_rotary(v @ grad_state.mT, rotary.conj_physical()) + grad_key_mean.unsqueeze(-2) / (
-            height * width
-        )
+        grad_features = apply_rotary(v @ grad_state.mT, rotary.conj_physical())
+        grad_features = grad_features + grad_key_mean.unsqueeze(-2) / (height * width)
         grad_k = _merge_polarity(grad_features * _slope(exponents, shift), k)
     return grad_q, grad_k, grad_v, *grad_logits
 
@@ -194,37 +201,39 @@ def backward(
 def _query_features(
     q: Tensor, logits: Tensor, swap: bool, key_mean: Tensor, key_shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One flow's features (B, H, N, 2D), the shift of each (the same shape), their normalizer (B, H, N, 1)."""
+    """Query features of one flow (B, H, N, 2D), their shifts (same shape), the normalizer (B, H, N, 1)."""
     exponents = _split_polarity(q, swap) * _temperature(logits, q)
     key_shift = _per_feature(key_shift).unsqueeze(-2)
     largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
     token_shift = _required_shift(largest)
-    shift = (token_shift - key_shift).clamp(
-        min=-MAX_UNSHIFTED_EXPONENT
-    )  # less only where a part is 0, and so its feature
+    # below the bound only where a part is 0, and with it the feature
+    shift = (token_shift - key_shift).clamp(min=-MAX_UNSHIFTED_EXPONENT)
     features = _shifted_features(exponents, shift)
     epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)
     return features, shift, features @ key_mean.unsqueeze(-1) + epsilon
 
 
 def _shifted_features(exponents: Tensor, shift: Tensor) -> Tensor:
-    """e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large."""
+    """Return e^(x − shift) − e^(−shift), without cancellation for small x and without overflow for large x."""
     small, large = exponents.clamp(max=MAX_UNSHIFTED_EXPONENT), exponents.clamp(min=MAX_UNSHIFTED_EXPONENT)
     beyond = torch.exp(large - shift) - torch.exp(MAX_UNSHIFTED_EXPONENT - shift)
     return torch.expm1(small) * torch.exp(-shift) + torch.where(exponents > MAX_UNSHIFTED_EXPONENT, beyond, 0)
 
 
 def _slope(exponents: Tensor, shift: Tensor) -> Tensor:
-    """The derivative of `_shifted_features`; a part that is 0 has none, and its finite value here is not used."""
+    """Differentiate `_shifted_features`. Where a part is 0 the value is finite and must be masked by the caller."""
     return torch.exp(exponents - shift)
 
 
 def _required_shift(largest: Tensor) -> Tensor:
+    """Excess over MAX_UNSHIFTED_EXPONENT."""
     return (largest - MAX_UNSHIFTED_EXPONENT).clamp(min=0)
 
 
 def _pair_maxima(exponents: Tensor) -> Tensor:
-    return exponents.unflatten(-1, (-1, 2)).amax(dim=-1)  # (…, 2D) → (…, D)
+    # torch leaves this function unannotated
+    pairs: Tensor = exponents.unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
+    return pairs.amax(dim=-1)  # (…, 2D) → (…, D)
 
 
 def _per_feature(pairs: Tensor) -> Tensor:
@@ -232,19 +241,19 @@ def _per_feature(pairs: Tensor) -> Tensor:
 
 
 def _to_compute_dtype(x: Tensor) -> Tensor:
-    """In the compute dtype, and with a last stride of 1, without which pairs cannot be seen as complex numbers."""
+    """Cast to the compute dtype, with a last stride of 1: pairs are viewed as complex numbers."""
     x = x.to(compute_dtype(x))
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _split_polarity(x: Tensor, swap: bool = False) -> Tensor:
-    """[x⁺; x⁻], or [x⁻; x⁺] for the opposite flow: (…, D) → (…, 2D)."""
+    """Return [x⁺; x⁻], or [x⁻; x⁺] for the opposite-sign flow: (…, D) → (…, 2D)."""
     positive, negative = x.relu(), (-x).relu()
     return torch.cat((negative, positive) if swap else (positive, negative), dim=-1)
 
 
 def _merge_polarity(grad: Tensor, x: Tensor, swap: bool = False) -> Tensor:
-    """The gradient of x from that of `_split_polarity(x, swap)`: (…, 2D) → (…, D)."""
+    """Backward of `_split_polarity(x, swap)`: (…, 2D) → (…, D)."""
     first, second = torch.where(_split_polarity(x, swap) > 0, grad, 0).chunk(2, dim=-1)
     return second - first if swap else first - second
 
@@ -257,7 +266,6 @@ def _logistic_slope(temperature: Tensor) -> Tensor:
     return (temperature * (1 - temperature)).squeeze(-2)
 
 
-def _flows(same_logits: Tensor, opposite_logits: Tensor, state: Tensor):
-    """The two flows: logits, their half of the state's columns, whether the query's parts swap."""
-    same_state, opposite_state = state.chunk(2, dim=-1)
-    return (same_logits, same_state, False), (opposite_logits, opposite_state, True)
+def _flows(same_logits: Tensor, opposite_logits: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Per flow: its logits, its half of the state's columns, whether the query's two parts swap."""
+    return zip((same_logits, opposite_logits), state.chunk(2, dim=-1), (False, True), strict=True)

@@ -1,13 +1,13 @@
-"""Weights in and out: the names of official checkpoints, strict loading, safetensors.
+"""Loading and saving of weights: remapping of official checkpoints, strict loading, safetensors.
 
-`Model.load_state_dict` (and so timm's `checkpoint_path`) accepts both naming schemes through the hooks below, timm's
-`pretrained=True` through its filter of state dicts.
+`PolaFormerPP.load_state_dict`, and with it timm's `checkpoint_path`, accepts our names and the official ones through
+the pre-hooks below; timm's `pretrained=True` through `checkpoint_filter_fn`.
 """
 
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from polaformer.layers import rotary_frequencies
 
-#: Our name → the official one, applied in this order; everything else bears the same name.
+#: Our name → the official one, applied in this order; all other names are the same.
 _OFFICIAL_NAMES = (
     (re.compile(r"^stem\."), "patch_embed.proj."),
     (re.compile(r"^stages\."), "layers."),
@@ -30,29 +30,29 @@ _OFFICIAL_NAMES = (
 )
 _OFFICIAL_PREFIX = "patch_embed."
 _ROTARY_BUFFERS = re.compile(r"^layers\.\d\.RoPE(_linear)?\.angle$")
-_PART = re.compile(r"layers\.\d\.(downsample\.)?|[^.]+\.?")  # what timm prunes or keeps as one, by official names
+_PART = re.compile(r"layers\.\d\.(downsample\.)?|[^.]+\.?")  # units that timm prunes as a whole, by official names
 _STAGES = tuple(f"layers.{stage}." for stage in range(4))
 _PRUNABLE = {"proj.", "norm.", "head.", *_STAGES, *(f"{stage}downsample." for stage in _STAGES)}
-_COUNTER = "num_batches_tracked"  # absent from old files; nothing is computed from it
+_COUNTER = "num_batches_tracked"  # absent from old files; not used in computation
 _CLASSIFIER = "head."
 _FIRST_CONVOLUTION = "stem.0.weight"
-_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what timm takes, in its order
+_STATE_DICT_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")  # timm's order of preference
 
 
 def official_name(name: str) -> str:
-    """The name that the official implementation gives to this entry of our state dict."""
+    """Map a name of our state dict to the official implementation's."""
     for ours, theirs in _OFFICIAL_NAMES:
         name = ours.sub(theirs, name)
     return name
 
 
 def remap_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names and in our shapes (they keep axes of length one that we do not).
+    """Rename and reshape an official state dict to ours, which drops axes of length one.
 
-    wanted: the model's own state dict. Raises RuntimeError, as load_state_dict does, with the file's own names of
-    all entries that are missing, unexpected or of another shape, and of rotary angles that are not this model's.
+    wanted: the model's own state dict. Raises RuntimeError, as load_state_dict does, listing by official name every
+    entry that is missing, unexpected or of another shape, and rotary buffers that differ from this model's angles.
     """
-    remaining, converted, faults = dict(official), {}, []
+    remaining, converted, faults = dict(official), dict[str, Tensor](), list[str]()
     for ours, theirs in ((name, official_name(name)) for name in wanted):
         value = remaining.pop(theirs, None)
         if value is None:
@@ -70,11 +70,11 @@ def remap_official(official: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
 
 
 def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> None:
-    """Loads an official `.pth` or our safetensors strictly; EMA weights win where a file holds both.
+    """Load an official `.pth` or our safetensors strictly; EMA weights are preferred where a file holds both.
 
-    new_head: keep the model's own, freshly drawn classifier instead of the file's, for another set of classes.
-    Raises FileNotFoundError; ValueError if the file holds no state dict that can be read safely; or RuntimeError
-    naming every missing, unexpected or misshapen entry.
+    new_head: keep the model's freshly initialised classifier instead of the file's, for another set of classes.
+    Raises FileNotFoundError; ValueError if the file holds no state dict that can be read safely; RuntimeError that
+    names every missing, unexpected or misshapen entry.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,10 +93,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save.
+    """Read the state dict from a file of torch.save.
 
-    Objects of other packages beside it (configurations, numpy's numbers) are read as stubs: nothing of these
-    packages is imported, let alone run.
+    Objects of other packages beside it, such as configurations or numpy scalars, are read as stubs: none of their code
+    is imported or run.
     """
     _check_container(path)
     unsafe_globals: set[str] = set()
@@ -106,7 +106,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         checkpoint = _load_with_stubs(path, unsafe_globals)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # a damaged file makes the unpickler fail in any way
+    except Exception as error:  # on a damaged file the unpickler may raise anything
         if unsafe_globals:
             raise ValueError(
                 f"{path} holds objects of {_shorten(unsafe_globals)}, which cannot be left out;"
@@ -120,22 +120,24 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _load_with_stubs(path: Path, unsafe_globals: set[str]) -> object:
-    """torch.load with stubs for the classes `unsafe_globals`; adds those that only turn up on the way."""
+    """Call torch.load with stubs for the classes in `unsafe_globals`; add those that the unpickler reports."""
     while True:
-        stubs = [(_NumpyStub if name.startswith("numpy.") else _Stub, name) for name in unsafe_globals]
+        stubs: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
+            (_NumpyStub if name.startswith("numpy.") else _Stub, name) for name in unsafe_globals
+        ]
         try:
             with torch.serialization.safe_globals(stubs):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            named = re.search(r"GLOBAL (\S+)", str(error))
-            name = named and (named[1] if "." in named[1] else f"builtins.{named[1]}")
+            reported = re.search(r"GLOBAL (\S+)", str(error))
+            name = reported and (reported[1] if "." in reported[1] else f"builtins.{reported[1]}")
             if name is None or name in unsafe_globals:
                 raise
             unsafe_globals.add(name)
 
 
 def _check_container(path: Path) -> None:
-    """Raises ValueError if a file's first bytes and its end are not those that torch.save writes."""
+    """Raise ValueError unless a file starts and ends as torch.save writes it."""
     with path.open("rb") as file:
         start = file.read(24)
     if not start:
@@ -151,23 +153,25 @@ def _check_container(path: Path) -> None:
 
 
 class _Stub:
-    """What a class of another package becomes in a checkpoint: a dict, since the unpickler fills no subclass."""
+    """Stand-in for a class of another package: unpickles as a dict, which the weights-only unpickler can fill."""
 
-    def __new__(cls, *_arguments) -> OrderedDict:
+    # a dict takes the place of the instance
+    def __new__(cls, *_arguments: object) -> OrderedDict[str, object]:  # type: ignore[misc]
         return OrderedDict()
 
 
 class _NumpyStub:
-    """The same for numpy, whose objects have tuples for their state."""
+    """Stand-in for a class of numpy, whose pickled state is a tuple; discards it."""
 
-    def __init__(self, *_arguments) -> None:
+    def __init__(self, *_arguments: object) -> None:
         pass
 
-    def __setstate__(self, _state: tuple) -> None:
+    def __setstate__(self, _state: tuple[object, ...]) -> None:
         pass
 
 
 def _pick_state(checkpoint: object, path: Path, unsafe_globals: set[str]) -> dict[str, Tensor]:
+    """Find the state dict in what torch.load returned; raise ValueError if there is none, or not only tensors."""
     state = checkpoint
     if isinstance(checkpoint, dict):
         state = next((checkpoint[key] for key in _STATE_DICT_KEYS if checkpoint.get(key) is not None), checkpoint)
@@ -180,7 +184,8 @@ def _pick_state(checkpoint: object, path: Path, unsafe_globals: set[str]) -> dic
                 f"{path} holds no tensor under {name}, but {type(value).__name__};"
                 " save the model's state_dict() alone, with torch.save"
             )
-    return clean_state_dict(state)
+    cleaned: dict[str, Tensor] = clean_state_dict(state)
+    return cleaned
 
 
 def _shorten(classes: set[str]) -> str:
@@ -189,12 +194,12 @@ def _shorten(classes: set[str]) -> str:
 
 
 def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Writes a state dict of ours as safetensors, in contiguous CPU memory."""
+    """Write one of our state dicts as safetensors, with `metadata` in the file's header."""
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, path, dict(metadata))
 
 
-def remap_official_hook(model: nn.Module, state: dict[str, Tensor], prefix: str, *_hook_arguments) -> None:
-    """A load_state_dict pre-hook: puts an official state dict under our names, leaves ours alone."""
+def remap_official_hook(model: nn.Module, state: dict[str, Tensor], prefix: str, *_hook_arguments: object) -> None:
+    """Pre-hook of load_state_dict: rename an official state dict in place, leave one of ours unchanged."""
     theirs = {name.removeprefix(prefix): name for name in state if name.startswith(prefix)}
     if _is_official(theirs):
         official = {name: state.pop(full_name) for name, full_name in theirs.items()}
@@ -202,13 +207,13 @@ def remap_official_hook(model: nn.Module, state: dict[str, Tensor], prefix: str,
             state[prefix + name] = value
 
 
-def remap_features_only_hook(features: nn.Module, state: dict[str, Tensor], *_hook_arguments) -> None:
-    """The same for timm's `features_only` wrappers: takes a whole model's weights, leaves out what was pruned."""
-    own = features.state_dict()
-    prefix = next(iter(own)).split(".")[0] + "."  # "model.", or another name by the kind of wrapper
+def remap_features_only_hook(features: nn.Module, state: dict[str, Tensor], *_hook_arguments: object) -> None:
+    """Pre-hook for timm's `features_only` wrappers: accept a whole model's weights, drop those of pruned layers."""
+    names = features.state_dict()
+    prefix = next(iter(names)).split(".")[0] + "."  # "model.", or another name in other kinds of wrapper
     if any(name.startswith(prefix) for name in state):
         return
-    own = {name.removeprefix(prefix): value for name, value in own.items()}
+    own = {name.removeprefix(prefix): value for name, value in names.items()}
     pruned = _PRUNABLE - {_part(name) for name in own}
     kept = {name: value for name, value in state.items() if _part(name) not in pruned}
     if _is_official(kept):
@@ -218,10 +223,10 @@ def remap_features_only_hook(features: nn.Module, state: dict[str, Tensor], *_ho
 
 
 def checkpoint_filter_fn(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's filter for `pretrained=True`: a state dict under our names, for timm to fit to classes and channels.
+    """Rename a state dict for timm's `pretrained=True`, which then adapts it to other classes and channels.
 
-    model: the whole model to load into. Raises RuntimeError for entries that are missing or unexpected; classifier
-    and first convolution are left to timm, which adapts or drops them.
+    model: the whole model to load into. Raises RuntimeError for entries that are missing or unexpected, except for
+    the classifier and the shape of the first convolution, which timm adapts or drops.
     """
     classifier = {name: value for name, value in state.items() if name.startswith(_CLASSIFIER)}
     rest = {name: value for name, value in state.items() if name not in classifier}
@@ -244,7 +249,9 @@ def _is_official(names: Iterable[str]) -> bool:
 
 
 def _part(name: str) -> str:
-    return _PART.match(official_name(name))[0]
+    matched = _PART.match(official_name(name))
+    assert matched is not None
+    return matched[0]
 
 
 def _squeezed_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -252,7 +259,7 @@ def _squeezed_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _check_rotary_buffer(name: str, angles: Tensor) -> list[str]:
-    """Official buffers hold each angle twice, in place; they carry no information beyond their length."""
+    """Compare an official rotary buffer, which holds every frequency twice in succession, with this model's."""
     expected = rotary_frequencies(2 * angles.numel()).repeat_interleave(2)
     if angles.numel() % 2 == 0 and torch.allclose(angles.flatten().float(), expected, rtol=1e-4):
         return []

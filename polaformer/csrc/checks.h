@@ -1,5 +1,5 @@
-// What both bindings require of the operators' arguments before any of them is read: a caller may have come by
-// torch.ops or from a traced graph, past every check in Python. reference.py (check_inputs, check_saved) asks the same.
+// Checks of the operators' arguments in both bindings: callers through torch.ops or a traced graph bypass those in
+// Python. reference.py (check_inputs, check_saved) has the same.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,7 +24,7 @@ inline void check_tensor(const NamedTensor& x, const at::Tensor& q) {
                     "; move them to one device");
 }
 
-// Heads, height, width and head dimension fit an int afterwards. `device_type` is that of the kernels.
+// Afterwards heads, height, width and head dimension fit an int. `device_type`: where the kernels run.
 inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const at::Tensor& same_logits, const at::Tensor& opposite_logits, int64_t height,
                          int64_t width) {
@@ -32,8 +32,8 @@ inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const 
                     k.sizes(), " and v ", v.sizes(), " must have one shape (B, H, N, D)");
   const int64_t heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-  TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height <= kMaxInt && width <= kMaxInt && tokens == height * width, tokens,
-                    " tokens are not height ", height, " × width ", width, "; pass the image's own size");
+  TORCH_CHECK_VALUE(height >= 0 && width >= 0 && height <= kMaxInt && width <= kMaxInt && tokens == height * width,
+                    tokens, " tokens are not height ", height, " × width ", width, "; pass the image's own size");
   TORCH_CHECK_VALUE(head_dim % 2 == 0, "head dimension ", head_dim, " is odd; the two flows need an even one");
   TORCH_CHECK_VALUE(heads <= kMaxInt && head_dim <= kMaxInt, "q has ", heads, " heads of width ", head_dim,
                     "; pass fewer than 2^31 of each");
@@ -49,7 +49,7 @@ inline void check_inputs(at::DeviceType device_type, const at::Tensor& q, const 
   for (const auto& x : {NamedTensor{"q", q}, {"k", k}, {"v", v}, logits[0], logits[1]}) check_tensor(x, q);
 }
 
-// After check_inputs: the gradient of the output, and what forward gave.
+// Requires check_inputs(): checks the gradient of the output and the tensors saved by forward.
 inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& state,
                         const at::Tensor& key_mean, const at::Tensor& key_shift) {
   TORCH_CHECK_VALUE(grad_out.sizes() == q.sizes() && grad_out.scalar_type() == q.scalar_type(), "grad_out is ",
@@ -59,8 +59,9 @@ inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const a
   const int64_t batch = q.size(0), heads = q.size(1), head_dim = q.size(3);
   const auto compute_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto check = [&](const NamedTensor& x, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(x.tensor.sizes() == sizes && x.tensor.scalar_type() == compute_dtype, x.name, " is ", x.tensor.sizes(),
-                      " in ", x.tensor.scalar_type(), ", needs ", sizes, " in ", compute_dtype, "; pass on what forward gave");
+    TORCH_CHECK_VALUE(x.tensor.sizes() == sizes && x.tensor.scalar_type() == compute_dtype, x.name, " is ",
+                      x.tensor.sizes(), " in ", x.tensor.scalar_type(), ", needs ", sizes, " in ", compute_dtype,
+                      "; pass on what forward gave");
     check_tensor(x, q);
   };
   check({"state", state}, {batch, heads, 2 * head_dim, head_dim});

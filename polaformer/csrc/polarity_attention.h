@@ -1,8 +1,9 @@
-// The numbers and formulas of polarity attention that host and device share, so that the CPU's tests exercise what
-// the GPU computes. polaformer/reference.py tells them in PyTorch, and why a shift keeps every feature finite.
+// Constants and formulas of polarity attention shared by host and device code, so that CPU tests cover what the GPU
+// computes. polaformer/reference.py has the formulas in PyTorch and explains the exact shift.
 //
-// Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension; 2D features, in D pairs that the rotary
-// embedding mixes: the first D/2 pairs are positive parts and rotate with the token's row, the others negative, its column.
+// Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension; 2D features in D pairs that the rotary
+// embedding rotates: the first D/2 pairs are positive parts and rotate by the token's row, the others are negative
+// parts and rotate by its column.
 #pragma once
 
 #include <cfloat>
@@ -16,15 +17,15 @@
 
 namespace polaformer {
 
-// In double, for the CPU's float64: where all else in a normalizer vanishes, a rounded epsilon shows in every digit.
+// double for float64 on the CPU: where everything else in a normalizer vanishes, rounding of epsilon would dominate.
 constexpr double kEpsilon = 1e-6;
-constexpr float kMaxUnshiftedExponent = 20.f;  // the shift brings larger ones down to this
-constexpr float kMinNormalizer = FLT_MIN;  // epsilon · e^(−C) becomes no smaller
+constexpr float kMaxUnshiftedExponent = 20.f;  // larger exponents are shifted down to this
+constexpr float kMinNormalizer = FLT_MIN;      // lower bound of epsilon · e^(−C)
 constexpr double kMinGradientNormalizer = 1e-8;
 constexpr double kMaxNormalizerGradient = 1e25;
 constexpr int kMaxHeadDim = 128;
 
-// The integer type as wide as F, which may wrap around; the CPU kernels add their vector types.
+// Unsigned integer type as wide as F; the CPU kernels add their vector types.
 template <class F>
 struct Bits;
 template <>
@@ -32,15 +33,15 @@ struct Bits<float> {
   using type = uint32_t;
 };
 
-// e^x − 1 for 0 ≤ x ≤ 88, to 2 ulp, and anything for larger x: x = n·ln 2 + r with |r| ≤ ln 2 / 2, then
-// 2^n (e^r − 1) + (2^n − 1), where the bracket is a Taylor polynomial. F is float or a vector of floats.
+// e^x − 1 for 0 ≤ x ≤ 88, to 2 ulp; unspecified for larger x. x = n·ln 2 + r with |r| ≤ ln 2 / 2; the result is
+// 2^n (e^r − 1) + (2^n − 1), with a Taylor polynomial for the bracket. F is float or a vector of floats.
 template <class F>
 POLAFORMER_INLINE F expm1_of_exponent(F x) {
   using I = typename Bits<F>::type;
   constexpr float kRound = 12582912.f;  // 1.5·2^23: adding it leaves n in the lowest bits
   const F shifted = x * 1.44269504f + kRound;
   const F n = shifted - kRound;
-  const F r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, n times the first one is exact
+  const F r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts; n times the first is exact
   F series = r * 1.98412698e-4f + 1.38888889e-3f;
   series = series * r + 8.33333333e-3f;
   series = series * r + 4.16666667e-2f;
@@ -51,7 +52,7 @@ POLAFORMER_INLINE F expm1_of_exponent(F x) {
   return power * expm1_r + (power - 1.f);
 }
 
-// A pair of features, rotated by its token's angle, or back (sine negated).
+// A pair of features, and its rotation by the token's angle; negate the sine for the inverse.
 template <class F>
 struct Pair {
   F first, second;

@@ -38,17 +38,17 @@ def assemble(text: str) -> list[Instruction]:
 @pytest.mark.parametrize(
     ("symbol", "identity"),
     [
-        ("_ZN10polaformer12_GLOBAL__N_16attendINS_8Bfloat16ELi96EEEvNS_7ForwardE", ("attend", "bf16", 96)),
-        ("_ZN10polaformer4bf1612_GLOBAL__N_18sum_keysILi128EEEvNS_7ForwardE", ("sum_keys", "bf16", 128)),
-        ("_ZN10polaformer4tf3212_GLOBAL__N_18sum_keysINS_11Tf32OperandILb1ELb1EEELi32EEEvNS_7ForwardE",
+        ("_ZN10polaformer12_GLOBAL__N_16attendINS_8Bfloat16ELi96EEEvNS_13ForwardParamsE", ("attend", "bf16", 96)),
+        ("_ZN10polaformer4bf1612_GLOBAL__N_18sum_keysILi128EEEvNS_13ForwardParamsE", ("sum_keys", "bf16", 128)),
+        ("_ZN10polaformer4tf3212_GLOBAL__N_18sum_keysINS_11Tf32OperandILb1ELb1EEELi32EEEvNS_13ForwardParamsE",
          ("sum_keys", "float32", 32)),
-        ("_ZN10polaformer12_GLOBAL__N_121differentiate_queriesINS_11Tf32OperandILb0ELb0EEELi64EEEvNS_8BackwardE",
+        ("_ZN10polaformer12_GLOBAL__N_121differentiate_queriesINS_11Tf32OperandILb0ELb0EEELi64EEEvNS_14BackwardParamsE",
          ("differentiate_queries", "generic 16-bit", 64)),
-        ("_ZN10polaformer12_GLOBAL__N_129differentiate_queries_shiftedINS_11Tf32OperandILb0ELb1EEELi64EEEvNS_8BackwardE",
+        ("_ZN10polaformer12_GLOBAL__N_129differentiate_queries_shiftedINS_11Tf32OperandILb0ELb1EEELi64EEEvNS_14BackwardParamsE",
          ("differentiate_queries_shifted", "generic float32", 64)),
-        ("_ZN10polaformer12_GLOBAL__N_18combine_key_splitsILb0EEEvNS_7ForwardE", ("combine_key_splits", "16", 0)),
-        ("_ZN10polaformer12_GLOBAL__N_18combine_key_splitsILb1EEEvNS_7ForwardE", ("combine_key_splits", "float32", 0)),
-        ("_ZN10polaformer12_GLOBAL__N_20combine_query_splitsENS_8BackwardE", ("combine_query_splits", "", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_118combine_key_splitsILb0EEEvNS_13ForwardParamsE", ("combine_key_splits", "16", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_118combine_key_splitsILb1EEEvNS_13ForwardParamsE", ("combine_key_splits", "float32", 0)),
+        ("_ZN10polaformer12_GLOBAL__N_120combine_query_splitsENS_14BackwardParamsE", ("combine_query_splits", "", 0)),
         ("_Z18fill_rotary_tablesv", ("fill_rotary_tables", "", 0)),
         ("plain", ("plain", "", 0)),
     ],
@@ -256,7 +256,7 @@ def test_classes(opcode, kind, shared_clocks):
 
 
 def symbol_of(name: str, width: int) -> str:
-    return f"_ZN10polaformer4bf1612_GLOBAL__N_1{len(name)}{name}ILi{width}EEEvNS_7ForwardE"
+    return f"_ZN10polaformer4bf1612_GLOBAL__N_1{len(name)}{name}ILi{width}EEEvNS_13ForwardParamsE"
 
 
 def write_dumps(folder: Path, kernels: list[tuple[str, int]], architecture: str = "sm_90") -> None:

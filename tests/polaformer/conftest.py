@@ -1,4 +1,4 @@
-"""Golden vectors of the official implementation, and its parameters drawn again from their names."""
+"""Golden vectors of the official implementation, and its parameters redrawn from seeds that are their names."""
 
 import zlib
 from pathlib import Path
@@ -43,19 +43,19 @@ def official_shape(name: str, shape: torch.Size) -> tuple[int, ...]:
 
 def rotary_features(preset: str) -> list[int]:
     sizes = polaformer.PRESETS[f"polaformerpp_{preset}"]
-    widths = [channels // heads for channels, heads in zip(sizes.channels, sizes.heads, strict=True)]
-    return [2 * widths[0], 2 * widths[1], widths[2], widths[3]]
+    head_dims = [channels // heads for channels, heads in zip(sizes.channels, sizes.heads, strict=True)]
+    return [2 * head_dims[0], 2 * head_dims[1], head_dims[2], head_dims[3]]
 
 
 @pytest.fixture(scope="session")
 def draw():
-    """Returns a function: (name, shape) → the standard normal array that belongs to the name."""
+    """Function (name, shape) → standard normal array, seeded by the name."""
     return draw_normal
 
 
 @pytest.fixture(scope="session")
 def official_state():
-    """Returns a function: a preset's state dict as an official checkpoint holds it, in float64."""
+    """Function preset → state dict in the format of an official checkpoint, in float64."""
 
     def build(preset: str) -> dict[str, torch.Tensor]:
         state = {}
@@ -75,13 +75,13 @@ def official_state():
 
 @pytest.fixture(scope="session")
 def golden():
-    """Returns a function: the arrays of one golden file."""
+    """Function name → arrays of that golden file."""
     return lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
 
 
 @pytest.fixture(scope="session")
 def relative_error():
-    """Returns a function: ‖actual − expected‖ / ‖expected‖, computed in float64."""
+    """Function (actual, expected) → ‖actual − expected‖ / ‖expected‖, computed in float64."""
 
     def error(actual, expected) -> float:
         actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))

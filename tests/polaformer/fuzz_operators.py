@@ -1,8 +1,8 @@
-"""Calls the raw operators with random, mostly wrong arguments: `python fuzz_operators.py DEVICE SEED CALLS`.
+"""Fuzzer of the raw operators with random, mostly invalid arguments: `python fuzz_operators.py DEVICE SEED CALLS`.
 
-A call must raise a Python exception, or be one that reference.py accepts and compute what it computes. Prints a line of
-JSON with the counts of "refused" and "computed" calls, by operator; a wrong answer ends it with status 1, and what
-corrupts memory by a signal. In a file and a process of its own for that, and so that it can run under a sanitizer.
+Every call must raise a Python exception, or be valid for reference.py and return its results. Prints the numbers of
+"refused" and "computed" calls per operator as one line of JSON; exits with 1 on a wrong result. Runs as a process of
+its own because memory corruption ends it by a signal, and so that it can run under a sanitizer.
 """
 
 import collections
@@ -17,12 +17,12 @@ from polaformer import ops, reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOW = {torch.bfloat16, torch.float16}
 WRONG_DTYPES = [*DTYPES, torch.int32, torch.bool, torch.complex64, torch.uint8]
-REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError)  # what a user can read; not AssertionError
+REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError)  # readable errors; not AssertionError
 HUGE = [-1, 0, 1, 2**31 - 1, 2**31, 2**32, 2**33 + 1, 2**62, 2**63 - 1]
 
 
 def draw_tensor(shape, dtype, device) -> torch.Tensor:
-    """Numbers between 0.2 and 1 of either sign: normalizers far from zero, so that low precision keeps its digits."""
+    """Draw numbers of either sign between 0.2 and 1: normalizers far from 0, so low precision stays accurate."""
     signs = torch.randint(0, 2, shape).mul(2).sub(1)
     return (signs * (0.2 + 0.8 * torch.rand(shape))).to(device, dtype)
 
@@ -45,7 +45,7 @@ def change_shape(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
 
 
 def change_strides(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
-    """The same shape over other memory: other orders of axes, gaps, offsets that break alignment, repeated elements."""
+    """Keep the shape but change the memory: permuted axes, gaps, misaligned offsets, repeated elements."""
     kind = rng.randrange(5)
     if kind == 0 and x.dim() > 1:
         first, second = rng.sample(range(x.dim()), 2)
@@ -72,7 +72,7 @@ def change_dtype_or_device(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
 
 
 def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
-    """(operator's name, arguments): a right call to which nothing, or up to three changes have happened."""
+    """Draw (operator's name, arguments): a valid call with zero to three random changes."""
     batch, heads, height, width = rng.randint(0, 3), rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
     head_dim = 2 * rng.choice([1, 3, 8, 16, 17, 48])
     dtype = rng.choice(DTYPES)
@@ -98,7 +98,7 @@ def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
 
 
 def compute_expected(name: str, arguments: list) -> list[torch.Tensor]:
-    """By the reference in float64. Raises ValueError if the call is not one that it describes."""
+    """Compute by the reference in float64; raise ValueError if the call is invalid."""
     *tensors, height, width = arguments[:-1] if name.startswith("reference") else arguments
     grad_out, inputs, saved = (tensors[0], tensors[1:6], tensors[6:]) if len(tensors) == 9 else (None, tensors, ())
     reference.check_inputs(*inputs[:3], tuple(inputs[3:]), height, width)
@@ -122,12 +122,12 @@ def main(device: str, seed: int, calls: int) -> None:
             continue
         counts[f"{name} computed"] += 1
         if any(isinstance(x, torch.Tensor) and x.is_meta for x in arguments):
-            continue  # there are no numbers to compare
+            continue  # no values to compare
         expected = compute_expected(name, arguments)
-        for result, wanted in zip(results, expected):  # noqa: B905 (what forward saves is compared by backward)
+        for result, wanted in zip(results, expected):  # noqa: B905 (backward covers the saved tensors)
             tolerance = 0.2 if LOW & {arguments[0].dtype, result.dtype} else 1e-3
             if is_wrong(result, wanted, tolerance):
-                sys.exit(f"wrong answer without a word in {described}")
+                sys.exit(f"wrong result without an error in {described}")
     print(json.dumps(counts))
 
 

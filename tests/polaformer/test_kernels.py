@@ -1,4 +1,4 @@
-"""The compiled kernels against the reference in float64: the same numbers on every device, dtype, shape and layout."""
+"""The compiled kernels against the reference in float64, for every device, dtype, shape and layout."""
 
 import os
 import subprocess
@@ -73,7 +73,7 @@ def test_golden(golden, relative_error, device, vector, dtype, tolerance):
 
 @pytest.mark.parametrize("size", [(7, 9), (113, 1), (33, 31)])
 @pytest.mark.parametrize("head_dim", [32, 64, 96])
-def test_float32_is_as_exact_as_float32_can_be(device, size, head_dim):
+def test_float32_accuracy(device, size, head_dim):
     inputs = make_inputs((2, 2, size[0] * size[1], head_dim), torch.float32, device)
     for name, error in errors(results(ops.polarity_attention, inputs, *size), exact_results(inputs, *size)).items():
         assert error < 2e-6, name
@@ -83,7 +83,7 @@ def test_float32_is_as_exact_as_float32_can_be(device, size, head_dim):
 @pytest.mark.parametrize("head_dim", [32, 64, 96])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision_against_eager(device, dtype, size, head_dim):
-    """At most twice the error of the plain formulas in that dtype, three times for gradients."""
+    """At most twice the error of the eager formulas in that dtype, three times for gradients."""
     inputs = make_inputs((2, 2, size[0] * size[1], head_dim), dtype, device)
     exact = exact_results(inputs, *size)
     eager = errors(results(reference.eager_polarity_attention, inputs, *size), exact)
@@ -102,7 +102,7 @@ def test_low_precision_against_eager(device, dtype, size, head_dim):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     layout=st.sampled_from(["projection", "contiguous", "transposed", "every second", "expanded"]),
 )
-@example(  # a token that no key resembles: its normalizer is epsilon alone
+@example(  # a token whose features meet no key's: its normalizer is epsilon alone
     batch=2, heads=1, height=1, width=3, head_dim=2, dtype=torch.float64, layout="projection"
 )
 def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_dim, dtype, layout):
@@ -120,12 +120,12 @@ def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_di
         assert all(actual[name].shape == exact[name].shape for name in NAMES)
         assert not actual["same_logits"].any()
         return
-    # Where normalizers are small every implementation loses digits: the plain one says how many.
-    plain = results(reference.eager_polarity_attention, inputs, height, width)
+    # Where normalizers are small every implementation loses digits: the eager formulas show how many.
+    eager = results(reference.eager_polarity_attention, inputs, height, width)
     rounding = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if dtype != torch.float64 else 1e-12)
     for name in NAMES:
         assert actual[name].isfinite().all(), name
-        lost = (plain[name] - exact[name]).abs().mean().nan_to_num(nan=torch.inf)  # float16 may lose them all
+        lost = (eager[name] - exact[name]).abs().mean().nan_to_num(nan=torch.inf)  # float16 may lose them all
         allowed = 5 * lost + 20 * rounding * (exact[name].abs().mean() + 0.1)
         assert (actual[name] - exact[name]).abs().mean() <= allowed, name
 
@@ -134,29 +134,28 @@ def test_any_shape_layout_and_dtype(device, batch, heads, height, width, head_di
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
 @pytest.mark.parametrize("which", ["q", "k", "both"])
 def test_exponents_of_any_size(device, dtype, largest, which):
-    """Queries and keys whose features overflow float32: exact outputs and gradients all the same."""
+    """Exact outputs and gradients for queries and keys whose features overflow float32."""
     shape, size = (2, 2, 63, 32), (7, 9)
     inputs = make_inputs(shape, torch.float64)
     with torch.no_grad():
         for index, name in ((0, "q"), (1, "k")):
-            if which in (name, "both"):  # the largest of every feature and sign is alike, so that none is alone
+            if which in (name, "both"):  # every feature and sign has the same largest value, so that none dominates
                 inputs[index].copy_(inputs[index].sign() * (largest - inputs[index].abs()))
     inputs = [x.detach().to(device, dtype if i < 3 else torch.float32).requires_grad_() for i, x in enumerate(inputs)]
     actual, exact = results(ops.polarity_attention, inputs, *size), exact_results(inputs, *size)
     eps = torch.finfo(dtype).eps
-    # e^x turns a relative error of x's product with its temperature, half a unit in the last place, into x times it
+    # e^x amplifies the rounding of x · temperature, a relative error of half an ulp, by x
     tolerance = 8 * eps + 8 * torch.finfo(torch.float32).eps * largest
     for name in NAMES:
         assert actual[name].isfinite().all(), name
-        of_order_one = exact[name].norm() + exact[name].numel() ** 0.5  # one flow's logits may have none
-        assert (actual[name] - exact[name]).norm() < tolerance * of_order_one, name
+        scale = exact[name].norm() + exact[name].numel() ** 0.5  # a flow's logits may have zero gradients
+        assert (actual[name] - exact[name]).norm() < tolerance * scale, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
 def test_finite_for_any_finite_input(device, dtype, largest):
-    """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
-    wherever those can be represented."""
+    """Exponents far apart, vanishing normalizers: no infinity or NaN, and exact outputs where representable."""
     inputs = make_inputs((2, 2, 63, 32), dtype, device, scale=largest / 4)
     actual, exact = results(ops.polarity_attention, inputs, 7, 9), exact_results(inputs, 7, 9)
     assert all(x.isfinite().all() for x in actual.values())
@@ -167,8 +166,8 @@ def test_finite_for_any_finite_input(device, dtype, largest):
     assert difference[representable].quantile(0.9) < 8 * torch.finfo(dtype).eps + 1e-6 * largest
 
 
-def test_rows_whose_normalizer_is_zero(device):
-    """q = (1, 0), k = (0, 1): no feature of the query meets one of the keys, but the rotated ones meet."""
+def test_zero_normalizers(device):
+    """q = (1, 0), k = (0, 1): queries and keys share no nonzero feature, but do after rotation."""
     q, k = torch.zeros(1, 1, 6, 4), torch.zeros(1, 1, 6, 4)
     q[..., 0], k[..., 1] = 1, 1
     v = torch.randn(1, 1, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -180,10 +179,10 @@ def test_rows_whose_normalizer_is_zero(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_memory_is_read_before_it_is_written(device, dtype):
+def test_uninitialised_memory_is_not_read(device, dtype):
     inputs = make_inputs((3, 2, 77, 48), dtype, device)
     expected = results(ops.polarity_attention, inputs, 7, 11)
-    torch.use_deterministic_algorithms(True)  # fills what at::empty gives with NaN
+    torch.use_deterministic_algorithms(True)  # fills the memory of at::empty with NaN
     try:
         actual = results(ops.polarity_attention, inputs, 7, 11)
     finally:
@@ -193,7 +192,7 @@ def test_no_memory_is_read_before_it_is_written(device, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bit_identical_runs(device, dtype):
-    """On any number of threads, too: 3,136 tokens of three heads are cut into several tasks."""
+    """Also for other numbers of threads: the 3,136 tokens of three heads are split into several tasks."""
     inputs = make_inputs((1, 3, 3136, 32), dtype, device)
     first = results(ops.polarity_attention, inputs, 56, 56)
     threads = torch.get_num_threads()
@@ -206,7 +205,7 @@ def test_bit_identical_runs(device, dtype):
 
 
 def test_offsets_beyond_32_bits(device):
-    """The second image lies more than 2³¹ numbers behind the first; the memory between is never touched."""
+    """The second image is more than 2³¹ elements after the first; the memory between is never touched."""
     shape, apart = (2, 1, 12, 32), 2**31 + 64
     storage = torch.empty(apart + 3 * 12 * 32, dtype=torch.bfloat16, device=device)
     small = make_inputs(shape, torch.bfloat16, device)
@@ -221,10 +220,10 @@ def test_offsets_beyond_32_bits(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_forward_and_backward(device, dtype):
-    """Beyond inputs, output and gradients, which every implementation has: at most an eighth of eager's peak."""
+    """Peak memory beyond inputs, output and gradients: at most an eighth of eager's."""
     shape = (2, 1, 3136, 96)
     inputs = make_inputs(shape, dtype, device)
-    handed_out = 4 * np.prod(shape) * inputs[0].element_size()
+    unavoidable = 4 * np.prod(shape) * inputs[0].element_size()
 
     def peak(function) -> int:
         if device == "cuda":
@@ -237,7 +236,7 @@ def test_memory_of_forward_and_backward(device, dtype):
         changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
         return int(np.cumsum([event.nbytes() for event in sorted(changes, key=lambda e: e.start_ns())]).max())
 
-    assert peak(ops.polarity_attention) - handed_out <= (peak(reference.eager_polarity_attention) - handed_out) / 8
+    assert peak(ops.polarity_attention) - unavoidable <= (peak(reference.eager_polarity_attention) - unavoidable) / 8
 
 
 @pytest.mark.gpu
@@ -262,7 +261,7 @@ def test_own_stream():
     reason="without PyTorch's caching allocator, as under compute-sanitizer, a capture cannot allocate",
 )
 def test_cuda_graph():
-    """Captured after a warm-up on a side stream, as PyTorch asks for; replayed on other values."""
+    """Captured after the warm-up on a side stream that PyTorch requires; replayed with other values."""
     inputs = [x.detach() for x in make_inputs((2, 2, 196, 64), torch.bfloat16, "cuda")]
     warming = torch.cuda.Stream()
     warming.wait_stream(torch.cuda.current_stream())
@@ -284,9 +283,11 @@ def test_cuda_graph():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_lower_cpu_capabilities(capability):
-    """Their kernels, and bfloat16 without bfloat16 products, in a process of their own. Golden vectors are left out:
-    PyTorch's own linspace, from which the rotary angles come, differs there in the last place."""
-    selection = "low_precision or any_shape or exponents or normalizer_is_zero or no_memory"
+    """Kernels of lower instruction sets, and bfloat16 without a bfloat16 GEMM, in a separate process.
+
+    Golden vectors are excluded: PyTorch's linspace, from which the rotary frequencies come, differs there by one ulp.
+    """
+    selection = "low_precision or any_shape or exponents or zero_normalizers or uninitialised"
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and cpu", "-p", "no:cacheprovider", __file__]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)

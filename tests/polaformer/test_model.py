@@ -1,4 +1,4 @@
-"""The six models: sizes, the official implementation's numbers, timm's interface."""
+"""The six models: parameters and FLOPs, vectors of the official implementation, timm's interface."""
 
 import io
 
@@ -94,8 +94,8 @@ def test_initialisation():
             assert module.weight.std() < 0.03, name
             assert not module.bias.any(), name
     assert 0.018 < model.head.weight.std() < 0.022
-    width = model.stages[3].blocks[0].ffn.fc1.in_features
-    assert model.stages[3].blocks[0].ffn.fc1.weight.abs().max() <= width**-0.5  # PyTorch's own
+    fan_in = model.stages[3].blocks[0].ffn.fc1.in_features
+    assert model.stages[3].blocks[0].ffn.fc1.weight.abs().max() <= fan_in**-0.5  # PyTorch's default
 
 
 def test_drop_path_rises_over_all_blocks():
@@ -150,12 +150,12 @@ def test_timm_classifier_interface():
 
 @pytest.mark.parametrize("pooling", ["avg", "max", "avgmax"])
 def test_pooling(pooling):
-    """Pooling what the head gives for every place is what the head with that pooling gives."""
+    """Pooling the head's unpooled output equals the output of a head with that pooling."""
     model = timm.create_model("polaformerpp_b0", num_classes=0, global_pool="").eval()
     image = torch.randn(2, 3, 64, 96)
-    places = model(image)
-    assert places.shape == (2, 2048, 2, 3)
-    average, largest = places.mean((2, 3)), places.amax((2, 3))
+    unpooled = model(image)
+    assert unpooled.shape == (2, 2048, 2, 3)
+    average, largest = unpooled.mean((2, 3)), unpooled.amax((2, 3))
     expected = {"avg": average, "max": largest, "avgmax": (average + largest) / 2}[pooling]
     model.reset_classifier(0, pooling)
     torch.testing.assert_close(model(image), expected)
@@ -215,8 +215,8 @@ def test_layers_by_depth():
     model = timm.create_model("polaformerpp_b0")
     groups = group_parameters(model, model.group_matcher(), reverse=True)
     depths = [groups[name] for name, _ in model.named_parameters()]
-    assert depths == sorted(depths)  # state dicts name the layers in the order in which an image passes them
-    assert max(depths) == 9  # the stem is 0, each block is one deeper, and so is the classifier
+    assert depths == sorted(depths)  # parameters are in the order in which an image passes them
+    assert max(depths) == 9  # 0 is the stem; each block and the classifier are one deeper
     assert groups["stages.0.downsample.norm.bias"] == groups["stages.0.blocks.1.gamma_1"] == 2
     assert len(group_parameters(model, model.group_matcher(coarse=True))) == 6
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)
@@ -244,7 +244,7 @@ def test_vmap():
     torch.testing.assert_close(torch.func.vmap(model)(images)[:, 0], model(images[:, 0]), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_each_sample():
+def test_per_sample_gradients():
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     images = torch.randn(2, 3, 32, 64)
@@ -272,7 +272,7 @@ def test_torchscript():
         scripted(torch.randn(1, 3, 33, 32))
 
 
-def test_the_whole_model_in_a_file():
+def test_pickled_model():
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
     file = io.BytesIO()
     torch.save(model, file)
@@ -295,7 +295,7 @@ def test_the_whole_model_in_a_file():
         {"pretrained_cfg_overlay": {"mean": (0.5, 0.5, 0.5)}},
     ],
 )
-def test_timms_own_export(change, tmp_path):
+def test_timm_export(change, tmp_path):
     model = timm.create_model("polaformerpp_b0", num_classes=4)
     save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **change)
@@ -308,7 +308,7 @@ def test_timms_own_export(change, tmp_path):
         assert torch.equal(again.head.weight, model.head.weight)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_keeps_gradients():
     model = timm.create_model("polaformerpp_b0", num_classes=4, drop_path_rate=0.3)
     image = torch.randn(2, 3, 32, 32)
     grads = []
@@ -325,9 +325,11 @@ def test_gradient_checkpointing_changes_nothing():
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_to_one_graph(autocast):
-    """Forward and backward of training, without a break at the attention's kernels."""
+    """Forward and backward, without a graph break at the attention operator."""
     model = timm.create_model("polaformerpp_b0", num_classes=4).eval()
-    image = torch.randn(1, 3, 64, 64)  # oneDNN's AMX convolution from 4×2 to 2×1 pixels reads beyond its input
+    image = torch.randn(
+        1, 3, 64, 64
+    )  # at 64×32, oneDNN's AMX convolution from 4×2 to 2×1 pixels reads beyond its input
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         model.zero_grad()
@@ -335,7 +337,7 @@ def test_compiles_to_one_graph(autocast):
             logits = forward(image)
         logits.float().square().sum().backward()
         results.append([logits, *(parameter.grad for parameter in model.parameters())])
-    if autocast:  # gradients that are 0 but for rounding are not compared one by one
+    if autocast:  # not one by one: some gradients are 0 but for rounding
         eager, compiled = (torch.cat([x.float().flatten() for x in result]) for result in results)
         assert (compiled - eager).norm() < 0.05 * eager.norm()
     else:

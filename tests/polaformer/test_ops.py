@@ -1,4 +1,4 @@
-"""The operator: what PyTorch may assume of it, and that it computes what the reference computes."""
+"""The operator: PyTorch's contracts (opcheck, autograd, vmap, compile, export), and equality with the reference."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ DEVICES = [
 
 
 def projected_inputs(shape, dtype=torch.float32, device="cpu", seed=0) -> list[torch.Tensor]:
-    """q, k, v as the model passes them: strided views of one (B, N, 4C) projection; then the logits."""
+    """q, k, v as strided views of one (B, N, 4C) projection, as the model passes them, and the logits."""
     batch, heads, tokens, head_dim = shape
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(batch, tokens, 4 * heads * head_dim, generator=generator).to(device, dtype)
@@ -52,7 +52,7 @@ def test_opcheck(device, dtype):
 
 
 def test_reference_operator_warns_once(monkeypatch):
-    """The CUDA kernels call it for what they do not serve: float64 in silence, the rest with its reason."""
+    """The CUDA binding calls it for unsupported inputs: float64 silently, others with a reason."""
     inputs = projected_inputs((2, 3, 12, 8), torch.bfloat16)
     monkeypatch.setattr(ops, "_warn_once", functools.cache(ops._warn_once.__wrapped__))
     arguments = (*inputs, 3, 4, "no GPU of that kind")
@@ -88,7 +88,7 @@ def test_equals_reference(device, batch, heads, height, width, head_dim):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_keeps_nothing_larger_than_its_inputs():
+def test_saves_nothing_larger_than_its_inputs():
     inputs = projected_inputs((2, 2, 64, 8))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -116,7 +116,7 @@ def test_flops():
 
 
 def test_one_graph_for_every_size():
-    """Compiled with dynamic sizes: what the first one was compiled to serves ten others."""
+    """A model compiled with dynamic sizes serves ten further sizes without recompilation."""
     model, graphs, counts = timm.create_model("polaformerpp_b0", num_classes=10).eval(), [], []
 
     def count(graph, _inputs):
@@ -143,11 +143,11 @@ def test_exports_for_every_size():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the exporter's own
-def test_onnx_runs_at_sizes_it_has_not_seen(tmp_path):
+def test_onnx_runs_at_other_sizes(tmp_path):
     model, dim = timm.create_model("polaformerpp_b0", num_classes=10).eval(), torch.export.Dim
     sizes = {0: dim("batch"), 2: 32 * dim("rows", min=1, max=64), 3: 32 * dim("columns", min=1, max=64)}
     path = tmp_path / "model.onnx"
-    import onnxruntime  # here, since the other tests run on machines without it
+    import onnxruntime  # imported here: the other tests run without it
 
     torch.onnx.export(model, (torch.randn(2, 3, 96, 64),), path, dynamo=True, dynamic_shapes=(sizes,))
     session = onnxruntime.InferenceSession(path)
@@ -157,7 +157,7 @@ def test_onnx_runs_at_sizes_it_has_not_seen(tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing warns of every Python number
+@pytest.mark.filterwarnings("ignore")  # tracing warns about every Python number
 def test_a_traced_model_serves_its_size_and_refuses_others():
     model, images = timm.create_model("polaformerpp_b0", num_classes=10).eval(), torch.randn(2, 3, 64, 64)
     traced = torch.jit.trace(model, images)
@@ -209,12 +209,12 @@ def test_torch_func_differentiates_twice(device):
         lambda q: reference.polarity_attention(q, *others, 2, 3).square().sum(), q
     )
     torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
-    with torch.no_grad():  # of the caller, which torch.func overrides
+    with torch.no_grad():  # torch.func overrides the caller's mode
         torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
 
 
 def test_second_derivatives_of_mapped_logits():
-    """vmap over logits alone, while queries, keys and values are the same for all."""
+    """vmap over logits alone, with shared queries, keys and values."""
     q, k, v, *logits = (x.detach().double() for x in projected_inputs((1, 1, 6, 2)))
     many = torch.randn(3, *logits[0].shape, dtype=torch.float64)
     loss = lambda same, operator: operator(q, k, v, same, logits[1], 2, 3).square().sum()  # noqa: E731
@@ -227,8 +227,8 @@ def test_second_derivatives_of_mapped_logits():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, None, None), (2, None, 0, None, 0), (None, None, None, 0, 1)])
 @pytest.mark.filterwarnings("error")  # vmap's fallback would warn
-def test_vmap_and_gradients_of_each_sample(device, in_dims):
-    """Calls mapped over any of the arguments, their gradients, and the gradient of mapped calls."""
+def test_vmap_and_per_sample_gradients(device, in_dims):
+    """vmap over any subset of arguments, per-sample gradients, and gradients through vmap."""
     plain, calls = [x.detach() for x in projected_inputs((2, 3, 6, 4), torch.float64, device)], 5
     arguments = [
         x if dim is None else torch.randn(*x.shape[:dim], calls, *x.shape[dim:], dtype=x.dtype, device=device)
@@ -303,7 +303,7 @@ def test_wrong_arguments_of_the_raw_gradient(device, name, number, change, messa
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_ten_thousand_random_calls(device, tmp_path):
-    """End in errors and right answers alone; on the CPU under the address sanitizer, where the compiler has one."""
+    """Every call raises or returns the right result; on the CPU under the address sanitizer, where available."""
     environment = dict(os.environ)
     if device == "cpu" and Path(find_library("libasan.so")).is_absolute():
         environment |= build_sanitized(tmp_path)
@@ -313,12 +313,12 @@ def test_ten_thousand_random_calls(device, tmp_path):
     assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-4000:]}"
     counts = json.loads(finished.stdout)
     assert sum(counts.values()) == 10_000
-    assert len(counts) == 8  # each of four operators refused some and computed some
+    assert len(counts) == 8  # each of the four operators refused some and computed some
     assert min(counts.values()) > 500
 
 
 def build_sanitized(folder: Path) -> dict[str, str]:
-    """Builds the CPU's kernels with the address sanitizer into a copy of polaformer; the variables that run it."""
+    """Build the CPU kernels with the address sanitizer into a copy of polaformer; return its environment variables."""
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = os.environ | {"POLAFORMER_KERNELS": "cpu", "CFLAGS": "-fsanitize=address -g1"}
     built = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -327,12 +327,12 @@ def build_sanitized(folder: Path) -> dict[str, str]:
         shutil.copy(file, folder / "polaformer")
     return {
         "LD_PRELOAD": f"{find_library('libasan.so')} {find_library('libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # of Python's own
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
         "PYTHONPATH": str(folder),
     }
 
 
 def find_library(name: str) -> str:
-    """The compiler's own library, or its bare name if it has none."""
+    """Path of the compiler's own library, or the bare name if it has none."""
     command = [os.environ.get("CXX", "c++"), f"-print-file-name={name}"]
     return subprocess.check_output(command, text=True).strip()

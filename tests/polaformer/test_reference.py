@@ -1,4 +1,4 @@
-"""The oracle against the official implementation's own numbers, and its gradients against finite differences."""
+"""The reference against vectors of the official implementation, its gradients against finite differences."""
 
 import pytest
 import torch
@@ -46,16 +46,16 @@ def test_backward_equals_autograd(relative_error):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_rounded_once(relative_error, dtype):
+def test_low_precision_rounds_once(relative_error, dtype):
     inputs = [x.detach().to(dtype) for x in random_inputs()]
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach inside
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # must have no effect
         out = reference.polarity_attention(*inputs, 3, 5)
     assert out.dtype == dtype
     exact = reference.polarity_attention(*(x.double() for x in inputs), 3, 5)
     assert relative_error(out, exact) < torch.finfo(dtype).eps
 
 
-def test_small_features_are_not_lost(relative_error):
+def test_small_features_keep_precision(relative_error):
     inputs = [x.detach() * scale for x, scale in zip(random_inputs(), (1e-3, 1e-3, 1, 1, 1), strict=True)]
     out = reference.polarity_attention(*(x.bfloat16() for x in inputs), 3, 5)
     exact = reference.polarity_attention(*(x.bfloat16().double() for x in inputs), 3, 5)

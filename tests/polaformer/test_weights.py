@@ -1,4 +1,4 @@
-"""Official checkpoints and safetensors, in and out; strict either way. Files that are neither."""
+"""Strict loading and saving of official checkpoints and safetensors; errors for other files."""
 
 import argparse
 import collections
@@ -80,7 +80,7 @@ def test_new_head(official, tmp_path):
 
 
 @pytest.mark.parametrize("feature_cls", ["getter", "fx", "hook"])
-def test_features_are_strict_about_what_they_keep(official, tmp_path, feature_cls):
+def test_feature_wrappers_load_strictly(official, tmp_path, feature_cls):
     state = {name: value for name, value in official.items() if name != "layers.0.blocks.1.ffn.fc1.bias"}
     torch.save(state | {"layers.0.surprise": torch.zeros(1), "surprise": torch.zeros(1)}, tmp_path / "wrong.pth")
     faults = r"missing layers\.0\.blocks\.1\.ffn\.fc1\.bias; unexpected layers\.0\.surprise; unexpected surprise"
@@ -101,7 +101,7 @@ def create(path: Path, **options) -> torch.nn.Module:
     return timm.create_model("polaformerpp_b0", pretrained=True, pretrained_cfg_overlay=overlay, **options)
 
 
-def test_timms_pretrained(official_file, official):
+def test_pretrained(official_file, official):
     assert_holds(create(official_file), official)
 
 
@@ -139,7 +139,7 @@ def test_pretrained_is_strict(official, tmp_path, naming, num_classes):
 
 
 def foreign_object(folder: Path) -> object:
-    """An object of a class whose module is gone by the time that a file with it is read."""
+    """Object of a class whose module no longer exists when the file is read."""
     (folder / "vanished.py").write_text("class Config:\n    def __init__(self):\n        self.depth = 3\n")
     sys.path.insert(0, str(folder))
     try:
@@ -199,7 +199,7 @@ def test_objects_that_cannot_be_left_out(official, tmp_path):
     )
 
 
-def test_files_that_are_no_checkpoint(official, tmp_path):
+def test_files_that_are_not_checkpoints(official, tmp_path):
     model, path = timm.create_model("polaformerpp_b0"), tmp_path / "file.pth"
 
     def refuse(content: bytes, message: str, path: Path = path) -> None:

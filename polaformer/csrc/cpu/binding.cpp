@@ -1,5 +1,5 @@
-// Polarity attention on the CPU as PyTorch sees it: implements the schemas of polaformer/ops.py, checks and prepares
-// tensors, picks the kernels for this processor.
+// PyTorch bindings of the CPU kernels: implements the schemas of polaformer/ops.py, checks and prepares tensors,
+// selects the instruction set.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -20,7 +20,7 @@ namespace {
 
 using at::Tensor;
 
-// The kernels for this processor, or for the lesser one that ATEN_CPU_CAPABILITY names.
+// The kernels for this CPU, or for the lower capability that ATEN_CPU_CAPABILITY names.
 const Kernels& kernels() {
 #if defined(__x86_64__)
   const std::string capability = at::get_cpu_capability();
@@ -30,7 +30,7 @@ const Kernels& kernels() {
 #endif
 }
 
-// Whether PyTorch multiplies bfloat16 matrices in hardware here (AMX or AVX512-BF16). It refuses where it does not.
+// Whether PyTorch has a bfloat16 GEMM for this CPU (AMX or AVX512-BF16); brgemm throws if it has not.
 bool has_bf16_gemm() {
   static const bool has = [] {
     const std::vector<at::BFloat16> ones(32 * 32, 1.f);
@@ -76,36 +76,52 @@ class TorchRuntime final : public Runtime {
 
 at::ScalarType compute_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-// x in a type that the kernels read, its D numbers side by side.
+// x in a dtype that the kernels read, with a last stride of 1.
 Tensor to_kernel_layout(const Tensor& x) {
   const Tensor wide = x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x;
   return wide.stride(3) == 1 || wide.size(3) == 1 ? wide : wide.contiguous();
 }
 
-// A tensor of x's shape and type, in memory (B, N, H, D).
+// An uninitialised tensor like x in the memory layout of a contiguous (B, N, H, D).
 Tensor empty_bnhd(const Tensor& x) {
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
 }
 
-// x in the caller's type: float16, for which the kernels wrote float32, holds no more than 65,504.
+// x in the caller's dtype. For float16 the kernels wrote float32, which is clamped to ±65,504.
 Tensor clamp_to_dtype(const Tensor& x, at::ScalarType type) {
   return type == at::kHalf ? x.clamp(-65504.0, 65504.0).to(type) : x;
 }
 
-StridedTensor rows(const Tensor& x) {
+StridedTensor strided(const Tensor& x) {
   const Type type = x.scalar_type() == at::kDouble  ? Type::float64
                     : x.scalar_type() == at::kFloat ? Type::float32
                                                     : Type::bfloat16;
   return {x.data_ptr(), type, x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// The rotation angle of each pair per unit of distance, as polaformer/layers.py has it.
+// Angle per unit of distance of each rotated pair, as in polaformer/layers.py.
 Tensor rotary_frequencies(int64_t head_dim) { return at::pow(10000.0, at::linspace(0, 1, head_dim / 2)).reciprocal(); }
 
-Problem problem(const Tensor& q, int64_t height, int64_t width, const Tensor& frequencies) {
-  const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_gemm();
-  return {q.size(0), q.size(1), height, width, int(q.size(3)), bf16, frequencies.const_data_ptr<float>()};
-}
+// The tensors that both passes read, as the kernels need them; they must outlive the call.
+struct KernelInputs {
+  Tensor q, k, v, same_logits, opposite_logits, frequencies;
+
+  KernelInputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
+               const Tensor& opposite_logits)
+      : q(to_kernel_layout(q)),
+        k(to_kernel_layout(k)),
+        v(to_kernel_layout(v)),
+        same_logits(same_logits.to(compute_type(q)).contiguous()),
+        opposite_logits(opposite_logits.to(compute_type(q)).contiguous()),
+        frequencies(rotary_frequencies(q.size(3))) {}
+
+  CommonParams params(int64_t height, int64_t width) const {
+    const bool bf16 = q.scalar_type() == at::kBFloat16 && has_bf16_gemm();
+    const Problem problem{
+        q.size(0), q.size(1), height, width, int(q.size(3)), bf16, frequencies.const_data_ptr<float>()};
+    return {problem, strided(q), strided(k), strided(v), same_logits.data_ptr(), opposite_logits.data_ptr()};
+  }
+};
 
 using Inputs = const Tensor&;
 
@@ -117,18 +133,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Inputs q, Inputs k, Inputs v,
   const Tensor state = at::empty({batch, heads, 2 * head_dim, head_dim}, compute_options);
   const Tensor key_mean = at::empty({batch, heads, 2 * head_dim}, compute_options);
   const Tensor key_shift = at::empty({batch, heads, head_dim}, compute_options);
-  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), out = empty_bnhd(q_rows);
+  const KernelInputs inputs(q, k, v, same_logits, opposite_logits);
+  const Tensor out = empty_bnhd(inputs.q);
   if (q.numel() == 0) {
     for (const Tensor& x : {state, key_mean, key_shift}) x.zero_();
   } else {
-    const Tensor frequencies = rotary_frequencies(head_dim);
-    const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
-    const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
     TorchRuntime runtime;
-    kernels().forward({problem(q, height, width, frequencies), rows(q_rows), rows(k_rows), rows(v_rows), rows(out),
-                       same.data_ptr(), opposite.data_ptr(), state.data_ptr(), key_mean.data_ptr(),
-                       key_shift.data_ptr()},
-                      runtime);
+    kernels().forward(
+        {inputs.params(height, width), strided(out), state.data_ptr(), key_mean.data_ptr(), key_shift.data_ptr()},
+        runtime);
   }
   return {clamp_to_dtype(out, q.scalar_type()), state, key_mean, key_shift};
 }
@@ -139,24 +152,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(Inputs grad_out, Inp
                                                             int64_t width) {
   check_inputs(at::kCPU, q, k, v, same_logits, opposite_logits, height, width);
   check_saved(grad_out, q, state, key_mean, key_shift);
-  const auto compute_options = q.options().dtype(compute_type(q));
-  const Tensor same = same_logits.to(compute_options.dtype()).contiguous();
-  const Tensor opposite = opposite_logits.to(compute_options.dtype()).contiguous();
-  const Tensor grad_same = at::zeros_like(same), grad_opposite = at::zeros_like(opposite);
-  const Tensor q_rows = to_kernel_layout(q), k_rows = to_kernel_layout(k), v_rows = to_kernel_layout(v), grad_rows = to_kernel_layout(grad_out);
-  const Tensor grad_q = empty_bnhd(q_rows), grad_k = empty_bnhd(q_rows), grad_v = empty_bnhd(q_rows);
+  const KernelInputs inputs(q, k, v, same_logits, opposite_logits);
+  const Tensor grad_same = at::zeros_like(inputs.same_logits), grad_opposite = at::zeros_like(inputs.opposite_logits);
+  const Tensor grad_q = empty_bnhd(inputs.q), grad_k = empty_bnhd(inputs.q), grad_v = empty_bnhd(inputs.q);
   if (q.numel() > 0) {
-    const Tensor frequencies = rotary_frequencies(q.size(3)), s = state.contiguous(), m = key_mean.contiguous();
-    const Tensor shift = key_shift.contiguous();
+    const Tensor grad_rows = to_kernel_layout(grad_out), saved_state = state.contiguous();
+    const Tensor saved_mean = key_mean.contiguous(), saved_shift = key_shift.contiguous();
     TorchRuntime runtime;
-    kernels().backward({problem(q, height, width, frequencies), rows(grad_rows), rows(q_rows), rows(k_rows), rows(v_rows),
-                        rows(grad_q), rows(grad_k), rows(grad_v), same.data_ptr(), opposite.data_ptr(), s.data_ptr(),
-                        m.data_ptr(), shift.data_ptr(), grad_same.data_ptr(), grad_opposite.data_ptr()},
+    kernels().backward({inputs.params(height, width), strided(grad_rows), strided(grad_q), strided(grad_k),
+                        strided(grad_v), saved_state.data_ptr(), saved_mean.data_ptr(), saved_shift.data_ptr(),
+                        grad_same.data_ptr(), grad_opposite.data_ptr()},
                        runtime);
   }
   const auto type = q.scalar_type();
-  return {clamp_to_dtype(grad_q, type), clamp_to_dtype(grad_k, type), clamp_to_dtype(grad_v, type), grad_same.to(same_logits.scalar_type()),
-          grad_opposite.to(opposite_logits.scalar_type())};
+  return {clamp_to_dtype(grad_q, type), clamp_to_dtype(grad_k, type), clamp_to_dtype(grad_v, type),
+          grad_same.to(same_logits.scalar_type()), grad_opposite.to(opposite_logits.scalar_type())};
 }
 
 }  // namespace

@@ -1,23 +1,24 @@
-// From exponents to rotated features of a tile, with and without a shift.
+// Features of a tile of keys or queries: exponentials, rotation, normalizers; with and without a shift.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-// What a tile's elementwise work leaves for the products and for backward.
+// Output of the elementwise work on a tile, for the matrix products and for backward.
 template <class R>
 struct Features {
-  R* rotated;  // (kTile, F), ready for the product with the state
-  R* active;  // (kTile, W): the feature of the part that is not zero
-  R* slope;   // (kTile, W): its derivative
+  R* rotated;  // (kTile, F): rotated features, to be multiplied by the state
+  R* active;   // (kTile, W): the feature of the nonzero part
+  R* slope;    // (kTile, W): its derivative
 };
 
-// e^(x − shift) − e^(−shift) for a positive exponent; reference.py says why in this way.
+// e^(x − shift) − e^(−shift) for a positive exponent, without cancellation or overflow; see reference.py.
 template <class R>
 inline R shifted_feature(R x, R shift) {
   const R small = x < R(kMaxUnshiftedExponent) ? x : R(kMaxUnshiftedExponent);
   const R feature = R(__builtin_expm1(small) * __builtin_exp(-shift));
-  return x <= R(kMaxUnshiftedExponent) ? feature
-                               : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kMaxUnshiftedExponent) - shift));
+  return x <= R(kMaxUnshiftedExponent)
+             ? feature
+             : feature + R(__builtin_exp(x - shift) - __builtin_exp(R(kMaxUnshiftedExponent) - shift));
 }
 
 template <class R>
@@ -30,8 +31,8 @@ void rotate_tile(const Tile<R>& tile, const Sizes& s, R* features) {
     }
 }
 
-// Features of keys without a shift. Adds them to sums (F); returns the largest exponent: above kMaxUnshiftedExponent the
-// result is of no use, and shifted_key_features has to be called.
+// Features of keys without a shift. Adds them to sums (F) unless for_backward. Returns the largest exponent; if it
+// exceeds kMaxUnshiftedExponent, discard the results and call shifted_key_features.
 template <class R, bool for_backward>
 R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R>& out, R* sums) {
   Vec<R> largest{};
@@ -62,7 +63,7 @@ R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R
   return max_of<R>(largest);
 }
 
-// The same for any exponents; shift: (F).
+// The same for exponents of any size; shift: (F).
 template <class R>
 void shifted_key_features(const Tile<R>& tile, const Sizes& s, const R* k, const R* shift, const Features<R>& out,
                           R* sums) {
@@ -79,17 +80,17 @@ void shifted_key_features(const Tile<R>& tile, const Sizes& s, const R* k, const
   rotate_tile(tile, s, out.rotated);
 }
 
-// What a query's features are made with: one flow of one head.
+// Parameters of the query features of one head in one flow.
 template <class R>
 struct Flow {
-  bool swap;             // the opposite flow takes the parts of −q
-  const R* temperature;  // (F): the logistic function of the logits
+  bool swap;             // the opposite-sign flow takes the features of −q
+  const R* temperature;  // (F): logistic function of the logits
   const R* key_mean;     // (F)
   const R* key_shift;    // (F)
-  bool shifted;          // whether any of it is not 0
+  bool shifted;          // whether key_shift has any element that is not 0
 };
 
-// Features of queries without a shift, and their normalizers (kTile). Returns as key_features does.
+// Features of queries without a shift, and their normalizers (kTile). Returns the largest exponent, as above.
 template <class R, bool for_backward>
 R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow, const Features<R>& out,
                  R* normalizer) {
@@ -118,7 +119,7 @@ R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>&
   return max_of<R>(largest);
 }
 
-// The same for any exponents of queries and keys.
+// The same for exponents of queries and keys of any size.
 template <class R>
 void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow,
                             const Features<R>& out, R* normalizer) {
@@ -153,18 +154,19 @@ void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, con
 template <class R, bool for_backward>
 void any_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow, const Features<R>& out,
                         R* normalizer) {
-  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kMaxUnshiftedExponent)) return;
+  if (!flow.shifted && query_features<R, for_backward>(tile, s, q, flow, out, normalizer) <= R(kMaxUnshiftedExponent))
+    return;
   shifted_query_features(tile, s, q, flow, out, normalizer);
 }
 
-// Lets `runtime` run body(task, thread) for each task.
+// Runs body(task, thread) for every task on the threads of `runtime`.
 template <class Body>
 void run_parallel(Runtime& runtime, int64_t tasks, Body&& body) {
   auto call = [](void* context, int64_t task, int thread) { (*static_cast<Body*>(context))(task, thread); };
   runtime.parallel(tasks, call, &body);
 }
 
-// Temperatures of all heads in the padded layout: (H, 2, F), the same flow first.
+// Temperatures of all heads in the padded layout: (H, 2, F), the same-sign flow first.
 template <class R>
 R* make_temperatures(const Sizes& s, const void* same_logits, const void* opposite_logits, Runtime& runtime) {
   R* all = static_cast<R*>(runtime.allocate(s.heads * 2 * s.F * sizeof(R)));
@@ -178,7 +180,7 @@ R* make_temperatures(const Sizes& s, const void* same_logits, const void* opposi
   return all;
 }
 
-// One head's saved numbers in the padded layout.
+// Saved tensors of one head in the padded layout.
 template <class R>
 struct SavedHead {
   R *key_mean, *key_shift;  // (F)
@@ -196,7 +198,7 @@ struct SavedHead {
   }
 };
 
-// The state of a head, (2D, D), in the padded layout: as it is, (F, V), or transposed, (V, F).
+// Copies the (2D, D) state of a head to the padded layout: (F, V), or (V, F) if transposed.
 template <class R>
 void unpack_state(const Sizes& s, const R* state, bool transposed, R* out) {
   for (int64_t i = 0; i < int64_t(s.F) * s.V; ++i) out[i] = 0;

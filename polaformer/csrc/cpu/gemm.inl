@@ -1,13 +1,13 @@
-// Gemm of small matrices whose operands lie in the cache: in the compute type by our own register blocks, in
-// bfloat16 by PyTorch's kernel for this processor.
+// GEMM of small matrices that are in the cache: in the compute type by register blocks of our own, in bfloat16 by
+// PyTorch's kernel for this CPU.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-// A block of `rows` × `columns` vectors of C, held in registers: C = A B or C += A B.
+// Register block of rows × columns vectors of C: C = A B, or C += A B if `add`.
 template <class R, int rows, int columns>
 inline void micro_kernel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row,
-                           int depth, bool add) {
+                         int depth, bool add) {
   constexpr int lanes = Simd<R>::lanes;
   Vec<R> sums[rows][columns];
   for (int i = 0; i < rows; ++i)
@@ -26,7 +26,7 @@ inline void micro_kernel(const R* a, int64_t a_row, int64_t a_column, const R* b
 
 template <class R, int columns>
 void gemm_panel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t b_row, R* c, int64_t c_row, int m,
-                    int depth, bool add) {
+                int depth, bool add) {
   constexpr int rows = POLAFORMER_BLOCK_ROWS;
   int i = 0;
   for (; i + rows <= m; i += rows)
@@ -35,7 +35,7 @@ void gemm_panel(const R* a, int64_t a_row, int64_t a_column, const R* b, int64_t
     micro_kernel<R, 1, columns>(a + i * a_row, a_row, a_column, b, b_row, c + i * c_row, c_row, depth, add);
 }
 
-// Gemm in the compute type: operands are used where they lie.
+// GEMM in the compute type: operands are used in place, "packing" copies nothing.
 template <class R>
 struct DirectGemm {
   using Real = R;
@@ -61,18 +61,17 @@ struct DirectGemm {
       gemm_panel<R, 3>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
     for (; j + 2 * lanes <= n; j += 2 * lanes)
       gemm_panel<R, 2>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
-    for (; j < n; j += lanes)
-      gemm_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
+    for (; j < n; j += lanes) gemm_panel<R, 1>(a.data, a.row, a.column, b.data + j, b.row, c + j, c_row, m, depth, add);
   }
 };
 
-// The bits of floats rounded to bfloat16 (nearest, ties to even), in the upper halves of the words.
+// Bits of floats rounded to bfloat16 (to nearest even), in the upper halves of the words.
 inline Words rounded(Vec<float> x) {
   const Words bits = __builtin_bit_cast(Words, x);
   return bits + 0x7fff + ((bits >> 16) & 1);
 }
 
-// Gemm in bfloat16 with float32 sums, by PyTorch's kernel for this processor: operands are rounded into buffers.
+// GEMM in bfloat16 with float32 accumulation by PyTorch's kernel: packing rounds operands into buffers.
 struct Bf16Gemm {
   using Real = float;
   struct OperandA {
@@ -88,16 +87,15 @@ struct Bf16Gemm {
   static constexpr int64_t packed_a_bytes(int m, int depth) { return 2L * m * depth; }
   static constexpr int64_t packed_b_bytes(int depth, int n) { return 2L * depth * n; }
 
-  // x (M, depth), contiguous
+  // A = x, (M, depth) contiguous.
   static OperandA pack_a(const float* x, int m, int depth, void* buffer) {
     auto* out = static_cast<uint16_t*>(buffer);
     for (int64_t i = 0; i < int64_t(m) * depth; i += Simd<float>::lanes)
-      *reinterpret_cast<HalfWords*>(out + i) =
-          __builtin_convertvector(rounded(load(x + i)) >> 16, HalfWords);
+      *reinterpret_cast<HalfWords*>(out + i) = __builtin_convertvector(rounded(load(x + i)) >> 16, HalfWords);
     return {out, depth};
   }
 
-  // The transpose of x (depth, M), contiguous
+  // A = the transpose of x, (depth, M) contiguous.
   static OperandA pack_a_transposed(const float* x, int m, int depth, void* buffer) {
     alignas(64) int32_t block[16][16];
     auto* out = static_cast<int32_t*>(buffer);
@@ -111,7 +109,7 @@ struct Bf16Gemm {
     return {static_cast<uint16_t*>(buffer), depth};
   }
 
-  // x (depth, N) with rows `row` apart
+  // B = x, (depth, N) with rows `row` apart.
   static OperandB pack_b(const float* x, int row, int depth, int n, void* buffer) {
     auto* out = static_cast<int32_t*>(buffer);
     for (int k = 0; k < depth; k += 2)
@@ -120,7 +118,7 @@ struct Bf16Gemm {
     return {static_cast<uint16_t*>(buffer), n};
   }
 
-  // Pairs of x and of the row below it, in the lower and the upper half of each word.
+  // Pairs of elements of x and of the row below, in the lower and upper halves of each word, as brgemm's B needs them.
   static Words interleaved(const float* x, int64_t row) {
     return (rounded(load(x + row)) & -65536) | ((rounded(load(x)) >> 16) & 0xffff);
   }

@@ -1,5 +1,5 @@
-// Between the binding, which knows PyTorch, and the kernels, which are compiled once for each instruction set and
-// know nothing but what stands here.
+// Interface between the binding, which uses PyTorch, and the kernels, which are compiled once per instruction set and
+// include no other header.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace polaformer {
 
 enum class Type { float32, bfloat16, float64 };
 
-// A (B, H, N, D) tensor whose D numbers lie side by side; strides in elements, not bytes.
+// A (B, H, N, D) tensor; strides in elements, not bytes; the last stride is 1.
 struct StridedTensor {
   void* data = nullptr;
   Type type = Type::float32;
@@ -18,28 +18,31 @@ struct StridedTensor {
 struct Problem {
   int64_t batch, heads, height, width;
   int head_dim;
-  bool bf16_gemm;  // multiply matrices in bfloat16 with float32 sums, by `multiply_bf16`
-  const float* frequencies;  // (D/2): the rotation angle of each pair per unit of distance
+  bool bf16_gemm;            // multiply matrices by Runtime::multiply_bf16
+  const float* frequencies;  // (D/2): angle per unit of distance of each pair
 };
 
-// Everything in the compute type, float or double, contiguous: logits (H, 2D), state (B, H, 2D, D), key_mean
-// (B, H, 2D), key_shift (B, H, D). Gradients of logits are (H, 2D) too.
-struct Forward {
+// All pointers are to contiguous tensors in the compute type, float or double: logits and their gradients (H, 2D),
+// state (B, H, 2D, D), key_mean (B, H, 2D), key_shift (B, H, D).
+struct CommonParams {
   Problem problem;
-  StridedTensor q, k, v, out;
+  StridedTensor q, k, v;
   const void *same_logits, *opposite_logits;
+};
+
+struct ForwardParams : CommonParams {
+  StridedTensor out;
   void *state, *key_mean, *key_shift;
 };
 
-struct Backward {
-  Problem problem;
-  StridedTensor grad_out, q, k, v, grad_q, grad_k, grad_v;
-  const void *same_logits, *opposite_logits, *state, *key_mean, *key_shift;
+struct BackwardParams : CommonParams {
+  StridedTensor grad_out, grad_q, grad_k, grad_v;
+  const void *state, *key_mean, *key_shift;
   void *grad_same, *grad_opposite;
 };
 
-// What the kernels need of PyTorch. `allocate` gives uninitialised memory, aligned to 64 bytes, that lives as long as
-// the call. `multiply_bf16` is C (M, N) = A (M, K) B, or added to C, where B's rows are interleaved in pairs.
+// Services of PyTorch. `allocate` returns uninitialised memory, aligned to 64 bytes, that lives as long as the call.
+// `multiply_bf16` computes C (M, N) = A (M, K) B, or adds to C if `add`; B's rows are interleaved in pairs.
 struct Runtime {
   virtual ~Runtime() = default;
   virtual int threads() = 0;
@@ -51,8 +54,8 @@ struct Runtime {
 
 struct Kernels {
   const char* instruction_set;
-  void (*forward)(const Forward&, Runtime&);
-  void (*backward)(const Backward&, Runtime&);
+  void (*forward)(const ForwardParams&, Runtime&);
+  void (*backward)(const BackwardParams&, Runtime&);
 };
 
 extern const Kernels kBaseline;

@@ -1,12 +1,12 @@
-// Polarity attention, forward and backward, for one instruction set: the including file names it (POLAFORMER_ISA) and
-// sets the compiler's target. No header of the standard library or of PyTorch may be included below that point, lest
-// its inline functions be compiled for a processor that the rest of the program cannot assume.
+// Polarity attention, forward and backward, for one instruction set: the including file defines POLAFORMER_ISA and sets
+// the compiler's target. No standard or PyTorch header may be included below that point: its inline functions would be
+// compiled for a CPU that the rest of the program must not require.
 //
-// Both passes go over tiles of kTile tokens whose features live in the cache: elementwise work on vectors, then
-// products of matrices. A row of D numbers is padded with zeros to W, whole vectors; 2D features to F = 2W, positive
-// parts first; the two halves of a value row to M each, V = 2M. The state is kept transposed, (V, F), since then every
-// product over tokens reads rows. Work is cut by the shape alone and sums are formed in a fixed order: the same bits
-// on any number of threads.
+// Both passes process tiles of kTile tokens whose features stay in the cache: vectorised elementwise work, then matrix
+// products. A row of D elements is zero-padded to W, a multiple of the vector length; 2D features to F = 2W, positive
+// parts first; each half of a value row to M, with V = 2M. The state is stored transposed, (V, F), so that every
+// product over tokens reads rows. Work is divided by shape alone and sums have a fixed order: results are bit-identical
+// for any number of threads.
 
 #include "cpu/simd.inl"
 #include "cpu/gemm.inl"
@@ -18,23 +18,19 @@
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-inline void forward(const Forward& call, Runtime& runtime) {
-  if (call.q.type == Type::float64)
-    ForwardPass<DirectGemm<double>>(call, runtime).run();
-  else if (call.problem.bf16_gemm)
-    ForwardPass<Bf16Gemm>(call, runtime).run();
+// Runs a pass with the matrix products of its dtype.
+template <template <class> class Pass, class Params>
+void run_pass(const Params& params, Runtime& runtime) {
+  if (params.q.type == Type::float64)
+    Pass<DirectGemm<double>>(params, runtime).run();
+  else if (params.problem.bf16_gemm)
+    Pass<Bf16Gemm>(params, runtime).run();
   else
-    ForwardPass<DirectGemm<float>>(call, runtime).run();
+    Pass<DirectGemm<float>>(params, runtime).run();
 }
 
-inline void backward(const Backward& call, Runtime& runtime) {
-  if (call.q.type == Type::float64)
-    BackwardPass<DirectGemm<double>>(call, runtime).run();
-  else if (call.problem.bf16_gemm)
-    BackwardPass<Bf16Gemm>(call, runtime).run();
-  else
-    BackwardPass<DirectGemm<float>>(call, runtime).run();
-}
+inline void forward(const ForwardParams& params, Runtime& runtime) { run_pass<ForwardPass>(params, runtime); }
+inline void backward(const BackwardParams& params, Runtime& runtime) { run_pass<BackwardPass>(params, runtime); }
 
 }  // namespace POLAFORMER_ISA
 }  // namespace polaformer

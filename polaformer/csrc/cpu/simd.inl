@@ -1,4 +1,4 @@
-// Vectors of the including instruction set, through the compiler's own vector types.
+// SIMD vectors of the including file's instruction set, as compiler vector extensions.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {

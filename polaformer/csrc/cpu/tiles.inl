@@ -1,22 +1,30 @@
-// How a problem is cut: padded sizes, tasks, tiles of tokens, rotary tables; rows into tiles and back.
+// Tiling: padded sizes, tasks and splits, tiles of tokens, rotary tables, loads and stores of tiles.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-constexpr int kTile = 64;  // tokens; a last tile may have fewer, its rows beyond the last token are zeros
-constexpr int kRowMultiple = 32;  // a tile's rows are a multiple of these, as matrix units want it
+constexpr int kTile = 64;         // tokens; the last tile may have fewer, with zero rows beyond the last token
+constexpr int kRowMultiple = 32;  // rows of a tile are padded to a multiple of this for the matrix units (AMX)
 constexpr int64_t kTokensPerTask = 1024;
 
 struct Sizes {
   int64_t batch, heads, tokens, height, width;
   int D, W, F, M, V;
-  int64_t tasks_per_head, tokens_per_task;  // of work without sums over tokens
-  int64_t splits, tokens_per_split;           // of work with them: each split has its own sums
+  int64_t tasks_per_head, tokens_per_task;  // for work without sums over tokens
+  int64_t splits, tokens_per_split;         // for work with them; each split has its own partial sums
 
   Sizes(const Problem& p, int lanes)
-      : batch(p.batch), heads(p.heads), tokens(p.height * p.width), height(p.height), width(p.width), D(p.head_dim),
-        W(padded(D, lanes)), F(2 * W), M(padded(D / 2, lanes)), V(2 * M) {
-    constexpr int64_t enough = 256;  // tasks to keep any processor busy
+      : batch(p.batch),
+        heads(p.heads),
+        tokens(p.height * p.width),
+        height(p.height),
+        width(p.width),
+        D(p.head_dim),
+        W(padded(D, lanes)),
+        F(2 * W),
+        M(padded(D / 2, lanes)),
+        V(2 * M) {
+    constexpr int64_t enough = 256;  // enough tasks to keep any CPU busy
     tasks_per_head = ceil(tokens, kTokensPerTask);
     const int64_t wanted = ceil(enough, batch * heads);
     splits = tasks_per_head < wanted ? tasks_per_head : wanted;
@@ -26,12 +34,12 @@ struct Sizes {
   static int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
   static int64_t padded_to_tile(int64_t count) { return ceil(count, kTile) * kTile; }
   int64_t batch_heads() const { return batch * heads; }
-  // Of 2D features, or of D values, where the padded layout keeps number `i`.
+  // Padded index of feature i of 2D, and of value i of D.
   int feature(int i) const { return i < D ? i : W + i - D; }
   int value(int i) const { return i < D / 2 ? i : M + i - D / 2; }
 };
 
-// Hands out pieces of one thread's workspace. First asked with no memory, it counts.
+// Allocates from one thread's workspace. With null memory it only counts.
 struct Arena {
   char* memory;
   int64_t used = 0;
@@ -46,19 +54,19 @@ struct Arena {
   }
 };
 
-// The cosine and the signed sine of each feature's rotation: rotated[i] = x[i]·cosine[i] + x[i ^ 1]·sine[i].
+// Cosine and signed sine of each feature's rotation: rotated[i] = x[i]·cosine[i] + x[i ^ 1]·sine[i].
 template <class R>
 struct RotaryTables {
   const R *rows, *columns;  // (height, 2W), (width, 2W): W cosines, W sines
 
   static const R* table(const Sizes& s, const float* frequencies, int64_t length, Runtime& runtime) {
     R* table = static_cast<R*>(runtime.allocate(length * 2 * s.W * sizeof(R)));
-    for (int64_t place = 0; place < length; ++place)
+    for (int64_t position = 0; position < length; ++position)
       for (int i = 0; i < s.W; i += 2) {
-        const R angle = i < s.D ? R(place) * R(frequencies[i / 2]) : R(0);
+        const R angle = i < s.D ? R(position) * R(frequencies[i / 2]) : R(0);
         const R cosine = sizeof(R) == 4 ? __builtin_cosf(angle) : __builtin_cos(angle);
         const R sine = sizeof(R) == 4 ? __builtin_sinf(angle) : __builtin_sin(angle);
-        R* pair = table + place * 2 * s.W + i;
+        R* pair = table + position * 2 * s.W + i;
         pair[0] = pair[1] = cosine;
         pair[s.W] = -sine;
         pair[s.W + 1] = sine;
@@ -74,19 +82,22 @@ inline char* address(const StridedTensor& rows, int64_t batch, int64_t head, int
   return static_cast<char*>(rows.data) + number * bytes_of(rows.type);
 }
 
-// Some tokens of one head, and their rotations.
+// A range of up to kTile tokens of one head, with their rotations.
 template <class R>
 struct Tile {
   int64_t batch, head, first;
-  int count, rows;  // tokens, and rows of the tile
+  int count, rows;  // tokens, and padded rows
   const R *row[kTile], *column[kTile];
-  const char *ahead[2];  // where the next tile begins in two of the tensors that are read
-  int64_t ahead_bytes[2];  // from one of its tokens to the next
+  const char* ahead[2];    // address of the next tile in two of the tensors that are read
+  int64_t ahead_bytes[2];  // stride of tokens in these tensors, in bytes
 
-  Tile(const Sizes& s, const RotaryTables<R>& rotary, int64_t of_head, int64_t first, int64_t end, const StridedTensor& read,
-       const StridedTensor& read_too)
-      : batch(of_head / s.heads), head(of_head % s.heads), first(first),
-        count(end - first < kTile ? end - first : kTile), rows(padded(count, kRowMultiple)),
+  Tile(const Sizes& s, const RotaryTables<R>& rotary, int64_t of_head, int64_t first, int64_t end,
+       const StridedTensor& read, const StridedTensor& read_too)
+      : batch(of_head / s.heads),
+        head(of_head % s.heads),
+        first(first),
+        count(end - first < kTile ? end - first : kTile),
+        rows(padded(count, kRowMultiple)),
         ahead{address(read, batch, head, first + kTile), address(read_too, batch, head, first + kTile)},
         ahead_bytes{read.token * bytes_of(read.type), read_too.token * bytes_of(read_too.type)} {
     int64_t y = first / s.width, x = first % s.width;
@@ -97,8 +108,8 @@ struct Tile {
     }
   }
 
-  // Called for every vector of every token, asks for the next tile's numbers while this one is worked on: the rows
-  // lie too far apart for the processor to foresee them. Asking beyond the tensor does no harm.
+  // Prefetches the next tile; called for every vector of every token. The rows are too far apart for the hardware
+  // prefetcher. Prefetching beyond the tensor is harmless.
   void prefetch(int t, int i) const {
     for (int tensor = 0; tensor < 2; ++tensor)
       __builtin_prefetch(ahead[tensor] + t * ahead_bytes[tensor] + i * sizeof(R), 0, 2);
@@ -119,7 +130,7 @@ void load_numbers(const char* from, Type type, R* to, int count, int padded_coun
   if (type == Type::bfloat16) {
     auto* bits = reinterpret_cast<const uint16_t*>(from);
     for (int i = 0; i < count; ++i) to[i] = __builtin_bit_cast(float, uint32_t(bits[i]) << 16);
-  } else {  // the compute type itself
+  } else {  // already in the compute type
     auto* numbers = reinterpret_cast<const R*>(from);
     for (int i = 0; i < count; ++i) to[i] = numbers[i];
   }
@@ -144,7 +155,7 @@ void store_numbers(const R* from, Type type, char* to, int count) {
   }
 }
 
-// A tile of queries or keys: (kTile, W).
+// Loads a tile of queries or keys: (kTile, W).
 template <class R>
 void load_tile(const StridedTensor& rows, const Tile<R>& tile, const Sizes& s, R* to) {
   for (int t = 0; t < tile.count; ++t)
@@ -158,7 +169,7 @@ void store_tile(const R* from, const StridedTensor& rows, const Tile<R>& tile, c
     store_numbers(from + t * s.W, rows.type, address(rows, tile.batch, tile.head, tile.first + t), s.D);
 }
 
-// A tile of one half (0 or 1) of values: (kTile, M) with rows `row` apart.
+// Loads a tile of one half (0 or 1) of the values: (kTile, M) with rows `row` apart.
 template <class R>
 void load_half(const StridedTensor& rows, const Tile<R>& tile, const Sizes& s, int half, R* to, int row) {
   const int64_t skipped = half * (s.D / 2) * bytes_of(rows.type);

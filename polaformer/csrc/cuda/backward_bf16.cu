@@ -1,24 +1,24 @@
-// Backward for aligned bf16 (backward.cu tells the equations and which kernel follows which):
+// Backward kernels of the bf16 path; backward.cu has the equations and the call graph.
 //
-//   differentiate_queries  dq, the sums of the logits' gradients, and of each token and flow 1/z and z dz
-//   sum_queries            dS and dm of each split's tokens      A: features over z, rotated and transposed, B: dout
-//   differentiate_keys     dk and dv
+//   differentiate_queries   dq, sums of the logits' gradients, and 1/z and z·dz of each token and flow
+//   sum_queries             dS and dm of each split     A: rotated features / z, transposed     B: dout
+//   differentiate_keys      dk and dv
 //
-// A token's gradient by its rotated features is S dout / z, and as a rotation is orthogonal, z dz = −Σ φ · R⁻¹(S dout / z).
+// The gradient of a token's rotated features is S dout / z. As rotations are orthogonal, z·dz = −Σ φ · R⁻¹(S dout / z).
 #include "bf16.cuh"
 #include "kernels.cuh"
 
 namespace polaformer::bf16 {
 namespace {
 
-// Sums of 16 columns by two as the pairs of an A fragment's thread: of one token, as bf16.
+// Packs one row of two accumulators (16 columns) to bf16 pairs, as a thread of an A fragment holds them.
 __device__ __forceinline__ Pairs pairs_of(const Accumulator& first, const Accumulator& second, int row) {
   return {pack_bf16(first[2 * row], first[2 * row + 1]), pack_bf16(second[2 * row], second[2 * row + 1])};
 }
 
-// The temperatures of a flow, of four neighbouring columns.
+// Temperatures of one flow, of four neighbouring columns.
 struct alignas(16) TemperaturePairs {
-  Pairs positive, negative;  // of positive and of negative numbers
+  Pairs positive, negative;  // for positive and negative inputs
 };
 
 template <int kHeadDim>
@@ -31,19 +31,20 @@ struct QueryGradShared {
   TemperaturePairs temperatures[2][kHeadDim / 4];  // by flow
   union {
     uint4 grads[kWarps][kHeadDim / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread
-    float logits[kWarps][2][2 * kHeadDim];      // the warps' sums, when all else is done
+    float logits[kWarps][2][2 * kHeadDim];      // sums of each warp, after the last token
   };
 
-  __device__ __forceinline__ void load_temperatures(const Backward& f, const Split& split, int threads) {
-    const int width = f.shape.head_dim;
+  __device__ __forceinline__ void load_temperatures(const BackwardParams& params, const Split& split, int threads) {
+    const int head_dim = params.shape.head_dim;
     for (int i = opaque(int(threadIdx.x)); i < 2 * (kHeadDim / 4); i += threads) {
       const int flow = i / (kHeadDim / 4), column = i % (kHeadDim / 4) * 4;
-      const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{split.head_in_batch} * (2 * width);
+      const float* logits =
+          (flow ? params.opposite_logits : params.same_logits) + int64_t{split.head_in_batch} * (2 * head_dim);
       TemperaturePairs pairs = {};
-      if (column < width) {
+      if (column < head_dim) {
         Pairs parts[2];
         for (int part = 0; part < 2; ++part) {
-          const float* own = logits + part * width + column;
+          const float* own = logits + part * head_dim + column;
           parts[part] = {pack_bf16(logistic(own[0]), logistic(own[2])), pack_bf16(logistic(own[1]), logistic(own[3]))};
         }
         pairs = {parts[flow], parts[1 - flow]};
@@ -57,7 +58,7 @@ struct QueryGradPointers {
   SmemPointer state, means, temperatures, mean_pairs, temperature_pairs, grads;
 };
 
-// A warp's 16 tokens: twice through their columns, as z and dz are sums over all of them.
+// A warp's 16 tokens. Two passes over their columns, as z and dz are sums over all of them.
 template <int kHeadDim>
 struct QueryGradTile {
   using Shared = QueryGradShared<kHeadDim>;
@@ -66,7 +67,7 @@ struct QueryGradTile {
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
   int head_dim;
-  const char* queries[2];  // this thread's columns of each token
+  const char* queries[2];  // address of this thread's columns, per token
   bool inside[2];
   RotaryRow rotary[2];
 
@@ -80,7 +81,7 @@ struct QueryGradTile {
     for (int row = 0; row < 2; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
-  // A fragments of dout, by flow; `rows` is where this thread's columns of the first token begin.
+  // Loads A fragments of dout, by flow. `rows`: address of this thread's columns of the first token.
   __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kHeadDim / 32], const char* rows,
                                              int64_t stride) const {
     const int half = head_dim / 2;
@@ -90,15 +91,15 @@ struct QueryGradTile {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
         const bool valid = 16 * i + 4 * thread_in_group() < half;
-        const char* const place = rows + 2 * (flow * half + 16 * i);
-        const Columns first = load_four(place, inside[0] && valid);
-        const Columns second = load_four(place + 8 * stride, inside[1] && valid);
+        const char* const columns = rows + 2 * (flow * half + 16 * i);
+        const Columns first = load_four(columns, inside[0] && valid);
+        const Columns second = load_four(columns + 8 * stride, inside[1] && valid);
         grads[flow][i] = pin_registers({{first.low, second.low, first.high, second.high}}, zero);
       }
     }
   }
 
-  // Adds 16 columns to the normalizers and dots, and keeps R⁻¹(S dout) of them.
+  // Adds 16 columns to the normalizers and dots; stores R⁻¹(S dout) of them in shared memory.
   __device__ __forceinline__ void add(const FragmentA (&grads)[2][kHeadDim / 32], const Columns (&x)[2],
                                       unsigned column) {
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
@@ -113,7 +114,7 @@ struct QueryGradTile {
     const SmemPointer state = shared.state + 2 * Shared::kStride * column;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      Accumulator products[2][2] = {};  // S dout: by part; first, second numbers of the pairs
+      Accumulator products[2][2] = {};  // S dout, by part; first and second elements of the pairs
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
 #pragma unroll
@@ -143,10 +144,10 @@ struct QueryGradTile {
     }
   }
 
-  // What is known once all columns were added, of each flow and token.
+  // Per flow and token, after the pass over all columns.
   struct Stats {
     float inverses[2][2];          // 1/z
-    float grad_normalizers[2][2];  // z dz
+    float grad_normalizers[2][2];  // z·dz
   };
   __device__ __forceinline__ Stats stats() const {
     constexpr float kLargest = float(kMaxNormalizerGradient);
@@ -164,11 +165,11 @@ struct QueryGradTile {
     return result;
   }
 
-  // Returns dq of 16 columns, and adds the gradients by their temperatures to the sums over tokens, in column n =
-  // block.
-  __device__ __forceinline__ void finish(Columns (&grad_queries)[2], Accumulator (&logits)[2][2],
-                                         const Stats& stats, const float (&log_inverses)[2][2],
-                                         const Columns (&x)[2], unsigned column) const {
+  // Returns dq of 16 columns; adds the gradients of their temperatures to the sums over tokens, in column column / 16
+  // of `logits`.
+  __device__ __forceinline__ void finish(Columns (&grad_queries)[2], Accumulator (&logits)[2][2], const Stats& stats,
+                                         const float (&log_inverses)[2][2], const Columns (&x)[2],
+                                         unsigned column) const {
     Temperatures temperatures[4];
     load_temperatures(temperatures, shared.temperatures + 16 * column);
     const MeanPairs means = load_means(shared.mean_pairs + 4 * column);
@@ -178,19 +179,20 @@ struct QueryGradTile {
     Pairs grad[2];
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      const uint4 kept = load_words(shared.grads + int(column / 16 * 2 + flow) * 512);
+      const uint4 stored = load_words(shared.grads + int(column / 16 * 2 + flow) * 512);
       const uint4 of_pairs =
           load_words(shared.temperature_pairs + 4 * column + flow * int(sizeof(TemperaturePairs[kHeadDim / 4])));
       Pairs of_temperatures[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const Pairs back = row ? Pairs{kept.z, kept.w} : Pairs{kept.x, kept.y};
+        const Pairs back = row ? Pairs{stored.z, stored.w} : Pairs{stored.x, stored.y};
         const Pairs slopes = powers_of(Exponents(x[row], temperatures, flow, log_inverses[flow][row]).values);
         const Pairs mean =
             flow ? choose(negative[row], means.first, means.second) : choose(negative[row], means.second, means.first);
-        const Bf16x2 weight = pack_bf16(stats.grad_normalizers[flow][row], stats.grad_normalizers[flow][row]);
-        const Pairs grad_exponents = multiply(
-            {fma_bf16x2(weight, mean.first, back.first), fma_bf16x2(weight, mean.second, back.second)}, slopes);
+        const Bf16x2 grad_normalizer = pack_bf16(stats.grad_normalizers[flow][row], stats.grad_normalizers[flow][row]);
+        const Pairs grad_exponents = multiply({fma_bf16x2(grad_normalizer, mean.first, back.first),
+                                               fma_bf16x2(grad_normalizer, mean.second, back.second)},
+                                              slopes);
         of_temperatures[row] = multiply(grad_exponents, x[row].absolute_pairs());
         const Pairs by = choose(negative[row], {of_pairs.z, of_pairs.w}, {of_pairs.x, of_pairs.y});
         grad[row] = flow ? Pairs{fma_bf16x2(grad_exponents.first, by.first, grad[row].first),
@@ -208,26 +210,29 @@ struct QueryGradTile {
 };
 
 template <int kHeadDim>
-__device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& shared, const Backward& f) {
+__device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& shared, const BackwardParams& params) {
   using Shared = QueryGradShared<kHeadDim>;
   constexpr int kThreads = 2 * kHeadDim;
-  const Split split = locate_split(blockIdx.x, f.plan.query_grads, f.shape);
-  const int width = f.shape.head_dim, warp = threadIdx.x / 32;
-  load_state<kHeadDim, Shared::kStride>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), width,
-                                      kThreads, true, interleave_16);
-  fill_means(shared.means, f.key_mean + int64_t{split.head} * f.shape.features(), width, kHeadDim, kThreads);
-  shared.load_temperatures(f, split, kThreads);
-  if (__syncthreads_or(shared.head.load(f, split, kThreads))) return true;
+  const Split split = locate_split(blockIdx.x, params.plan.query_grads, params.shape);
+  const int head_dim = params.shape.head_dim, warp = threadIdx.x / 32;
+  load_state<kHeadDim, Shared::kStride>(shared.state, params.state + int64_t{split.head} * params.shape.state_size(),
+                                        head_dim, kThreads, true, interleave_16);
+  fill_means(shared.means, params.key_mean + int64_t{split.head} * params.shape.features(), head_dim, kHeadDim,
+             kThreads);
+  shared.load_temperatures(params, split, kThreads);
+  if (__syncthreads_or(shared.head.load(params, split, kThreads))) return true;
 
   int token = split.begin + warp * 16 + group_id();
-  TokenPosition places[2] = {TokenPosition(token, f.shape), TokenPosition(token + 8, f.shape)};
-  const TokenPosition position_step(kHeadDim, f.shape);
-  const Rows<false> queries = rows_of<false>(f.q, f.shape, split), grads = rows_of<false>(f.grad_out, f.shape, split);
+  TokenPosition positions[2] = {TokenPosition(token, params.shape), TokenPosition(token + 8, params.shape)};
+  const TokenPosition position_step(kHeadDim, params.shape);
+  const Rows<false> queries = rows_of<false>(params.q, params.shape, split),
+                    grads = rows_of<false>(params.grad_out, params.shape, split);
   const char* query = queries.at(token, 4 * thread_in_group());
   const char* grad = grads.at(token, 4 * thread_in_group());
-  const int64_t stride = int64_t{f.shape.heads} * width;
-  auto* out = static_cast<uint16_t*>(f.grad_q) + first_row(split, f.shape) + token * stride + 4 * thread_in_group();
-  NormalizerStats* const normalizer_stats = f.normalizer_stats + int64_t{split.head} * f.shape.tokens();
+  const int64_t stride = int64_t{params.shape.heads} * head_dim;
+  auto* out =
+      static_cast<uint16_t*>(params.grad_q) + first_row(split, params.shape) + token * stride + 4 * thread_in_group();
+  NormalizerStats* const normalizer_stats = params.normalizer_stats + int64_t{split.head} * params.shape.tokens();
   const QueryGradPointers pointers = {b_rows_transposed(shared.state, Shared::kStride),
                                       shared.head.mean_rows(),
                                       shared.head.temperature_rows(),
@@ -237,13 +242,16 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
   Accumulator logits[2][2] = {};  // by flow, part
   bool needs_shift = false;
   for (; token - group_id() < split.end; token += kHeadDim) {
-    QueryGradTile<kHeadDim> tile{
-        pointers, f.packed_cos_sin, rotary_stride(f.shape), width, {query, opaque(query + 8 * queries.stride)}};
+    QueryGradTile<kHeadDim> tile{pointers,
+                                 params.packed_cos_sin,
+                                 rotary_stride(params.shape),
+                                 head_dim,
+                                 {query, opaque(query + 8 * queries.stride)}};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       tile.inside[row] = token + 8 * row < split.end;
-      tile.rotary[row] = RotaryRow(places[row], f.shape);
-      places[row].move(position_step, f.shape);
+      tile.rotary[row] = RotaryRow(positions[row], params.shape);
+      positions[row].move(position_step, params.shape);
     }
     Columns ahead[2];
     tile.load(ahead, 0);
@@ -276,7 +284,7 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       if (column + 16 < kHeadDim) tile.load(ahead, column + 16);
       Columns grad_queries[2];
       tile.finish(grad_queries, logits, stats, log_inverses, x, column);
-      if (int(column) + 4 * thread_in_group() < width) {
+      if (int(column) + 4 * thread_in_group() < head_dim) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           if (tile.inside[row]) store_words(grad_query[row] + column, {grad_queries[row].low, grad_queries[row].high});
@@ -287,8 +295,8 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
     query += kHeadDim * queries.stride, grad += kHeadDim * grads.stride, out += kHeadDim * stride;
   }
 
-  // The logits' sums over the warps: rows 2g and 2g + 1 of 16 columns each are in columns 2t and 2t + 1 of the sums.
-  __syncthreads();  // nobody reads what was kept any more
+  // Logit sums of the warps: rows 2g, 2g + 1 of each 16 columns are in accumulator columns 2t and 2t + 1.
+  __syncthreads();  // no thread reads `grads` any more
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int flow = i / 8, part = i / 4 % 2, lower = i / 2 % 2, block = 2 * thread_in_group() + i % 2;
@@ -297,25 +305,25 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
     }
   }
   needs_shift = __syncthreads_or(needs_shift);
-  for (int i = threadIdx.x; i < 4 * width; i += kThreads) {
-    const int flow = i / (2 * width), part = i / width % 2, column = i % width;
+  for (int i = threadIdx.x; i < 4 * head_dim; i += kThreads) {
+    const int flow = i / (2 * head_dim), part = i / head_dim % 2, column = i % head_dim;
     float sum = 0.f;
     for (int j = 0; j < Shared::kWarps; ++j) sum += shared.logits[j][flow][part * kHeadDim + column];
-    f.split_grad_logits[int64_t{blockIdx.x} * (4 * width) + i] = sum;
+    params.split_grad_logits[int64_t{blockIdx.x} * (4 * head_dim) + i] = sum;
   }
   return needs_shift;
 }
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim))
-    differentiate_queries(const Backward f) {
-  const bool needs_shift = differentiate_split<kHeadDim>(shared_memory<QueryGradShared<kHeadDim>>(), f);
-  if (threadIdx.x == 0) f.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
+    differentiate_queries(const BackwardParams params) {
+  const bool needs_shift = differentiate_split<kHeadDim>(shared_memory<QueryGradShared<kHeadDim>>(), params);
+  if (threadIdx.x == 0) params.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
 }
 
 template <int kHeadDim>
 struct QuerySumShared {
-  struct Stage : TokenStage<kHeadDim> {  // of queries, and gradients of out as B fragments
+  struct Stage : TokenStage<kHeadDim> {  // queries as rows, dout as B fragments
     NormalizerStats stats[kSumTokens];
   };
   static constexpr int kStages = 3;
@@ -323,14 +331,14 @@ struct QuerySumShared {
   Temperatures temperatures[kHeadDim];
 };
 
-// One block per split, one warp per 16 columns of q and all tokens.
+// One block per split; each warp sums 16 columns of q over all tokens.
 template <int kHeadDim>
 struct QuerySums {
   using Shared = QuerySumShared<kHeadDim>;
 
   Accumulator sums[2][2][kHeadDim / 16] =
-      {};                     // of dS: by flow, part; rows 2g and 2g + 1 of the warp's columns, eight of the flow's
-  Accumulator means[2] = {};  // of dm: by part; of either flow in two columns, of which it is the sum
+      {};  // of dS, by flow and part: rows 2g and 2g + 1 of the warp's columns × eight of the flow's columns
+  Accumulator means[2] = {};  // of dm, by part: two columns per flow, to be added (z·dz is the sum of two bf16)
 
   // Adds 16 tokens of a stage.
   __device__ __forceinline__ void add(const typename Shared::Stage& stage, int begin, const char* rotary,
@@ -342,9 +350,9 @@ struct QuerySums {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int token = begin + group_id() + 8 * row;
-      const RotaryOffsets place = stage.rotary[token];
-      entries[row][0] = __ldg(reinterpret_cast<const uint2*>(rotary + place.by_row));
-      entries[row][1] = __ldg(reinterpret_cast<const uint2*>(rotary + place.by_column));
+      const RotaryOffsets offsets = stage.rotary[token];
+      entries[row][0] = __ldg(reinterpret_cast<const uint2*>(rotary + offsets.by_row));
+      entries[row][1] = __ldg(reinterpret_cast<const uint2*>(rotary + offsets.by_column));
       const uint2 words = *reinterpret_cast<const uint2*>(queries + token * Shared::Stage::kRowStride);
       x[row] = {words.x, words.y}, negative[row] = x[row].negative();
     }
@@ -357,7 +365,7 @@ struct QuerySums {
     const SmemPointer grads = b_rows(stage.b, Shared::Stage::kBStride) + begin * Shared::Stage::kBStride * 2;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      __syncwarp();  // keeps the other flow's features from being made meanwhile: there are no registers for them
+      __syncwarp();  // stops the compiler from computing the other flow's features here: too few registers
       Pairs unrotated[2][2], rotated[2][2];  // by part, then token; over z
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
@@ -388,31 +396,33 @@ struct QuerySums {
 
   // Writes this warp's rows of dS and dm, divided by N.
   __device__ __forceinline__ void store(float* state, float* mean, const Shape& shape, float scale) const {
-    const int width = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
-    if (row >= width) return;
+    const int head_dim = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
+    if (row >= head_dim) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int flow = i / 2, part = i % 2;
       const Accumulator& both = means[part];
       if (thread_in_group() == flow) {
-        *reinterpret_cast<float2*>(mean + (2 * flow + part) * width + row) =
+        *reinterpret_cast<float2*>(mean + (2 * flow + part) * head_dim + row) =
             make_float2((both[0] + both[1]) * scale, (both[2] + both[3]) * scale);
       }
-      store_rows(state + (part * width + row) * width + flow * (width / 2), width, sums[flow][part], width / 2, scale);
+      store_rows(state + (part * head_dim + row) * head_dim + flow * (head_dim / 2), head_dim, sums[flow][part],
+                 head_dim / 2, scale);
     }
   }
 };
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim)) sum_queries(const Backward f) {
+__global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim))
+    sum_queries(const BackwardParams params) {
   using Shared = QuerySumShared<kHeadDim>;
-  if (f.needs_shift[blockIdx.x] != 0.f) return;
+  if (params.needs_shift[blockIdx.x] != 0.f) return;
   auto& shared = shared_memory<Shared>();
-  const Split split = locate_split(blockIdx.x, f.plan.query_grads, f.shape);
-  fill_temperatures(shared.temperatures, f, split, kHeadDim, 2 * kHeadDim);
+  const Split split = locate_split(blockIdx.x, params.plan.query_grads, params.shape);
+  fill_temperatures(shared.temperatures, params, split, kHeadDim, 2 * kHeadDim);
 
-  StageCopies<kHeadDim, typename Shared::Stage, Shared::kStages> copies(shared.stages, f.q, f.grad_out, true, split,
-                                                                      f.shape);
+  StageCopies<kHeadDim, typename Shared::Stage, Shared::kStages> copies(shared.stages, params.q, params.grad_out, true,
+                                                                        split, params.shape);
   const auto start_copy = [&](int step) {
     const int first = split.begin + step * kSumTokens;
     if (first < split.end) {
@@ -420,31 +430,31 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
       auto& stage = shared.stages[step % Shared::kStages];
       if (const int token = first + threadIdx.x; threadIdx.x < kSumTokens) {
         cp_async(SmemPointer(&stage.stats[threadIdx.x]),
-                   f.normalizer_stats + int64_t{split.head} * f.shape.tokens() + token, token < split.end);
+                 params.normalizer_stats + int64_t{split.head} * params.shape.tokens() + token, token < split.end);
       }
       if (const int token = first + 2 * threadIdx.x; threadIdx.x < kSumTokens / 2) {
-        cp_async(SmemPointer(&stage.rotary[2 * threadIdx.x]), f.rotary_offsets + token, token < split.end);
+        cp_async(SmemPointer(&stage.rotary[2 * threadIdx.x]), params.rotary_offsets + token, token < split.end);
       }
     }
     cp_async_commit_group();
   };
 
-  const char* rotary =
-      reinterpret_cast<const char*>(f.packed_cos_sin + thread_in_group()) + threadIdx.x / 32 * 16 * rotary_stride(f.shape);
+  const char* rotary = reinterpret_cast<const char*>(params.packed_cos_sin + thread_in_group()) +
+                       threadIdx.x / 32 * 16 * rotary_stride(params.shape);
   const SmemPointer temperatures(shared.temperatures + threadIdx.x / 32 * 16 + thread_in_group());
   QuerySums<kHeadDim> sums;
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
+    __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
     for (int token = 0; token < kSumTokens; token += 16) sums.add(stage, token, rotary, temperatures);
   }
-  const bool is_unsplit = f.plan.query_grads.splits_per_head == 1;
-  sums.store((is_unsplit ? f.grad_state : f.split_grad_state) + blockIdx.x * f.shape.state_size(),
-             f.split_grad_mean + blockIdx.x * (2 * f.shape.features()), f.shape, f.plan.inv_tokens);
+  const bool is_unsplit = params.plan.query_grads.splits_per_head == 1;
+  sums.store((is_unsplit ? params.grad_state : params.split_grad_state) + blockIdx.x * params.shape.state_size(),
+             params.split_grad_mean + blockIdx.x * (2 * params.shape.features()), params.shape, params.plan.inv_tokens);
 }
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
@@ -453,7 +463,7 @@ template <int kHeadDim>
 struct KeyGradShared {
   static constexpr int kStride = kHeadDim + 8;
   alignas(16) uint16_t state[2 * kHeadDim * kStride];  // dS
-  MeanPairs means[kHeadDim / 4];                       // dm, of four columns at a time
+  MeanPairs means[kHeadDim / 4];                       // dm of four columns each
 };
 
 struct KeyGradPointers {
@@ -472,9 +482,8 @@ struct KeyGradTile {
   RotaryRow rotary[2];
   Accumulator grad_values[kHeadDim / 8] = {};
 
-  // A fragments of v.
-  __device__ __forceinline__ void load_values(const char* rows, int64_t stride, const bool (&inside)[2],
-                                              int head_dim) {
+  // Loads A fragments of v.
+  __device__ __forceinline__ void load_values(const char* rows, int64_t stride, const bool (&inside)[2], int head_dim) {
     const uint32_t zero = static_cast<uint32_t>(head_dim) >> 31;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 32; ++i) {
@@ -486,11 +495,11 @@ struct KeyGradTile {
     }
   }
 
-  // Adds the part of 16 columns of the keys to dv; returns dk of them.
+  // Adds the contribution of 16 columns of k to dv; returns dk of these columns.
   __device__ __forceinline__ void differentiate(Columns (&grad_keys)[2], const Columns (&x)[2], unsigned column) {
     const SmemPointer rows = shared.rows + 2 * Shared::kStride * column;
     const SmemPointer columns = shared.columns + 2 * Shared::kStride * column;
-    Accumulator products[2][2] = {};  // dS v: by part; first, second numbers of the pairs
+    Accumulator products[2][2] = {};  // dS v, by part; first and second elements of the pairs
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) {
 #pragma unroll
@@ -544,42 +553,46 @@ struct KeyGradTile {
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, kHeadDim))
-    differentiate_keys(const Backward f) {
+    differentiate_keys(const BackwardParams params) {
   using Shared = KeyGradShared<kHeadDim>;
   auto& shared = shared_memory<Shared>();
-  const Split split = locate_split(blockIdx.x, f.plan.key_grads, f.shape);
-  const int width = f.shape.head_dim;
-  load_state<kHeadDim, Shared::kStride>(shared.state, f.grad_state + int64_t{split.head} * f.shape.state_size(), width,
-                                      kKeyGradThreads, false, interleave_32);
-  fill_means(shared.means, f.grad_mean + int64_t{split.head} * f.shape.features(), width, kHeadDim, kKeyGradThreads);
-  if (__syncthreads_or(is_shifted(f.key_shift + int64_t{split.head} * width, width, kKeyGradThreads))) return;
+  const Split split = locate_split(blockIdx.x, params.plan.key_grads, params.shape);
+  const int head_dim = params.shape.head_dim;
+  load_state<kHeadDim, Shared::kStride>(shared.state,
+                                        params.grad_state + int64_t{split.head} * params.shape.state_size(), head_dim,
+                                        kKeyGradThreads, false, interleave_32);
+  fill_means(shared.means, params.grad_mean + int64_t{split.head} * params.shape.features(), head_dim, kHeadDim,
+             kKeyGradThreads);
+  if (__syncthreads_or(is_shifted(params.key_shift + int64_t{split.head} * head_dim, head_dim, kKeyGradThreads)))
+    return;
 
   int token = split.begin + threadIdx.x / 32 * 16 + group_id();
-  TokenPosition place[2] = {TokenPosition(token, f.shape), TokenPosition(token + 8, f.shape)};
-  const TokenPosition position_step(kKeyGradTokens, f.shape);
-  const Rows<false> keys = rows_of<false>(f.k, f.shape, split), values = rows_of<false>(f.v, f.shape, split);
+  TokenPosition positions[2] = {TokenPosition(token, params.shape), TokenPosition(token + 8, params.shape)};
+  const TokenPosition position_step(kKeyGradTokens, params.shape);
+  const Rows<false> keys = rows_of<false>(params.k, params.shape, split),
+                    values = rows_of<false>(params.v, params.shape, split);
   const char* key = keys.at(token, 4 * thread_in_group());
   const char* value = values.at(token, 8 * thread_in_group());
-  const int64_t stride = int64_t{f.shape.heads} * width;
-  int64_t out = first_row(split, f.shape) + token * stride;
+  const int64_t stride = int64_t{params.shape.heads} * head_dim;
+  int64_t out = first_row(split, params.shape) + token * stride;
   const KeyGradPointers pointers = {b_rows(shared.state, Shared::kStride),
                                     b_rows_transposed(shared.state, Shared::kStride),
                                     SmemPointer(shared.means + thread_in_group())};
   for (; token - group_id() < split.end; token += kKeyGradTokens) {
-    KeyGradTile<kHeadDim> tile{pointers, f.packed_cos_sin, rotary_stride(f.shape)};
+    KeyGradTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape)};
     const bool inside[2] = {token < split.end, token + 8 < split.end};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      tile.rotary[row] = RotaryRow(place[row], f.shape);
-      place[row].move(position_step, f.shape);
+      tile.rotary[row] = RotaryRow(positions[row], params.shape);
+      positions[row].move(position_step, params.shape);
     }
-    tile.load_values(value, values.stride, inside, width);
+    tile.load_values(value, values.stride, inside, head_dim);
     const char* const columns[2] = {key, opaque(key + 8 * keys.stride)};
-    uint16_t* const first = opaque(static_cast<uint16_t*>(f.grad_k) + out + 4 * thread_in_group());
+    uint16_t* const first = opaque(static_cast<uint16_t*>(params.grad_k) + out + 4 * thread_in_group());
     uint16_t* const grad_key[2] = {first, opaque(first + 8 * stride)};
     Columns ahead[2];
     const auto load_keys = [&](unsigned column) {
-      const bool valid = int(column) + 4 * thread_in_group() < width;
+      const bool valid = int(column) + 4 * thread_in_group() < head_dim;
 #pragma unroll
       for (int row = 0; row < 2; ++row) ahead[row] = load_four(columns[row] + 2 * column, inside[row] && valid);
     };
@@ -590,43 +603,43 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
       if (column + 16 < kHeadDim) load_keys(column + 16);
       Columns grads[2];
       tile.differentiate(grads, x, column);
-      if (int(column) + 4 * thread_in_group() < width) {
+      if (int(column) + 4 * thread_in_group() < head_dim) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           if (inside[row]) store_words(grad_key[row] + column, {grads[row].low, grads[row].high});
         }
       }
     }
-    uint16_t* const grad_value = static_cast<uint16_t*>(f.grad_v) + out + 8 * thread_in_group();
-    if (inside[0]) tile.store_values(grad_value, 0, width);
-    if (inside[1]) tile.store_values(grad_value + 8 * stride, 1, width);
+    uint16_t* const grad_value = static_cast<uint16_t*>(params.grad_v) + out + 8 * thread_in_group();
+    if (inside[0]) tile.store_values(grad_value, 0, head_dim);
+    if (inside[1]) tile.store_values(grad_value + 8 * stride, 1, head_dim);
     key += kKeyGradTokens * keys.stride, value += kKeyGradTokens * values.stride, out += kKeyGradTokens * stride;
   }
 }
 
 }  // namespace
 
-const char* launch_differentiate_queries(const Backward& f, void* stream) {
-  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
-    constexpr int kBlocksPerSm = kQueryGradBlocksPerSm.at(true, width());
-    return launch_blocks<QueryGradShared<width()>, width(), kBlocksPerSm>(
-        differentiate_queries<width()>, f.plan.query_grads.splits, 2 * width(), stream, f);
+const char* launch_differentiate_queries(const BackwardParams& params, void* stream) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim();
+    return launch_blocks<QueryGradShared<kHeadDim>, kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim)>(
+        differentiate_queries<kHeadDim>, params.plan.query_grads.splits, 2 * kHeadDim, stream, params);
   });
 }
 
-const char* launch_sum_queries(const Backward& f, void* stream) {
-  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
-    constexpr int kBlocksPerSm = kQueryGradBlocksPerSm.at(true, width());
-    return launch_blocks<QuerySumShared<width()>, width(), kBlocksPerSm>(
-        sum_queries<width()>, f.plan.query_grads.splits, 2 * width(), stream, f);
+const char* launch_sum_queries(const BackwardParams& params, void* stream) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim();
+    return launch_blocks<QuerySumShared<kHeadDim>, kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim)>(
+        sum_queries<kHeadDim>, params.plan.query_grads.splits, 2 * kHeadDim, stream, params);
   });
 }
 
-const char* launch_differentiate_keys(const Backward& f, void* stream) {
-  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
-    constexpr int kBlocksPerSm = kKeyGradBlocksPerSm.at(true, width());
-    return launch_blocks<KeyGradShared<width()>, width(), kBlocksPerSm>(
-        differentiate_keys<width()>, f.plan.key_grads.splits, kKeyGradThreads, stream, f);
+const char* launch_differentiate_keys(const BackwardParams& params, void* stream) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim();
+    return launch_blocks<KeyGradShared<kHeadDim>, kHeadDim, kKeyGradBlocksPerSm.at(true, kHeadDim)>(
+        differentiate_keys<kHeadDim>, params.plan.key_grads.splits, kKeyGradThreads, stream, params);
   });
 }
 

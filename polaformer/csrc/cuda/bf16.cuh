@@ -1,18 +1,16 @@
-// What the kernels for aligned bf16 share: packed features, their rotary embeddings, tiles of 16 tokens × 16 columns.
+// Building blocks of the bf16 path: packed features and rotations, fragments, tiles of 16 tokens × 16 columns.
 //
-// A warp has the rows of 16 tokens, as the A fragment of mma.m16n8k16 has its rows: thread (g, t), with g = lane / 4
-// and t = lane % 4, has tokens g and g + 8. Of every 16 columns it has four neighbours x0 … x3 = 4t … 4t + 3, two
-// rotary pairs, and computes with
+// A warp holds 16 tokens as rows of an A fragment of mma.m16n8k16: thread (g, t), with g = lane / 4 and t = lane % 4,
+// has tokens g and g + 8. Of every 16 columns it has four neighbours x0 … x3 = 4t … 4t + 3, two rotary pairs, as
 //
-//   Pairs {(x0, x2), (x1, x3)}: the first and the second numbers of both pairs, two bf16 to a register,
+//   Pairs {(x0, x2), (x1, x3)}: the first and the second elements of both pairs, two bf16 per register.
 //
-// so that a rotation is four packed instructions, and the registers are those of an A fragment without being moved: `first`
-// stands for its columns 2t and 2t + 1, `second` for 2t + 8 and 2t + 9. The matrix on the other side has its rows in
-// the same order: order_16().
+// So a rotation takes four packed instructions, and the registers are those of an A fragment without any move: `first`
+// is its columns 2t and 2t + 1, `second` its columns 2t + 8 and 2t + 9. The B operand has its rows in order_16(), too.
 //
-// A number has two features, of its positive and of its negative part, and one of them is 0. Both come from one
-// exponential, and a mask of x's sign (all ones: negative) tells them apart. The first part of the features, which
-// rotates by a token's row, is that of the positive numbers, in the opposite flow that of the negative ones.
+// Each input x has two features, of x⁺ and of x⁻, one of which is 0. Both come from one exponential and are told apart
+// by a mask of x's sign (all ones: negative). Part 0 of the features, which rotates by the token's row, belongs to x⁺
+// for keys and in the same-sign flow, to x⁻ in the opposite-sign flow; part 1 rotates by the column.
 #pragma once
 
 #include "tiles.cuh"
@@ -45,8 +43,8 @@ __device__ __forceinline__ Pairs multiply(Pairs a, Pairs b) {
   return {multiply(a.first, b.first), multiply(a.second, b.second)};
 }
 
-// The rotation of a token's two pairs by their angles, or back: (x0 cos − x1 sin, x1 cos + x0 sin). ptxas folds no negation
-// into a packed multiplication, so that of the sine is made once for both flows.
+// Rotation of a token's two pairs: forward is (x0 cos − x1 sin, x1 cos + x0 sin), back its inverse. The negative sine
+// is computed once for both flows, as ptxas folds no negation into packed multiplications.
 struct Rotation {
   Bf16x2 cosine, sine, minus_sine;
 
@@ -62,7 +60,7 @@ struct Rotation {
   }
 };
 
-// Four neighbouring columns of one token: x0, x1 in `low`, x2, x3 in `high`, as they are in memory.
+// Four neighbouring columns of one token: x0, x1 in `low`, x2, x3 in `high`, as in memory.
 struct Columns {
   Bf16x2 low, high;
 
@@ -77,22 +75,22 @@ struct Columns {
     const Pairs x = pairs();
     return {absolute_bf16x2(x.first), absolute_bf16x2(x.second)};
   }
-  // y as four columns, with these columns' signs; 0 where they are 0.
+  // y as four columns with these columns' signs; 0 where they are 0.
   __device__ __forceinline__ Columns signed_like(Pairs y, Pairs negative) const {
     const Bf16x2 first = y.first ^ (negative.first & kMinusZeros), second = y.second ^ (negative.second & kMinusZeros);
     return {low_halves(first, second) & nonzero_bf16x2(low), high_halves(first, second) & nonzero_bf16x2(high)};
   }
 };
 
-// e^x − 1 of four exponents in units of ln 2, made in float32 before it is packed. It is off by 2^-22, either way:
-// where x is below 1e-4 that is more than bf16 rounds off, and shows in tokens of which no number is larger.
+// e^x − 1 of four exponents in units of ln 2, computed in float32 and packed. The absolute error of 2^-22 exceeds bf16
+// rounding for x < 1e-4, which matters only for tokens without any larger element.
 __device__ __forceinline__ Pairs features_of(const float (&exponents)[4]) {
   float features[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) features[i] = ex2_approx(exponents[i]) - 1.f;
   return {pack_bf16(features[0], features[2]), pack_bf16(features[1], features[3])};
 }
-// The same times `by`.
+// The same, scaled by `by`.
 __device__ __forceinline__ Pairs features_of(const float (&exponents)[4], float by) {
   float features[4];
 #pragma unroll
@@ -117,7 +115,7 @@ __device__ __forceinline__ Pairs powers_of(const float (&exponents)[4]) {
   return {pack_bf16(powers[0], powers[2]), pack_bf16(powers[1], powers[3])};
 }
 
-// A column's temperatures, in units of ln 2: x·difference + |x|·sum is |x| times that of the part that x has.
+// Temperatures of a column in units of ln 2: x·difference + |x|·sum is |x| times the temperature of x's part.
 struct alignas(16) Temperatures {
   float difference[2], sum[2];  // by flow
 
@@ -126,16 +124,16 @@ struct alignas(16) Temperatures {
   }
 };
 
-__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SmemPointer place) {
+__device__ __forceinline__ void load_temperatures(Temperatures (&four)[4], SmemPointer address) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint4 words = load_words(place + 64 * i);
+    const uint4 words = load_words(address + 64 * i);
     four[i] = {{__builtin_bit_cast(float, words.x), __builtin_bit_cast(float, words.y)},
                {__builtin_bit_cast(float, words.z), __builtin_bit_cast(float, words.w)}};
   }
 }
 
-// Exponents of a flow in units of ln 2; `more` is added to each.
+// Exponents of one flow in units of ln 2, plus `more`.
 struct Exponents {
   float values[4];
   __device__ __forceinline__ Exponents(Columns x, const Temperatures (&by)[4], int flow, float more = 0.f) {
@@ -144,19 +142,18 @@ struct Exponents {
   }
 };
 
-// x as the sum of two bf16, the larger one in the low half.
+// x as the sum of two bf16, the larger in the low half.
 __device__ __forceinline__ Bf16x2 split_bf16(float x) {
   const float high = lower_half(pack_bf16(x, 0.f));
   return pack_bf16(high, x - high);
 }
 
-// Where a column, of every 16, goes among those of an A fragment.
+// Row order of a B operand whose A fragments are Pairs: position of column i within every 16.
 __device__ __forceinline__ int order_16(int i) { return i / 16 * 16 + i % 2 * 8 + i / 4 % 4 * 2 + i / 2 % 2; }
-// Where the numbers of a thread's column x_i lie in a table: at 4·i + t of every 16, so that a warp reads four
-// neighbours at a time.
+// Order of tables by column: x_i of thread t is at 4·i + t of every 16, so that a warp reads four neighbours at once.
 __device__ __forceinline__ int order_table(int i) { return i / 16 * 16 + i % 4 * 4 + i / 4 % 4; }
 
-// Where this lane's row begins for load_b() and load_b_transposed() of a matrix in shared memory.
+// This lane's row address for load_b() and load_b_transposed() of a matrix in shared memory.
 __device__ __forceinline__ SmemPointer b_rows(const uint16_t* tile, int stride) {
   const int lane = threadIdx.x % 32;
   return SmemPointer(tile + lane % 16 * stride + lane / 16 * 8);
@@ -165,40 +162,39 @@ __device__ __forceinline__ SmemPointer b_rows_transposed(const uint16_t* tile, i
   const int lane = threadIdx.x % 32;
   return SmemPointer(tile + (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8);
 }
-// Two B fragments side by side: K = 16 rows of memory, N = 2 × 8 columns.
+// Loads two adjacent B fragments: K = 16 rows of memory, N = 2 × 8 columns.
 __device__ __forceinline__ void load_b(uint32_t (&b)[2][2], SmemPointer rows) {
   uint32_t words[4];
   ldmatrix_x4_trans(words, rows);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
-// The same of its transpose: N = 2 × 8 rows of memory, K = 16 columns.
+// The same of the transpose: N = 2 × 8 rows of memory, K = 16 columns.
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], SmemPointer rows) {
   uint32_t words[4];
   ldmatrix_x4(words, rows);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
 
-// One B fragment, K = 16, of rows of 16 bytes: N = 8 columns.
+// Loads one B fragment from rows of 16 bytes: K = 16 rows, N = 8 columns.
 __device__ __forceinline__ void load_b_narrow(uint32_t (&b)[2], const void* rows) {
   uint32_t words[4];
   ldmatrix_x4_trans(words, SmemPointer(static_cast<const char*>(rows) + threadIdx.x % 16 * 16));
   b[0] = words[0], b[1] = words[1];
 }
 
-// An A fragment: rows_as_a(), 16 tokens × 16 features, from the two tokens of a thread; columns_as_a(), its transpose,
-// whose row g is feature 2g of the 16, and row g + 8 feature 2g + 1.
+// A fragment of mma.m16n8k16. rows_as_a(): 16 tokens × 16 features, from the two tokens of each thread. columns_as_a():
+// its transpose, whose row g is feature 2g of the 16, and row g + 8 feature 2g + 1.
 struct FragmentA {
   uint32_t words[4];
 };
-// The fragment in four registers side by side, as mma needs them. Loaded words lie otherwise, and ptxas would move them
-// before each product; an operation that it cannot leave out, with a zero that it does not know, moves them once.
+// Keeps the fragment in four consecutive registers, as mma requires. ptxas would otherwise move loaded words before
+// every product; an XOR with a zero that it cannot see through moves them once.
 __device__ __forceinline__ FragmentA pin_registers(FragmentA a, uint32_t zero) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) a.words[i] ^= zero;
   return a;
 }
-// Features as the two parts of a flow, of which the masks tell: part 0 of the opposite flow is that of negative
-// numbers.
+// Splits features into the two parts of a flow: part 0 is x⁺ in the same-sign flow and x⁻ in the opposite-sign flow.
 struct Parts {
   Pairs part[2];
   __device__ __forceinline__ Parts(Pairs features, Pairs negative, int flow)
@@ -213,28 +209,27 @@ __device__ __forceinline__ FragmentA columns_as_a(const Pairs (&rows)[2]) {
            movmatrix_trans(rows[1].second)}};
 }
 
-// Copies one head's (2D, D) matrix into shared memory as bf16: rows of both parts in the order of A fragments, padded;
-// W columns in an order that keeps pairs of neighbours, with `halves` each half padded by itself. D is a multiple
-// of 16.
+// Copies one head's (2D, D) matrix into shared memory as bf16. Rows: each part padded, in order_16(). Columns: padded
+// to W, each half separately with `halves`, in an order that keeps neighbouring pairs together. D is a multiple of 16.
 template <int kHeadDim, int kStride, class ColumnOrder>
 __device__ __forceinline__ void load_state(uint16_t* tile, const float* state, int head_dim, int threads, bool halves,
                                            ColumnOrder column_order) {
 #pragma unroll 8
   for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim * kHeadDim / 4; i += threads) {
-    const int row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
-    const int part = row / kHeadDim, feature = row % kHeadDim;
+    const int part_row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
+    const int part = part_row / kHeadDim, feature = part_row % kHeadDim;
     const int column = column_of<kHeadDim>(padded, head_dim, halves);
     float4 four = {0.f, 0.f, 0.f, 0.f};
     if (feature < head_dim && column >= 0) {
       four = __ldg(reinterpret_cast<const float4*>(state + (part * head_dim + feature) * head_dim + column));
     }
-    uint16_t* place = tile + (part * kHeadDim + order_16(feature)) * kStride;
-    *reinterpret_cast<uint32_t*>(place + column_order(padded)) = pack_bf16(four.x, four.y);
-    *reinterpret_cast<uint32_t*>(place + column_order(padded + 2)) = pack_bf16(four.z, four.w);
+    uint16_t* row = tile + (part * kHeadDim + order_16(feature)) * kStride;
+    *reinterpret_cast<uint32_t*>(row + column_order(padded)) = pack_bf16(four.x, four.y);
+    *reinterpret_cast<uint32_t*>(row + column_order(padded + 2)) = pack_bf16(four.z, four.w);
   }
 }
 
-// Where a token lies in the image; moved by so many tokens at a time without a division.
+// Row and column of a token in the image, advanced without divisions.
 struct TokenPosition {
   int row, column;
 
@@ -246,19 +241,19 @@ struct TokenPosition {
   }
 };
 
-// A token's entries of the packed rotary table (rotary.cu) at this thread's four of 16 columns, in bytes: the first part
-// of the features rotates by the token's row, the second by its column. Tables of the next 16 columns begin
-// rotary_stride() bytes for each of them further on.
+// Byte offsets into the packed rotary table (rotary.cu) for a token at this thread's four of 16 columns. The first part
+// of the features rotates by the token's row, the second by its column. Each further 16 columns are rotary_stride()
+// bytes per column away.
 struct RotaryRow {
   unsigned by_row, by_column;
 
-  // Tokens beyond the image, which are computed in vain, take the last row's.
+  // Tokens beyond the image, whose results are discarded, use the last row's entries.
   __device__ __forceinline__ RotaryRow() = default;
-  __device__ __forceinline__ RotaryRow(const TokenPosition& place, const Shape& shape) {
+  __device__ __forceinline__ RotaryRow(const TokenPosition& position, const Shape& shape) {
     constexpr unsigned kBytes = 4 * sizeof(CosSin);
     const unsigned own = sizeof(CosSin) * thread_in_group();
-    by_row = opaque(own + min(place.row, shape.height - 1) * kBytes);
-    by_column = opaque(own + (shape.height + place.column) * kBytes);
+    by_row = opaque(own + min(position.row, shape.height - 1) * kBytes);
+    by_column = opaque(own + (shape.height + position.column) * kBytes);
   }
   __device__ __forceinline__ Rotation first(const char* table) const { return load(table + by_row); }
   __device__ __forceinline__ Rotation second(const char* table) const { return load(table + by_column); }
@@ -272,7 +267,7 @@ __device__ __forceinline__ unsigned rotary_stride(const Shape& shape) {
   return (shape.height + shape.width) * (4 * sizeof(CosSin) / 16);
 }
 
-// Neighbouring columns of a token, zeros if not `valid`.
+// Load neighbouring columns of a token, zeros if not `valid`.
 __device__ __forceinline__ uint4 load_eight(const char* columns, bool valid) {
   return valid ? __ldg(reinterpret_cast<const uint4*>(columns)) : uint4{0, 0, 0, 0};
 }
@@ -280,27 +275,27 @@ __device__ __forceinline__ Columns load_four(const char* columns, bool valid) {
   const uint2 words = valid ? __ldg(reinterpret_cast<const uint2*>(columns)) : uint2{0, 0};
   return {words.x, words.y};
 }
-// 32 tokens of two tensors in shared memory: rows of which warps read 16 columns, and rows that are B fragments.
+// One stage: 32 tokens of two tensors, one read as rows of 16 columns by each warp, the other as B fragments.
 template <int kHeadDim>
 struct alignas(16) TokenStage {
-  static constexpr int kRowStride = kHeadDim + 16;  // four rows of 16 columns each lie in different banks
-  static constexpr int kBStride = kHeadDim + 8;     // and here eight rows of 8
+  static constexpr int kRowStride = kHeadDim + 16;  // four rows of 16 columns are in different banks
+  static constexpr int kBStride = kHeadDim + 8;     // eight rows of 8 columns are in different banks
   uint16_t rows[kSumTokens * kRowStride], b[kSumTokens * kBStride];
   RotaryOffsets rotary[kSumTokens];
 };
 
-// A thread's share of the copies of a split's tokens into stages, one step of 32 after the other. Half of the block's
-// 2·W threads copy `rows`, the others `b_rows`: 16 bytes of every eighth token.
+// A thread's share of the asynchronous copies of a split's tokens into stages, 32 tokens per step. Half of the block's
+// 2·W threads copy `rows`, the others `b`: 16 bytes of every eighth token.
 template <int kHeadDim, class Stage, int kStages>
 struct StageCopies {
   SmemPointer target;
   const char* source;
   int64_t source_stride;
-  int target_stride, remaining;  // bytes; tokens from the next one of this thread on
+  int target_stride, remaining;  // stride in bytes; tokens left, counted from the next one of this thread
 
-  // halves: each half of the columns of `b` is padded by itself.
-  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const StridedTensor& rows, const StridedTensor& b, bool halves,
-                                         const Split& split, const Shape& shape)
+  // halves: pad each half of the columns of `b` separately.
+  __device__ __forceinline__ StageCopies(Stage (&stages)[kStages], const StridedTensor& rows, const StridedTensor& b,
+                                         bool halves, const Split& split, const Shape& shape)
       : target(threadIdx.x >= kHeadDim ? stages[0].b : stages[0].rows) {
     const bool copies_b = threadIdx.x >= kHeadDim;
     const int row = threadIdx.x % kHeadDim / (kHeadDim / 8), padded = threadIdx.x % (kHeadDim / 8) * 8;
@@ -324,7 +319,7 @@ struct StageCopies {
   }
 };
 
-// Writes rows 2g and 2g + 1 of a product, which accumulators have as rows g and g + 8, times `scale`; so many columns.
+// Writes `columns` columns of rows 2g and 2g + 1 of a product, rows g and g + 8 of the accumulators, times `scale`.
 template <int kCount>
 __device__ __forceinline__ void store_rows(float* row, int stride, const Accumulator (&sums)[kCount], int columns,
                                            float scale) {
@@ -337,13 +332,13 @@ __device__ __forceinline__ void store_rows(float* row, int stride, const Accumul
   }
 }
 
-// m or its gradient, of four neighbouring columns, of either part.
+// m or its gradient for four neighbouring columns, by part.
 struct alignas(16) MeanPairs {
   Pairs first, second;
 };
 
-__device__ __forceinline__ MeanPairs load_means(SmemPointer place) {
-  const uint4 words = load_words(place);
+__device__ __forceinline__ MeanPairs load_means(SmemPointer address) {
+  const uint4 words = load_words(address);
   return {{words.x, words.y}, {words.z, words.w}};
 }
 
@@ -360,27 +355,26 @@ __device__ __forceinline__ void fill_means(MeanPairs* means, const float* of_hea
   }
 }
 
-// Whether this thread meets a shift of a head's keys.
+// Whether this thread's share of a head's key shifts has any.
 __device__ __forceinline__ bool is_shifted(const float* shifts, int head_dim, int threads) {
   bool shifted = false;
   for (int i = opaque(int(threadIdx.x)); i < head_dim; i += threads) shifted |= shifts[i] > 0.f;
   return shifted;
 }
 
-// Fills a table of temperatures in the order of order_table().
-template <class Arguments>
-__device__ __forceinline__ void fill_temperatures(Temperatures* table, const Arguments& f, const Split& split,
+// Fills a table of temperatures in order_table().
+__device__ __forceinline__ void fill_temperatures(Temperatures* table, const CommonParams& params, const Split& split,
                                                   int padded_head_dim, int threads) {
-  const int width = f.shape.head_dim;
-  const float* same = f.same_logits + int64_t{split.head_in_batch} * (2 * width);
-  const float* opposite = f.opposite_logits + int64_t{split.head_in_batch} * (2 * width);
+  const int head_dim = params.shape.head_dim;
+  const float* same = params.same_logits + int64_t{split.head_in_batch} * (2 * head_dim);
+  const float* opposite = params.opposite_logits + int64_t{split.head_in_batch} * (2 * head_dim);
   for (int i = opaque(int(threadIdx.x)); i < padded_head_dim; i += threads) {
     Temperatures by = {};
-    if (i < width) {
+    if (i < head_dim) {
       constexpr float kHalf = 0.5f * kLog2E;
-      const float same_positive = kHalf * logistic(same[i]), same_negative = kHalf * logistic(same[width + i]);
+      const float same_positive = kHalf * logistic(same[i]), same_negative = kHalf * logistic(same[head_dim + i]);
       const float opposite_negative = kHalf * logistic(opposite[i]);
-      const float opposite_positive = kHalf * logistic(opposite[width + i]);
+      const float opposite_positive = kHalf * logistic(opposite[head_dim + i]);
       by = {{same_positive - same_negative, opposite_positive - opposite_negative},
             {same_positive + same_negative, opposite_positive + opposite_negative}};
     }
@@ -388,31 +382,31 @@ __device__ __forceinline__ void fill_temperatures(Temperatures* table, const Arg
   }
 }
 
-// What the queries of one head become features and normalizers with, in shared memory.
+// Tables in shared memory for one head's queries: temperatures for features, m for normalizers.
 template <int kHeadDim>
 struct QueryTables {
-  Temperatures temperatures[kHeadDim];          // in the order of order_table()
-  alignas(16) uint16_t means[2 * kHeadDim][8];  // m of either part as a sum of two, four times
+  Temperatures temperatures[kHeadDim];          // in order_table()
+  alignas(16) uint16_t means[2 * kHeadDim][8];  // m by part, as the sum of two bf16, four times
 
-  // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
-  template <class Arguments>
-  __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
-    const int width = f.shape.head_dim;
-    const float* mean = f.key_mean + int64_t{split.head} * (2 * width);
-    fill_temperatures(temperatures, f, split, kHeadDim, threads);
+  // Fills all tables. Returns whether this thread's share of the key shifts has any.
+  template <class Params>
+  __device__ __forceinline__ bool load(const Params& params, const Split& split, int threads) {
+    const int head_dim = params.shape.head_dim;
+    const float* mean = params.key_mean + int64_t{split.head} * (2 * head_dim);
+    fill_temperatures(temperatures, params, split, kHeadDim, threads);
     for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim; i += threads) {
       const int part = i / kHeadDim, column = i % kHeadDim;
-      const Bf16x2 two = column < width ? split_bf16(mean[part * width + column]) : 0;
+      const Bf16x2 two = column < head_dim ? split_bf16(mean[part * head_dim + column]) : 0;
       *reinterpret_cast<uint4*>(means[part * kHeadDim + order_16(column)]) = {two, two, two, two};
     }
-    return is_shifted(f.key_shift + int64_t{split.head} * width, width, threads);
+    return is_shifted(params.key_shift + int64_t{split.head} * head_dim, head_dim, threads);
   }
 
-  // Where load_temperatures() finds those of a thread's columns; 16 bytes a column.
+  // Address for load_temperatures() of this thread's columns; 16 bytes per column.
   __device__ __forceinline__ SmemPointer temperature_rows() const {
     return SmemPointer(temperatures + thread_in_group());
   }
-  // Where load_b() finds the B fragments of m, by part; 16 bytes a column.
+  // Address for load_b() of the B fragments of m, by part; 16 bytes per column.
   __device__ __forceinline__ SmemPointer mean_rows() const {
     const int lane = threadIdx.x % 32;
     return SmemPointer(means[lane / 16 * kHeadDim + lane % 16]);

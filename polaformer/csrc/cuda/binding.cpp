@@ -1,4 +1,4 @@
-// The CUDA kernels as PyTorch operators: checks, outputs, workspaces, stream. polaformer/ops.py defines the schema.
+// PyTorch bindings of the CUDA kernels: checks, outputs, workspaces, stream. polaformer/ops.py defines the schemas.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <initializer_list>
 #include <mutex>
 #include <tuple>
 
@@ -30,7 +31,7 @@ Dtype dtype_of(const Tensor& q) {
                                           : Dtype::kFloat;
 }
 
-// After check_inputs, so that nothing is lost in an int.
+// Requires check_inputs(), after which every size but the batch fits an int.
 Shape shape_of(const Tensor& q, int64_t height, int64_t width) {
   return {q.size(0),
           static_cast<int>(q.size(1)),
@@ -40,7 +41,7 @@ Shape shape_of(const Tensor& q, int64_t height, int64_t width) {
           dtype_of(q)};
 }
 
-// With a last stride of 1; a copy if it has another.
+// x, or a contiguous copy if its last stride is not 1.
 Tensor with_unit_last_stride(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
 
 StridedTensor strided(const Tensor& x) {
@@ -48,19 +49,22 @@ StridedTensor strided(const Tensor& x) {
   return {x.const_data_ptr(), stride(0), stride(1), stride(2)};
 }
 
-// In rows of float32, aligned to 16 bytes.
+// x in float32, contiguous and aligned to 16 bytes.
 Tensor to_aligned_float(const Tensor& x) {
-  const Tensor rows = x.to(at::kFloat).contiguous();
-  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
+  const Tensor floats = x.to(at::kFloat).contiguous();
+  return reinterpret_cast<uintptr_t>(floats.const_data_ptr()) % 16 == 0 ? floats : floats.clone();
 }
-Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) { return at::empty(sizes, like.options().dtype(at::kFloat)); }
 
-// Like q, with the memory of a contiguous (B, N, H, D).
+Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kFloat));
+}
+
+// An uninitialised tensor like q in the memory layout of a contiguous (B, N, H, D).
 Tensor empty_bnhd(const Tensor& q) {
   return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
 }
 
-// The frequencies of layers.rotary_frequencies, to the last bit; computed once for each width.
+// Bit-identical to layers.rotary_frequencies; computed once per head dimension.
 void copy_frequencies(float (&frequencies)[kMaxHeadDim / 2], int head_dim) {
   static std::array<std::once_flag, kMaxHeadDim / 2 + 1> once;
   static std::array<std::array<float, kMaxHeadDim / 2>, kMaxHeadDim / 2 + 1> known;
@@ -79,32 +83,52 @@ int device_attribute(const Tensor& q, cudaDeviceAttr attribute) {
   return value;
 }
 
-// Why the reference computes instead of the kernels, or null. In float64 it always does, which is no reason to
-// complain.
+// Why the reference runs instead of the kernels, or null. Empty for float64, which never has kernels: no warning then.
 const char* fallback_reason(const Tensor& q, const Shape& shape) {
   if (q.scalar_type() == at::kDouble) return "";
   return unsupported_reason(shape, device_attribute(q, cudaDevAttrComputeCapabilityMajor),
-                 device_attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin));
+                            device_attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// The operator of that name from polaformer/ops.py: plain PyTorch, any dtype.
+// Calls the named operator of polaformer/ops.py, which computes in PyTorch for any dtype.
 template <class Results, class... Arguments>
 Results call_reference(const char* name, Arguments&&... arguments) {
   const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   return reference.typed<Results(Arguments...)>().call(std::forward<Arguments>(arguments)...);
 }
 
-// Gives the arguments room for their workspaces; it must live until the kernels are launched.
-template <class Arguments>
-Tensor make_workspaces(Arguments& arguments, const Tensor& like) {
+// The tensors that both passes read, as the kernels need them; they must outlive the launch.
+struct KernelInputs {
+  Tensor q, k, v, same_logits, opposite_logits;
+
+  KernelInputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
+               const Tensor& opposite_logits)
+      : q(with_unit_last_stride(q)),
+        k(with_unit_last_stride(k)),
+        v(with_unit_last_stride(v)),
+        same_logits(to_aligned_float(same_logits)),
+        opposite_logits(to_aligned_float(opposite_logits)) {}
+
+  void assign(CommonParams& params, const Shape& shape) const {
+    params.shape = shape;
+    params.q = strided(q), params.k = strided(k), params.v = strided(v);
+    params.same_logits = same_logits.const_data_ptr<float>();
+    params.opposite_logits = opposite_logits.const_data_ptr<float>();
+    copy_frequencies(params.frequencies, shape.head_dim);
+  }
+};
+
+// Allocates the workspaces of a pass in one tensor, which must outlive the launch.
+template <class Params>
+Tensor make_workspaces(Params& params, const Tensor& like) {
   int64_t size = 0;
-  arguments.assign_workspaces([&](int64_t floats) {
+  params.assign_workspaces([&](int64_t floats) {
     size += (floats + 3) / 4 * 4;
     return static_cast<float*>(nullptr);
   });
   const Tensor workspace = empty_floats(like, {size});
   float* next = workspace.mutable_data_ptr<float>();
-  arguments.assign_workspaces([&](int64_t floats) {
+  params.assign_workspaces([&](int64_t floats) {
     float* const taken = next;
     next += (floats + 3) / 4 * 4;
     return taken;
@@ -112,40 +136,44 @@ Tensor make_workspaces(Arguments& arguments, const Tensor& like) {
   return workspace;
 }
 
+// Plans a pass for the layout of `inputs` and launches it on the current stream of q's device. Raises RuntimeError,
+// which names `what`, if a launch fails.
+template <class Params>
+void plan_and_run(const char* (*run)(const Params&, void*), Params& params, const Tensor& q,
+                  std::initializer_list<StridedTensor> inputs, const char* what) {
+  params.plan =
+      make_plan(params.shape, choose_path(params.shape, inputs), device_attribute(q, cudaDevAttrMultiProcessorCount));
+  const Tensor workspaces = make_workspaces(params, q);
+  const char* error = run(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  TORCH_CHECK(!error, what, " did not start on ", q.device(), ": ", error);
+}
+
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardResult forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& same_logits,
-                  const Tensor& opposite_logits, int64_t height, int64_t width) {
+                      const Tensor& opposite_logits, int64_t height, int64_t width) {
   check_inputs(at::kCUDA, q, k, v, same_logits, opposite_logits, height, width);
   const Shape shape = shape_of(q, height, width);
   const c10::cuda::CUDAGuard guard(q.device());
   if (const char* reason = fallback_reason(q, shape)) {
     return call_reference<ForwardResult>("polaformer::reference", q, k, v, same_logits, opposite_logits,
-                                     c10::SymInt(height), c10::SymInt(width), c10::string_view(reason));
+                                         c10::SymInt(height), c10::SymInt(width), c10::string_view(reason));
   }
   const int64_t batch = shape.batch, heads = shape.heads, head_dim = shape.head_dim;
   const Tensor out = empty_bnhd(q), state = empty_floats(q, {batch, heads, 2 * head_dim, head_dim});
-  const Tensor key_mean = empty_floats(q, {batch, heads, 2 * head_dim}), key_shift = empty_floats(q, {batch, heads, head_dim});
+  const Tensor key_mean = empty_floats(q, {batch, heads, 2 * head_dim});
+  const Tensor key_shift = empty_floats(q, {batch, heads, head_dim});
   if (q.numel() == 0) return {out, state.zero_(), key_mean.zero_(), key_shift.zero_()};
 
-  const Tensor q_rows = with_unit_last_stride(q), k_rows = with_unit_last_stride(k), v_rows = with_unit_last_stride(v);
-  const Tensor same = to_aligned_float(same_logits), opposite = to_aligned_float(opposite_logits);
-  Forward arguments{};
-  arguments.shape = shape;
-  arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
-  const Path path = choose_path(shape, {arguments.q, arguments.k, arguments.v});
-  arguments.plan = make_plan(shape, path, device_attribute(q, cudaDevAttrMultiProcessorCount));
-  arguments.same_logits = same.const_data_ptr<float>();
-  arguments.opposite_logits = opposite.const_data_ptr<float>();
-  copy_frequencies(arguments.frequencies, shape.head_dim);
-  arguments.out = out.mutable_data_ptr();
-  arguments.state = state.mutable_data_ptr<float>();
-  arguments.key_mean = key_mean.mutable_data_ptr<float>();
-  arguments.key_shift = key_shift.mutable_data_ptr<float>();
-  const Tensor workspaces = make_workspaces(arguments, q);
-  const char* error = run_forward(arguments, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  TORCH_CHECK(!error, "polarity attention did not start on ", q.device(), ": ", error);
+  const KernelInputs inputs(q, k, v, same_logits, opposite_logits);
+  ForwardParams params{};
+  inputs.assign(params, shape);
+  params.out = out.mutable_data_ptr();
+  params.state = state.mutable_data_ptr<float>();
+  params.key_mean = key_mean.mutable_data_ptr<float>();
+  params.key_shift = key_shift.mutable_data_ptr<float>();
+  plan_and_run(run_forward, params, q, {params.q, params.k, params.v}, "polarity attention");
   return {out, state, key_mean, key_shift};
 }
 
@@ -165,30 +193,24 @@ Gradients backward(const Tensor& grad_out, const Tensor& q, const Tensor& k, con
   const auto like_logits = [](const Tensor& x) { return at::zeros(x.sizes(), x.options()); };
   if (q.numel() == 0) return {grad_q, grad_k, grad_v, like_logits(same_logits), like_logits(opposite_logits)};
 
-  const Tensor grad_rows = with_unit_last_stride(grad_out), q_rows = with_unit_last_stride(q), k_rows = with_unit_last_stride(k), v_rows = with_unit_last_stride(v);
-  const Tensor same = to_aligned_float(same_logits), opposite = to_aligned_float(opposite_logits);
-  const Tensor saved_state = to_aligned_float(state), saved_mean = to_aligned_float(key_mean), saved_shift = to_aligned_float(key_shift);
-  const Tensor grad_same = empty_floats(q, same.sizes()), grad_opposite = empty_floats(q, same.sizes());
-  Backward arguments{};
-  arguments.shape = shape;
-  arguments.grad_out = strided(grad_rows);
-  arguments.q = strided(q_rows), arguments.k = strided(k_rows), arguments.v = strided(v_rows);
-  const Path path = choose_path(shape, {arguments.grad_out, arguments.q, arguments.k, arguments.v});
-  arguments.plan = make_plan(shape, path, device_attribute(q, cudaDevAttrMultiProcessorCount));
-  arguments.same_logits = same.const_data_ptr<float>();
-  arguments.opposite_logits = opposite.const_data_ptr<float>();
-  arguments.state = saved_state.const_data_ptr<float>();
-  arguments.key_mean = saved_mean.const_data_ptr<float>();
-  arguments.key_shift = saved_shift.const_data_ptr<float>();
-  copy_frequencies(arguments.frequencies, shape.head_dim);
-  arguments.grad_q = grad_q.mutable_data_ptr();
-  arguments.grad_k = grad_k.mutable_data_ptr();
-  arguments.grad_v = grad_v.mutable_data_ptr();
-  arguments.grad_same_logits = grad_same.mutable_data_ptr<float>();
-  arguments.grad_opposite_logits = grad_opposite.mutable_data_ptr<float>();
-  const Tensor workspaces = make_workspaces(arguments, q);
-  const char* error = run_backward(arguments, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
-  TORCH_CHECK(!error, "the gradient of polarity attention did not start on ", q.device(), ": ", error);
+  const KernelInputs inputs(q, k, v, same_logits, opposite_logits);
+  const Tensor grad_rows = with_unit_last_stride(grad_out), saved_state = to_aligned_float(state);
+  const Tensor saved_mean = to_aligned_float(key_mean), saved_shift = to_aligned_float(key_shift);
+  const Tensor grad_same = empty_floats(q, same_logits.sizes());
+  const Tensor grad_opposite = empty_floats(q, opposite_logits.sizes());
+  BackwardParams params{};
+  inputs.assign(params, shape);
+  params.grad_out = strided(grad_rows);
+  params.state = saved_state.const_data_ptr<float>();
+  params.key_mean = saved_mean.const_data_ptr<float>();
+  params.key_shift = saved_shift.const_data_ptr<float>();
+  params.grad_q = grad_q.mutable_data_ptr();
+  params.grad_k = grad_k.mutable_data_ptr();
+  params.grad_v = grad_v.mutable_data_ptr();
+  params.grad_same_logits = grad_same.mutable_data_ptr<float>();
+  params.grad_opposite_logits = grad_opposite.mutable_data_ptr<float>();
+  plan_and_run(run_backward, params, q, {params.grad_out, params.q, params.k, params.v},
+               "the gradient of polarity attention");
   return {grad_q, grad_k, grad_v, grad_same.to(same_logits.scalar_type()),
           grad_opposite.to(opposite_logits.scalar_type())};
 }

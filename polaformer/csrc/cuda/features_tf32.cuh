@@ -1,8 +1,8 @@
-// Features of queries and keys: exponents, the exact shift, sums over lanes. polaformer/reference.py explains them.
+// Features of queries and keys in float32: exponents, exact shift, rotation; polaformer/reference.py has the formulas.
 //
-// A number x has two parts, x⁺ and x⁻, of which one is zero: one exponential makes both features. The first D features
-// rotate with the token's row, the others with its column; of the same flow (and of keys) the first are x⁺, of the
-// opposite flow x⁻. So the opposite flow is the same flow of −x with other temperatures.
+// An input x has two parts, x⁺ and x⁻, one of which is zero, so one exponential gives both features. The first D
+// features rotate by the token's row, the others by its column. For keys and in the same-sign flow the first are of x⁺,
+// in the opposite-sign flow of x⁻: that flow is the same-sign flow of −x with other temperatures.
 #pragma once
 
 #include "tf32.cuh"
@@ -11,7 +11,7 @@ namespace polaformer {
 
 __device__ __forceinline__ float required_shift(float exponent) { return fmaxf(exponent - kMaxUnshiftedExponent, 0.f); }
 
-// e^(x − shift) − e^(−shift) without cancellation where x is small, without overflow where it is large.
+// e^(x − shift) − e^(−shift), without cancellation for small x and without overflow for large x.
 __device__ __forceinline__ float shifted_feature(float exponent, float shift) {
   float feature = expm1_of_exponent(min_or_nan(exponent, kMaxUnshiftedExponent)) * expf(-shift);
   if (exponent > kMaxUnshiftedExponent) feature += expf(exponent - shift) - expf(kMaxUnshiftedExponent - shift);
@@ -21,7 +21,7 @@ __device__ __forceinline__ float shifted_feature(float exponent, float shift) {
 // y · sign(x)
 __device__ __forceinline__ float with_sign(float y, float x) { return x > 0.f ? y : x < 0.f ? -y : 0.f; }
 
-// Pairs of the two parts: only the one that a number's sign selects is not zero.
+// Both parts of a rotary pair; for each element, only the part that its sign selects is not zero.
 struct PolarPair {
   Pair<float> first, second;
 };
@@ -42,16 +42,16 @@ struct AxialRotation {
   }
 };
 
-__device__ __forceinline__ AxialRotation load_rotation(const float* table, int2 place, int pair) {
+__device__ __forceinline__ AxialRotation load_rotation(const float* table, int2 offsets, int pair) {
   const auto* cos_sin = reinterpret_cast<const float2*>(table);
-  return {__ldg(cos_sin + place.x + pair), __ldg(cos_sin + place.y + pair)};
+  return {__ldg(cos_sin + offsets.x + pair), __ldg(cos_sin + offsets.y + pair)};
 }
 
-// Rotations of two neighbouring pairs, the first of them even.
-__device__ __forceinline__ void load_rotation(AxialRotation (&both)[2], const float* table, int2 place, int pair) {
+// The same for two neighbouring pairs, the first of them even.
+__device__ __forceinline__ void load_rotation(AxialRotation (&both)[2], const float* table, int2 offsets, int pair) {
   const auto* cos_sin = reinterpret_cast<const float2*>(table);
-  const float4 row = __ldg(reinterpret_cast<const float4*>(cos_sin + place.x + pair));
-  const float4 column = __ldg(reinterpret_cast<const float4*>(cos_sin + place.y + pair));
+  const float4 row = __ldg(reinterpret_cast<const float4*>(cos_sin + offsets.x + pair));
+  const float4 column = __ldg(reinterpret_cast<const float4*>(cos_sin + offsets.y + pair));
   both[0] = {{row.x, row.y}, {column.x, column.y}};
   both[1] = {{row.z, row.w}, {column.z, column.w}};
 }
@@ -60,12 +60,12 @@ __device__ __forceinline__ Pair<float> absolute(Pair<float> x) { return {fabsf(x
 __device__ __forceinline__ Pair<float> negative(Pair<float> x) { return {-x.first, -x.second}; }
 __device__ __forceinline__ float largest(Pair<float> x) { return fmaxf(x.first, x.second); }
 
-// Of two parts' values, those that x selects.
+// The part of each element that x's sign selects.
 __device__ __forceinline__ Pair<float> select(const PolarPair& parts, Pair<float> x) {
   return {x.first > 0.f ? parts.first.first : parts.second.first,
           x.second > 0.f ? parts.first.second : parts.second.second};
 }
-// A pair's neighbours in memory, each (first part, second part).
+// Loads two neighbouring (first part, second part) entries.
 __device__ __forceinline__ PolarPair load_polar_pair(const float2* pair) {
   const float4 both = *reinterpret_cast<const float4*>(pair);
   return {{both.x, both.z}, {both.y, both.w}};
@@ -78,13 +78,13 @@ __device__ __forceinline__ float dot(const PolarPair& a, const PolarPair& b) {
   return a.first.first * b.first.first + a.first.second * b.first.second + a.second.first * b.second.first +
          a.second.second * b.second.second;
 }
-// Adds a·b to the sums of the parts that x selects.
+// Adds a·b to the parts that x selects.
 __device__ __forceinline__ void accumulate(PolarPair& sum, Pair<float> a, Pair<float> b, Pair<float> x) {
   (x.first > 0.f ? sum.first.first : sum.second.first) += a.first * b.first;
   (x.second > 0.f ? sum.first.second : sum.second.second) += a.second * b.second;
 }
 
-// Features of exponents; `shift` is each one's.
+// Features of exponents, each with its own shift.
 template <bool kShifted>
 __device__ __forceinline__ Pair<float> features_of(Pair<float> exponents, Pair<float> shift) {
   if constexpr (kShifted) {
@@ -94,7 +94,7 @@ __device__ __forceinline__ Pair<float> features_of(Pair<float> exponents, Pair<f
   }
 }
 
-// Their derivatives by the exponents, in units of 1.
+// Derivatives of features by their exponents.
 template <bool kShifted>
 __device__ __forceinline__ Pair<float> slopes_of(Pair<float> features, Pair<float> exponents, Pair<float> shift) {
   if constexpr (kShifted) {
@@ -104,8 +104,7 @@ __device__ __forceinline__ Pair<float> slopes_of(Pair<float> features, Pair<floa
   }
 }
 
-// The exponent that a pair of queries asks its token to be shifted for, given its keys' shifts: the larger one of the
-// parts that take part.
+// The shifted exponent of a pair of queries, given the shifts of its keys: the larger of the nonzero parts'.
 __device__ __forceinline__ float max_shifted_exponent(Pair<float> exponents, Pair<float> x, float2 key_shift) {
   const PolarPair parts = split_polarity(exponents, x);
   const float first = largest(parts.first), second = largest(parts.second);
@@ -123,31 +122,32 @@ __device__ __forceinline__ float shifted_epsilon(float token_shift) {
   return fmaxf(float(kEpsilon) * expf(-token_shift), kMinNormalizer);
 }
 
-// What the queries of one head become features and normalizers with, in shared memory.
+// Tables in shared memory for one head's queries: temperatures for features, m for normalizers, key shifts.
 template <int kHeadDim>
 struct alignas(16) QueryTables {
-  float2 temperatures[2][kHeadDim];  // of each flow: first, second part
+  float2 temperatures[2][kHeadDim];  // by flow: first, second part
   float2 means[kHeadDim];
-  float2 shifts[kHeadDim / 2];  // of pairs
+  float2 shifts[kHeadDim / 2];  // per pair
 
-  // Fills everything from the arguments of forward or backward. Returns whether this thread met a shift.
-  template <class Arguments>
-  __device__ __forceinline__ bool load(const Arguments& f, const Split& split, int threads) {
-    const int width = f.shape.head_dim, features = 2 * width;
-    const float* mean = f.key_mean + int64_t{split.head} * features;
+  // Fills all tables. Returns whether this thread's share of the key shifts has any.
+  template <class Params>
+  __device__ __forceinline__ bool load(const Params& params, const Split& split, int threads) {
+    const int head_dim = params.shape.head_dim, features = 2 * head_dim;
+    const float* mean = params.key_mean + int64_t{split.head} * features;
     for (int i = opaque(int(threadIdx.x)); i < kHeadDim; i += threads) {
-      means[i] = i < width ? make_float2(mean[i], mean[width + i]) : make_float2(0.f, 0.f);
+      means[i] = i < head_dim ? make_float2(mean[i], mean[head_dim + i]) : make_float2(0.f, 0.f);
       for (int flow = 0; flow < 2; ++flow) {
-        const float* logits = (flow ? f.opposite_logits : f.same_logits) + int64_t{split.head_in_batch} * features;
+        const float* logits =
+            (flow ? params.opposite_logits : params.same_logits) + int64_t{split.head_in_batch} * features;
         temperatures[flow][i] = make_float2(0.f, 0.f);
-        if (i >= width) continue;
-        temperatures[flow][i] = make_float2(logistic(logits[i]), logistic(logits[width + i]));
+        if (i >= head_dim) continue;
+        temperatures[flow][i] = make_float2(logistic(logits[i]), logistic(logits[head_dim + i]));
       }
     }
     bool shifted = false;
     for (int i = opaque(int(threadIdx.x)); i < kHeadDim / 2; i += threads) {
-      const float* shift = f.key_shift + int64_t{split.head} * width + i;
-      shifts[i] = 2 * i < width ? make_float2(shift[0], shift[width / 2]) : make_float2(0.f, 0.f);
+      const float* shift = params.key_shift + int64_t{split.head} * head_dim + i;
+      shifts[i] = 2 * i < head_dim ? make_float2(shift[0], shift[head_dim / 2]) : make_float2(0.f, 0.f);
       shifted |= shifts[i].x > 0.f || shifts[i].y > 0.f;
     }
     return shifted;

@@ -1,17 +1,19 @@
-// Polarity attention. Per head, with R the rotary embedding of a token and m the mean over keys (polaformer/reference.py):
+// Polarity attention, forward. Per head, with R the rotary embedding of a token (formulas: polaformer/reference.py):
 //
-//   S = Σ_keys R(φ(k))ᵀ v / N      m = Σ_keys φ(k) / N            (2D, D), (2D)
-//   out = R(φ(q)) S / (φ(q)·m + ε)                                of both flows, each with its half of S's columns
+//   S = Σ_keys R(φ(k))ᵀ v / N             m = Σ_keys φ(k) / N             (2D, D), (2D)
+//   out = R(φ(q)) S / (φ(q)·m + ε)        for both flows, each with its half of the columns of S
 //
-// q, k, v: (B, H, N, D) of any strides in bf16, fp16 or float32; out in the same type. All sums are float32. In tf32,
-// so is all else but the operands of the products; of bf16, features are rounded to bf16 once they are made (bf16.cuh).
+// q, k, v: (B, H, N, D) of any strides in bf16, fp16 or float32; out in the same dtype. Sums are float32. On the tf32
+// paths so is everything but the operands of products; on the bf16 path features are rounded to bf16 once (bf16.cuh).
 //
-// run_forward                            of aligned bf16: forward_bf16.cu; of all else: forward_tf32.cu
-// ├─ make_rotary_tables          rotary.cu        cosines and sines of every row and column, where each token finds its own
-// ├─ sum_keys            bf16 · tf32     S and m of each split's tokens, as if no exponent exceeded kMaxUnshiftedExponent
-// ├─ combine_key_splits         here            adds the splits up in order; heads with larger exponents again, shifted
-// ├─ attend              bf16 · tf32     outputs, as if no exponent exceeded kMaxUnshiftedExponent; notes splits with larger
-// └─ attend_shifted      tf32            computes those again; leaves at once where there are none
+// Call graph; kernels launch in this order. "bf16" is forward_bf16.cu, for aligned bf16; "tf32" is forward_tf32.cu.
+//
+// run_forward
+// ├─ fill_rotary_tables   rotary.cu      cosines and sines of every row and column; on the bf16 path also offsets
+// ├─ sum_keys             bf16 or tf32   S and m of each split, unshifted; its largest |k|
+// ├─ combine_key_splits   this file      adds up the splits; recomputes shifted the heads where |k| is too large
+// ├─ attend               bf16 or tf32   outputs, unshifted; marks splits that need a shift
+// └─ attend_shifted       tf32           recomputes the marked splits; exits at once if there are none
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
@@ -21,7 +23,7 @@ namespace {
 constexpr int kCombineThreads = 128;
 constexpr int kCombinePairs = 8;  // of features, per block
 
-// One head's share of a finishing block: pairs first … first + 8 of its D.
+// Shared memory of a block that sums shifted keys: pairs first … first + 7 of one head.
 struct CombineShared {
   alignas(16) float features[16][2 * kCombinePairs];  // of 16 tokens, rotated
   float sums[16][2 * kCombinePairs];
@@ -37,18 +39,18 @@ __device__ __forceinline__ Pair<float> key_exponents(const Rows<kFloat>& keys, i
   return {max_or_nan(sign * keys.load(token, column), 0.f), max_or_nan(sign * keys.load(token, column + 1), 0.f)};
 }
 
-// The shifts of this block's pairs, from the largest exponent of each over all tokens.
+// Shifts of this block's pairs, from each pair's largest exponent over all tokens.
 template <bool kFloat>
 __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Rows<kFloat>& keys, int first,
                                                 const Shape& shape) {
-  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs;
+  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs;
   float largest_exponent = 0.f;
   if (first + pair < shape.head_dim) {
-    for (int token = member; token < shape.tokens(); token += 16) {
+    for (int token = slot; token < shape.tokens(); token += 16) {
       largest_exponent = fmaxf(largest_exponent, largest(key_exponents(keys, token, first + pair)));
     }
   }
-  shared.sums[member][pair] = largest_exponent;
+  shared.sums[slot][pair] = largest_exponent;
   __syncthreads();
   if (threadIdx.x < kCombinePairs) {
     for (int i = 0; i < 16; ++i) largest_exponent = fmaxf(largest_exponent, shared.sums[i][threadIdx.x]);
@@ -57,34 +59,35 @@ __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Row
   __syncthreads();
 }
 
-// S, m and the shift of this block's pairs, without tensor cores: thread d has column d of S.
+// S, m and the shifts of this block's pairs, without tensor cores: thread d has column d of S.
 template <bool kFloat>
-__device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Forward& f, const Split& head, int first) {
-  const Shape& shape = f.shape;
-  const Rows<kFloat> keys = rows_of<kFloat>(f.k, shape, head), values = rows_of<kFloat>(f.v, shape, head);
+__device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const ForwardParams& params, const Split& head,
+                                                 int first) {
+  const Shape& shape = params.shape;
+  const Rows<kFloat> keys = rows_of<kFloat>(params.k, shape, head), values = rows_of<kFloat>(params.v, shape, head);
   find_key_shifts(shared, keys, first, shape);
 
-  const int pair = threadIdx.x % kCombinePairs, member = threadIdx.x / kCombinePairs, column = threadIdx.x;
+  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs, column = threadIdx.x;
   const bool by_row = 2 * (first + pair) < shape.head_dim, inside = first + pair < shape.head_dim;
   const float shift = shared.shifts[pair];
   const int half = shape.padded_head_dim() / 2;
   Pair<float> mean = {0.f, 0.f};
   float sums[2 * kCombinePairs] = {};
   for (int begin = 0; begin < shape.tokens(); begin += 16) {
-    const int token = begin + member;
+    const int token = begin + slot;
     Pair<float> rotated = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
       const Pair<float> exponents = key_exponents(keys, token, first + pair);
       const Pair<float> features = features_of<true>(exponents, {shift, shift});
       mean.first += features.first, mean.second += features.second;
       const int row = token / shape.width;
-      const int64_t place = by_row ? row : shape.height + token - row * shape.width;
+      const int64_t position = by_row ? row : shape.height + token - row * shape.width;
       const int64_t rotary_pair = by_row ? first + pair : first + pair - shape.head_dim / 2;
-      const float2 by = __ldg(reinterpret_cast<const float2*>(f.cos_sin) + place * half + rotary_pair);
+      const float2 by = __ldg(reinterpret_cast<const float2*>(params.cos_sin) + position * half + rotary_pair);
       rotated = rotate(features, by.x, by.y);
     }
     __syncthreads();
-    shared.features[member][2 * pair] = rotated.first, shared.features[member][2 * pair + 1] = rotated.second;
+    shared.features[slot][2 * pair] = rotated.first, shared.features[slot][2 * pair + 1] = rotated.second;
     __syncthreads();
     if (column >= shape.head_dim) continue;
     for (int i = 0; i < min(16, shape.tokens() - begin); ++i) {
@@ -94,79 +97,81 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
     }
   }
 
-  const float scale = f.plan.inv_tokens;
+  const float scale = params.plan.inv_tokens;
   const int64_t feature = int64_t{head.head} * shape.features() + 2 * first;
   if (column < shape.head_dim) {
 #pragma unroll
     for (int j = 0; j < 2 * kCombinePairs; ++j) {
-      if (2 * first + j < shape.features()) f.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
+      if (2 * first + j < shape.features()) params.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
     }
   }
-  shared.sums[member][2 * pair] = mean.first, shared.sums[member][2 * pair + 1] = mean.second;
+  shared.sums[slot][2 * pair] = mean.first, shared.sums[slot][2 * pair + 1] = mean.second;
   __syncthreads();
   if (threadIdx.x < 2 * kCombinePairs && 2 * first + threadIdx.x < shape.features()) {
     float sum = 0.f;
     for (int i = 0; i < 16; ++i) sum += shared.sums[i][threadIdx.x];
-    f.key_mean[feature + threadIdx.x] = sum * scale;
+    params.key_mean[feature + threadIdx.x] = sum * scale;
   }
-  if (member == 0 && inside) f.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
+  if (slot == 0 && inside) params.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
 }
 
-// Adds up the splits of a head, for the pairs of this block.
-__device__ __forceinline__ void sum_splits(const Forward& f, const Split& head, int first) {
-  const int splits = f.plan.keys.splits_per_head;
-  const int64_t width = f.shape.head_dim, features = f.shape.features(), size = f.shape.state_size();
+// Adds up the splits of a head for this block's pairs.
+__device__ __forceinline__ void sum_splits(const ForwardParams& params, const Split& head, int first) {
+  const int splits = params.plan.keys.splits_per_head;
+  const int64_t head_dim = params.shape.head_dim, features = params.shape.features(), size = params.shape.state_size();
   const int rows = min(2 * kCombinePairs, static_cast<int>(features) - 2 * first);
   if (splits > 1) {
-    for (int i = threadIdx.x; i < rows * width; i += kCombineThreads) {
-      const float* partial = f.split_state + int64_t{head.head} * splits * size + 2 * first * width + i;
+    for (int i = threadIdx.x; i < rows * head_dim; i += kCombineThreads) {
+      const float* partial = params.split_state + int64_t{head.head} * splits * size + 2 * first * head_dim + i;
       float sum = 0.f;
 #pragma unroll 8
       for (int split = 0; split < splits; ++split) sum += partial[split * size];
-      f.state[int64_t{head.head} * size + 2 * first * width + i] = sum;
+      params.state[int64_t{head.head} * size + 2 * first * head_dim + i] = sum;
     }
     if (static_cast<int>(threadIdx.x) < rows) {
-      const float* partial = f.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
+      const float* partial = params.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
       float sum = 0.f;
 #pragma unroll 8
       for (int split = 0; split < splits; ++split) sum += partial[split * features];
-      f.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
+      params.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
     }
   }
-  if (static_cast<int>(threadIdx.x) < rows / 2) f.key_shift[int64_t{head.head} * width + first + threadIdx.x] = 0.f;
+  if (static_cast<int>(threadIdx.x) < rows / 2)
+    params.key_shift[int64_t{head.head} * head_dim + first + threadIdx.x] = 0.f;
 }
 
 template <bool kFloat>
-__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const Forward f) {
-  const int blocks_per_head = (f.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
-  const Split head = locate_split(blockIdx.x / blocks_per_head, {1, f.shape.tokens(), 0}, f.shape);
+__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const ForwardParams params) {
+  const int blocks_per_head = (params.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
+  const Split head = locate_split(blockIdx.x / blocks_per_head, {1, params.shape.tokens(), 0}, params.shape);
   const int first = static_cast<int>(blockIdx.x % blocks_per_head) * kCombinePairs;
   float max_abs = 0.f;
-  for (int split = 0; split < f.plan.keys.splits_per_head; ++split) {
-    max_abs = fmaxf(max_abs, f.split_max_abs[int64_t{head.head} * f.plan.keys.splits_per_head + split]);
+  for (int split = 0; split < params.plan.keys.splits_per_head; ++split) {
+    max_abs = fmaxf(max_abs, params.split_max_abs[int64_t{head.head} * params.plan.keys.splits_per_head + split]);
   }
   if (max_abs > kMaxUnshiftedExponent) {
-    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), f, head, first);
+    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), params, head, first);
   } else {
-    sum_splits(f, head, first);
+    sum_splits(params, head, first);
   }
 }
 
-const char* launch_combine_key_splits(const Forward& f, void* stream) {
-  const int64_t blocks = f.shape.batch_heads() * ((f.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
-  const LaunchConfig grid{blocks, kCombineThreads, sizeof(CombineShared)};
-  return launch(f.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, grid, stream, f);
+const char* launch_combine_key_splits(const ForwardParams& params, void* stream) {
+  const int64_t blocks = params.shape.batch_heads() * ((params.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
+  const LaunchConfig config{blocks, kCombineThreads, sizeof(CombineShared)};
+  return launch(params.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, config,
+                stream, params);
 }
 
 }  // namespace
 
-const char* run_forward(const Forward& f, void* stream) {
-  const bool is_bf16 = f.plan.path == Path::kBfloat16;
-  const char* error = make_rotary_tables(f, stream);
-  if (!error) error = is_bf16 ? bf16::launch_sum_keys(f, stream) : tf32::launch_sum_keys(f, stream);
-  if (!error) error = launch_combine_key_splits(f, stream);
-  if (!error) error = is_bf16 ? bf16::launch_attend(f, stream) : tf32::launch_attend(f, stream);
-  if (!error) error = tf32::launch_attend_shifted(f, stream);
+const char* run_forward(const ForwardParams& params, void* stream) {
+  const bool is_bf16 = params.plan.path == Path::kBfloat16;
+  const char* error = make_rotary_tables(params, stream);
+  if (!error) error = is_bf16 ? bf16::launch_sum_keys(params, stream) : tf32::launch_sum_keys(params, stream);
+  if (!error) error = launch_combine_key_splits(params, stream);
+  if (!error) error = is_bf16 ? bf16::launch_attend(params, stream) : tf32::launch_attend(params, stream);
+  if (!error) error = tf32::launch_attend_shifted(params, stream);
   return error;
 }
 

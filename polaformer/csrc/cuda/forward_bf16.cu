@@ -1,9 +1,9 @@
-// Forward for aligned bf16 (forward.cu tells the equations and which kernel follows which):
+// Forward kernels of the bf16 path; forward.cu has the equations and the call graph.
 //
-//   sum_keys   S and m of each split's tokens       A: features rotated and transposed, B: values
-//   attend     outputs                             A: features rotated, B: S
+//   sum_keys   S and m of each split     A: rotated features, transposed     B: values
+//   attend     outputs                   A: rotated features                 B: S
 //
-// Normalizers and means come from the tensor cores, too: of features that are not rotated, m as the sum of two bf16.
+// Normalizers and means are tensor-core products, too: of features before rotation, with m as the sum of two bf16.
 #include "bf16.cuh"
 #include "kernels.cuh"
 
@@ -12,18 +12,19 @@ namespace {
 
 template <int kHeadDim>
 struct KeyShared {
-  using Stage = TokenStage<kHeadDim>;  // of keys, and values as B fragments
+  using Stage = TokenStage<kHeadDim>;  // keys as rows, values as B fragments
   static constexpr int kStages = 3;
   Stage stages[kStages];
   float max_abs[kHeadDim / 16];
 };
 
-// One block per split, one warp per 16 columns of k and all tokens.
+// One block per split; each warp sums 16 columns of k over all tokens.
 template <int kHeadDim>
 struct KeySums {
   using Shared = KeyShared<kHeadDim>;
 
-  Accumulator sums[2][kHeadDim / 8] = {};  // of S: by part; rows 2g and 2g + 1 of the warp's columns, eight columns each
+  Accumulator sums[2][kHeadDim / 8] =
+      {};  // of S, by part: rows 2g and 2g + 1 of the warp's columns × eight columns each
   Accumulator means[2] = {};
   Bf16x2 max_abs = 0;
 
@@ -33,9 +34,9 @@ struct KeySums {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int token = begin + group_id() + 8 * row;
-      const RotaryOffsets place = stage.rotary[token];
-      const Rotation by_row(__ldg(reinterpret_cast<const uint2*>(rotary + place.by_row)));
-      const Rotation by_column(__ldg(reinterpret_cast<const uint2*>(rotary + place.by_column)));
+      const RotaryOffsets offsets = stage.rotary[token];
+      const Rotation by_row(__ldg(reinterpret_cast<const uint2*>(rotary + offsets.by_row)));
+      const Rotation by_column(__ldg(reinterpret_cast<const uint2*>(rotary + offsets.by_column)));
       const uint2 words = *reinterpret_cast<const uint2*>(stage.rows + token * Shared::Stage::kRowStride +
                                                           threadIdx.x / 32 * 16 + 4 * thread_in_group());
       const Columns x = {words.x, words.y};
@@ -44,7 +45,7 @@ struct KeySums {
       unrotated[0][row] = unmasked(features, negative), unrotated[1][row] = masked(features, negative);
       rotated[0][row] = by_row.forward(unrotated[0][row]), rotated[1][row] = by_column.forward(unrotated[1][row]);
     }
-    __syncwarp();  // keeps other tokens' features from being made meanwhile: there are no registers for them
+    __syncwarp();  // stops the compiler from computing other tokens' features here: too few registers
     FragmentA a[2];
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
@@ -66,61 +67,64 @@ struct KeySums {
 
   // Writes this warp's rows of S and m, divided by N.
   __device__ __forceinline__ void store(float* state, float* mean, const Shape& shape, float scale) const {
-    const int width = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
-    if (row >= width) return;
+    const int head_dim = shape.head_dim, row = threadIdx.x / 32 * 16 + 2 * group_id();
+    if (row >= head_dim) return;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       if (thread_in_group() == 0) {
-        *reinterpret_cast<float2*>(mean + part * width + row) =
+        *reinterpret_cast<float2*>(mean + part * head_dim + row) =
             make_float2(means[part][0] * scale, means[part][2] * scale);
       }
-      store_rows(state + (part * width + row) * width, width, sums[part], width, scale);
+      store_rows(state + (part * head_dim + row) * head_dim, head_dim, sums[part], head_dim, scale);
     }
   }
 };
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDim)) sum_keys(const Forward f) {
+__global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDim))
+    sum_keys(const ForwardParams params) {
   using Shared = KeyShared<kHeadDim>;
   auto& shared = shared_memory<Shared>();
-  const Split split = locate_split(blockIdx.x, f.plan.keys, f.shape);
+  const Split split = locate_split(blockIdx.x, params.plan.keys, params.shape);
 
-  StageCopies<kHeadDim, typename Shared::Stage, Shared::kStages> copies(shared.stages, f.k, f.v, false, split, f.shape);
+  StageCopies<kHeadDim, typename Shared::Stage, Shared::kStages> copies(shared.stages, params.k, params.v, false, split,
+                                                                        params.shape);
   const auto start_copy = [&](int step) {
     const int first = split.begin + step * kSumTokens, stage = step % Shared::kStages;
     if (first < split.end) {
       copies.start(stage);
       if (const int token = first + 2 * threadIdx.x; threadIdx.x < kSumTokens / 2) {
-        cp_async(SmemPointer(&shared.stages[stage].rotary[2 * threadIdx.x]), f.rotary_offsets + token,
-                   token < split.end);
+        cp_async(SmemPointer(&shared.stages[stage].rotary[2 * threadIdx.x]), params.rotary_offsets + token,
+                 token < split.end);
       }
     }
     cp_async_commit_group();
   };
 
-  const char* rotary =
-      reinterpret_cast<const char*>(f.packed_cos_sin + thread_in_group()) + threadIdx.x / 32 * 16 * rotary_stride(f.shape);
+  const char* rotary = reinterpret_cast<const char*>(params.packed_cos_sin + thread_in_group()) +
+                       threadIdx.x / 32 * 16 * rotary_stride(params.shape);
   KeySums<kHeadDim> sums;
   for (int step = 0; step < Shared::kStages - 1; ++step) start_copy(step);
   for (int step = 0; split.begin + step * kSumTokens < split.end; ++step) {
     cp_async_wait_group<Shared::kStages - 2>();
-    __syncthreads();  // this stage has arrived, and nobody reads the one that is overwritten next
+    __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
     for (int token = 0; token < kSumTokens; token += 16) sums.add(stage, token, rotary);
   }
 
-  const bool is_unsplit = f.plan.keys.splits_per_head == 1;
-  sums.store((is_unsplit ? f.state : f.split_state) + blockIdx.x * f.shape.state_size(),
-             (is_unsplit ? f.key_mean : f.split_mean) + blockIdx.x * f.shape.features(), f.shape, f.plan.inv_tokens);
+  const bool is_unsplit = params.plan.keys.splits_per_head == 1;
+  sums.store((is_unsplit ? params.state : params.split_state) + blockIdx.x * params.shape.state_size(),
+             (is_unsplit ? params.key_mean : params.split_mean) + blockIdx.x * params.shape.features(), params.shape,
+             params.plan.inv_tokens);
   const float own = warp_max(largest(sums.max_abs));
   if (threadIdx.x % 32 == 0) shared.max_abs[threadIdx.x / 32] = own;
   __syncthreads();
   if (threadIdx.x == 0) {
     float max_abs = 0.f;
     for (int warp = 0; warp < kHeadDim / 16; ++warp) max_abs = fmaxf(max_abs, shared.max_abs[warp]);
-    f.split_max_abs[blockIdx.x] = max_abs;
+    params.split_max_abs[blockIdx.x] = max_abs;
   }
 }
 
@@ -137,22 +141,22 @@ struct QueryPointers {
   SmemPointer state, means, temperatures;
 };
 
-// A warp's 32 tokens, of which a thread has g, g + 8, g + 16 and g + 24; above W = 96 there are registers for 16 alone.
+// A warp's 32 tokens; a thread has tokens g, g + 8, g + 16, g + 24. Above W = 96 registers suffice for 16 tokens only.
 template <int kHeadDim>
 struct QueryTile {
   using Shared = QueryShared<kHeadDim>;
-  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // of 16: each fragment of S is loaded once for all
-  static constexpr int kRows = 2 * kTiles;             // tokens of a thread
+  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // of 16 tokens, sharing each fragment of S
+  static constexpr int kRows = 2 * kTiles;               // tokens per thread
 
   const QueryPointers& shared;
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
   int head_dim;
-  const char* queries[kRows];  // this thread's columns of each token
+  const char* queries[kRows];  // address of this thread's columns, per token
   bool inside[kRows];
   RotaryRow rotary[kRows];
 
-  Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of its half each
+  Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of the flow's half each
   Accumulator normalizers[kTiles][2] = {};
   Bf16x2 max_abs = 0;
 
@@ -162,7 +166,7 @@ struct QueryTile {
     for (int row = 0; row < kRows; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
-  // Adds the products of 16 columns of the queries.
+  // Adds the products of 16 columns of q.
   __device__ __forceinline__ void add(const Columns (&x)[kRows], unsigned column) {
     uint32_t means[2][2];
     load_b(means, shared.means + 16 * column);
@@ -172,7 +176,7 @@ struct QueryTile {
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
-      __syncwarp();  // keeps the other flow's features from being made meanwhile: there are no registers for them
+      __syncwarp();            // stops the compiler from computing the other flow's features here: too few registers
       FragmentA a[2][kTiles];  // by part
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -222,14 +226,14 @@ struct QueryTile {
     }
   }
 
-  // Writes four columns of every 16 of a token's two halves; `half` is the width of one.
+  // Writes four columns of every 16 of both halves of a token's output; `half` is D/2.
   __device__ __forceinline__ void store(uint16_t* out, int own, int half) const {
     const int tile = own / 2, row = own % 2;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
       const float normalizer = normalizers[tile][flow][2 * row] + normalizers[tile][flow][2 * row + 1];
       const float inverse = reciprocal(max_or_nan(normalizer, 0.f) + float(kEpsilon));
-      uint16_t* const place = out + flow * half;
+      uint16_t* const columns = out + flow * half;
 #pragma unroll
       for (int j = 0; j < kHeadDim / 32; ++j) {
         const auto& first = sums[tile][flow][2 * j];
@@ -238,49 +242,50 @@ struct QueryTile {
             pack_bf16_finite(first[2 * row] * inverse, first[2 * row + 1] * inverse),
             pack_bf16_finite(second[2 * row] * inverse, second[2 * row + 1] * inverse),
         };
-        if (16 * j + 4 * thread_in_group() < half) store_words(place + 16 * j, words);
+        if (16 * j + 4 * thread_in_group() < half) store_words(columns + 16 * j, words);
       }
     }
   }
 };
 
-// Writes a split's outputs. Returns whether they are to be computed again with a shift.
+// Writes a split's outputs. Returns whether they must be recomputed with a shift.
 template <int kHeadDim>
-__device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, const Forward& f) {
+__device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, const ForwardParams& params) {
   using Shared = QueryShared<kHeadDim>;
   constexpr int kTiles = QueryTile<kHeadDim>::kTiles, kRows = QueryTile<kHeadDim>::kRows;
   constexpr int kTokensPerStep = kQueryThreads / 32 * 16 * kTiles;
-  const Split split = locate_split(blockIdx.x, f.plan.queries, f.shape);
-  const int width = f.shape.head_dim;
-  load_state<kHeadDim, Shared::kStride>(shared.state, f.state + int64_t{split.head} * f.shape.state_size(), width,
-                                      kQueryThreads, true, interleave_16);
-  if (__syncthreads_or(shared.head.load(f, split, kQueryThreads))) return true;
+  const Split split = locate_split(blockIdx.x, params.plan.queries, params.shape);
+  const int head_dim = params.shape.head_dim;
+  load_state<kHeadDim, Shared::kStride>(shared.state, params.state + int64_t{split.head} * params.shape.state_size(),
+                                        head_dim, kQueryThreads, true, interleave_16);
+  if (__syncthreads_or(shared.head.load(params, split, kQueryThreads))) return true;
 
   int token = split.begin + threadIdx.x / 32 * (16 * kTiles) + group_id();
-  TokenPosition first_position(token, f.shape);
-  const TokenPosition position_step(kTokensPerStep, f.shape), eight(8, f.shape);
-  const Rows<false> queries = rows_of<false>(f.q, f.shape, split);
+  TokenPosition first_position(token, params.shape);
+  const TokenPosition position_step(kTokensPerStep, params.shape), eight(8, params.shape);
+  const Rows<false> queries = rows_of<false>(params.q, params.shape, split);
   const char* query = queries.at(token, 4 * thread_in_group());
-  const int64_t stride = int64_t{f.shape.heads} * width;
-  auto* out = static_cast<uint16_t*>(f.out) + first_row(split, f.shape) + token * stride + 4 * thread_in_group();
+  const int64_t stride = int64_t{params.shape.heads} * head_dim;
+  auto* out =
+      static_cast<uint16_t*>(params.out) + first_row(split, params.shape) + token * stride + 4 * thread_in_group();
   bool needs_shift = false;
   const QueryPointers pointers = {b_rows(shared.state, Shared::kStride), shared.head.mean_rows(),
                                   shared.head.temperature_rows()};
   for (; token - group_id() < split.end; token += kTokensPerStep) {
-    QueryTile<kHeadDim> tile{pointers, f.packed_cos_sin, rotary_stride(f.shape), width};
-    TokenPosition place = first_position;
-    first_position.move(position_step, f.shape);
+    QueryTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape), head_dim};
+    TokenPosition position = first_position;
+    first_position.move(position_step, params.shape);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       tile.queries[row] = query + 8 * row * queries.stride;
       tile.inside[row] = token + 8 * row < split.end;
-      tile.rotary[row] = RotaryRow(place, f.shape);
-      place.move(eight, f.shape);
+      tile.rotary[row] = RotaryRow(position, params.shape);
+      position.move(eight, params.shape);
     }
     tile.add_all();
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      if (tile.inside[row]) tile.store(out + 8 * row * stride, row, width / 2);
+      if (tile.inside[row]) tile.store(out + 8 * row * stride, row, head_dim / 2);
     }
     needs_shift |= largest(tile.max_abs) > kMaxUnshiftedExponent;
     query += kTokensPerStep * queries.stride, out += kTokensPerStep * stride;
@@ -289,26 +294,27 @@ __device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, cons
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(true, kHeadDim)) attend(const Forward f) {
-  const bool needs_shift = attend_split<kHeadDim>(shared_memory<QueryShared<kHeadDim>>(), f);
-  if (threadIdx.x == 0) f.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
+__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(true, kHeadDim))
+    attend(const ForwardParams params) {
+  const bool needs_shift = attend_split<kHeadDim>(shared_memory<QueryShared<kHeadDim>>(), params);
+  if (threadIdx.x == 0) params.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
 }
 
 }  // namespace
 
-const char* launch_sum_keys(const Forward& f, void* stream) {
-  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
-    constexpr int kBlocksPerSm = kKeyBlocksPerSm.at(true, width());
-    return launch_blocks<KeyShared<width()>, width(), kBlocksPerSm>(sum_keys<width()>, f.plan.keys.splits, 2 * width(),
-                                                                    stream, f);
+const char* launch_sum_keys(const ForwardParams& params, void* stream) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim();
+    return launch_blocks<KeyShared<kHeadDim>, kHeadDim, kKeyBlocksPerSm.at(true, kHeadDim)>(
+        sum_keys<kHeadDim>, params.plan.keys.splits, 2 * kHeadDim, stream, params);
   });
 }
 
-const char* launch_attend(const Forward& f, void* stream) {
-  return dispatch_head_dim(f.shape.padded_head_dim(), [&](auto width) {
-    constexpr int kBlocksPerSm = kQueryBlocksPerSm.at(true, width());
-    return launch_blocks<QueryShared<width()>, width(), kBlocksPerSm>(attend<width()>, f.plan.queries.splits,
-                                                                      kQueryThreads, stream, f);
+const char* launch_attend(const ForwardParams& params, void* stream) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    constexpr int kHeadDim = head_dim();
+    return launch_blocks<QueryShared<kHeadDim>, kHeadDim, kQueryBlocksPerSm.at(true, kHeadDim)>(
+        attend<kHeadDim>, params.plan.queries.splits, kQueryThreads, stream, params);
   });
 }
 

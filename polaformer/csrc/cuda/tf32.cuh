@@ -1,13 +1,12 @@
-// Matrices of float32 that the tensor cores multiply in tf32, spread over a warp: A fragments of 16 × 16, B fragments
-// of 16 × 8 and accumulators of 16 × 8, each for two mma.m16n8k8. Of float32 inputs, upper·upper + upper·lower +
-// lower·upper parts, three times as many: close to float32's accuracy.
+// Operands of tf32 tensor-core products: A fragments of 16 × 16, B fragments of 16 × 8 and accumulators of 16 × 8, each
+// for two mma.m16n8k8. float32 inputs take three products (3xTF32): upper·upper + upper·lower + lower·upper, which is
+// close to float32 accuracy.
 //
-// With g = lane / 4 and t = lane % 4 a thread has of
+// With g = lane / 4 and t = lane % 4 a thread holds of
 //   A            rows {g, g + 8}, columns {2t, 2t + 1, 2t + 8, 2t + 9}
 //   B            rows {2t, 2t + 1, 2t + 8, 2t + 9}, column g
 //   accumulator  rows {g, g + 8}, columns {2t, 2t + 1}: entries (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// as of mma.m16n8k16. tf32 instructions number the inner index otherwise; it is summed over, so numbering it alike on
-// both sides is enough.
+// as in mma.m16n8k16. mma.m16n8k8 numbers the K axis differently, which has no effect as long as A and B agree.
 #pragma once
 
 #include <type_traits>
@@ -16,7 +15,7 @@
 
 namespace polaformer {
 
-// A family of operands: aligned rows are loaded by vectors of 16 bytes, others element by element.
+// Operand type: aligned rows are loaded as 16-byte vectors, others element by element.
 template <bool kAligned, bool k3xTf32>
 struct Tf32Operand {
   static constexpr bool kVectorizedLoads = kAligned, kFloatInputs = k3xTf32;
@@ -32,7 +31,7 @@ struct Tf32Operand {
   };
 
   struct FragmentA {
-    float values[2][4];  // of each of two instructions: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+    float values[2][4];  // per mma: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
     __device__ __forceinline__ void set(int lower_row, int upper, float first, float second) {
       values[upper][lower_row] = first, values[upper][lower_row + 2] = second;
     }
@@ -44,13 +43,13 @@ struct Tf32Operand {
     }
   };
   struct FragmentB {
-    float values[2][2];  // of each of two instructions: (t, g), (t + 4, g)
+    float values[2][2];  // per mma: (t, g), (t + 4, g)
   };
 
   static __device__ __forceinline__ Dtype dtype(Dtype given) { return k3xTf32 ? Dtype::kFloat : given; }
 
   static __device__ __forceinline__ void load(FragmentB (&b)[2], const float* corner, int stride) {
-    __syncwarp();  // keeps loads of later operands from being moved up here, where they would occupy registers
+    __syncwarp();  // stops the compiler from moving later loads up here, where they would occupy registers
     const float* column = corner + 2 * thread_in_group() * stride + group_id();
     for (int i = 0; i < 8; ++i) {
       b[i / 4].values[i / 2 % 2][i % 2] = column[(i / 2 % 2 * 8 + i % 2) * stride + i / 4 * 8];
@@ -66,7 +65,7 @@ struct Tf32Operand {
     }
   }
 
-  // Adds a·b to two accumulators side by side.
+  // Adds a·b to two adjacent accumulators.
   static __device__ __forceinline__ void multiply(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                   const FragmentB (&b)[2]) {
 #pragma unroll
@@ -87,8 +86,8 @@ struct Tf32Operand {
     }
   }
 
-  // The same for sums over many tokens. Tensor cores round each sum toward zero, which a thousand times is more than
-  // float32 may lose; so products of 16 tokens are added by ordinary additions.
+  // The same for sums over many tokens. Tensor cores round every sum towards zero; over a thousand sums the error
+  // exceeds float32 accuracy. So products of 16 tokens are added by ordinary additions.
   static __device__ __forceinline__ void add_product(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                      const FragmentB (&b)[2]) {
     if constexpr (!k3xTf32) return multiply(first, second, a, b);
@@ -96,11 +95,11 @@ struct Tf32Operand {
     multiply(product[0], product[1], a, b);
 #pragma unroll
     for (int i = 0; i < 4; ++i) first[i] += product[0][i], second[i] += product[1][i];
-    __syncwarp();  // keeps later products from being begun before, where they would occupy registers
+    __syncwarp();  // stops the compiler from starting later products here, where they would occupy registers
   }
 
  private:
-  // Numbers as the sums of two of tf32.
+  // x as the sum of two tf32.
   template <int kCount>
   static __device__ __forceinline__ void split(uint32_t (&upper)[kCount], uint32_t (&lower)[kCount],
                                                const float (&x)[kCount]) {
@@ -112,11 +111,12 @@ struct Tf32Operand {
   }
 };
 
-using Float32 = Tf32Operand<true, true>;      // aligned float32
+using Float32 = Tf32Operand<true, true>;          // aligned float32
 using GenericFloat32 = Tf32Operand<false, true>;  // float32, one element at a time
-using Generic16Bit = Tf32Operand<false, false>;      // fp16 or bf16, one element at a time; they fit tf32: one product is enough
+using Generic16Bit =
+    Tf32Operand<false, false>;  // fp16 or bf16, one element at a time; exact in tf32, so one product is enough
 
-// Starts copying kRows tokens from `first` on into a tile of rows of W + padding elements; zeros from `end` on.
+// Starts copying tokens `first` … `first` + kRows − 1 into a tile with rows of W + padding; zeros from `end` on.
 template <class Operand, int kRows, int kHeadDim>
 __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloatInputs>& rows, bool halves, int first,
                                           int end, int thread, int threads) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void copy_tile(float* tile, const Rows<Operand::kFloa
   }
 }
 
-// Four or eight neighbouring elements of a token's row, zeros beyond its width.
+// Loads four or eight neighbouring elements of a token's row, zeros beyond D.
 template <class Operand, int kCount>
 __device__ __forceinline__ typename Operand::template Elements<kCount> load_elements(
     const Rows<Operand::kFloatInputs>& rows, int token, int column) {
@@ -149,28 +149,27 @@ __device__ __forceinline__ typename Operand::template Elements<kCount> load_elem
 #pragma unroll
     for (int i = 0; i < kCount; ++i) x.values[i] = column + i < rows.head_dim ? rows.load(token, column + i) : 0.f;
   } else if (column < rows.head_dim) {
-    const char* place = rows.at(token, column);
+    const char* address = rows.at(token, column);
 #pragma unroll
     for (int i = 0; i < kCount; i += 4) {
-      const float4 four = __ldg(reinterpret_cast<const float4*>(place) + i / 4);
+      const float4 four = __ldg(reinterpret_cast<const float4*>(address) + i / 4);
       x.values[i] = four.x, x.values[i + 1] = four.y, x.values[i + 2] = four.z, x.values[i + 3] = four.w;
     }
   }
   return x;
 }
 
-// Stores neighbouring elements of a (B, N, H, D) tensor, of which `count` lie inside. Numbers beyond the largest of the
-// tensor's type become that.
+// Stores the first `count` of neighbouring elements of a (B, N, H, D) tensor, clamped to the range of its dtype.
 template <class Operand, int kCount>
 __device__ __forceinline__ void store_elements(void* tensor, int64_t index, const float (&values)[kCount], int count,
                                                Dtype given) {
   count = opaque(count);
   const Dtype dtype = Operand::dtype(given);
-  const float most = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
+  const float max_value = dtype == Dtype::kHalf ? 65504.f : FLT_MAX;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (i >= count) continue;
-    const float x = max_or_nan(min_or_nan(values[i], most), -most);
+    const float x = max_or_nan(min_or_nan(values[i], max_value), -max_value);
     if (dtype == Dtype::kFloat) {
       static_cast<float*>(tensor)[index + i] = x;
     } else {
@@ -180,8 +179,8 @@ __device__ __forceinline__ void store_elements(void* tensor, int64_t index, cons
   }
 }
 
-// Copies one head's (2D, D) matrix into shared memory: 2W rows, both parts padded; W columns, with `halves` each half
-// of them padded by itself. The orders say where a part's row and a padded column go; the second keeps neighbours.
+// Copies one head's (2D, D) matrix into shared memory. Rows: each part padded to W, in row_order. Columns: padded to W,
+// each half separately with `halves`, in column_order, which keeps neighbouring pairs together.
 template <class Operand, int kHeadDim, class RowOrder, class ColumnOrder>
 __device__ __forceinline__ void load_state(float* tile, const float* state, int head_dim, int threads, bool halves,
                                            RowOrder row_order, ColumnOrder column_order) {
@@ -196,24 +195,25 @@ __device__ __forceinline__ void load_state(float* tile, const float* state, int 
       const int column = column_of<kHeadDim>(padded + j, head_dim, halves);
       pair[j] = feature < head_dim && column >= 0 ? __ldg(source + column) : 0.f;
     }
-    const int place = (part * kHeadDim + row_order(feature)) * kStride + column_order(padded);
-    *reinterpret_cast<float2*>(tile + place) = make_float2(pair[0], pair[1]);
+    const int index = (part * kHeadDim + row_order(feature)) * kStride + column_order(padded);
+    *reinterpret_cast<float2*>(tile + index) = make_float2(pair[0], pair[1]);
   }
 }
 
-// Calls visit(operand family, padded width) with those of a plan for tf32, or of what computes with a shift.
+// Calls visit(operand type, head_dim) for the plan's path, or for a computation with a shift, and for the padded head
+// dimension as in dispatch_head_dim().
 template <class Visitor>
-const char* dispatch_operand(const Plan& plan, int padded_head_dim, Visitor visit) {
-  return dispatch_head_dim(padded_head_dim, [&](auto width) {
-    return plan.path == Path::kFloat32      ? visit(Float32(), width)
-           : plan.path == Path::kGenericFloat32 ? visit(GenericFloat32(), width)
-                                            : visit(Generic16Bit(), width);
+const char* dispatch_operand(const CommonParams& params, Visitor visit) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    return params.plan.path == Path::kFloat32          ? visit(Float32(), head_dim)
+           : params.plan.path == Path::kGenericFloat32 ? visit(GenericFloat32(), head_dim)
+                                                       : visit(Generic16Bit(), head_dim);
   });
 }
 template <class Visitor>
-const char* dispatch_shifted_operand(const Shape& shape, Visitor visit) {
-  return dispatch_head_dim(shape.padded_head_dim(), [&](auto width) {
-    return shape.dtype == Dtype::kFloat ? visit(GenericFloat32(), width) : visit(Generic16Bit(), width);
+const char* dispatch_shifted_operand(const CommonParams& params, Visitor visit) {
+  return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
+    return params.shape.dtype == Dtype::kFloat ? visit(GenericFloat32(), head_dim) : visit(Generic16Bit(), head_dim);
   });
 }
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels on emulated threads, and as machine code: what can be known of them without a GPU."""
+"""Emulator of the CUDA kernels for tests without a GPU: builds it, feeds it, reads its results."""
 
 import subprocess
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ PATHS = ["bfloat16", "float32", "generic float32", "generic 16-bit"]  # of launc
 
 @dataclass(frozen=True)
 class Emulated:
-    """What the kernels gave: outputs, what backward needs, gradients of q, k, v and the logits, and their plan."""
+    """Results of the kernels: output, saved tensors, gradients of q, k, v and the logits; path and splits."""
 
     out: torch.Tensor
     state: torch.Tensor
@@ -27,12 +27,12 @@ class Emulated:
     key_shift: torch.Tensor
     grads: tuple[torch.Tensor, ...]
     path: str
-    splits_per_head: tuple[int, int, int, int]  # keys, queries, gradients of queries, of keys
+    splits_per_head: tuple[int, int, int, int]  # of keys, queries, query gradients, key gradients
 
 
 @dataclass
 class EmulatorInput:
-    """Numbers and arrays for the emulator, in the order that emulate.cpp reads them."""
+    """Input file of the emulator: numbers and arrays in the order in which emulate.cpp reads them."""
 
     parts: list[bytes] = field(default_factory=list)
 
@@ -45,14 +45,14 @@ class EmulatorInput:
         self.parts.append(content)
 
     def add_strided(self, x: torch.Tensor) -> None:
-        """The whole storage that x lies in, so that the emulator reads it in place."""
+        """Add the whole storage of x, so that the emulator reads x in place."""
         x = x.detach()
         self.add_numbers(x.storage_offset(), *x.stride()[:3])
         self.add_array(torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()))
 
 
 def build(folder: Path, *options: str) -> Path:
-    """Compiles the kernels with the emulator in the place of ptx.cuh."""
+    """Compile the kernels with emulator.h in place of ptx.cuh."""
     program = folder / "emulate"
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [
@@ -72,12 +72,12 @@ def build(folder: Path, *options: str) -> Path:
     return program
 
 
-def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, multiprocessors=4) -> Emulated:
-    """Runs the kernels on q, k, v, same_logits, opposite_logits and gives what they compute."""
+def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_count=4) -> Emulated:
+    """Run the kernels on q, k, v, same_logits, opposite_logits, and on grad_out if given."""
     q, k, v, *logits = inputs
     batch, heads, tokens, head_dim = q.shape
     request = EmulatorInput()
-    request.add_numbers(seed, multiprocessors, grad_out is not None)
+    request.add_numbers(seed, sm_count, grad_out is not None)
     request.add_numbers(batch, heads, *size, head_dim, DTYPES.index(q.dtype))
     for x in (q, k, v):
         request.add_strided(x)
@@ -117,12 +117,12 @@ def make_emulator(tmp_path_factory, *options: str):
 
 @pytest.fixture(scope="session")
 def emulate(tmp_path_factory):
-    """Returns a function: inputs, (height, width), grad_out → `Emulated`."""
+    """Function (inputs, (height, width), grad_out) → `Emulated`."""
     return make_emulator(tmp_path_factory, "-O1")
 
 
 @pytest.fixture(scope="session")
 def emulate_sanitized(tmp_path_factory):
-    """The same, where any access outside a tensor and any undefined operation is an error."""
+    """The same with address and undefined-behaviour sanitizers."""
     checks = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    return make_emulator(tmp_path_factory, "-O0", *checks, "-Wno-maybe-uninitialized")  # wrongly seen in the checks
+    return make_emulator(tmp_path_factory, "-O0", *checks, "-Wno-maybe-uninitialized")  # false positive in the checks

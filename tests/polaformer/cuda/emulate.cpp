@@ -1,7 +1,7 @@
-// Runs the kernels once on emulated threads: emulate REQUEST ANSWER. The files are written and read by conftest.py.
+// Program that runs the kernels once on emulated threads: emulate REQUEST ANSWER, files of conftest.py.
 //
-// Every tensor gets a buffer of its own and of its exact size, so that the address sanitizer sees an access outside;
-// outputs and workspaces are full of NaN before.
+// Every tensor has its own buffer of its exact size, so that the address sanitizer detects accesses outside; outputs
+// and workspaces are filled with NaN beforehand.
 #include <cstdio>
 #include <deque>
 #include <fstream>
@@ -64,7 +64,7 @@ int main(int, char** arguments) {
   const int64_t elements = shape.batch_heads() * shape.tokens() * shape.head_dim, bytes = bytes_of(shape.dtype);
   const int64_t state = shape.batch_heads() * shape.state_size(), features = shape.batch_heads() * shape.features();
 
-  Forward forward{};
+  ForwardParams forward{};
   forward.shape = shape;
   forward.q = request.read_strided(shape.dtype);
   forward.k = request.read_strided(shape.dtype);
@@ -91,15 +91,14 @@ int main(int, char** arguments) {
   answer.write(forward.key_shift, features / 2 * sizeof(float));
   if (!differentiate) return 0;
 
-  Backward backward{};
+  BackwardParams backward{};
   backward.shape = shape;
   backward.grad_out = request.read_strided(shape.dtype);
   backward.q = forward.q, backward.k = forward.k, backward.v = forward.v;
   backward.same_logits = forward.same_logits, backward.opposite_logits = forward.opposite_logits;
   backward.state = forward.state, backward.key_mean = forward.key_mean, backward.key_shift = forward.key_shift;
   std::copy(std::begin(forward.frequencies), std::end(forward.frequencies), backward.frequencies);
-  backward.plan =
-      make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), sm_count);
+  backward.plan = make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), sm_count);
   backward.grad_q = request.make<char>(elements, bytes);
   backward.grad_k = request.make<char>(elements, bytes);
   backward.grad_v = request.make<char>(elements, bytes);

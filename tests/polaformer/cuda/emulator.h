@@ -1,17 +1,17 @@
-// A GPU on a CPU, for tests: stands in for polaformer/csrc/cuda/ptx.cuh (whose guard it takes), so that g++ compiles
-// the kernels as they are. Blocks run one after another in random order. Every thread of a block is a fiber; whenever
-// one has to wait for others (a barrier of the block, an instruction of the whole warp) a random one that can go on
-// does. What CUDA leaves undefined is made to fail or to show:
+// Emulator of a GPU on the CPU, for tests: replaces polaformer/csrc/cuda/ptx.cuh, whose include guard it defines, so
+// that g++ compiles the kernels unchanged. Blocks run one after another in random order. Every thread of a block is a
+// fiber; whenever one waits for others, at a block barrier or a warp-wide instruction, a random runnable one continues.
+// Behaviour that CUDA leaves undefined fails or becomes visible:
 //
-//   shared memory      exactly as large as the launch says, full of NaN before every block
-//   cp.async           its target is full of NaN until the wait that makes it visible to the thread
-//   barriers           every thread of the block has to arrive, and none may have left; so lanes at an instruction
-//   mma, ldmatrix      every lane has to give the same instruction; tf32 operands that are not rounded are refused
-//   sums of products   rounded towards zero, as tensor cores round; products are exact
+//   shared memory    exactly the size of the launch, filled with NaN before every block
+//   cp.async         the target is NaN until the wait that makes it visible to the thread
+//   barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp
+//   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
+//   accumulation     rounds towards zero, as tensor cores do; products are exact
 //
-// With -fsanitize=address,undefined every access is checked too; so give each tensor a buffer of its own.
+// With -fsanitize=address,undefined every access is checked as well; give each tensor its own buffer.
 #pragma once
-#define POLAFORMER_DEVICE_CUH
+#define POLAFORMER_PTX_CUH
 
 #include <algorithm>
 #include <array>
@@ -59,8 +59,8 @@ struct alignas(16) uint4 {
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 template <class T>
-T __ldg(const T* place) {
-  return *place;
+T __ldg(const T* address) {
+  return *address;
 }
 using std::max;
 using std::min;
@@ -69,7 +69,7 @@ namespace emulator {
 
 constexpr size_t kStackBytes = 256 * 1024;
 
-// Where a flow of control goes on; the stack's bounds are for the address sanitizer.
+// Saved execution context of a fiber; the stack bounds are for the address sanitizer.
 struct Context {
   ucontext_t registers;
   const void* stack = nullptr;
@@ -99,13 +99,13 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
 };
 
-// A meeting of threads: of the block at a barrier, of a warp at an instruction.
+// Rendezvous of threads: of a block at a barrier, or of a warp at an instruction.
 struct Meeting {
   std::string name;
   std::vector<int> waiting;
 };
 
-// What a warp's lanes give to an instruction and receive from it.
+// Operands and results of an instruction for all lanes of a warp.
 struct Lanes {
   alignas(16) char given[32][64], received[32][32];
 };
@@ -120,7 +120,7 @@ struct Block {
   char* shared;
   size_t shared_bytes;
   Context scheduler;
-  int current = -1, left = 0, votes = 0, vote_result = 0;
+  int current = -1, exited = 0, votes = 0, vote_result = 0;
 };
 
 inline std::mt19937 randomness;
@@ -131,7 +131,7 @@ inline Block* block;
   std::exit(1);
 }
 
-// Picks a random thread that can go on.
+// Picks a random runnable thread.
 inline int choose_ready() {
   Block& b = *block;
   if (b.ready.empty()) {
@@ -147,7 +147,7 @@ inline int choose_ready() {
   return chosen;
 }
 
-// Returns when it is this thread's turn again.
+// Yields; returns when this thread is scheduled again.
 inline void let_others_run() {
   Block& b = *block;
   const int self = b.current, next = choose_ready();
@@ -155,7 +155,7 @@ inline void let_others_run() {
   if (next != self) switch_context(b.fibers[self].context, b.fibers[next].context);
 }
 
-// Returns once `count` threads have come; the last one works for all.
+// Blocks until `count` threads have arrived; the last one calls work().
 template <class Work>
 void meet(Meeting& meeting, const std::string& name, size_t count, Work work) {
   Block& b = *block;
@@ -170,16 +170,16 @@ void meet(Meeting& meeting, const std::string& name, size_t count, Work work) {
   let_others_run();
 }
 
-// A barrier of the block: how many threads voted for it.
+// Block barrier; returns the number of threads with a true vote.
 inline int barrier(const char* name, bool vote) {
   Block& b = *block;
-  if (b.left > 0) fail(std::string(name) + " after threads of the block have left");
+  if (b.exited > 0) fail(std::string(name) + " after threads of the block have exited");
   b.votes += vote;
   meet(b.meetings[0], name, b.fibers.size(), [&] { b.vote_result = std::exchange(b.votes, 0); });
   return b.vote_result;
 }
 
-// An instruction of the whole warp: `work` makes of what all lanes give what each receives.
+// Warp-wide instruction: work(given, received) computes all lanes' results from all lanes' operands.
 template <class Received, class Given, class Work>
 Received warp_instruction(const char* name, const Given& given, Work work) {
   static_assert(sizeof(Given) <= sizeof(Lanes::given[0]) && sizeof(Received) <= sizeof(Lanes::received[0]));
@@ -209,7 +209,7 @@ inline void run_fiber() {
 #endif
   b.body();
   Context& self = b.fibers[b.current].context;
-  if (++b.left == static_cast<int>(b.fibers.size())) switch_context(self, b.scheduler);
+  if (++b.exited == static_cast<int>(b.fibers.size())) switch_context(self, b.scheduler);
   b.current = choose_ready();
   switch_context(self, b.fibers[b.current].context);
 }
@@ -330,23 +330,23 @@ struct SmemPointer {
 };
 
 inline void ldmatrix_x4(uint32_t (&fragment)[4], SmemPointer row) { ldmatrix_x4(fragment, row.address, false); }
-inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) {
-  ldmatrix_x4(fragment, row.address, true);
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) { ldmatrix_x4(fragment, row.address, true); }
+inline uint4 load_words(SmemPointer pointer) {
+  check_aligned(pointer.address, "ld.shared.v4");
+  return *reinterpret_cast<const uint4*>(pointer.address);
 }
-inline uint4 load_words(SmemPointer place) {
-  check_aligned(place.address, "ld.shared.v4");
-  return *reinterpret_cast<const uint4*>(place.address);
-}
-inline void store_words(SmemPointer place, uint4 words) {
-  check_aligned(place.address, "st.shared.v4");
-  *reinterpret_cast<uint4*>(place.address) = words;
+inline void store_words(SmemPointer pointer, uint4 words) {
+  check_aligned(pointer.address, "st.shared.v4");
+  *reinterpret_cast<uint4*>(pointer.address) = words;
 }
 
-// PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and writing
-// the transposed elements to destination d"; fragments as of ldmatrix.
+// PTX ISA, movmatrix: "Move a row-major matrix across all threads in a warp, reading elements from source a, and
+// writing the transposed elements to destination d"; fragments as of ldmatrix.
 inline uint32_t movmatrix_trans(uint32_t fragment) {
   return emulator::warp_instruction<uint32_t>("movmatrix", fragment, [](const auto& given, auto& received) {
-    const auto element = [&](int row, int column) { return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff; };
+    const auto element = [&](int row, int column) {
+      return given[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;
+    };
     for (int lane = 0; lane < 32; ++lane) {
       received[lane] = element(2 * (lane % 4), lane / 4) | element(2 * (lane % 4) + 1, lane / 4) << 16;
     }
@@ -358,33 +358,33 @@ inline uint32_t movmatrix_trans(uint32_t fragment) {
 //   groupID = %laneid >> 2        threadID_in_group = %laneid % 4
 //   C, D of both: row = groupID for c0, c1, groupID + 8 for c2, c3; col = threadID_in_group * 2 + (i & 0x1)
 //
-// `Layout` says where the elements of A and B are and what they are worth.
+// `Layout` defines the positions and values of the elements of A and B.
 template <class Layout>
-void multiply(const char* name, float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+void multiply(const char* name, float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Given {
-    uint32_t left[4], right[2];
+    uint32_t a[4], b[2];
     float sum[4];
   };
   Given given;
-  std::copy(left, left + 4, given.left);
-  std::copy(right, right + 2, given.right);
+  std::copy(a, a + 4, given.a);
+  std::copy(b, b + 2, given.b);
   std::copy(sum, sum + 4, given.sum);
   using Floats = std::array<float, 4>;
   const auto result = emulator::warp_instruction<Floats>(name, given, [](const auto& lanes, auto& received) {
-    double a[16][Layout::kInner], b[Layout::kInner][8];
+    double matrix_a[16][Layout::kInner], matrix_b[Layout::kInner][8];
     for (int lane = 0; lane < 32; ++lane) {
-      for (int i = 0; i < Layout::kLeftElements; ++i) {
-        a[Layout::left_row(lane, i)][Layout::left_column(lane, i)] = Layout::element(lanes[lane].left, i);
+      for (int i = 0; i < Layout::kAElements; ++i) {
+        matrix_a[Layout::a_row(lane, i)][Layout::a_column(lane, i)] = Layout::element(lanes[lane].a, i);
       }
-      for (int i = 0; i < Layout::kRightElements; ++i) {
-        b[Layout::right_row(lane, i)][lane >> 2] = Layout::element(lanes[lane].right, i);
+      for (int i = 0; i < Layout::kBElements; ++i) {
+        matrix_b[Layout::b_row(lane, i)][lane >> 2] = Layout::element(lanes[lane].b, i);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
         const int row = (lane >> 2) + (i < 2 ? 0 : 8), column = (lane % 4) * 2 + (i & 1);
         double exact = lanes[lane].sum[i];
-        for (int k = 0; k < Layout::kInner; ++k) exact += a[row][k] * b[k][column];
+        for (int k = 0; k < Layout::kInner; ++k) exact += matrix_a[row][k] * matrix_b[k][column];
         const float nearest = static_cast<float>(exact);
         received[lane][i] = std::fabs(nearest) > std::fabs(exact) ? std::nextafterf(nearest, 0.f) : nearest;
       }
@@ -397,31 +397,31 @@ void multiply(const char* name, float (&sum)[4], const uint32_t (&left)[4], cons
 // col = (threadID_in_group * 2) + (i & 0x1) for ai where i < 4, … + 8 for ai where i >= 4.
 // B: row = (threadID_in_group * 2) + (i & 0x1) for bi where i < 2, … + 8 for bi where i >= 2; col = groupID.
 struct LayoutBf16 {
-  static constexpr int kInner = 16, kLeftElements = 8, kRightElements = 4;
-  static int left_row(int lane, int i) { return (0 <= i && i < 2) || (4 <= i && i < 6) ? lane >> 2 : (lane >> 2) + 8; }
-  static int left_column(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 4 ? 0 : 8); }
-  static int right_row(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 2 ? 0 : 8); }
+  static constexpr int kInner = 16, kAElements = 8, kBElements = 4;
+  static int a_row(int lane, int i) { return (0 <= i && i < 2) || (4 <= i && i < 6) ? lane >> 2 : (lane >> 2) + 8; }
+  static int a_column(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 4 ? 0 : 8); }
+  static int b_row(int lane, int i) { return (lane % 4) * 2 + (i & 1) + (i < 2 ? 0 : 8); }
   static double element(const uint32_t* words, int i) { return float_of(words[i / 2] >> (16 * (i % 2)) << 16); }
 };
 
 // m16n8k8, .tf32. A: row = groupID for a0 and a2, groupID + 8 for a1 and a3; col = threadID_in_group for a0 and a1,
 // threadID_in_group + 4 for a2 and a3. B: row = threadID_in_group for b0, threadID_in_group + 4 for b1; col = groupID.
 struct LayoutTf32 {
-  static constexpr int kInner = 8, kLeftElements = 4, kRightElements = 2;
-  static int left_row(int lane, int i) { return i == 0 || i == 2 ? lane >> 2 : (lane >> 2) + 8; }
-  static int left_column(int lane, int i) { return i == 0 || i == 1 ? lane % 4 : lane % 4 + 4; }
-  static int right_row(int lane, int i) { return i == 0 ? lane % 4 : lane % 4 + 4; }
+  static constexpr int kInner = 8, kAElements = 4, kBElements = 2;
+  static int a_row(int lane, int i) { return i == 0 || i == 2 ? lane >> 2 : (lane >> 2) + 8; }
+  static int a_column(int lane, int i) { return i == 0 || i == 1 ? lane % 4 : lane % 4 + 4; }
+  static int b_row(int lane, int i) { return i == 0 ? lane % 4 : lane % 4 + 4; }
   static double element(const uint32_t* words, int i) {
     if (words[i] & 0x1fff && !std::isnan(float_of(words[i]))) emulator::fail("a tf32 operand is not rounded");
     return float_of(words[i]);
   }
 };
 
-inline void mma_m16n8k16_bf16(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
-  multiply<LayoutBf16>("mma.m16n8k16.bf16", sum, left, right);
+inline void mma_m16n8k16_bf16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<LayoutBf16>("mma.m16n8k16.bf16", sum, a, b);
 }
-inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
-  multiply<LayoutTf32>("mma.m16n8k8.tf32", sum, left, right);
+inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  multiply<LayoutTf32>("mma.m16n8k8.tf32", sum, a, b);
 }
 
 // PTX ISA, cvt: ".rna: round to nearest with ties away from zero". Half of the 13 dropped bits' unit is added to the
@@ -438,8 +438,8 @@ inline uint16_t round_to_bf16(float x) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_to_bf16(low) | uint32_t{round_to_bf16(high)} << 16; }
 
-// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM", of
-// NaN NaN.
+// ".satfinite: … If the absolute value of input is greater than MAX_NORM, then the result is sign-preserved MAX_NORM",
+// of NaN NaN.
 inline uint32_t pack_bf16_finite(float low, float high) {
   const auto limit = [](float x) { return std::isnan(x) ? x : std::clamp(x, -0x1.fep127f, 0x1.fep127f); };
   return pack_bf16(limit(low), limit(high));
@@ -447,10 +447,11 @@ inline uint32_t pack_bf16_finite(float low, float high) {
 
 using Bf16x2 = uint32_t;
 
-// What `one` makes of the low halves, and of the high ones, as bf16.
+// Applies `one` to the low halves and to the high halves, as bf16.
 template <class One, class... Words>
 Bf16x2 each_half(One one, Words... words) {
-  return round_to_bf16(one(float_of(words << 16)...)) | uint32_t{round_to_bf16(one(float_of(words & 0xffff0000u)...))} << 16;
+  return round_to_bf16(one(float_of(words << 16)...)) | uint32_t{round_to_bf16(one(float_of(words & 0xffff0000u)...))}
+                                                            << 16;
 }
 // Rounded once: a product of bf16 is exact in double, and a sum's double rounding would take 37 zeros or ones in a row.
 inline Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
@@ -458,10 +459,10 @@ inline Bf16x2 fma_bf16x2(Bf16x2 a, Bf16x2 b, Bf16x2 c) {
 }
 inline Bf16x2 negate_bf16x2(Bf16x2 a) { return a ^ 0x80008000u; }
 inline Bf16x2 absolute_bf16x2(Bf16x2 a) { return a & 0x7fff7fffu; }
-inline Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) { return each_half([](float x, float y) { return std::fmax(x, y); }, a, b); }
-inline uint32_t nonzero_bf16x2(Bf16x2 a) {
-  return (a & 0x7fffu ? 0xffffu : 0u) | (a & 0x7fff0000u ? 0xffff0000u : 0u);
+inline Bf16x2 max_bf16x2(Bf16x2 a, Bf16x2 b) {
+  return each_half([](float x, float y) { return std::fmax(x, y); }, a, b);
 }
+inline uint32_t nonzero_bf16x2(Bf16x2 a) { return (a & 0x7fffu ? 0xffffu : 0u) | (a & 0x7fff0000u ? 0xffff0000u : 0u); }
 inline Bf16x2 low_halves(Bf16x2 a, Bf16x2 b) { return (a & 0xffffu) | b << 16; }
 inline Bf16x2 high_halves(Bf16x2 a, Bf16x2 b) { return a >> 16 | (b & 0xffff0000u); }
 inline uint32_t low_signs(Bf16x2 a, Bf16x2 b) { return (a >> 15 & 1) * 0xffffu | (b >> 15 & 1) * 0xffff0000u; }
@@ -514,8 +515,7 @@ inline void cp_async(SmemPointer target, const void* global, bool valid) {
   if (valid) check_aligned(global, "cp.async");
   std::memset(shared, 0xff, 16);
   emulator::Block& b = *emulator::block;
-  b.fibers[b.current].copies.back().push_back(
-      {shared, static_cast<const char*>(global), valid});
+  b.fibers[b.current].copies.back().push_back({shared, static_cast<const char*>(global), valid});
 }
 inline void cp_async_commit_group() {
   emulator::Block& b = *emulator::block;
@@ -542,14 +542,14 @@ struct LaunchConfig {
   int threads, shared_bytes;
 };
 
-template <class Arguments>
-const char* launch(void (*kernel)(Arguments), LaunchConfig grid, void*, const Arguments& arguments) {
-  std::vector<unsigned> order(grid.blocks);
+template <class Params>
+const char* launch(void (*kernel)(Params), LaunchConfig config, void*, const Params& params) {
+  std::vector<unsigned> order(config.blocks);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), emulator::randomness);
   for (const unsigned index : order) {
-    emulator::run_block(index, static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
-                        [&] { kernel(arguments); });
+    emulator::run_block(index, static_cast<unsigned>(config.blocks), config.threads, config.shared_bytes,
+                        [&] { kernel(params); });
   }
   return nullptr;
 }

@@ -1,5 +1,5 @@
-// Prints what every lane of a warp receives from each function of ptx.cuh, of the same words every time: built by
-// nvcc, what a GPU does, and by g++ with the emulator, what it is believed to do. A line: name, lane, words in hex.
+// Program that prints what every lane of a warp receives from each function of ptx.cuh for fixed inputs: on a GPU if
+// built by nvcc, from the emulator if built by g++. One line per function and lane: name, lane, words in hex.
 #include <cstdio>
 #include <cstdlib>
 
@@ -9,34 +9,13 @@ namespace {
 
 using namespace polaformer;
 
-constexpr int kWords = 16;  // given to a lane, and received of each function at most
+constexpr int kWords = 16;  // inputs of a lane, and maximum outputs of a function
 constexpr const char* kNames[] = {
-    "low_signs",
-    "high_signs",
-    "low_halves",
-    "high_halves",
-    "fma_bf16x2",
-    "negate_bf16x2",
-    "absolute_bf16x2",
-    "max_bf16x2",
-    "nonzero_bf16x2",
-    "pack_bf16",
-    "pack_bf16_finite",
-    "round_to_tf32",
-    "half_to_float",
-    "float_to_half",
-    "min_or_nan",
-    "max_or_nan",
-    "movmatrix_trans",
-    "ldmatrix_x4",
-    "ldmatrix_x4_trans",
-    "cp_async",
-    "load_words",
-    "mma_m16n8k16_bf16",
-    "mma_m16n8k8_tf32",
-    "ex2_approx",
-    "lg2_approx",
-    "reciprocal",
+    "low_signs",         "high_signs",    "low_halves",     "high_halves",       "fma_bf16x2",       "negate_bf16x2",
+    "absolute_bf16x2",   "max_bf16x2",    "nonzero_bf16x2", "pack_bf16",         "pack_bf16_finite", "round_to_tf32",
+    "half_to_float",     "float_to_half", "min_or_nan",     "max_or_nan",        "movmatrix_trans",  "ldmatrix_x4",
+    "ldmatrix_x4_trans", "cp_async",      "load_words",     "mma_m16n8k16_bf16", "mma_m16n8k8_tf32", "ex2_approx",
+    "lg2_approx",        "reciprocal",
 };
 constexpr int kCount = sizeof kNames / sizeof kNames[0];
 
@@ -59,8 +38,8 @@ __global__ void run(const Arguments a) {
   for (int i = 0; i < kWords; ++i) w[i] = a.given[lane * kWords + i];
   int next = 0;
   const auto receive = [&](auto... words) {
-    uint32_t* place = a.received + (next++ * 32 + lane) * kWords;
-    ((*place++ = words), ...);
+    uint32_t* next_word = a.received + (next++ * 32 + lane) * kWords;
+    ((*next_word++ = words), ...);
   };
   receive(low_signs(w[0], w[1]));
   receive(high_signs(w[0], w[1]));
@@ -121,7 +100,7 @@ void* make(size_t bytes) {
   return memory;
 }
 
-// A number of either sign between 2^-8 and 16, as the upper half of its bits.
+// Draws a number of either sign between 2^-8 and 16, as the upper half of its bits.
 uint32_t draw(uint32_t& state) {
   state = state * 1664525u + 1013904223u;
   const uint32_t sign = state >> 31, exponent = 119 + state % 12, mantissa = state >> 20 & 127;
@@ -138,7 +117,7 @@ int main() {
   for (int i = 0; i < 32 * kWords; ++i) {
     const uint32_t low = draw(state), high = draw(state);
     given[i] = low | high << 16;
-    // Zeros of either sign, and what fp16 takes for NaN or infinite, where it is asked what is not zero.
+    // Inputs of nonzero_bf16x2: zeros of either sign, and bits that are NaN or infinite in fp16.
     const uint32_t special[] = {0, 0x8000, 0x7c00, 0x7e01, 1, 0x3f80, 0xfc00, 0x8001};
     if (i % kWords == 3) given[i] = special[i / kWords % 8] | special[i / kWords / 4 % 8] << 16;
   }

@@ -1,5 +1,5 @@
-// Prints what launch_params.h makes of shapes, one a line of standard input: batch, heads, height, width, head dimension, dtype,
-// multiprocessors, compute capability, shared memory of a block in bytes.
+// Program that prints workspaces and splits of launch_params.h for shapes on standard input, one per line: batch,
+// heads, height, width, head dimension, dtype, SMs, major compute capability, bytes of shared memory per block.
 #include <iostream>
 
 #include "launch_params.h"
@@ -9,8 +9,8 @@ int main() {
   Shape shape;
   int dtype, sm_count, major;
   int64_t shared_bytes;
-  while (std::cin >> shape.batch >> shape.heads >> shape.height >> shape.width >> shape.head_dim >> dtype >>
-         sm_count >> major >> shared_bytes) {
+  while (std::cin >> shape.batch >> shape.heads >> shape.height >> shape.width >> shape.head_dim >> dtype >> sm_count >>
+         major >> shared_bytes) {
     shape.dtype = static_cast<Dtype>(dtype);
     if (const char* reason = unsupported_reason(shape, major, shared_bytes)) {
       std::cout << "0 0 0 0 0 0 0 0 0 0 " << reason << '\n';
@@ -18,8 +18,8 @@ int main() {
     }
     const StridedTensor aligned = {nullptr, 0, 0, 0};
     int64_t floats[2] = {};
-    Forward forward{};
-    Backward backward{};
+    ForwardParams forward{};
+    BackwardParams backward{};
     forward.shape = backward.shape = shape;
     forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), sm_count);
     const auto count = [&](int64_t& sum) {

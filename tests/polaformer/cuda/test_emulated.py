@@ -1,11 +1,11 @@
-"""The CUDA kernels' own source, run on emulated threads, against the reference in float64."""
+"""The CUDA kernels, compiled unchanged and run on emulated threads, against the reference in float64."""
 
 import pytest
 import torch
 
 from polaformer import reference
 
-pytestmark = pytest.mark.slow  # building the emulator
+pytestmark = pytest.mark.slow  # builds the emulator
 
 NAMES = ("out", "q", "k", "v", "same_logits", "opposite_logits")
 LIMITS = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3, torch.float32: 5e-6}
@@ -32,7 +32,7 @@ def compute_exact(inputs, size, grad_out):
 
 
 def assert_near(found, exact, limit, of_order=0.1):
-    """The difference's root mean square is below `limit` of that of the exact values and `of_order` together."""
+    """The RMS difference is below `limit` × (RMS of the exact values + `of_order`)."""
     for name, actual, wanted in zip(NAMES, (found.out, *found.grads), exact, strict=True):
         assert actual.isfinite().all(), name
         size = wanted.norm() + of_order * wanted.numel() ** 0.5
@@ -77,7 +77,7 @@ def test_equals_reference(emulate, batch, heads, size, head_dim, dtype):
     ],
 )
 def test_layouts(emulate, dtype, arrange, path):
-    """Rows are read where they lie; where they are not aligned to 16 bytes, by their elements."""
+    """Rows are read in place; rows that are not aligned to 16 bytes, element by element."""
 
     def one_further(x):
         moved = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
@@ -98,12 +98,12 @@ def test_layouts(emulate, dtype, arrange, path):
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
-def test_tokens_of_a_head_among_several_blocks(emulate, dtype):
-    """An odd number of tokens, the last splits incomplete; one block a head gives the same to rounding."""
+def test_several_splits_per_head(emulate, dtype):
+    """An odd number of tokens and incomplete last splits; one split per head gives the same up to rounding."""
     inputs, size = make_inputs((1, 2, 281, 32), dtype), (281, 1)
     grad_out = make_grad_out(inputs[0])
     exact = compute_exact(inputs, size, grad_out)
-    split, whole = (emulate(inputs, size, grad_out, multiprocessors=count) for count in (132, 1))
+    split, whole = (emulate(inputs, size, grad_out, sm_count=count) for count in (132, 1))
     assert min(split.splits_per_head) > 1
     assert split.splits_per_head > whole.splits_per_head
     assert_near(split, exact, LIMITS[dtype])
@@ -111,11 +111,13 @@ def test_tokens_of_a_head_among_several_blocks(emulate, dtype):
 
 
 def test_float32_stays_exact_over_many_tokens(emulate):
-    """One split has all tokens of b5's first stage, as with 128 images: 196 products are added up for each sum, which
-    tensor cores alone, rounding toward zero, would do to 3e-5."""
+    """One split has all tokens of b5's first stage, as with 128 images, so each sum has 196 products.
+
+    Accumulated in tensor cores alone, which round toward zero, the error would be 3e-5.
+    """
     inputs, size = make_inputs((1, 1, 3136, 96), torch.float32), (56, 56)
     grad_out = make_grad_out(inputs[0])
-    found = emulate(inputs, size, grad_out, multiprocessors=1)
+    found = emulate(inputs, size, grad_out, sm_count=1)
     assert found.splits_per_head[0] == found.splits_per_head[2] == 1
     for name, actual, wanted in zip(
         NAMES, (found.out, *found.grads), compute_exact(inputs, size, grad_out), strict=True
@@ -125,15 +127,15 @@ def test_float32_stays_exact_over_many_tokens(emulate):
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128])
 def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_dim):
-    """Packed features and turns lose no more than the plain formulas in bf16 do."""
+    """Packed features and rotations lose no more precision than the eager formulas in bf16."""
     inputs, size = make_inputs((1, 2, 143, head_dim), torch.bfloat16), (11, 13)
     grad_out = make_grad_out(inputs[0])
     found = emulate(inputs, size, grad_out)
     assert found.path == "bfloat16"
     wanted = compute_exact(inputs, size, grad_out)
-    plain = [x.detach().requires_grad_() for x in inputs]
-    out = reference.eager_polarity_attention(*plain, *size)
-    eager = (out, *torch.autograd.grad(out, plain, grad_out))
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = reference.eager_polarity_attention(*leaves, *size)
+    eager = (out, *torch.autograd.grad(out, leaves, grad_out))
     for name, actual, of_eager, exact in zip(NAMES, (found.out, *found.grads), eager, wanted, strict=True):
         error, allowed = ((x.detach().double() - exact).norm() / exact.norm() for x in (actual, of_eager))
         assert error < 1.2 * allowed, name
@@ -142,7 +144,7 @@ def test_bfloat16_is_as_exact_as_eager_pytorch(emulate, head_dim):
 @pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bit_identical_in_any_block_order(emulate, dtype, scale):
-    """Threads and blocks run in random order; exponents above 20 take the way of the shift."""
+    """Threads and blocks run in random order; at scale 30, exponents exceed 20 and need the shift."""
     inputs, size = make_inputs((1, 2, 85, 32), dtype, scale), (5, 17)
     grad_out = make_grad_out(inputs[0])
     first, second = (emulate(inputs, size, grad_out, seed=seed) for seed in (1, 2))
@@ -154,14 +156,14 @@ def test_bit_identical_in_any_block_order(emulate, dtype, scale):
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
 @pytest.mark.parametrize("which", ["q", "k", "both"])
 def test_exponents_of_any_size(emulate, dtype, largest, which):
-    """Queries and keys whose features overflow float32: exact outputs and gradients all the same."""
+    """Exact outputs and gradients for queries and keys whose features overflow float32."""
     inputs, size = make_inputs((1, 1, 35, 32), torch.float64), (5, 7)
     for index, name in ((0, "q"), (1, "k")):
-        if which in (name, "both"):  # the largest of every feature and sign is alike, so that none is alone
+        if which in (name, "both"):  # every feature and sign has the same largest value, so that none dominates
             inputs[index] = inputs[index].sign() * (largest - inputs[index].abs())
     inputs = [x.to(dtype) for x in inputs[:3]] + [x.float() for x in inputs[3:]]
     grad_out = make_grad_out(inputs[0])
-    # e^x turns a relative error of x's product with its temperature, half a unit in the last place, into x times it
+    # e^x amplifies the rounding of x · temperature, a relative error of half an ulp, by x
     limit = 8 * torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps * largest
     assert_near(emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out), limit, of_order=1)
 
@@ -169,8 +171,7 @@ def test_exponents_of_any_size(emulate, dtype, largest, which):
 @pytest.mark.parametrize("dtype", list(LIMITS))
 @pytest.mark.parametrize("largest", [20, 100, 1e4])
 def test_finite_for_any_finite_input(emulate, dtype, largest):
-    """Exponents far apart, normalizers that vanish: nothing is infinite or NaN, and outputs are the exact ones
-    wherever those can be represented."""
+    """Exponents far apart, vanishing normalizers: no infinity or NaN, and exact outputs where representable."""
     inputs, size = make_inputs((2, 2, 35, 32), dtype, scale=largest / 4), (5, 7)
     grad_out = make_grad_out(inputs[0])
     found, exact = emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out)[0]
@@ -184,19 +185,19 @@ def test_finite_for_any_finite_input(emulate, dtype, largest):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_large_values_of_one_head_leave_the_others_unchanged(emulate, dtype):
-    """The shift is one head's and one split's: the other head has the bits that it has without it."""
+    """Shifts are local to heads and splits: the other head's output is bit-identical with and without one."""
     inputs, size = make_inputs((1, 2, 85, 32), dtype), (5, 17)
-    loud = [x.clone() for x in inputs]
-    loud[1][:, 1, 3] *= 40
-    found, quiet = emulate(loud, size), emulate(inputs, size)
+    large = [x.clone() for x in inputs]
+    large[1][:, 1, 3] *= 40
+    found, unchanged = emulate(large, size), emulate(inputs, size)
     assert found.key_shift[0, 1].any()
     assert not found.key_shift[0, 0].any()
-    assert torch.equal(found.out[:, 0], quiet.out[:, 0])
+    assert torch.equal(found.out[:, 0], unchanged.out[:, 0])
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS))
-def test_rows_whose_normalizer_is_zero(emulate, dtype):
-    """q = (1, 0), k = (0, 1): no feature of the query meets one of the keys, but the rotated ones meet."""
+def test_zero_normalizers(emulate, dtype):
+    """q = (1, 0), k = (0, 1): queries and keys share no nonzero feature, but do after rotation."""
     q, k = torch.zeros(1, 1, 6, 16), torch.zeros(1, 1, 6, 16)
     q[..., 0], k[..., 1] = 1, 1
     v = 1e-6 * torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(0))
@@ -212,21 +213,21 @@ def test_rows_whose_normalizer_is_zero(emulate, dtype):
 @pytest.mark.parametrize("scale", [1, 30])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_propagates(emulate, dtype, scale, index):
-    """A NaN among q, k or v, with a shift and without one: where results of the reference are NaN, these are."""
+    """A NaN in q, k or v, with a shift and without: results are NaN wherever the reference's are."""
     inputs, size = make_inputs((1, 2, 35, 32), dtype, scale), (5, 7)
     inputs[index][0, 1, 20, 3] = torch.nan
     grad_out = make_grad_out(inputs[0])
     found, exact = emulate(inputs, size, grad_out), compute_exact(inputs, size, grad_out)
     for name, actual, wanted in zip(NAMES[:4], (found.out, *found.grads[:3]), exact[:4], strict=True):
-        spoiled = wanted.isnan().any(dim=-1)  # of tokens: of those at least as many
-        assert (actual.isnan().any(dim=-1) | ~spoiled).all(), name
+        is_nan = wanted.isnan().any(dim=-1)  # per token
+        assert (actual.isnan().any(dim=-1) | ~is_nan).all(), name
         assert actual[0, 0].isfinite().all(), name
 
 
 @pytest.mark.parametrize("tiny", [1e-3, 1e-5, 1e-7, 0])
 @pytest.mark.parametrize("index", [0, 1])
 def test_tiny_queries_and_keys(emulate, tiny, index):
-    """Features of bf16 are off by 2^-22: exact for numbers down to 1e-4, and finite for all that are smaller."""
+    """bf16 features have an absolute error of 2^-22: accurate for inputs down to 1e-4, finite for smaller ones."""
     inputs, size = make_inputs((1, 2, 35, 32), torch.bfloat16), (5, 7)
     inputs[index][:, :, 3:] *= tiny
     grad_out = make_grad_out(inputs[0])

@@ -1,9 +1,9 @@
-"""The machine code of the built CUDA extension, for every architecture in it: what the compiler made of the kernels.
+"""Budgets of the machine code in the built CUDA extension, for every architecture in it.
 
-Registers decide how many blocks share a multiprocessor: it has 65,536, and a warp takes them in units of 256. Shared
-memory, all of it dynamic, must allow as many; launch_params.h's `fit` is asserted of that when the kernels are compiled. For
-bf16 at W = 96 the five product kernels come to 8 or 12 warps each (2 × 6, 2 × 4, 2 × 6, 2 × 6, 3 × 4), which hide
-latency by copies ahead and by independent products rather than by their number.
+Registers limit how many blocks share a multiprocessor: it has 65,536, and a warp takes them in units of 256. Dynamic
+shared memory must permit as many blocks, which `fits_in_shared_memory` of launch_params.h asserts at compile time. For
+bf16 at W = 96 the five product kernels reach 8 or 12 resident warps (2 × 6, 2 × 4, 2 × 6, 2 × 6, 3 × 4) and hide
+latency by asynchronous copies and independent products rather than by occupancy.
 """
 
 from itertools import product
@@ -19,12 +19,12 @@ from launch.benchmark.machine_code import PADDED_HEAD_DIMS, Kernel
 pytestmark = pytest.mark.slow
 
 OPERANDS = ("bf16", "float32", "generic float32", "generic 16-bit")  # of bf16.cuh and tf32.cuh
-SLOW_OPERANDS = ("generic float32", "generic 16-bit")  # which compute with a shift
+SLOW_OPERANDS = ("generic float32", "generic 16-bit")  # the operands of kernels with a shift
 PRODUCTS = ("sum_keys", "attend", "differentiate_queries", "differentiate_keys")  # of all operands
 BF16_PRODUCTS = (*PRODUCTS, "sum_queries")
 SHIFTED = ("attend_shifted", "differentiate_queries_shifted", "differentiate_keys_shifted")
 
-# Blocks per multiprocessor that launch_params.h counts on, at each width: of bf16, of the others.
+# Blocks per multiprocessor that launch_params.h assumes, at each W: bf16, others.
 BLOCKS_PER_SM = {
     "sum_keys": ((8, 3, 2, 1), (6, 2, 1, 1)),
     "attend": ((3, 2, 2, 2), (2, 2, 2, 1)),
@@ -32,18 +32,18 @@ BLOCKS_PER_SM = {
     "sum_queries": ((6, 3, 2, 1), ()),
     "differentiate_keys": ((4, 3, 3, 2), (2, 2, 1, 1)),
 }
-RESERVED_SHARED_BYTES = 1024  # that an H100 takes for itself, for each block
+RESERVED_SHARED_BYTES = 1024  # reserved by an H100 for each block
 
-# What a kernel may keep on the stack between tiles, where all registers are in use inside: bf16's a few numbers at
-# W = 96, those in tf32, which are for exactness, not for speed, a few more.
+# Stack that kernels may use between tiles, where registers are exhausted: a few values for bf16 at W = 96, a few more
+# in tf32, where accuracy matters more than speed.
 STACK_BYTES = {"bf16": 16}
 STACK_BYTES_OTHERWISE = 72
 
-# 16 bytes at a time: copied to shared memory past the registers, or loaded; and what stores the results.
+# Vector accesses that must occur: asynchronous copies to shared memory, loads, stores of results.
 WIDE_ACCESSES = {
     ("sum_keys", "bf16"): ("LDGSTS.E.BYPASS.128",),
     ("sum_keys", "float32"): ("LDGSTS.E.BYPASS.128",),
-    ("attend", "bf16"): ("LDG.E.64", "STG.E.64"),  # whose columns come 16 at a time, four a thread
+    ("attend", "bf16"): ("LDG.E.64", "STG.E.64"),  # 16 columns at a time, four per thread
     ("attend", "float32"): ("LDG.E.128",),
     ("differentiate_queries", "bf16"): ("LDG.E.64", "STG.E.64"),
     ("sum_queries", "bf16"): ("LDGSTS.E.BYPASS.128",),
@@ -53,9 +53,8 @@ WIDE_ACCESSES = {
 }
 
 
-# Warp instructions for 16 tokens of one head, of bf16 at each width: as CUDA 13.0 compiles them for sm_80, sm_90 or
-# sm_100, whichever has most, and 1 % more. More of them is less speed: `python -m launch.benchmark sass` tells of what
-# kind they are and what they cost.
+# Warp instructions per 16 tokens of one head in bf16, at each W: the maximum over sm_80, sm_90 and sm_100 with CUDA
+# 13.0, plus 1 %. More instructions are slower; `python -m launch.benchmark sass` shows their kinds and costs.
 BUDGET = {
     "sum_keys": (350, 750, 1190, 1660),
     "attend": (560, 1070, 1635, 2375),
@@ -63,12 +62,12 @@ BUDGET = {
     "sum_queries": (565, 1180, 1865, 2500),
     "differentiate_keys": (560, 1150, 1855, 2590),
 }
-BUDGET_FACTORS = {"sm_120": 1.1}  # of which the compiler makes the same code in more instructions
+BUDGET_FACTORS = {"sm_120": 1.1}  # needs more instructions for the same code
 
 
 @pytest.fixture(scope="session")
 def kernels() -> list[Kernel]:
-    """Of the built extension. Where it cannot be built the tests skip; where it can and is not, they fail."""
+    """Kernels of the built extension. Tests skip where it cannot be built, and fail where it can be but is not."""
     try:
         extension = machine_code.find_extension()
     except RuntimeError:
@@ -79,7 +78,7 @@ def kernels() -> list[Kernel]:
 
 
 def describe_failures(kernels: list[Kernel], fault) -> list[str]:
-    """A line for each kernel of which `fault` says something."""
+    """One line for each kernel in which `fault` finds something."""
     return [f"{kernel}: {said}" for kernel in kernels if (said := fault(kernel))]
 
 
@@ -112,10 +111,10 @@ def test_no_spills_no_stack_no_local_memory(kernels):
     assert not describe_failures(kernels, fault)
 
 
-def test_registers_and_shared_memory_allow_the_blocks_that_the_plan_counts_on(kernels):
+def test_occupancy_is_what_the_plan_assumes(kernels):
     def fault(kernel):
         if kernel.usage["SHARED"] > RESERVED_SHARED_BYTES:
-            return f"{kernel.usage['SHARED']} bytes of static shared memory; fit() does not know of them"
+            return f"{kernel.usage['SHARED']} bytes of static shared memory; fits_in_shared_memory() ignores them"
         blocks = 1
         if kernel.name in BF16_PRODUCTS:
             blocks = BLOCKS_PER_SM[kernel.name][kernel.operand != "bf16"][PADDED_HEAD_DIMS.index(kernel.width)]
@@ -132,11 +131,11 @@ def test_products_run_on_tensor_cores(kernels):
     def fault(kernel):
         if kernel.name not in BF16_PRODUCTS + SHIFTED:
             return None
-        narrow = kernel.operand == "bf16"
-        wanted, other = ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32")[:: 1 if narrow else -1]
+        is_bf16 = kernel.operand == "bf16"
+        wanted, other = ("HMMA.16816.F32.BF16", "HMMA.1688.F32.TF32")[:: 1 if is_bf16 else -1]
         if not kernel.count(wanted) or kernel.count(other):
             return f"{kernel.count(wanted)} of {wanted}, {kernel.count(other)} of {other}"
-        if narrow and not kernel.count("LDSM"):
+        if is_bf16 and not kernel.count("LDSM"):
             return "operands are not loaded by LDSM"
         return None
 
@@ -144,8 +143,10 @@ def test_products_run_on_tensor_cores(kernels):
 
 
 def test_signs_become_masks_of_whole_halves(kernels):
-    """By PRMT with selectors whose upper bits replicate a sign, which CUDA's own __byte_perm leaves out. The emulator
-    has functions of its own in the place of such instructions."""
+    """By PRMT with selectors whose upper bits replicate a sign, which CUDA's __byte_perm drops.
+
+    The emulator replaces these instructions, so only the machine code shows it.
+    """
 
     def fault(kernel):
         if kernel.operand != "bf16":
@@ -156,8 +157,8 @@ def test_signs_become_masks_of_whole_halves(kernels):
     assert not describe_failures(kernels, fault)
 
 
-def test_float32_takes_three_products_for_one(kernels):
-    """Of float32 inputs the rounding errors are multiplied, too: thrice the instructions, but in the same loops."""
+def test_float32_uses_three_tf32_products(kernels):
+    """float32 inputs are products of upper and lower tf32 parts: three times the instructions, in the same loops."""
     of = {(kernel.architecture, *kernel.identity): kernel for kernel in kernels}
     for (architecture, name, operand, width), kernel in of.items():
         if operand == "generic float32" and name in PRODUCTS:
@@ -166,14 +167,14 @@ def test_float32_takes_three_products_for_one(kernels):
             assert ratio == 3, f"{kernel}: {ratio} times as many"
 
 
-def test_rows_are_moved_sixteen_bytes_at_a_time(kernels):
+def test_rows_are_moved_by_vectors(kernels):
     def fault(kernel):
         lacking = [
             opcode for opcode in WIDE_ACCESSES.get((kernel.name, kernel.operand), ()) if not kernel.count(opcode)
         ]
         if lacking:
             return f"lacks {', '.join(lacking)}"
-        # An aligned row is nowhere read or written by its single elements.
+        # No aligned row is read or written element by element.
         if kernel.operand == "bf16" and (single := kernel.count("LDG.E.U16") + kernel.count("STG.E.U16")):
             return f"{single} accesses of two bytes"
         return None
@@ -182,7 +183,7 @@ def test_rows_are_moved_sixteen_bytes_at_a_time(kernels):
 
 
 def test_no_atomics(kernels):
-    """They would add in any order: other bits on every run."""
+    """Their order varies, so results would not be bit-identical."""
 
     def fault(kernel):
         return [name for name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") if kernel.count(name)]
@@ -190,8 +191,8 @@ def test_no_atomics(kernels):
     assert not describe_failures(kernels, fault)
 
 
-def test_features_of_bf16_come_from_powers_of_two(kernels):
-    """One MUFU.EX2 for each feature, where a series would take a dozen multiplications."""
+def test_bf16_features_use_ex2(kernels):
+    """One MUFU.EX2 per feature instead of the dozen multiplications of a series."""
 
     def fault(kernel):
         powers = kernel.count("MUFU.EX2")

@@ -1,4 +1,4 @@
-"""What the host decides before it launches CUDA kernels: splits, workspaces, and what is left to the reference."""
+"""Launch planning on the host: splits, workspaces, and shapes left to the reference."""
 
 import itertools
 import subprocess
@@ -9,14 +9,14 @@ import pytest
 
 KERNELS = Path(__file__).parents[3] / "polaformer/csrc/cuda"
 BFLOAT16, HALF, FLOAT = range(3)  # of launch_params.h's Dtype
-H100 = (132, 9, 227 << 10)  # multiprocessors, compute capability, shared memory that a block may take
+H100 = (132, 9, 227 << 10)  # SMs, compute capability, maximum shared memory per block
 RTX_4090 = (128, 8, 99 << 10)
 RTX_2080 = (46, 7, 64 << 10)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """workspaces: bytes forward and backward; splits: (per head, tokens of each) of the four kernels with them."""
+    """workspaces: bytes of forward, backward; splits: (splits per head, tokens per split) of the four kernels."""
 
     workspaces: tuple[int, int]
     splits: list[tuple[int, int]]
@@ -25,14 +25,14 @@ class Planned:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory):
-    """Returns a function: shapes (B, H, height, width, D, dtype), a card → `Planned` for each."""
+    """Function (shapes (B, H, height, width, D, dtype), GPU) → a `Planned` for each."""
     program = tmp_path_factory.mktemp("plan") / "plan"
     subprocess.run(
         ["g++", "-std=c++20", f"-I{KERNELS}", Path(__file__).with_name("print_plan.cpp"), "-o", program], check=True
     )
 
-    def run(shapes, card=H100):
-        lines = "\n".join(" ".join(map(str, (*shape, *card))) for shape in shapes)
+    def run(shapes, gpu=H100):
+        lines = "\n".join(" ".join(map(str, (*shape, *gpu))) for shape in shapes)
         printed = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
         for line in printed:
             *numbers, reason = line.split(" ", 10)
@@ -43,7 +43,7 @@ def plan(tmp_path_factory):
 
 
 def test_workspaces_are_no_larger_than_the_inputs(plan):
-    """Sums of splits are the larger part: on a card of 132 multiprocessors two images would otherwise have 98 each."""
+    """Partial sums of splits dominate: on 132 SMs two images would otherwise have 98 splits each."""
     sizes = [(14, 14), (28, 28), (56, 56), (113, 57), (256, 256), (1, 4000)]
     shapes = list(itertools.product((1, 2, 16, 128), (1, 2), sizes, (32, 64, 96, 128), (BFLOAT16, FLOAT)))
     shapes = [(batch, heads, *size, head_dim, dtype) for batch, heads, size, head_dim, dtype in shapes]
@@ -66,8 +66,8 @@ def test_splits_cover_every_token(plan):
             assert (count - 1) * tokens < height * 7 <= count * tokens, (batch, height)
 
 
-def test_splits_fill_the_card(plan):
-    """b5's first stage with 128 images: a little less than two blocks for each of 132 multiprocessors."""
+def test_splits_fill_the_gpu(plan):
+    """b5's first stage with 128 images: a little less than two blocks for each of 132 SMs."""
     [planned] = plan([(128, 1, 56, 56, 96, BFLOAT16)])
     keys, queries, query_grads, key_grads = (128 * count for count, _ in planned.splits)
     assert 240 < keys <= 264
@@ -77,7 +77,7 @@ def test_splits_fill_the_card(plan):
 
 
 @pytest.mark.parametrize(
-    ("card", "head_dim", "reason"),
+    ("gpu", "head_dim", "reason"),
     [
         (H100, 96, ""),
         (H100, 128, ""),
@@ -87,7 +87,7 @@ def test_splits_fill_the_card(plan):
         (H100, 130, "the kernels serve D up to 128"),
     ],
 )
-def test_what_is_left_to_the_reference(plan, card, head_dim, reason):
+def test_unsupported_shapes_and_gpus(plan, gpu, head_dim, reason):
     for dtype in (BFLOAT16, HALF, FLOAT):
-        [planned] = plan([(1, 1, 4, 4, head_dim, dtype)], card)
+        [planned] = plan([(1, 1, 4, 4, head_dim, dtype)], gpu)
         assert planned.unsupported_reason == reason

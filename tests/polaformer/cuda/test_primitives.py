@@ -1,4 +1,4 @@
-"""ptx.cuh on a GPU and its emulation, function by function: the one file that the emulated tests do not run."""
+"""ptx.cuh against its emulation, function by function: the one file that the emulated tests replace."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[2] / "polaformer/csrc/cuda"
-# Within so much, relative to 1 and to the result: sums of products round in an order of their own.
+# Relative and absolute tolerance where rounding differs, such as in the order of sums; all else is bit-identical.
 NEAR = {
     "mma_m16n8k16_bf16": 1e-5,
     "mma_m16n8k8_tf32": 1e-5,
@@ -30,7 +30,7 @@ def emulate(folder: Path) -> dict[str, np.ndarray]:
 
 
 def run(program: Path) -> dict[str, np.ndarray]:
-    """What the functions gave, by their names: (lane, word)."""
+    """Results (lane, word) by function name."""
     finished = subprocess.run([program], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     received: dict[str, np.ndarray] = {}
@@ -41,7 +41,7 @@ def run(program: Path) -> dict[str, np.ndarray]:
 
 
 def build_for_gpu(folder: Path, architecture: str) -> Path:
-    """The program for a GPU. Skips where there is no CUDA toolkit."""
+    """Build the program for a GPU; skip where there is no CUDA toolkit."""
     home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME")
     nvcc = shutil.which(f"{home}/bin/nvcc") if home else None
     if nvcc is None:
@@ -64,7 +64,7 @@ def test_emulated_primitives(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_compiles_for_a_gpu(tmp_path):
+def test_compiles_for_a_gpu(tmp_path):
     build_for_gpu(tmp_path, "sm_80")
 
 
