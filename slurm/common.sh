@@ -11,7 +11,7 @@
 : "${POLAFORMER_TRAIN_DATA:=$PWD/data/imagenet/train}"
 : "${POLAFORMER_VAL_DATA:=$PWD/data/imagenet/val}"
 # On a file system that all nodes share. Each job name has a folder of its own in it; a job that is requeued or
-# submitted again under the same name goes on from there.
+# submitted again under the same name resumes from there.
 : "${POLAFORMER_RUNS:=$PWD/runs}"
 # NCCL finds the network by itself on most clusters. If it does not: the interface of the first contact, such as
 # ib0, and the InfiniBand adapters, such as mlx5. Empty means NCCL's own choice.

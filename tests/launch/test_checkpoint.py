@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest whole one, told by its manifest. On the files of a real run."""
+"""Which checkpoint a run resumes from: the newest whole one, told by its manifest. On the files of a real run."""
 
 import json
 import os
@@ -154,7 +154,7 @@ def test_a_disk_that_takes_no_more(begin, tmp_path, no_file_larger_than, stage):
         checkpoint.save(tmp_path, engine, ema, replace(state, step=2), {})
     assert re.fullmatch(
         f"cannot write a checkpoint in {tmp_path}: File too large; it needs 127 MiB, [0-9,]+ MiB are free. Make room"
-        " and start again: the run goes on from step-00000001",
+        " and start again: the run resumes from step-00000001",
         str(refusal.value),
     )
     assert sorted(tmp_path.rglob("*")) == before

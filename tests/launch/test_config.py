@@ -141,7 +141,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ),
         (
             "deepspeed.zero_optimization.elastic_checkpoint=true",
-            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run goes on with as many ranks as it",
+            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run resumes with as many ranks as it",
         ),
         ("deepspeed.checkpoint.load_universal=true", "deepspeed.checkpoint.load_universal cannot be used: checkpoints"),
         (

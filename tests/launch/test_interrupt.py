@@ -12,7 +12,7 @@ import pytest
 from launch.interrupt import exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
-TRAINING = "interrupted; the same command goes on from the last checkpoint, if there is one\n"
+TRAINING = "interrupted; the same command resumes from the last checkpoint, if there is one\n"
 
 
 def start(words: Iterable[object], environ: dict[str, str]) -> subprocess.Popen:

@@ -155,7 +155,7 @@ def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):
-    """Killed after 7 steps, it goes on from a checkpoint of 4."""
+    """Killed after 7 steps, it resumes from a checkpoint of 4."""
     killed = Monitor(tmp_path, 0, 8, 1, MFU_CONSTANTS)
     killed.text("configuration", "before")
     train(killed, 0, 4)
@@ -191,7 +191,7 @@ def test_started_anew_nothing_is_left_in_it_and_nothing_lost(alone, tmp_path, ca
     assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
     kept = tmp_path / "metrics-to-step-00000003.jsonl"
     assert [json.loads(line)["step"] for line in kept.read_text().splitlines()] == [1, 2, 3]
-    line = f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {kept}"
+    line = f"no checkpoint to resume from, the run starts anew; the metrics of the last start are in {kept}"
     assert capsys.readouterr().out.splitlines().count(line) == 1
 
 

@@ -27,7 +27,7 @@ def test_the_numbers(configure):
 
 
 def test_more_outputs_than_classes_are_allowed(configure):
-    assert make_plan(configure("model.num_classes=12"), 0, 1).classes == 12
+    assert make_plan(configure("model.num_classes=12"), 0, 1).num_classes == 12
 
 
 def test_what_dataio_is_told(configure):

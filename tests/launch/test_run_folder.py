@@ -67,7 +67,7 @@ def test_a_second_start_is_refused_and_a_killed_one_followed(
         assert (run / LOCK_NAME).exists()
         finished = forked(1, TRAIN, *words)
     assert finished.returncode == 0, finished.stderr
-    assert f"goes on from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
+    assert f"resumes from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
     assert not (run / LOCK_NAME).exists()
 
 
@@ -150,7 +150,7 @@ def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
     assert (
         f"error: rank 0: cannot write a checkpoint in {folder}: rank 1: File too large; it needs 127" in finished.stderr
     )
-    assert "the run goes on from its beginning" in finished.stderr
+    assert "the run resumes from its beginning" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert list(folder.iterdir()) == []
 
@@ -169,7 +169,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
     assert finished.returncode == 0, finished.stderr
     said = finished.stdout.splitlines()
     assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in said)
-    assert f"goes on from {folder / 'step-00000038'}" in said
+    assert f"resumes from {folder / 'step-00000038'}" in said
     [line] = [line for line in said if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")]
     assert line.endswith("; written anew, what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

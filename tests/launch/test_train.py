@@ -147,7 +147,7 @@ def runs(forked, torchrun, environ, few, tmp_path_factory) -> dict[str, Any]:
     assert 0 < state.step < STEPS
     finished = torchrun(2, *killed)
     assert finished.returncode == 0, finished.stderr
-    assert f"goes on from {resumed_from}" in finished.stdout
+    assert f"resumes from {resumed_from}" in finished.stdout
     return {"whole": folder / "whole", "killed": folder / "killed", "state": state}
 
 
@@ -226,7 +226,7 @@ def test_folders_with_any_name_are_folders_of_their_own(forked, few, fashion, tm
     for number in (1, 2):
         finished = forked(1, TRAIN, *overrides(few, tmp_path / f"run #{number}", *short))
         assert finished.returncode == 0, finished.stderr
-        assert "goes on from" not in finished.stdout
+        assert "resumes from" not in finished.stdout
         assert "of 3 classes out of 10" in finished.stdout
         assert (tmp_path / f"run #{number}" / "checkpoints" / "latest").exists()
 
@@ -272,7 +272,7 @@ def test_every_zero_stage_resumes_past_damaged_checkpoints(forked, few, tmp_path
     finished = forked(2, TRAIN, *whole)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("model_states.pt has") == len(later)
-    assert f"goes on from {oldest}" in finished.stdout
+    assert f"resumes from {oldest}" in finished.stdout
     assert_equal_tree(load_file(later[-1] / checkpoint.EMA_NAME), final, "ema")
 
 
