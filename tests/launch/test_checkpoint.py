@@ -1,10 +1,11 @@
-"""Which checkpoint a run resumes from: the newest whole one, told by its manifest. On the files of a real run."""
+"""Checkpoints of a real run: the newest intact one is found, corrupt ones are passed over, failed saves leave none."""
 
 import json
 import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,8 @@ from launch.ema import ModelEma
 from launch.engine import build_model, start_engine
 from launch.plan import make_plan
 from polaformer.weights import save_weights
+
+OLD_RUN = Path(__file__).with_name("old_run")
 
 
 @pytest.fixture
@@ -55,6 +58,15 @@ def test_the_manifest_names_every_file(folder):
     files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
     assert set(json.loads((newest / checkpoint.MANIFEST_NAME).read_text())) == files - {checkpoint.MANIFEST_NAME}
     assert {checkpoint.MODEL_NAME, checkpoint.EMA_NAME, checkpoint.STATE_NAME} < files
+
+
+def test_the_state_has_the_keys_of_the_first_version(folder):
+    """Those of old_run/state.json, which an older version wrote."""
+    newest, _ = checkpoint.find_newest(folder)
+    old, new = (json.loads(path.read_text()) for path in (OLD_RUN / "state.json", newest / checkpoint.STATE_NAME))
+    assert list(new) == list(old)
+    assert (new["classes"], new["ranks"], new["step"]) == (10, 1, int(newest.name.removeprefix("step-")))
+    assert set(new["loader"]) == set(old["loader"])
 
 
 @pytest.mark.parametrize(

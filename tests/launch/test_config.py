@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config import dump_config, load_config, parse_config
+from launch.config import RENAMED_KEYS, Config, dump_config, load_config, parse_config
+from launch.typed_yaml import field_type
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 SMALLEST = {"output": "runs/x", "data": {"train": "shards/train", "val": "shards/val"}}
 
-# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and max_grad_norm. All for 300
-# epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
+# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and max_grad_norm. All
+# for 300 epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
 RECIPE = {
     "polaformerpp_b0": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
     "polaformerpp_b1": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
@@ -162,6 +163,57 @@ def test_an_override_that_cannot_be(file, override, message):
     explained = explanation(file, override)
     assert explained.startswith(message)
     assert "\n" not in explained
+
+
+RENAMED = [
+    ("data.order", "data.shuffle"),
+    ("data.window_shards", "data.shuffle_window_shards"),
+    ("data.max_broken", "data.max_bad_samples"),
+    ("data.flip_probability", "data.hflip"),
+    ("data.recipe", "data.augmentation"),
+    ("data.rand_augment.spread", "data.rand_augment.magnitude_std"),
+    ("data.rand_augment.layers", "data.rand_augment.num_layers"),
+    ("data.rand_augment.probability", "data.rand_augment.prob"),
+    ("data.eval_resize", "data.crop_mode (value short → center)"),
+    ("data.eval_crop_fraction", "data.crop_pct"),
+    ("data.mix_group", "data.mixup_group_size"),
+    ("data.mix_probability", "data.mixup_prob"),
+    ("data.switch_probability", "data.mixup_switch_prob"),
+    ("data.erase_probability", "data.reprob"),
+    ("optimizer.global_batch", "optimizer.global_batch_size"),
+    ("optimizer.accumulation", "optimizer.gradient_accumulation_steps"),
+    ("optimizer.clip", "optimizer.max_grad_norm"),
+    ("engine.bucket_elements", "engine.bucket_numel"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_an_old_key_names_the_new_one(file, old, new):
+    """In an override, and in a file, beside the lines of other faults."""
+    assert explanation(file, f"{old}=1") == f"{old} is now {new}"
+    tree = yaml.safe_load(file.read_text())
+    section, names = tree, old.split(".")
+    for name in names[:-1]:
+        section = section.setdefault(name, {})
+    section[names[-1]] = 1
+    file.write_text(yaml.safe_dump(tree))
+    lines = explanation(file, "seed=-1").splitlines()
+    assert sorted(lines) == sorted([f"{old} is now {new}", "seed is -1: input should be greater than or equal to 0"])
+
+
+def test_every_renamed_key_is_tested_and_names_a_key_of_the_schema():
+    assert {old: new.partition(" ")[0] for old, new in RENAMED} == RENAMED_KEYS
+    for new in RENAMED_KEYS.values():
+        schema = Config
+        for name in new.split("."):
+            schema = field_type(schema, name)
+        assert schema is not None, new
+
+
+def test_a_value_of_the_old_version(file):
+    assert (
+        explanation(file, "data.crop_mode=short") == "data.crop_mode is 'short': input should be 'squash' or 'center'"
+    )
 
 
 def test_what_must_be_set(tmp_path):

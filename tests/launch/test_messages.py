@@ -35,13 +35,13 @@ SAID_BY = {
     "dataio/remote/prefetch.py": _FETCHES,
     "dataio/remote/cache_folder.py": _FETCHES,
     "dataio/remote/fetch.py": _FETCHES,
+    "dataio/remote/options.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
+    "dataio/remote/options.py": _FETCHES,
     "dataio/decode.py": ("launch.train", "launch.evaluate"),
     "dataio/augment/resize.py": ("launch.train", "launch.evaluate"),
     "dataio/loader.py": _RUNS,
-    "launch/benchmark/parity.py": (
-        "launch.benchmark.parity",
-        "launch.train",
-    ),  # the document that it writes is about training
+    "launch/benchmark/parity.py": ("launch.benchmark.parity", "launch.train"),  # its report is about training
+    "dataio/pack/packer.py": ("dataio.pack",),
     "dataio/pack/source.py": ("dataio.pack",),
     "dataio/pack/image_checks.py": ("dataio.pack",),
     "dataio/pack/options.py": ("dataio.pack",),
@@ -51,7 +51,6 @@ SAID_BY = {
     "launch/engine.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
-    "launch/plan.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
     "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
@@ -92,6 +91,12 @@ class _ParserMet(Exception):
     """Carries the parser with which a command would have read its arguments."""
 
 
+def main_of(command: str) -> Callable[[list[str]], object]:
+    """The function behind `python -m COMMAND`, which is a module or a package."""
+    module = importlib.import_module(command)
+    return importlib.import_module(f"{command}.__main__").main if hasattr(module, "__path__") else module.main
+
+
 def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
     """The parser of a command that is started with arguments."""
 
@@ -109,7 +114,7 @@ def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
 @pytest.fixture(scope="session")
 def options() -> dict[str, set[str]]:
     """By command."""
-    starts = {name: importlib.import_module(name).main for name in ENTRIES} | {"deepspeed": runner.parse_args}
+    starts = {name: main_of(name) for name in ENTRIES} | {"deepspeed": runner.parse_args}
     return {name: set(parser_of(start)._option_string_actions) for name, start in starts.items()}
 
 
@@ -118,7 +123,7 @@ def messages_of(source: str, place: str) -> Iterator[Message]:
     tree = ast.parse(source)
     assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
     constants = {getattr(node.targets[0], "id", ""): node.value.value for node in assigned}
-    own = place.removesuffix(".py").replace("/", ".")
+    own = place.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
     for scope in tree.body:
         name = f"{place}:{getattr(scope, 'name', '')}"
         said_by = SAID_BY.get(name) or SAID_BY.get(place) or ((own,) if own in ENTRIES else ())
@@ -207,7 +212,7 @@ def test_quickstart_takes_the_options_that_packing_names(messages, options):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_home_folder_is_known_to_every_argument_that_is_a_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    for action in parser_of(importlib.import_module(name).main)._actions:
+    for action in parser_of(main_of(name))._actions:
         if isinstance(action.type, type) or action.type is None or action.choices:
             assert action.type is not Path, action
         else:
