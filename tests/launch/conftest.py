@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch.distributed import TCPStore
 
+from dataio.pack.packer import PackOptions, pack
 from launch.config import Config, load_config
 from launch.distributed import destroy_process_group, find_free_port, init_distributed, read_rank_info
 
@@ -171,6 +172,30 @@ def small_config(fashion_shards, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("configs") / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="session")
+def small_shards(fashion, tmp_path_factory) -> Path:
+    """Folder with `train` and `val`: 167 and 37 images of `fashion`."""
+    root = tmp_path_factory.mktemp("small_shards")
+    pack(fashion, root / "train", PackOptions(val_percent=60, split="train"))
+    pack(fashion, root / "val", PackOptions(val_percent=10, split="val"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def train_arguments() -> Callable[..., list[str]]:
+    """Returns a function: folder of shards, output, overrides → arguments of launch/train.py.
+
+    They make 11 steps over 2 epochs of `small_shards`, with everything on that draws random numbers.
+    """
+    return lambda shards, output, *more: [
+        *("--config", "configs/quickstart.yaml", f"output={output}"),
+        *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.threads=1", "model.drop_path_rate=0.1"),
+        *("data.mixup=0.8", "data.cutmix=1.0", "data.reprob=0.25", "data.augmentation=rand-augment"),
+        *("optimizer.epochs=2", "optimizer.global_batch_size=32", "optimizer.gradient_accumulation_steps=2"),
+        *("checkpoint.every_epochs=0.4", "checkpoint.keep=3", "log.eval_every_epochs=1", "log.every_steps=1", *more),
+    ]
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.mean=[1, 2", "override 'data.mean=[1, 2' is not YAML: while parsing a flow sequence"),
     ],
 )
-def test_an_override_that_cannot_be(file, override, message):
+def test_invalid_overrides(file, override, message):
     explained = explanation(file, override)
     assert explained.startswith(message)
     assert "\n" not in explained
@@ -216,7 +216,7 @@ def test_a_value_of_the_old_version(file):
     )
 
 
-def test_what_must_be_set(tmp_path):
+def test_missing_required_keys(tmp_path):
     (tmp_path / "empty.yaml").touch()
     assert explanation(tmp_path / "empty.yaml", "data.val=x") == (
         "output is not set; set it in the file or on the command line as output=…\n"
@@ -224,7 +224,7 @@ def test_what_must_be_set(tmp_path):
     )
 
 
-def test_each_of_several_faults_has_its_line(file):
+def test_each_fault_has_a_line(file):
     lines = explanation(file, "optimizer.lr=-1", "modle.name=x", "data.hflip=no way", "seed=0.5").splitlines()
     assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
         "seed",
@@ -250,13 +250,13 @@ def test_each_of_several_faults_has_its_line(file):
         (b"output", "bad.yaml holds no sections but 'output'"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path, content, message):
+def test_invalid_files(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_bytes(content)
     explained = explanation(tmp_path / "bad.yaml", "data.train=a", "data.val=b")
     assert re.search(message, explained)
 
 
-def test_no_such_file_lists_the_others(tmp_path):
+def test_a_missing_file_lists_the_others(tmp_path):
     with pytest.raises(FileNotFoundError, match="no configuration at .*/b4.yaml; there are: none in that folder$"):
         load_config(tmp_path / "b4.yaml", [])
     for name in ("two.yaml", "one.yaml", "notes.txt"):
@@ -265,7 +265,7 @@ def test_no_such_file_lists_the_others(tmp_path):
         load_config(tmp_path / "b4.yaml", [])
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
+def test_overrides_precede_the_file_and_the_file_precedes_defaults(file):
     file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "max_grad_norm": 2.0}, "seed": 3}))
     config = load_config(file, ["optimizer.max_grad_norm=", "seed=4", "seed=5", "engine.compile=true", "data.hflip=0"])
     assert (config.optimizer.lr, config.optimizer.max_grad_norm, config.optimizer.epochs) == (0.25, None, 300)
@@ -293,7 +293,7 @@ def test_merged_values_are_taken_as_written(tmp_path):
     assert (config.data.train, config.data.val, str(config.data.cache)) == ("0100", "on", "1e3")
 
 
-def test_a_tilde_alone(file):
+def test_a_lone_tilde(file):
     """It is null, as in YAML, where that is a value, and the home folder elsewhere."""
     config = load_config(file, ["output=~", "data.train=~", "data.cache=~"])
     assert (config.output, config.data.train, config.data.cache) == (Path.home(), str(Path.home()), None)
@@ -318,7 +318,7 @@ def test_names_and_paths_in_a_file_are_taken_as_written(tmp_path, text):
     assert load_config(tmp_path / "x.yaml", [f"data={{train: {text}, val: y}}"]).data.train == written
 
 
-def test_the_home_folder_is_meant(tmp_path, monkeypatch):
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
     """In overrides and files, at the beginning of folders; not in addresses, nor where YAML means null."""
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "x.yaml"
@@ -344,7 +344,7 @@ def test_numbers_are_those_of_yaml_1_2(file):
     assert config.deepspeed == {"communication_data_type": 1000.0}
 
 
-def test_offloading_that_was_asked_for_twice(file):
+def test_offloading_with_pytorchs_optimizer(file):
     override = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
     load_config(file, [override, "deepspeed.zero_force_ds_cpu_optimizer=false"])
 
@@ -377,7 +377,7 @@ def test_a_number_without_a_dot_in_the_file(file):
     assert (config.optimizer.lr, config.optimizer.eps) == (1e-3, 1e-7)
 
 
-def test_what_is_dumped_is_read_back(file):
+def test_a_dumped_configuration_is_read_back(file):
     config = load_config(
         file,
         [
@@ -399,7 +399,7 @@ def test_what_is_dumped_is_read_back(file):
     assert set(yaml.safe_load(text)) == set(type(config).model_fields)
 
 
-def test_a_configuration_cannot_be_changed(file):
+def test_configurations_are_immutable(file):
     config = load_config(file, [])
     with pytest.raises(ValueError, match="frozen"):
         config.optimizer.lr = 1.0
@@ -411,7 +411,7 @@ def test_a_shipped_configuration_loads_and_is_read_back(path):
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-def test_each_recipe_is_shipped():
+def test_every_recipe_is_shipped():
     assert {path.stem for path in SHIPPED} == {*RECIPE, "quickstart"}
 
 

@@ -35,7 +35,7 @@ def test_the_scripts_are_clean():
         ({"POLAFORMER_INSTALLER": "conda"}, "POLAFORMER_INSTALLER is 'conda'; use uv or pip, or leave it out"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_made(project, variables, message):
+def test_unusable_settings_are_errors_before_anything_is_created(project, variables, message):
     command = ["bash", "-c", "source launch/environment.sh"]
     done = subprocess.run(command, cwd=project, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 2

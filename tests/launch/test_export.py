@@ -28,7 +28,7 @@ def exported(trained_run, tmp_path_factory) -> Path:
     return target
 
 
-def test_timm_loads_the_file_and_the_folder_alike(exported, trained_run):
+def test_timm_loads_the_file_and_the_folder(exported, trained_run):
     newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
     trained = timm.create_model("polaformerpp_b0", num_classes=10)
     trained.load_state_dict(load_file(newest / checkpoint.EMA_NAME))
@@ -59,7 +59,7 @@ def test_timm_adapts_the_folder_to_other_classes_and_channels(exported):
     assert torch.equal(overlaid.head.weight, trained["head.weight"])
 
 
-def test_timm_knows_how_its_images_are_prepared(exported, fashion):
+def test_timm_prepares_images_alike(exported, fashion):
     model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     resolved = timm.data.resolve_model_data_config(model)
     assert resolved == {
@@ -82,7 +82,7 @@ def test_both_kinds_of_weights(trained_run, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / checkpoint.EMA_NAME).read_bytes()
 
 
-def test_again_into_the_same_folder(trained_run, tmp_path):
+def test_an_export_replaces_the_last_one(trained_run, tmp_path):
     export(trained_run, tmp_path, "model")
     weights = export(trained_run, tmp_path, "ema")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -96,7 +96,7 @@ def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys
     assert {path.name for path in (run / "export").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
+def test_the_newest_intact_checkpoint_is_exported(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     newest, _ = checkpoint.find_newest(run / "checkpoints")
     with open(newest / checkpoint.EMA_NAME, "r+b") as file:
@@ -156,7 +156,7 @@ def refusal(capsys, *arguments: object) -> str:
     return printed.err
 
 
-def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
+def test_other_folders_are_errors(trained_run, tmp_path, capsys):
     assert refusal(capsys, tmp_path) == (
         f"error: {tmp_path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}\n"
     )
@@ -168,7 +168,7 @@ def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
     assert not (tmp_path / "export").exists()
 
 
-def test_broken_checkpoints_are_refused(trained_run, tmp_path, capsys):
+def test_corrupt_checkpoints_are_errors(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run")
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()

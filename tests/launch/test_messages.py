@@ -219,7 +219,7 @@ def test_the_home_folder_is_known_to_every_argument_that_is_a_path(name, monkeyp
             assert str(action.type("~/x")) == "/home/me/x", action
 
 
-def test_where_derived_keys_are_set():
+def test_derived_keys_name_keys_of_the_schema():
     assert all(is_key(home) for home in _DERIVED.values() if "." in home)
 
 

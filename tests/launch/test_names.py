@@ -55,7 +55,7 @@ def test_nothing_in_launch_hides_a_module_from_its_script():
     ("package", "may_import"),
     [("polaformer", {"polaformer"}), ("dataio", {"dataio"}), ("launch", {"launch", "polaformer", "dataio"})],
 )
-def test_what_of_ours_a_package_imports(package, may_import):
+def test_imports_between_our_packages(package, may_import):
     assert top_levels(package) & set(PACKAGES) == may_import
 
 

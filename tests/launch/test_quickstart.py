@@ -63,7 +63,7 @@ def odd(fashion, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_images_of_ones_own_become_a_model_and_are_reused(project, odd):
+def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     refused = quickstart(project, f"--data={odd}", *SHORT)
     assert refused.returncode == 2
     assert "film.mp4: its name ends with none of" in refused.stderr
@@ -116,7 +116,7 @@ def refused(capsys, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_trained_on(here, photos, capsys):
+def test_unusable_images_are_errors(here, photos, capsys):
     assert refused(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
     shutil.copytree(photos / "cat", here / "one" / "cat")
     assert "one has a single class, cat, and there is nothing to tell apart" in refused(capsys, "--data=one")
@@ -137,7 +137,7 @@ def two_parts(here: Path, photos: Path) -> Path:
     return Path("photos")
 
 
-def test_options_that_cannot_be(here, photos, capsys):
+def test_invalid_options_are_errors(here, photos, capsys):
     assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
     assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
     assert refused(capsys, "--data", photos, "--val-percent=100").startswith(
@@ -146,7 +146,7 @@ def test_options_that_cannot_be(here, photos, capsys):
     assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
 
 
-def test_what_is_packed(photos, tmp_path):
+def test_the_packing_commands(photos, tmp_path):
     """Held out of classes, or as the parts are; with the options that were given, which name another folder."""
     dataset = inspect_dataset(photos, PackOptions(), None)
     options = PackOptions(val_percent=10, split="train", resize=64, shard_mib=32)
@@ -160,7 +160,7 @@ def test_what_is_packed(photos, tmp_path):
     assert inspect_dataset(photos, PackOptions(workers=2, skip_broken=True), 10).name == dataset.name
 
 
-def test_parts_and_archives(here, photos):
+def test_splits_and_archives(here, photos):
     root = two_parts(here, photos).absolute()
     shutil.copytree(photos, root / "test")
     shutil.rmtree(root / "val" / "cat")
@@ -181,7 +181,7 @@ def test_parts_and_archives(here, photos):
         shutil.rmtree(here / "shards")
 
 
-def test_changed_images_are_others(photos, tmp_path):
+def test_changed_images_have_another_name(photos, tmp_path):
     """And what was made of the old ones is not taken for theirs."""
     source = shutil.copytree(photos, tmp_path / "source")
     before = inspect_dataset(source, PackOptions(), None).name
@@ -191,7 +191,7 @@ def test_changed_images_are_others(photos, tmp_path):
 
 
 @pytest.mark.parametrize(("images", "steps"), [(15, 700), (135, 700), (3000, 1000), (100_000, 9000)])
-def test_settings_by_the_number_of_images(images, steps, fashion_shards):
+def test_settings_follow_the_number_of_images(images, steps, fashion_shards):
     """Enough steps for a few images, and a moving average of which the start is gone in any number of steps."""
     manifest = load_manifest(fashion_shards / "val")
     first = image_overrides(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
@@ -207,7 +207,7 @@ def test_settings_by_the_number_of_images(images, steps, fashion_shards):
     assert optimizer.global_batch_size % 2 == 0
 
 
-def test_folders_of_one_name_are_kept_apart(tmp_path):
+def test_folders_of_one_name_have_different_names(tmp_path):
     first, second = (tmp_path / parent / "images" for parent in "ab")
     options = PackOptions()
     assert dataset_name(first, options, []) != dataset_name(second, options, [])

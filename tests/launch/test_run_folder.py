@@ -45,7 +45,7 @@ def held_run(words: list[object], environ: dict[str, str], output: Path) -> Iter
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_a_killed_one_followed(
+def test_a_second_start_is_an_error_until_the_first_is_killed(
     forked, command, environ, arguments, trained_run, tmp_path
 ):
     """Meanwhile its weights may be exported; after kill -9 the same command goes on at once."""
@@ -72,7 +72,7 @@ def test_a_second_start_is_refused_and_a_killed_one_followed(
 
 
 @pytest.mark.slow
-def test_two_ranks_are_refused_alike(forked, environ, arguments, tmp_path):
+def test_a_second_start_on_two_ranks_prints_one_message(forked, environ, arguments, tmp_path):
     words = arguments(tmp_path / "run")
     with held_run([RECORDED_RUN, tmp_path / "run.record", *words], environ, tmp_path / "run"):
         refused = forked(2, TRAIN, *words)
@@ -104,7 +104,7 @@ def on_small_disk(environ, tmp_path) -> Callable[..., subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_a_disk_that_holds_one_checkpoint(on_small_disk, arguments, tmp_path):
+def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path):
     """Two ranks save one; the second is refused in one line, and the first stays."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     finished = on_small_disk(200, tmp_path / "run", *launcher, TRAIN, *arguments(tmp_path / "run"))
@@ -120,7 +120,7 @@ def test_a_disk_that_holds_one_checkpoint(on_small_disk, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_holds_none_is_refused_at_the_start(on_small_disk, arguments, tmp_path):
+def test_a_disk_with_space_for_none_is_an_error_at_the_start(on_small_disk, arguments, tmp_path):
     finished = on_small_disk(100, tmp_path / "run", TRAIN, *arguments(tmp_path / "run"))
     assert finished.returncode == 2
     assert finished.stderr.endswith(
@@ -156,7 +156,7 @@ def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained_run, tmp_path):
+def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp_path):
     """The largest file of the newest checkpoint is missing, `best` leads nowhere, metrics and configuration are cut."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     folder = run / "checkpoints"
@@ -179,7 +179,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
 
 
 @pytest.mark.slow
-def test_folders_that_cannot_be_used(forked, arguments, trained_run, tmp_path):
+def test_unusable_folders_are_errors(forked, arguments, trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     (run / "checkpoints" / "best").unlink()
     shutil.copytree(run / "checkpoints" / "step-00000038", run / "checkpoints" / "best")

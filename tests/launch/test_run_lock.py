@@ -75,7 +75,7 @@ def never(seconds: float) -> None:
     raise AssertionError("there is nothing to wait for")
 
 
-def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
+def test_a_held_lock_is_an_error_that_names_the_owner(hold, folder):
     first = hold()
     owner = json.loads((folder / LOCK_NAME).read_text().splitlines()[0])
     with pytest.raises(RuntimeError) as refusal:
@@ -86,14 +86,14 @@ def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
     )
 
 
-def test_a_stopped_owner_is_no_dead_one(hold, folder):
+def test_a_stopped_owner_is_alive(hold, folder):
     first = hold()
     first.send_signal(signal.SIGSTOP)
     with pytest.raises(RuntimeError, match="is in use by another run"):
         acquire(folder, sleep=never)
 
 
-def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp_path):
+def test_a_copied_lock_expires_with_its_heartbeat(hold, folder, tmp_path):
     hold()
     shutil.copytree(folder, tmp_path / "copy")
     said, looks = [], []
@@ -105,7 +105,7 @@ def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_killed_it_is_followed_at_once(hold, folder, reaped):
+def test_a_killed_owner_is_replaced_at_once(hold, folder, reaped):
     first = hold()
     first.kill()
     if reaped:
@@ -137,7 +137,7 @@ def try_to_acquire(folder: Path, together: Barrier, verdicts: Queue) -> None:
     verdicts.put(has_it)
 
 
-def test_of_many_that_follow_a_dead_one_at_once_one_has_it(folder):
+def test_one_of_many_simultaneous_starts_gets_the_lock(folder):
     forks = multiprocessing.get_context("fork")
     for _ in range(10):
         leave_lock(folder, born=0)
@@ -160,7 +160,7 @@ def test_a_released_lock_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["metrics.jsonl"]
 
 
-def test_another_host_whose_counter_stands_still(hold, folder):
+def test_an_owner_on_another_host_without_heartbeat_is_dead(hold, folder):
     first = hold()
     first.kill()
     first.wait()
@@ -173,7 +173,7 @@ def test_another_host_whose_counter_stands_still(hold, folder):
     assert "up to 60 s to see if it lives" in said[0]
 
 
-def test_another_host_that_beats(hold, folder):
+def test_an_owner_on_another_host_with_heartbeat_is_alive(hold, folder):
     first = hold()
     move_to_another_host(folder / LOCK_NAME)
 
@@ -190,14 +190,14 @@ def test_another_host_that_beats(hold, folder):
     assert len(looks) == 1
 
 
-def test_another_host_that_ends_meanwhile(hold, folder):
+def test_an_owner_on_another_host_that_ends_meanwhile(hold, folder):
     hold()
     move_to_another_host(folder / LOCK_NAME)
     acquire(folder, sleep=lambda seconds: (folder / LOCK_NAME).unlink(missing_ok=True)).release()
 
 
 @pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, MISSED_HEARTBEATS)])
-def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, restarts, looks):
+def test_a_requeued_job_takes_its_lock_over_at_once(folder, monkeypatch, restarts, looks):
     """But for another step of the same start it does."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "north")
@@ -208,7 +208,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, r
     assert len(waited) == looks
 
 
-def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
+def test_the_same_job_id_of_another_cluster_is_another_job(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     leave_lock(folder, machine="another", job="south/17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -218,14 +218,14 @@ def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]\n0\n", b'{"host": "old version"}\n', b"\xff\xfe"])
-def test_a_file_that_nobody_writes_is_no_lock(folder, content):
+def test_a_malformed_lock_expires(folder, content):
     (folder / LOCK_NAME).write_bytes(content)
     waited = []
     acquire(folder, sleep=waited.append).release()
     assert len(waited) == MISSED_HEARTBEATS
 
 
-def test_an_owner_that_was_taken_for_dead_notices(folder):
+def test_an_owner_notices_that_its_lock_was_taken_over(folder):
     frozen = acquire(folder, heartbeat_seconds=1e6)
     frozen.check()
     move_to_another_host(folder / LOCK_NAME)
@@ -243,6 +243,6 @@ def test_an_owner_that_was_taken_for_dead_notices(folder):
 @pytest.mark.parametrize(
     ("output", "words"), [("/sys/kernel", "denied|permitted"), ("/proc/run", "No such file"), (__file__, "File exists")]
 )
-def test_a_folder_that_cannot_be_written_to(output, words):
+def test_a_folder_without_write_permission_is_an_error(output, words):
     with pytest.raises(RuntimeError, match=f"cannot write to the run's folder {output}: .*({words}).*; make it"):
         acquire(Path(output))

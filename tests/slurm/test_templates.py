@@ -87,7 +87,7 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
-def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp_path, template):
+def test_every_task_gets_its_rank_and_the_arguments(cluster, project, tmp_path, template):
     words = ["data.note=two words, a * and a '", "optimizer.lr=1e-3"]
     job, log = submit(
         cluster, template, *words, root=project, log=tmp_path / "job.log", NCCL_SOCKET_IFNAME="ib0",
@@ -109,7 +109,7 @@ def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp
     assert "rank 0 was here" in log
 
 
-def test_a_port_of_ones_own_wins(cluster, project, tmp_path):
+def test_an_exported_port_takes_precedence(cluster, project, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", MASTER_PORT="29876")
     assert job["JobState"] == "COMPLETED", log
     assert json.loads((project / "rank1.json").read_text())["MASTER_PORT"] == "29876"
@@ -123,13 +123,13 @@ def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_p
     assert "rank 0 was here" in log, "its last words were lost"
 
 
-def test_submitted_from_elsewhere_it_says_where_to_go(cluster, tmp_path):
+def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], root=tmp_path, log=tmp_path / "job.log")
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
     assert log == f"error: {tmp_path} is not the project's root; cd there, then: sbatch slurm/train_b4.sh\n"
 
 
-def test_a_missing_python_is_named(cluster, project, tmp_path):
+def test_a_missing_python_is_an_error(cluster, project, tmp_path):
     missing = tmp_path / "no/python"
     job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", POLAFORMER_PYTHON=str(missing))
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
@@ -137,7 +137,7 @@ def test_a_missing_python_is_named(cluster, project, tmp_path):
     assert log.endswith("; export POLAFORMER_PYTHON, or change it in slurm/common.sh\n")
 
 
-def test_started_without_sbatch_it_says_how():
+def test_starting_without_sbatch_is_an_error():
     done = subprocess.run(["bash", TEMPLATES[0]], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode != 0
     assert "SLURM_SUBMIT_DIR: is not set; start this file with: sbatch slurm/train_b4.sh" in done.stderr
@@ -147,7 +147,7 @@ def test_started_without_sbatch_it_says_how():
 
 
 @pytest.mark.slow
-def test_plain_srun_ranks_meet(cluster, tmp_path):
+def test_plain_srun_ranks_join_one_group(cluster, tmp_path):
     """Without a template: `srun python`, where launch.distributed finds the address itself."""
     report_rank = ROOT / "tests/launch/report_rank.py"
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
