@@ -22,7 +22,7 @@ OLD_RUN = Path(__file__).with_name("old_run")
 
 @pytest.fixture
 def folder(trained_run, tmp_path):
-    """The real run's two checkpoints, to be damaged."""
+    """A copy of the real run's two checkpoints, which tests may damage."""
     shutil.copytree(trained_run / "checkpoints", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
@@ -123,7 +123,7 @@ def test_a_corrupt_checkpoint_does_not_count_as_kept(alone, folder):
 
 @pytest.fixture
 def begin(alone, configure):
-    """Returns a function: overrides → an engine on its way, its moving average, and its state after one step."""
+    """Returns a function: overrides → an engine, its EMA, and the state of a run after one step."""
 
     def start(*overrides):
         config = configure(*overrides)
@@ -138,7 +138,7 @@ def begin(alone, configure):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_hyperparameters_are_the_configurations_and_not_the_checkpoints(begin, tmp_path, stage):
-    """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
+    """A run that resumes with another clipping and weight decay uses them, whatever the optimizer was saved with."""
     staged = f"engine.zero_stage={stage}"
     engine, ema, state = begin(staged, "optimizer.max_grad_norm=1.0", "optimizer.weight_decay=0.05")
     saved = checkpoint.save(tmp_path, engine, ema, state, {})
@@ -158,7 +158,7 @@ def test_missing_files_of_a_rank_are_an_error(begin, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_full_disk_leaves_earlier_checkpoints_intact(begin, tmp_path, no_file_larger_than, stage):
-    """What is there stays and is the newest, nothing is left of the new one, and with room the same engine saves."""
+    """The earlier one stays the newest, nothing of the new one is left, and with space the engine saves again."""
     engine, ema, state = begin(f"engine.zero_stage={stage}")
     first = checkpoint.save(tmp_path, engine, ema, state, {})
     before = sorted(tmp_path.rglob("*"))
@@ -202,7 +202,7 @@ def test_leftovers_of_killed_runs_are_removed(begin, folder):
 
 @pytest.mark.parametrize("look", [1, 2])
 def test_a_lost_lock_prevents_a_checkpoint(begin, tmp_path, look):
-    """Nothing is written where that is seen first, and nothing gets its name where it is seen at the end."""
+    """Nothing is written if the first check fails, and nothing is renamed into place if the last one does."""
     looks = []
 
     def check_lock() -> None:

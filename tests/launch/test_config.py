@@ -1,4 +1,4 @@
-"""Every message of the schema, the way from file and command line to it and back, and the shipped configurations."""
+"""Messages of the schema, reading from file and command line, dumping, and the shipped configurations."""
 
 import re
 from pathlib import Path
@@ -189,7 +189,7 @@ RENAMED = [
 
 @pytest.mark.parametrize(("old", "new"), RENAMED)
 def test_an_old_key_names_the_new_one(file, old, new):
-    """In an override, and in a file, beside the lines of other faults."""
+    """In an override, and in a file beside other faults."""
     assert explanation(file, f"{old}=1") == f"{old} is now {new}"
     tree = yaml.safe_load(file.read_text())
     section, names = tree, old.split(".")
@@ -294,7 +294,7 @@ def test_merged_values_are_taken_as_written(tmp_path):
 
 
 def test_a_lone_tilde(file):
-    """It is null, as in YAML, where that is a value, and the home folder elsewhere."""
+    """It is null, as in YAML, if the key may be null, else the home folder."""
     config = load_config(file, ["output=~", "data.train=~", "data.cache=~"])
     assert (config.output, config.data.train, config.data.cache) == (Path.home(), str(Path.home()), None)
 
@@ -319,7 +319,7 @@ def test_names_and_paths_in_a_file_are_taken_as_written(tmp_path, text):
 
 
 def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    """In overrides and files, at the beginning of folders; not in addresses, nor where YAML means null."""
+    """In overrides and files, at the beginning of paths; not within URLs, nor where YAML means null."""
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "x.yaml"
     file.write_text("output: ~/runs/x\ndata: {train: ~/data, val: https://host/~me/val, cache: ~}\n")
@@ -329,7 +329,7 @@ def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_editor(tmp_path):
-    """A byte-order mark, Windows' ends of lines, and a section whose lines are all commented out."""
+    """A byte-order mark, Windows line ends, and a section whose lines are all commented out."""
     text = "output: runs/x\ndata:\n  train: a\n  val: b\noptimizer:\n#  lr: 1\ndeepspeed:\n".replace("\n", "\r\n")
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
     config = load_config(tmp_path / "x.yaml", ["optimizer.max_grad_norm=2"])

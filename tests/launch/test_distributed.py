@@ -1,3 +1,5 @@
+"""Rank and world size from every launcher, joining the process group, and errors that all ranks share."""
+
 import json
 import os
 import re
@@ -12,12 +14,14 @@ import pytest
 import torch
 
 from launch.distributed import (
+    EXIT_ERROR,
     RankInfo,
     RunError,
     broadcast_object,
     init_distributed,
     raise_on_all_ranks,
     read_rank_info,
+    run_distributed,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +127,7 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     ],
 )
 def test_an_incomplete_address_is_an_error(no_launcher, address, kind, fault):
-    """At once: PyTorch would wait for a host that nobody knows as for one that is slow."""
+    """At once: PyTorch would wait for an unknown host as for a slow one."""
     os.environ.update(address)
     with pytest.raises(kind, match=f"^{fault}"):
         init_distributed(RankInfo(0, 0, 2, "environment"), "cpu", timedelta(hours=1))
@@ -156,7 +160,7 @@ def test_missing_ranks_are_an_error(no_launcher, free_port):
 
 
 def clean_environment(folder, **more):
-    """This process's environment without any launcher's variables, and an empty place for compiled extensions."""
+    """This process's environment without any launcher's variables, and an empty folder for compiled extensions."""
     launchers = ("SLURM_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
@@ -164,14 +168,14 @@ def clean_environment(folder, **more):
 
 
 def report_ranks(launcher, device_type, folder, environ):
-    """Runs report_rank.py under a launcher's command; what each rank found, by rank."""
+    """Runs report_rank.py under a launcher's command and returns what each rank found, by rank."""
     done = subprocess.run([*launcher, REPORT_RANK, device_type, folder], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def launcher_command(name, ranks, port):
-    """torchrun or deepspeed of this Python's environment, also where that is not on the PATH."""
+    """torchrun or deepspeed of this Python's environment, even if that is not on the PATH."""
     command = str(Path(sys.executable).with_name(name))
     if name == "torchrun":
         return [command, "--standalone", f"--nproc-per-node={ranks}"]
@@ -201,7 +205,7 @@ def test_two_ranks_join_one_group(launcher, tmp_path, free_port):
 
 @pytest.mark.slow
 def test_the_local_world_size_on_two_machines(tmp_path, free_port):
-    """One of them has a kernel that was started another time, as far as it can see."""
+    """One of them sees another boot id."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     (tmp_path / "boot_id").write_text(boot_id.read_text()[::-1])
     elsewhere = ["unshare", "--mount", "sh", "-c", f'mount --bind {tmp_path / "boot_id"} {boot_id} && exec "$@"', "sh"]
@@ -226,7 +230,8 @@ MEET_FAULTS = """
 import json, os, sys
 from datetime import timedelta
 from pathlib import Path
-from launch.distributed import RunError, broadcast_object, read_rank_info, init_distributed, destroy_process_group, raise_on_all_ranks
+from launch.distributed import RunError, broadcast_object, raise_on_all_ranks
+from launch.distributed import destroy_process_group, init_distributed, read_rank_info
 
 rank_info = read_rank_info(os.environ)
 init_distributed(rank_info, "cpu", timedelta(hours=1))
@@ -279,6 +284,59 @@ def test_the_error_of_a_single_rank_does_not_name_it(alone):
 def test_other_exceptions_pass_through(alone):
     with pytest.raises(KeyError), raise_on_all_ranks():
         raise KeyError("name")
+
+
+END_ALIKE = """
+import sys, time
+from datetime import timedelta
+from launch.distributed import get_local_world_size, raise_on_all_ranks, run_distributed
+
+def body(rank_info, device):
+    assert get_local_world_size() == 2
+    if sys.argv[1] == "status":
+        return 7
+    with raise_on_all_ranks():
+        if sys.argv[1] == "error" and rank_info.rank == 1:
+            raise ValueError("of rank 1")
+    raise KeyError("a mistake")
+
+fault = ValueError("of the arguments") if sys.argv[1] == "fault" else None
+sys.exit(run_distributed(body, "cpu", timedelta(hours=1), title="a test", fault=fault))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        ("status", 7, ""),
+        ("error", 2, "error: rank 1: of rank 1\n"),
+        ("fault", 2, "error: of the arguments\n"),
+    ],
+)
+def test_all_ranks_end_alike_and_rank_0_reports(forked, tmp_path, end, status, message):
+    script = tmp_path / "script.py"
+    script.write_text(END_ALIKE)
+    finished = forked(2, script, end)
+    assert (finished.returncode, finished.stderr) == (status, message)
+    announced = "" if end == "fault" else "starting a test, world size 2 (cpu): loading DeepSpeed\n"
+    assert finished.stdout == announced
+
+
+def test_other_exceptions_end_a_rank_with_their_traceback(forked, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(END_ALIKE)
+    finished = forked(2, script, "mistake")
+    assert finished.returncode == 1
+    assert "KeyError: 'a mistake'" in finished.stderr
+
+
+def test_a_single_rank_reports_a_fault_before_it_joins(no_launcher, capsys):
+    def body(rank_info, device):
+        raise AssertionError("is not called")
+
+    assert run_distributed(body, "cpu", timedelta(hours=1), fault=ValueError("bad arguments")) == EXIT_ERROR
+    assert capsys.readouterr() == ("", "error: bad arguments\n")
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.gpu

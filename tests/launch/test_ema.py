@@ -1,4 +1,4 @@
-"""BatchNorm statistics over ranks and weights over steps, on two real ranks."""
+"""BatchNorm statistics averaged over two real ranks, and the EMA of the weights."""
 
 import json
 

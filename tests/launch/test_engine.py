@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, the model that is built, and that every ZeRO stage trains like plain PyTorch."""
+"""DeepSpeed's configuration, the initial model, and every ZeRO stage against plain PyTorch."""
 
 import json
 import re
@@ -88,7 +88,7 @@ def test_settings_that_deepspeed_rejects(alone, configured, override, message):
 
 
 def test_settings_that_deepspeed_accepts(alone, configured):
-    """Its own way of writing numbers among it."""
+    """Numbers in DeepSpeed's own notation among them."""
     check_engine(*configured())
     check_engine(*configured("deepspeed.zero_optimization.reduce_bucket_size=1e7", "deepspeed.wandb.enabled=false"))
 
@@ -111,7 +111,7 @@ def test_weights_of_other_classes_need_a_new_head(configured, tmp_path):
 
 
 def test_weights_of_reordered_classes_need_a_new_head(configured, tmp_path):
-    """As exports of data in torchvision's order are, beside data packed in timm's."""
+    """As weights trained in torchvision's order of classes are, with data packed in timm's."""
     config, plan = configured()
     state, cpu = build_model(config, plan, torch.device("cpu")).state_dict(), torch.device("cpu")
     exchanged = plan.class_names[1::-1] + plan.class_names[2:]
@@ -127,7 +127,7 @@ def test_weights_of_reordered_classes_need_a_new_head(configured, tmp_path):
 
 
 def test_weight_decay_excludes_biases_and_norms(configured):
-    """Matrices, kernels, layer scales and polarity logits; no bias, and no weight of a norm."""
+    """It covers matrices, kernels, layer scales and polarity logits; no bias, and no weight of a norm."""
     config, plan = configured("optimizer.weight_decay=0.3")
     model = build_model(config, plan, torch.device("cpu"))
     spared, decayed = param_groups_weight_decay(model, config.optimizer.weight_decay)

@@ -1,4 +1,4 @@
-"""The scripts that set up .venv, as far as they can be tried without installing anything."""
+"""The scripts that set up .venv, as far as they run without installing anything."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A checkout without .venv, of what environment.sh looks at."""
+    """A checkout without .venv, with the files that environment.sh reads."""
     for name in ("requirements.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "launch", tmp_path / "launch")

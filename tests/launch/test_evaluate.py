@@ -1,4 +1,4 @@
-"""Accuracies against a plain loop over the same images, on one rank and on more; and what is refused, and how."""
+"""Accuracies against a plain loop over the same images, on one and on several ranks; and the command's errors."""
 
 import io
 import json
@@ -26,7 +26,7 @@ SCORES = ("top1", "top5", "loss")
 
 
 def plain_scores(model: nn.Module, folder: Path, transform) -> dict[str, float]:
-    """The same measures of images read one by one with PIL, prepared by timm and counted one by one."""
+    """Accuracies and loss of images that are read with PIL, prepared by timm and counted one by one."""
     manifest = load_manifest(folder)
     images = []
     for row in manifest.samples:
@@ -45,12 +45,12 @@ def plain_scores(model: nn.Module, folder: Path, transform) -> dict[str, float]:
 
 
 def assert_same_scores(report: dict, expected: dict) -> None:
-    """To the last image."""
+    """Compares accuracies exactly enough to notice a single image."""
     assert {name: report[name] for name in SCORES} == pytest.approx(expected, rel=1e-4)
 
 
 def pack_resized(files: list[Path], size: int, folder: Path) -> Path:
-    """These images, packed at a size at which evaluation has nothing to resize: DALI's pixels and PIL's are equal."""
+    """Packs images at a size that evaluation does not resize, so that DALI's and PIL's pixels are equal."""
     for file in files:
         target = folder / "images" / file.parent.name / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def pack_resized(files: list[Path], size: int, folder: Path) -> Path:
 
 @pytest.fixture
 def score(no_launcher, capsys):
-    """Returns a function, to be called once: the command in this process → its status, report and errors."""
+    """Returns a function, to be called once: arguments → exit status, report and errors of the command."""
 
     def run(*arguments: object) -> tuple[int, dict | None, str]:
         capsys.readouterr()
@@ -75,7 +75,7 @@ def score(no_launcher, capsys):
 
 @pytest.fixture(scope="module")
 def clothes(fashion) -> list[Path]:
-    """97 images of 10 classes: neither 3 ranks nor a batch of 7 or 32 divides them."""
+    """97 images of 10 classes: not divisible by 3 ranks, nor by a batch of 7 or 32."""
     return sorted(fashion.glob("*/*.png"))[::4][:97]
 
 
@@ -280,7 +280,7 @@ def test_weights_with_fewer_classes_than_the_data_are_an_error(score, ema, val, 
 
 
 def test_data_with_some_of_the_classes(score, ema, trained, clothes, tmp_path):
-    """In the middle of the others: labels of the remaining ones are by name, those of the training."""
+    """Validation lacks classes in the middle; labels follow the names in training."""
     names = sorted({file.parent.name for file in clothes})
     kept = [file for file in clothes if file.parent.name in (names[1], names[4], names[8])]
     packed = pack_resized(kept, 32, tmp_path)

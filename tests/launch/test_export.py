@@ -1,4 +1,4 @@
-"""The weights of a real run as timm loads them, in both of its ways."""
+"""The exported weights of a real run, as timm loads them from a file and from a folder."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_the_newest_intact_checkpoint_is_exported(trained_run, tmp_path):
 
 @pytest.mark.parametrize("named", ["best", "latest", "step-00000038", "step-00000075/ema.safetensors"])
 def test_the_command_takes_a_checkpoint(trained_run, tmp_path, capsys, named):
-    """And writes beside the run's checkpoints, as for the run."""
+    """The export lies beside the run's checkpoints, as if the run was named."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     assert main([str(run / "checkpoints" / named)]) == 0
     assert capsys.readouterr().out == f"{run / 'export' / 'model.safetensors'}\n"

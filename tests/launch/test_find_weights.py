@@ -1,4 +1,4 @@
-"""Which file a path means: everything that lies in a run's folder, whole and as careless copies leave it."""
+"""The weights file that a path means, for everything in a run's folder, intact and damaged by copying."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_a_moved_checkpoint(run, tmp_path):
 
 
 def test_best_as_a_folder_or_a_link(run):
-    """As people make it who keep one under a name of its own."""
+    """As users make it to keep a checkpoint under a name of its own."""
     folder = run / "checkpoints"
     (folder / "best").unlink()
     (folder / "best").symlink_to(OLDER)

@@ -1,4 +1,4 @@
-"""Operations of a step against the published figures, and the rate that they are compared with."""
+"""Operations of an image against the published figures, and the peak rate for the MFU."""
 
 from itertools import accumulate, pairwise
 from types import SimpleNamespace

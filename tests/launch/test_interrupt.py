@@ -55,7 +55,7 @@ def test_ctrl_c_during_imports(environ, words):
 
 @pytest.mark.slow
 def test_ctrl_c_during_training_ends_all_ranks(environ, small_config, free_port, tmp_path):
-    """Whatever each of them waits for; rank 0 speaks for both."""
+    """Whatever each rank waits for; rank 0 prints the line for both."""
     words = "launch/train.py", "--config", small_config, f"output={tmp_path / 'run'}", "log.every_steps=1"
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
     ranks = [start(words, environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]

@@ -1,7 +1,7 @@
-"""No message names an option that its command does not take, nor a key that the configuration does not have.
+"""No message names an option that its command does not take, or a key that the configuration does not have.
 
-Messages are all strings of the source that are sentences, but for docstrings and what describes options. Which commands
-can say them is written down here, since most modules serve several.
+Messages are all strings in the source that contain a blank, except docstrings and the help of options. SAID_BY lists
+which commands may print the messages of a module, since most modules serve several.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ENTRIES = [
 TAKE_KEYS = ("launch.train", "launch.plan", "launch.quickstart")
 
 _RUNS, _FETCHES = ("launch.train", "launch.plan"), ("launch.train", "launch.plan", "launch.evaluate", "dataio.show")
-#: Who says what a module's strings say, or those of one of its functions or classes; a command says its own.
+#: Module, or module:function or class → the commands that print its messages; a command prints its own.
 SAID_BY = {
     "dataio/remote/prefetch.py": _FETCHES,
     "dataio/remote/cache_folder.py": _FETCHES,
@@ -58,7 +58,7 @@ SAID_BY = {
     "launch/benchmark/machine_code.py": ("launch.benchmark.sass",),
     "polaformer/ops.py": ("launch.train", "launch.evaluate"),
 }
-#: Other commands that a message may tell people to start, by what it calls them, and their options.
+#: Other commands that a message may recommend: a pattern of their names → the command, or its options.
 OTHERS: dict[str, str | set[str]] = {
     r"dataio\.pack|\bpack\b|^ours, --check ": "dataio.pack",
     r"dataio\.verify": "dataio.verify",
@@ -75,7 +75,7 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Message:
-    """A string, with … for what is filled in; `place` is for people."""
+    """A string of the source, with … for what is filled in; `place` is its file and line."""
 
     place: str
     said_by: tuple[str, ...]
@@ -88,7 +88,7 @@ class Message:
 
 
 class _ParserMet(Exception):
-    """Carries the parser with which a command would have read its arguments."""
+    """Carries the parser of a command out of its main function."""
 
 
 def main_of(command: str) -> Callable[[list[str]], object]:
@@ -113,7 +113,7 @@ def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
 
 @pytest.fixture(scope="session")
 def options() -> dict[str, set[str]]:
-    """By command."""
+    """Command → the options that it takes."""
     starts = {name: main_of(name) for name in ENTRIES} | {"deepspeed": runner.parse_args}
     return {name: set(parser_of(start)._option_string_actions) for name, start in starts.items()}
 
@@ -168,7 +168,7 @@ def is_key(word: str) -> bool:
 
 
 def faults_of(message: Message, options: dict[str, set[str]]) -> list[str]:
-    """What is wrong with a message: a word that nobody takes, or a command of those that say it that takes none.
+    """The faults of a message: words that no command takes, and commands that print it and take none of its words.
 
     A module that serves several names the words of each, like `data.cache, --cache`.
     """
@@ -203,7 +203,7 @@ def test_messages_name_what_their_commands_take(messages, options):
 
 
 def test_quickstart_takes_the_options_that_packing_names(messages, options):
-    """Of what people may mean: which images are left out, and how many are held out."""
+    """Those that users may set: which images are left out, and how many are held out."""
     named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
     assert {"--skip-broken", "--val-percent"} <= named
     assert {"--skip-broken", "--val-percent"} <= options["launch.quickstart"]

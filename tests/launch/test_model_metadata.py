@@ -1,4 +1,4 @@
-"""What a file of weights says of itself, through safetensors and back."""
+"""Model metadata: to a safetensors file and back, and as timm reads it."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_metadata_is_read_back_from_a_file(tmp_path):
 
 
 def test_files_of_the_first_version(tmp_path):
-    """Their names and values are still the ones in the file."""
+    """Their keys and values are those that are written today."""
     on_disk = {"model": "polaformerpp_b1", "classes": ["a", "b"], "image_size": 96, "mean": [0.1, 0.2, 0.3]}
     on_disk |= {"std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "eval_resize": "short", "eval_crop_fraction": 0.9}
     save_weights({"x": torch.zeros(1)}, tmp_path / "old.safetensors", {"polaformer": json.dumps(on_disk)})

@@ -1,4 +1,4 @@
-"""What a run tells, read back from TensorBoard's own reader, metrics.jsonl and the terminal."""
+"""Metrics as TensorBoard's own reader, metrics.jsonl and the terminal show them."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def read_board(folder: Path) -> EventAccumulator:
 
 
 def await_next_second() -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second of their start."""
+    """Waits for the next second: TensorBoard sorts event files by name, which begins with the second of their start."""
     second = int(time.time())
     while int(time.time()) == second:
         time.sleep(0.01)
@@ -138,7 +138,7 @@ def test_text(alone, tmp_path):
 
 
 def test_pauses_are_left_out_of_rates(alone, tmp_path, monkeypatch):
-    """Of 16 s by the monitor's clock, 8 are paused: 2 of the other 8 went into waiting."""
+    """Of 16 s by the monitor's clock 8 are paused, and 2 of the other 8 are spent waiting."""
     now = 100.0
     monkeypatch.setattr("launch.monitor.time", SimpleNamespace(time=time.time, perf_counter=lambda: now))
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)

@@ -1,4 +1,4 @@
-"""What the packages may be called and what they may import, read from their source."""
+"""Module names that are allowed, and imports between packages, read from the source."""
 
 import ast
 import importlib.metadata
@@ -64,7 +64,7 @@ def test_the_model_needs_neither_deepspeed_nor_dali():
 
 
 def test_the_model_alone_is_installed_without_them():
-    """`pip install .` takes what has no extra; the extras bring the rest."""
+    """`pip install .` installs requirements without an extra; the extras add the rest."""
     needed = importlib.metadata.requires("polaformer-plus-plus")
     alone = {re.match(r"[\w-]+", line).group() for line in needed if "extra ==" not in line}
     assert alone == {"torch", "timm", "safetensors"}

@@ -1,4 +1,4 @@
-"""What a configuration comes to on real shards, what does not fit them, and the command that says so."""
+"""Plans of configurations on real shards, errors of those that do not fit, and the command."""
 
 import os
 import shutil
@@ -137,7 +137,7 @@ def test_a_single_class_with_images_is_an_error(configure, fashion, tmp_path):
 
 
 def test_a_batch_too_small_for_batchnorm_is_an_error(configure, small_config, capsys):
-    """The refused one does fail in the model, and those that are named do not."""
+    """The rejected batch does fail in the model, and those that the message names do not."""
     message = (
         "a batch of 1 image per rank at 32² pixels leaves BatchNorm a single value per channel; use"
         " optimizer.global_batch_size=8, or data.image_size=64"
@@ -172,7 +172,7 @@ def test_an_output_that_is_no_folder_is_an_error(configure, tmp_path):
 
 
 def test_an_output_without_write_permission_is_an_error(tmp_path):
-    """Asked as a user without rights, since root has all of them."""
+    """Checked as a user without privileges, since root has all permissions."""
     said = tmp_path / "said"
     with open(said, "w") as file:
         if (child := os.fork()) == 0:
@@ -218,7 +218,7 @@ def test_the_window_is_configurable(configure):
 
 
 def test_too_small_a_cache_for_both_sets_is_an_error(configure, fashion_shards, tmp_path):
-    """Each alone would fit."""
+    """Each set alone fits."""
     bytes_of = {part: (fashion_shards / part / "shard-000000.tar").stat().st_size for part in ("train", "val")}
     gib = (sum(bytes_of.values()) - 1000) / 2**30
     places = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
@@ -229,7 +229,7 @@ def test_too_small_a_cache_for_both_sets_is_an_error(configure, fashion_shards, 
 
 
 def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, small_config, tmp_path, capsys):
-    """Evaluation needs room for each of them, and none for the ranks of other nodes."""
+    """Evaluation needs space for each of them, and none for the ranks of other nodes."""
     train, val = (f"data.{part}={scheme}{many_shards}" for part, scheme in (("train", ""), ("val", "file://")))
     gib = 8.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30
     options = train, val, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}", "optimizer.global_batch_size=16"
@@ -259,7 +259,7 @@ def test_the_default_cache_is_the_users_own(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["writable", "writable for a group", "file", "foreign", "foreign link"])
 def test_a_default_cache_folder_of_others_is_an_error(small_config, tmp_path, monkeypatch, capsys, fault):
-    """Nothing is fetched into it, and nobody asks whose it is where all data are on a local disk."""
+    """Nothing is fetched into it, and its owner is irrelevant if all data are on a local disk."""
     folder = tmp_path / f"polaformer-shards-{os.getuid()}"
     message = f"{folder}, the default for remote shards, belongs to user 12345; name"
     if fault.startswith("writable"):

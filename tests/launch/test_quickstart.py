@@ -1,4 +1,4 @@
-"""The quickstart after its set-up, on a small class folder, in a project folder of its own."""
+"""The quickstart after its set-up, on a small class folder, in a copy of the project's folder."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.globa
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """The project as a checkout has it, where data/ and runs/ may be written."""
+    """A project folder with writable data/ and runs/."""
     root = tmp_path_factory.mktemp("project")
     for name in ("launch", "dataio", "polaformer", "configs"):
         (root / name).symlink_to(ROOT / name)
@@ -48,7 +48,7 @@ def commands(finished: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.fixture(scope="module")
 def odd(fashion, tmp_path_factory) -> Path:
-    """`fashion` below a name of odd characters, in two parts; of one class validation has no image."""
+    """`fashion` in a folder with special characters, in two splits; validation lacks one class."""
     root = tmp_path_factory.mktemp("odd") / "-it's: [bold]~ #1 :smile: é\n"
     for folder in fashion.iterdir():
         for number, file in enumerate(sorted(folder.iterdir())):
@@ -103,14 +103,14 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """A folder in which the quickstart may write."""
+    """The working folder, in which the quickstart may write."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     return tmp_path
 
 
 def refused(capsys, *arguments: object) -> str:
-    """What the quickstart says before anything is packed."""
+    """The error with which the quickstart ends before anything is packed."""
     assert main(list(map(str, arguments))) == 2
     assert not Path("data").exists()
     return capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_invalid_options_are_errors(here, photos, capsys):
 
 
 def test_the_packing_commands(photos, tmp_path):
-    """Held out of classes, or as the parts are; with the options that were given, which name another folder."""
+    """They hold out validation images and pass the packing options on, which also decide the folder's name."""
     dataset = inspect_dataset(photos, PackOptions(), None)
     options = PackOptions(val_percent=10, split="train", resize=64, shard_mib=32)
     train, val = pack_commands(dataset, tmp_path, options)
@@ -182,7 +182,7 @@ def test_splits_and_archives(here, photos):
 
 
 def test_changed_images_have_another_name(photos, tmp_path):
-    """And what was made of the old ones is not taken for theirs."""
+    """So that shards of the old images are not reused."""
     source = shutil.copytree(photos, tmp_path / "source")
     before = inspect_dataset(source, PackOptions(), None).name
     assert inspect_dataset(source, PackOptions(), None).name == before
@@ -192,7 +192,7 @@ def test_changed_images_have_another_name(photos, tmp_path):
 
 @pytest.mark.parametrize(("images", "steps"), [(15, 700), (135, 700), (3000, 1000), (100_000, 9000)])
 def test_settings_follow_the_number_of_images(images, steps, fashion_shards):
-    """Enough steps for a few images, and a moving average of which the start is gone in any number of steps."""
+    """A few images get enough steps, and the EMA forgets the initial weights within any number of steps."""
     manifest = load_manifest(fashion_shards / "val")
     first = image_overrides(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
     config = load_config(CONFIG, first)

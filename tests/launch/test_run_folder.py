@@ -1,4 +1,4 @@
-"""A run's folder with real starts: two at once, a disk that is full, and files that people and copies have changed."""
+"""A run's folder with real starts: two at once, a full disk, and files that users or copying have damaged."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def held_run(words: list[object], environ: dict[str, str], output: Path) -> Iter
 def test_a_second_start_is_an_error_until_the_first_is_killed(
     forked, command, environ, arguments, trained_run, tmp_path
 ):
-    """Meanwhile its weights may be exported; after kill -9 the same command goes on at once."""
+    """While it runs, its weights can be exported; after kill -9 the same command resumes at once."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     words = arguments(run, "optimizer.epochs=5", "checkpoint.every_epochs=2", "log.every_steps=50")
     before = (run / "metrics.jsonl").read_bytes()
@@ -91,7 +91,7 @@ exit $status
 
 @pytest.fixture
 def on_small_disk(environ, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Returns a function: MiB, output, words → a command to which `output` is a disk; copied to tmp_path/kept."""
+    """Returns a function: MiB, output, words → a command with `output` on such a disk, then copied to tmp_path/kept."""
 
     def run(mib: int, output: Path, *words: object) -> subprocess.CompletedProcess:
         output.mkdir()
@@ -105,7 +105,7 @@ def on_small_disk(environ, tmp_path) -> Callable[..., subprocess.CompletedProces
 
 @pytest.mark.slow
 def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path):
-    """Two ranks save one; the second is refused in one line, and the first stays."""
+    """Two ranks save one; the second save is an error of one line, and the first checkpoint stays."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     finished = on_small_disk(200, tmp_path / "run", *launcher, TRAIN, *arguments(tmp_path / "run"))
     assert finished.returncode != 0
@@ -141,7 +141,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
-    """The other is not left in one of DeepSpeed's barriers."""
+    """The other rank does not hang in one of DeepSpeed's barriers."""
     script = tmp_path / "script.py"
     script.write_text(ONE_RANK_IS_LIMITED)
     finished = forked(2, script, *arguments(tmp_path / "run"))
@@ -157,7 +157,7 @@ def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp_path):
-    """The largest file of the newest checkpoint is missing, `best` leads nowhere, metrics and configuration are cut."""
+    """The newest checkpoint lacks its largest file, `best` names none, metrics and configuration are truncated."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     folder = run / "checkpoints"
     max((folder / "step-00000075").rglob("*.pt"), key=lambda path: path.stat().st_size).unlink()

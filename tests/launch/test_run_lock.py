@@ -1,4 +1,4 @@
-"""The lock on a run's folder with real processes: who is refused, and which dead owners are no owners."""
+"""The lock on a run's folder with real processes: live owners keep it, dead ones are replaced."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ signal.pause()
 
 @pytest.fixture
 def hold(environ, tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
-    """Returns a function: a process that has the lock on tmp_path/run."""
+    """Returns a function: starts a process that holds the lock on tmp_path/run."""
     started = []
 
     def start() -> subprocess.Popen:
@@ -54,7 +54,7 @@ def folder(tmp_path) -> Path:
 
 
 def move_to_another_host(lock: Path) -> None:
-    """Rewrites, in place, of which machine an owner says it is; it goes on beating, if it does."""
+    """Rewrites the machine that a lock names, in place; its owner's heartbeat continues."""
     with open(lock, "r+b") as file:
         owner = json.loads(file.readline())
         before = json.dumps(owner, ensure_ascii=False)
@@ -66,7 +66,7 @@ def move_to_another_host(lock: Path) -> None:
 
 
 def leave_lock(folder: Path, **changes: object) -> None:
-    """The file of an owner that is this process but for `changes`, and does not beat."""
+    """Writes a lock of this process, with `changes` to its owner and without heartbeat."""
     owner = replace(current_owner(), **changes)
     (folder / LOCK_NAME).write_text(json.dumps(asdict(owner)) + "\n00000000000000000000\n")
 
@@ -198,7 +198,7 @@ def test_an_owner_on_another_host_that_ends_meanwhile(hold, folder):
 
 @pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, MISSED_HEARTBEATS)])
 def test_a_requeued_job_takes_its_lock_over_at_once(folder, monkeypatch, restarts, looks):
-    """But for another step of the same start it does."""
+    """But another step of the same job, not requeued, waits."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "north")
     leave_lock(folder, machine="another")

@@ -1,4 +1,4 @@
-"""The learning rate of every step against timm's scheduler, EMA decays, and intervals of epochs that end once."""
+"""The learning rate of every step against timm's scheduler, EMA decays, and the ends of intervals."""
 
 import math
 from fractions import Fraction
@@ -22,7 +22,7 @@ def rates(optimizer: OptimizerSection) -> list[float]:
 
 
 def timms_rates(optimizer: OptimizerSection) -> list[float]:
-    """The same as the official recipe has them: timm's cosine by steps, after the warm-up."""
+    """Learning rates of the official recipe: timm's cosine by steps, after the warm-up."""
     schedule = make_schedule(optimizer, SAMPLES)
     scale = optimizer.global_batch_size / 512
     timms = CosineLRScheduler(
@@ -90,14 +90,14 @@ def test_a_run_within_its_warm_up_has_learning_rates():
 
 
 def ema_weights(optimizer: OptimizerSection, steps: int) -> np.ndarray:
-    """How much of the start, and of the weights after each step, is in the moving average after the last."""
+    """The shares of the initial weights, and of the weights after each step, in the final EMA."""
     decays = np.array([ema_decay_at(step, optimizer) for step in range(steps)])
     kept = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # of what was there before a step
     return kept * np.append(1.0, 1 - decays)
 
 
 def test_the_ema_of_a_short_run_covers_its_last_steps():
-    """After 24 steps, as of 240 images, there was 80 % of the start in it with a decay of 0.99."""
+    """With a constant decay of 0.99 it would be 80 % initial weights after 24 steps."""
     long = ema_weights(OptimizerSection(ema_decay=0.99, ema_warmup=False), 24)
     short = ema_weights(OptimizerSection(ema_decay=0.99), 24)
     assert long.sum() == pytest.approx(1)
@@ -110,7 +110,7 @@ def test_the_ema_of_a_short_run_covers_its_last_steps():
 
 @pytest.mark.parametrize("global_batch_size", [1024, 512])
 def test_the_ema_of_a_long_run_is_hardly_warmed_up(global_batch_size):
-    """Of the recipe and the fine-tuning, 300 epochs of ImageNet: 2e-27 of what is in it comes from other steps."""
+    """For 300 epochs of ImageNet, with the recipe's and the fine-tuning batch, the warm-up changes 2e-27 of it."""
     steps = math.ceil(300 * 1_281_167 / global_batch_size)
     with_warmup, without = (ema_weights(OptimizerSection(ema_warmup=on), steps) for on in (True, False))
     assert np.abs(with_warmup - without).sum() < 1e-26

@@ -1,3 +1,5 @@
+"""The Slurm templates: as text, and submitted to a real Slurm of two nodes."""
+
 import json
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ TWO_CPU_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpu
 
 
 def overrides(fashion_shards, run_folder: Path) -> list[str]:
-    """A b0 small enough for two CPU ranks: some steps, then one evaluation and one checkpoint."""
+    """Overrides for a b0 small enough for two CPU ranks: some steps, one evaluation, one checkpoint."""
     return [
         "model.name=polaformerpp_b0",
         f"data.train={fashion_shards}/train",
@@ -32,7 +34,7 @@ def overrides(fashion_shards, run_folder: Path) -> list[str]:
 
 
 def submit(cluster, template, *arguments, root, log, **environ):
-    """`sbatch`es a template from the folder `root` and waits; (the job at its end as Slurm shows it, its log)."""
+    """Submits a template from the folder `root` and waits; returns Slurm's fields of the ended job, and its log."""
     sbatch = ["sbatch", "--parsable", *TWO_CPU_NODES, f"--output={log}", template, *arguments]
     done = cluster.run(*sbatch, folder=root, **{"POLAFORMER_PYTHON": sys.executable} | environ)
     assert done.returncode == 0, done.stderr
@@ -58,7 +60,7 @@ def test_the_templates_differ_in_the_model_only():
     assert [path.name for path in TEMPLATES] == ["train_b4.sh", "train_b5.sh"]
 
 
-# --- The templates on the cluster, with a stand-in for launch/train.py that says what reached it ------------
+# --- The templates on the cluster, with a launch/train.py that reports what reached it -----------------------
 
 REPORT = """
 import json, os, signal, sys, time
@@ -78,7 +80,7 @@ if "fail" in sys.argv:
 
 @pytest.fixture
 def project(tmp_path):
-    """The project's root as the templates see it: slurm/, and a launch/train.py that reports."""
+    """A project's root with slurm/ and a launch/train.py that reports its arguments and environment."""
     root = tmp_path / "project"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "launch").mkdir()
@@ -162,7 +164,7 @@ def test_plain_srun_ranks_join_one_group(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
-    """`python` in a batch script without srun: Slurm sets SLURM_PROCID and SLURM_NTASKS=2, yet there is one."""
+    """`python` in a batch script without srun is a single rank, although Slurm sets SLURM_PROCID and SLURM_NTASKS=2."""
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/report_rank.py cpu {tmp_path}\n")
     _, log = submit(cluster, script, root=tmp_path, log=tmp_path / "job.log", PYTHONPATH=str(ROOT))
