@@ -98,8 +98,8 @@ def run_stages(arguments: argparse.Namespace) -> None:
     set_cpu_environment()
     began = time.time()
     overrides = arguments.overrides if dataset is None else tuned_overrides(shards, arguments.overrides)
-    places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
-    stages.run("training", train_command([*places, *overrides]))
+    paths = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
+    stages.run("training", train_command([*paths, *overrides]))
     top1 = {}
     for label, kind in KINDS.items():
         out = run / f"evaluation-{kind}.json"
@@ -229,8 +229,8 @@ def training_speed(run: Path, began: float) -> dict[str, float] | None:
     return {"seconds": seconds, "images_per_second": images / seconds, "waiting_for_data": waited / seconds}
 
 
-def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> None:
-    """Print a summary as a table; places: name → path of each result."""
+def show(console: Console, summary: dict[str, Any], results: dict[str, Path]) -> None:
+    """Print a summary as a table, followed by the paths of the results, by name."""
     table = Table("", "", title="PolaFormer++ quickstart", show_header=False)
     device, speed = summary["device"]["name"], summary["speed"]
     table.add_row(
@@ -251,9 +251,9 @@ def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> 
                 f" {speed['waiting_for_data']:.0%} waiting for data",
             )
     table.add_row("altogether", f"{whole:.0f} s")
-    for name, place in places.items():
-        table.add_row(name, str(place))
-    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {places['run']}")
+    for name, path in results.items():
+        table.add_row(name, str(path))
+    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {results['run']}")
     console.print(table)
 
 

@@ -111,10 +111,8 @@ def train(run: "Run", augment: BatchAugment) -> None:
         for _ in range(config.optimizer.gradient_accumulation_steps):
             with monitor.data_wait():
                 batch = next(run.loader)
-            for broken in batch.substituted:
-                monitor.warn(
-                    f"sample {broken.substitute} stands for {plan.train.describe(broken.sample)}: {broken.reason}"
-                )
+            for bad in batch.substituted:
+                monitor.warn(f"sample {bad.substitute} stands for {plan.train.describe(bad.sample)}: {bad.reason}")
             images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)

@@ -94,7 +94,7 @@ class _RepeatedKeyError(Exception):
 def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
     """Return the node with scalars as plain text where the schema types them as text."""
     if isinstance(node, yaml.MappingNode):
-        _refuse_repeated_keys(node)
+        _check_repeated_keys(node)
         node.value = [(key, _as_written(value, _schema_under(key, schema))) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):  # a list of models occurs only under <<
         node.value = [_as_written(item, schema if _is_model(schema) else None) for item in node.value]
@@ -111,7 +111,7 @@ def _schema_under(key: yaml.Node, schema: Any) -> Any:
     return schema if key.tag == f"{_TAG}merge" else field_type(schema, key.value)
 
 
-def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+def _check_repeated_keys(node: yaml.MappingNode) -> None:
     """Raise _RepeatedKeyError if a mapping has a key twice."""
     lines: dict[str, int] = {}
     for key, _ in node.value:

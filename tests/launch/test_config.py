@@ -33,6 +33,10 @@ def file(tmp_path) -> Path:
     return path
 
 
+def is_model(schema: object) -> bool:
+    return hasattr(schema, "model_fields")
+
+
 def explanation(path: Path, *overrides: str) -> str:
     with pytest.raises(ValueError) as fault:  # noqa: PT011  (every caller checks the whole message)
         load_config(path, list(overrides))
@@ -409,6 +413,16 @@ def test_configurations_are_immutable(file):
 def test_a_shipped_configuration_loads_and_is_read_back(path):
     config = load_config(path, [])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_the_readme_names_every_key_and_override():
+    text = (CONFIGS / "README.md").read_text()
+    sections = [section for section in (field_type(Config, name) for name in Config.model_fields) if is_model(section)]
+    keys = {*Config.model_fields, *(key for section in sections for key in section.model_fields)}
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+    overrides = re.findall(r"(?<=[` ])(?:data|optimizer|model|engine)\.[\w.]+=(?:\[[^]]*\]|\{[^}]*\}|[\w.-]+)", text)
+    assert len(overrides) > 5
+    load_config(CONFIGS / "polaformerpp_b4.yaml", overrides)
 
 
 def test_every_recipe_is_shipped():
