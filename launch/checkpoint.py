@@ -340,6 +340,6 @@ def _remove_others(saved: Path, keep: int) -> None:
         kept.append(best.read_text(errors="replace").strip())
     for path in checkpoints:
         if path.name not in kept:
-            doomed = path.with_name(f".{path.name}")  # a removal that is killed leaves no half checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)  # files that are open on NFS go with the leftovers later
+            hidden = path.with_name(f".{path.name}")  # a removal that is killed leaves no half checkpoint
+            path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)  # files that are open on NFS go with the leftovers later

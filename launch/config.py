@@ -104,10 +104,10 @@ class ModelSection(Section):
     name: str = "polaformerpp_b4"
     num_classes: Count | None = None  # null: as many as the training shards name
     drop_path_rate: Fraction | None = None  # null: the preset's
-    weights: UserPath | None = None  # start from these: an official .pth or a .safetensors of ours
-    new_head: bool = False  # keep a fresh classifier when starting from weights of other classes
-    grad_checkpointing: bool = False  # compute activations again in backward: less memory, about 1.3× the time
-    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention would not run compiled
+    weights: UserPath | None = None  # initial weights: an official .pth or a .safetensors of ours
+    new_head: bool = False  # keep a freshly initialized classifier, for weights of other classes
+    grad_checkpointing: bool = False  # recompute activations in backward: less memory, about 1.3× the time
+    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention has no compiled kernels
 
     @model_validator(mode="after")
     def check(self) -> "ModelSection":
@@ -169,16 +169,16 @@ class OptimizerSection(Section):
     epochs: Positive = 300
     global_batch_size: Count = 1024  # samples in one step, over all ranks and micro-steps
     gradient_accumulation_steps: Count = 1  # micro-steps in a step
-    lr: Positive = 5e-4  # for a global batch of 512; this and the next two scale with the batch
+    lr: Positive = 5e-4  # peak, for a global batch of 512; the three learning rates scale with the batch
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-7
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not for biases and one-dimensional parameters
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of all parameters but biases and one-dimensional ones
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0  # largest gradient norm; null: no clipping
     ema_decay: BelowOne = 0.99982
-    ema_warmup: bool = True  # a smaller decay while the run has few steps: see launch/schedule.py
+    ema_warmup: bool = True  # a smaller decay in the first steps: see launch/schedule.py
 
     @model_validator(mode="after")
     def check(self) -> "OptimizerSection":
@@ -198,16 +198,16 @@ class EngineSection(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
-    bucket_numel: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
+    bucket_numel: Count = 20_000_000  # elements that are reduced, or gathered, at a time
     compile: bool = False  # torch.compile
-    timeout_minutes: Positive = 10  # for a collective; a rank that hangs ends the run after it
+    timeout_minutes: Positive = 10  # of collectives: a rank that hangs for longer ends the run
 
 
 class CheckpointSection(Section):
     """How often checkpoints are written, and how many are kept."""
 
     every_epochs: Positive = 1  # may be a fraction
-    keep: Count = 3  # newest checkpoints kept on disk; the best one is kept besides
+    keep: Count = 3  # how many of the newest checkpoints stay on disk, beside the best one
 
 
 class LogSection(Section):

@@ -26,8 +26,8 @@ import launch.train  # noqa: F401
 
 def become(rank: int, start: dict) -> NoReturn:
     """Runs the request as one rank in this process, and ends it."""
-    for descriptor, place in ((1, start["output"]), (2, start["errors"])):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND), descriptor)
+    for descriptor, path in ((1, start["output"]), (2, start["errors"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(start["variables"])
     if start["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(start["ranks"]))

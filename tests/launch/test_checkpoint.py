@@ -162,12 +162,12 @@ def test_a_full_disk_leaves_earlier_checkpoints_intact(begin, tmp_path, no_file_
     engine, ema, state = begin(f"engine.zero_stage={stage}")
     first = checkpoint.save(tmp_path, engine, ema, state, {})
     before = sorted(tmp_path.rglob("*"))
-    with no_file_larger_than(2**20), pytest.raises(RunError) as refusal:
+    with no_file_larger_than(2**20), pytest.raises(RunError) as error:
         checkpoint.save(tmp_path, engine, ema, replace(state, step=2), {})
     assert re.fullmatch(
         f"cannot write a checkpoint in {tmp_path}: File too large; it needs 127 MiB, [0-9,]+ MiB are free. Make room"
         " and start again: the run resumes from step-00000001",
-        str(refusal.value),
+        str(error.value),
     )
     assert sorted(tmp_path.rglob("*")) == before
     assert checkpoint.find_newest(tmp_path) == (first, [])

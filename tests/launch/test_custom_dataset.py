@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,3 +45,9 @@ def test_folders_of_one_name_have_different_names(tmp_path):
     options = PackOptions()
     assert dataset_name(first, options, []) != dataset_name(second, options, [])
     assert dataset_name(first, options, []) == dataset_name(tmp_path / "a" / "." / "images", options, [])
+
+
+def test_names_are_those_of_earlier_versions():
+    """So that images that were packed before are found again."""
+    options = PackOptions(resize=256, check="header", skip_broken=True)
+    assert dataset_name(Path("/data/my photos"), options, ["0123", "10 %", "cat", "dog"]) == "my-photos-c2489eb9"

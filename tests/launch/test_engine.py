@@ -23,8 +23,8 @@ def configured(fashion_shards, tmp_path):
     """Returns a function: overrides and ranks → configuration and plan over the small data set."""
 
     def build(*overrides: str, ranks: int = 1):
-        places = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
-        config = load_config(QUICKSTART, [*places, "optimizer.global_batch_size=32", *overrides])
+        paths = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
+        config = load_config(QUICKSTART, [*paths, "optimizer.global_batch_size=32", *overrides])
         return config, make_plan(config, 0, ranks)
 
     return build

@@ -221,8 +221,10 @@ def test_official_weights_on_more_ranks_than_images(forked, official):
     assert (report["samples"], report["image_size"], report["top5"]) == (2, 224, 100)
     assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
     first, last = load_manifest(packed).classes
-    said = f"{weights} names no classes; its outputs are taken to be those of {packed}, from {first} to {last} in that"
-    assert finished.stderr.count(said) == 1
+    message = (
+        f"{weights} names no classes; its outputs are taken to be those of {packed}, from {first} to {last} in that"
+    )
+    assert finished.stderr.count(message) == 1
 
 
 def test_a_report_that_cannot_be_written_is_printed(score, trained_run, val):
@@ -255,11 +257,11 @@ def test_a_report_that_cannot_be_written_is_printed(score, trained_run, val):
     ],
 )
 def test_arguments_that_do_not_fit_are_errors(score, ema, val, official, shards, tmp_path, arguments, message):
-    places = {"ema": ema, "official": official[0], "photos": shards, "empty": tmp_path}
-    given = [argument.format(**places) if isinstance(argument, str) else argument for argument in arguments]
+    paths = {"ema": ema, "official": official[0], "photos": shards, "empty": tmp_path}
+    given = [argument.format(**paths) if isinstance(argument, str) else argument for argument in arguments]
     status, report, errors = score("--weights", ema, "--data", val, *given)
     assert (status, report) == (2, None)
-    assert errors.startswith(f"error: {message.format(**places)}")
+    assert errors.startswith(f"error: {message.format(**paths)}")
     assert errors.count("\n") == 1
 
 

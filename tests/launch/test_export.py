@@ -126,7 +126,7 @@ def test_a_file_elsewhere_is_exported_beside_it(trained_run, tmp_path, capsys):
 def test_on_a_full_disk_the_last_export_stays(trained_run, tmp_path, capsys, no_file_larger_than):
     before = export(trained_run, tmp_path / "export", "model").read_bytes()
     with no_file_larger_than(2**20):
-        message = refusal(capsys, trained_run, "--to", tmp_path / "export")
+        message = error_of(capsys, trained_run, "--to", tmp_path / "export")
     assert message.startswith("error: [Errno 27] File too large")
     assert message.count("\n") == 1
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", "model.safetensors"}
@@ -149,7 +149,7 @@ def test_runs_do_not_share_an_export(tmp_path, monkeypatch, named, target):
     assert default_target(Path(named)) == Path(target)
 
 
-def refusal(capsys, *arguments: object) -> str:
+def error_of(capsys, *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -157,12 +157,12 @@ def refusal(capsys, *arguments: object) -> str:
 
 
 def test_other_folders_are_errors(trained_run, tmp_path, capsys):
-    assert refusal(capsys, tmp_path) == (
+    assert error_of(capsys, tmp_path) == (
         f"error: {tmp_path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}\n"
     )
-    assert refusal(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
+    assert error_of(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
     torch.save({}, tmp_path / "official.pth")
-    assert refusal(capsys, tmp_path / "official.pth").endswith(
+    assert error_of(capsys, tmp_path / "official.pth").endswith(
         "is not of a run of ours; give a run's folder or one of its checkpoints\n"
     )
     assert not (tmp_path / "export").exists()
@@ -172,5 +172,5 @@ def test_corrupt_checkpoints_are_errors(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run")
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert refusal(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
+    assert error_of(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
     assert not (run / "export").exists()

@@ -62,8 +62,8 @@ def test_best_as_a_folder_or_a_link(run):
 def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run, capsys):
     (run / "checkpoints" / NEWER / MODEL_NAME).unlink()
     assert find_weights(run, "ema") == run / "checkpoints" / OLDER / EMA_NAME
-    said = capsys.readouterr().err
-    assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", said)
+    printed = capsys.readouterr().err
+    assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", printed)
 
 
 def leave_no_weights(run: Path) -> None:

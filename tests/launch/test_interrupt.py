@@ -27,7 +27,7 @@ def wait_for(words: str, lines: Iterable[str]) -> None:
         seen.append(line)
         if words in line:
             return
-    pytest.fail(f"{words!r} was not said: {''.join(seen)}")
+    pytest.fail(f"{words!r} was not printed: {''.join(seen)}")
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_ctrl_c_during_imports(environ, words):
     wait_for("torch.torch_version", process.stderr)  # one of the first of PyTorch's modules
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
-    said = [line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")]
-    assert said == [TRAINING if words[0] == "launch/train.py" else "interrupted\n"]
+    printed = [line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")]
+    assert printed == [TRAINING if words[0] == "launch/train.py" else "interrupted\n"]
     assert process.returncode == 130
     assert "trained" not in output
 

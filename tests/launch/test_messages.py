@@ -1,6 +1,6 @@
 """No message names an option that its command does not take, or a key that the configuration does not have.
 
-Messages are all strings in the source that contain a blank, except docstrings and the help of options. SAID_BY lists
+Messages are all strings in the source that contain a blank, except docstrings and the help of options. PRINTED_BY lists
 which commands may print the messages of a module, since most modules serve several.
 """
 
@@ -31,7 +31,7 @@ TAKE_KEYS = ("launch.train", "launch.plan", "launch.quickstart")
 
 _RUNS, _FETCHES = ("launch.train", "launch.plan"), ("launch.train", "launch.plan", "launch.evaluate", "dataio.show")
 #: Module, or module:function or class → the commands that print its messages; a command prints its own.
-SAID_BY = {
+PRINTED_BY = {
     "dataio/remote/prefetch.py": _FETCHES,
     "dataio/remote/cache_folder.py": _FETCHES,
     "dataio/remote/fetch.py": _FETCHES,
@@ -75,10 +75,10 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Message:
-    """A string of the source, with … for what is filled in; `place` is its file and line."""
+    """A string of the source, with … for what is filled in; `location` is its file and line."""
 
-    place: str
-    said_by: tuple[str, ...]
+    location: str
+    printed_by: tuple[str, ...]
     text: str
 
     @property
@@ -118,17 +118,17 @@ def options() -> dict[str, set[str]]:
     return {name: set(parser_of(start)._option_string_actions) for name, start in starts.items()}
 
 
-def messages_of(source: str, place: str) -> Iterator[Message]:
-    """The sentences of a module that name an option or a key; `place` is its file below the project's root."""
+def messages_of(source: str, location: str) -> Iterator[Message]:
+    """The sentences of a module that name an option or a key; `location` is its file below the project's root."""
     tree = ast.parse(source)
     assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
     constants = {getattr(node.targets[0], "id", ""): node.value.value for node in assigned}
-    own = place.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
+    own = location.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
     for scope in tree.body:
-        name = f"{place}:{getattr(scope, 'name', '')}"
-        said_by = SAID_BY.get(name) or SAID_BY.get(place) or ((own,) if own in ENTRIES else ())
+        name = f"{location}:{getattr(scope, 'name', '')}"
+        printed_by = PRINTED_BY.get(name) or PRINTED_BY.get(location) or ((own,) if own in ENTRIES else ())
         for line, text in _strings(scope, constants):
-            message = Message(f"{place}:{line}", said_by, text)
+            message = Message(f"{location}:{line}", printed_by, text)
             if " " in text and message.words:
                 yield message
 
@@ -176,18 +176,18 @@ def faults_of(message: Message, options: dict[str, set[str]]) -> list[str]:
     for called, other in OTHERS.items():
         if re.search(called, message.text):
             elsewhere |= options[other] if isinstance(other, str) else other
-    if not message.said_by and not set(message.words) <= elsewhere:
-        return [f"{message.place}: add to SAID_BY which commands say: {message.text}"]
-    faults, known = [], elsewhere.union(*(options[command] for command in message.said_by))
-    takes_keys = not set(message.said_by).isdisjoint(TAKE_KEYS)
+    if not message.printed_by and not set(message.words) <= elsewhere:
+        return [f"{message.location}: add to PRINTED_BY which commands print: {message.text}"]
+    faults, known = [], elsewhere.union(*(options[command] for command in message.printed_by))
+    takes_keys = not set(message.printed_by).isdisjoint(TAKE_KEYS)
     for word in message.words:
         if not (word in known if word.startswith("--") else takes_keys and is_key(word)):
-            said_by = " or ".join(message.said_by)
-            faults.append(f"{message.place}: {word} is nothing that {said_by} takes: {message.text}")
-    for command in message.said_by:
+            printed_by = " or ".join(message.printed_by)
+            faults.append(f"{message.location}: {word} is nothing that {printed_by} takes: {message.text}")
+    for command in message.printed_by:
         takes_keys = command in TAKE_KEYS
         if not any(word in options[command] | elsewhere or (takes_keys and is_key(word)) for word in message.words):
-            faults.append(f"{message.place}: {command} says it and takes none of that: {message.text}")
+            faults.append(f"{message.location}: {command} prints it and takes none of that: {message.text}")
     return faults
 
 
@@ -204,7 +204,7 @@ def test_messages_name_what_their_commands_take(messages, options):
 
 def test_quickstart_takes_the_options_that_packing_names(messages, options):
     """Those that users may set: which images are left out, and how many are held out."""
-    named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
+    named = {word for message in messages if "dataio.pack" in message.printed_by for word in message.words}
     assert {"--skip-broken", "--val-percent"} <= named
     assert {"--skip-broken", "--val-percent"} <= options["launch.quickstart"]
 
@@ -224,7 +224,7 @@ def test_derived_keys_name_keys_of_the_schema():
 
 
 @pytest.mark.parametrize(
-    ("place", "source", "fault"),
+    ("location", "source", "fault"),
     [
         (
             "launch/evaluate.py",
@@ -245,14 +245,18 @@ def test_derived_keys_name_keys_of_the_schema():
         (
             "dataio/remote/prefetch.py",
             "raise ValueError('full; raise data.cache_gib')",
-            "launch.evaluate says it and takes none",
+            "launch.evaluate prints it and takes none",
         ),
         ("dataio/verify.py", "R = 'repair it'\nprint(f'{a}; {R} with --skip-broken')", "--skip-broken is nothing that"),
-        ("polaformer/model.py", "raise ValueError('bad; set model.name')", "add to SAID_BY which commands say: bad"),
+        (
+            "polaformer/model.py",
+            "raise ValueError('bad; set model.name')",
+            "add to PRINTED_BY which commands print: bad",
+        ),
     ],
 )
-def test_a_bad_message_is_found(options, place, source, fault):
-    [message] = messages_of(f'"""Says --nothing at all."""\n{source}', place)
+def test_a_bad_message_is_found(options, location, source, fault):
+    [message] = messages_of(f'"""Says --nothing at all."""\n{source}', location)
     assert any(fault in found for found in faults_of(message, options))
 
 

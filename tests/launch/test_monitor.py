@@ -52,8 +52,8 @@ def assert_equal_to_lines(board: EventAccumulator, lines: list[dict]) -> None:
     """TensorBoard shows exactly the scalars of these lines, which it keeps as float32."""
     for tag in {tag for line in lines for tag in line} - {"step", "time"}:
         shown = [(event.step, event.value) for event in board.Scalars(tag)]
-        told = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
-        assert shown == told, tag
+        expected = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
+        assert shown == expected, tag
     assert set(board.Tags()["scalars"]) == {tag for line in lines for tag in line} - {"step", "time"}
 
 
@@ -293,8 +293,8 @@ def test_lines_are_printed_verbatim(alone, tmp_path, capsys):
     monitor.log("output: runs/[b5] :smile: " + 300 * "x")
     train(monitor, 0, 1)
     monitor.close()
-    said, step = capsys.readouterr().out.splitlines()
-    assert said == "output: runs/[b5] :smile: " + 300 * "x"
+    printed, step = capsys.readouterr().out.splitlines()
+    assert printed == "output: runs/[b5] :smile: " + 300 * "x"
     assert step.startswith("step 1/1  loss 0.2500  lr 1.00e-01  ")
 
 

@@ -30,7 +30,7 @@ def imports_of(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports from a relative place; write the package's name"
+            assert node.level == 0, f"{file} imports relatively; write the package's name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

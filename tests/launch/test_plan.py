@@ -61,8 +61,8 @@ def test_a_mixup_group_is_at_most_a_step(configure):
 
 
 def test_fetching_times_out_before_collectives_do(configure, fashion_shards, tmp_path):
-    places = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
-    retry_policy = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
+    paths = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
+    retry_policy = make_plan(configure(*paths, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
     assert (retry_policy.file_timeout_seconds, retry_policy.batch_timeout_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
 
 
@@ -173,8 +173,8 @@ def test_an_output_that_is_no_folder_is_an_error(configure, tmp_path):
 
 def test_an_output_without_write_permission_is_an_error(tmp_path):
     """Checked as a user without privileges, since root has all permissions."""
-    said = tmp_path / "said"
-    with open(said, "w") as file:
+    printed = tmp_path / "printed"
+    with open(printed, "w") as file:
         if (child := os.fork()) == 0:
             try:
                 if os.getuid() == 0:
@@ -186,7 +186,7 @@ def test_an_output_without_write_permission_is_an_error(tmp_path):
                 file.flush()
                 os._exit(0)
         os.waitpid(child, 0)
-    assert said.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
+    assert printed.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
 
 
 def test_a_class_without_an_output_is_an_error(configure):
@@ -205,10 +205,10 @@ def test_a_class_without_an_output_is_an_error(configure):
     ],
 )
 def test_remote_shards_are_shuffled_in_windows(configure, fashion_shards, tmp_path, order, scheme, name):
-    places = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
-    plan = make_plan(configure(*places, f"data.shuffle={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
+    paths = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
+    plan = make_plan(configure(*paths, f"data.shuffle={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
     assert str(plan.loader_options.sampler(plan.train)) == name
-    assert (plan.train.location, plan.val.location) == tuple(place.partition("=")[2] for place in places)
+    assert (plan.train.location, plan.val.location) == tuple(path.partition("=")[2] for path in paths)
     assert len(plan.train) + len(plan.val) == 400
 
 
@@ -221,11 +221,11 @@ def test_too_small_a_cache_for_both_sets_is_an_error(configure, fashion_shards, 
     """Each set alone fits."""
     bytes_of = {part: (fashion_shards / part / "shard-000000.tar").stat().st_size for part in ("train", "val")}
     gib = (sum(bytes_of.values()) - 1000) / 2**30
-    places = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
+    paths = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
     message = "a cache of .* GiB is too small, data.train needs .* GiB, data.val needs .* GiB at a time; allow it "
     with pytest.raises(ValueError, match=message):
-        make_plan(configure(*places, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
-    make_plan(configure(places[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+        make_plan(configure(*paths, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+    make_plan(configure(paths[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
 
 
 def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, small_config, tmp_path, capsys):
@@ -288,12 +288,12 @@ def test_a_default_cache_folder_of_others_is_an_error(small_config, tmp_path, mo
 
 
 def test_a_missing_remote_folder_is_an_error(small_config, tmp_path, capsys):
-    places = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
-    assert main(["--config", str(small_config), f"output={tmp_path / 'run'}", *places]) == 2
+    paths = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
+    assert main(["--config", str(small_config), f"output={tmp_path / 'run'}", *paths]) == 2
     message = f"error: cannot fetch file://{tmp_path}/none/manifest.json: it is not there; check the address, and that"
-    said = capsys.readouterr().err
-    assert said.startswith(message)
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
 
 
 def test_missing_shards_are_an_error(configure, tmp_path):

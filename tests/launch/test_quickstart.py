@@ -50,9 +50,9 @@ def odd(fashion, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("odd") / "-it's: [bold]~ #1 :smile: é\n"
     for folder in fashion.iterdir():
         for number, file in enumerate(sorted(folder.iterdir())):
-            place = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
-            place.mkdir(parents=True, exist_ok=True)
-            os.link(file, place / file.name)
+            target = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            os.link(file, target / file.name)
     for file in (root / "Valid" / "Bag").iterdir():
         file.unlink()
     (root / "Train" / "Coat" / "Thumbs.db").write_bytes(b"of Windows")
@@ -68,7 +68,7 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (run,) = (project / "runs").iterdir()
-    (shards,) = (place for place in (project / "data" / "shards").iterdir() if (place / "train").exists())
+    (shards,) = (target for target in (project / "data" / "shards").iterdir() if (target / "train").exists())
     assert run.name == f"quickstart-{shards.name}"
     assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
     for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir runs/{run.name}"):
@@ -100,48 +100,48 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
+def workdir(tmp_path, monkeypatch) -> Path:
     """The working folder, in which the quickstart may write."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     return tmp_path
 
 
-def refused(capsys, *arguments: object) -> str:
+def error_of(capsys, *arguments: object) -> str:
     """The error with which the quickstart ends before anything is packed."""
     assert main(list(map(str, arguments))) == 2
     assert not Path("data").exists()
     return capsys.readouterr().err
 
 
-def test_unusable_images_are_errors(here, photos, capsys):
-    assert refused(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
-    shutil.copytree(photos / "cat", here / "one" / "cat")
-    assert "one has a single class, cat, and there is nothing to tell apart" in refused(capsys, "--data=one")
-    shutil.copytree(photos / "cat", here / "one" / "valid" / "lynx")
-    (here / "one" / "cat").rename(here / "cat")
+def test_unusable_images_are_errors(workdir, photos, capsys):
+    assert error_of(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
+    shutil.copytree(photos / "cat", workdir / "one" / "cat")
+    assert "one has a single class, cat, and there is nothing to tell apart" in error_of(capsys, "--data=one")
+    shutil.copytree(photos / "cat", workdir / "one" / "valid" / "lynx")
+    (workdir / "one" / "cat").rename(workdir / "cat")
     for name in ("cat", "dog"):
-        shutil.copytree(here / "cat", here / "one" / "train" / name)
-    said = refused(capsys, "--data=one")
-    assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in said
-    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in refused(
-        capsys, "--data", two_parts(here, photos), "--val-percent=20"
+        shutil.copytree(workdir / "cat", workdir / "one" / "train" / name)
+    error = error_of(capsys, "--data=one")
+    assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in error
+    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in error_of(
+        capsys, "--data", two_splits(workdir, photos), "--val-percent=20"
     )
 
 
-def two_parts(here: Path, photos: Path) -> Path:
+def two_splits(workdir: Path, photos: Path) -> Path:
     for part in ("train", "val"):
-        shutil.copytree(photos, here / "photos" / part)
+        shutil.copytree(photos, workdir / "photos" / part)
     return Path("photos")
 
 
-def test_invalid_options_are_errors(here, photos, capsys):
-    assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
-    assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
-    assert refused(capsys, "--data", photos, "--val-percent=100").startswith(
+def test_invalid_options_are_errors(workdir, photos, capsys):
+    assert error_of(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
+    assert error_of(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
+    assert error_of(capsys, "--data", photos, "--val-percent=100").startswith(
         "error: --val-percent is 100.0; use a perc"
     )
-    assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
+    assert "unknown key optimizer.epoch; did you mean epochs?" in error_of(capsys, "optimizer.epoch=3")
 
 
 def test_the_packing_commands(photos, tmp_path):
@@ -158,13 +158,13 @@ def test_the_packing_commands(photos, tmp_path):
     assert inspect_dataset(photos, PackOptions(workers=2, skip_broken=True), 10).name == dataset.name
 
 
-def test_splits_and_archives(here, photos):
-    root = two_parts(here, photos).absolute()
+def test_splits_and_archives(workdir, photos):
+    root = two_splits(workdir, photos).absolute()
     shutil.copytree(photos, root / "test")
     shutil.rmtree(root / "val" / "cat")
-    archive = Path(shutil.make_archive(str(here / "my photos"), "zip", here, "photos"))
-    for place, inside in ((root, root), (archive, archive / "photos")):
-        dataset = inspect_dataset(place, PackOptions(), None)
+    archive = Path(shutil.make_archive(str(workdir / "my photos"), "zip", workdir, "photos"))
+    for path, inside in ((root, root), (archive, archive / "photos")):
+        dataset = inspect_dataset(path, PackOptions(), None)
         assert (dataset.train, dataset.val, dataset.classes) == (
             inside / "train",
             inside / "val",
@@ -172,8 +172,8 @@ def test_splits_and_archives(here, photos):
         )
         assert dataset.remarks[-1] == f"left alone: {inside}/test"
         assert dataset.name.startswith(("photos-", "my-photos-"))
-        _, val = pack_commands(dataset, here / "shards", PackOptions())
-        assert val[-1] == f"--classes={here}/shards/classes.txt"
+        _, val = pack_commands(dataset, workdir / "shards", PackOptions())
+        assert val[-1] == f"--classes={workdir}/shards/classes.txt"
         assert subprocess.run([*val[:3], *val[3:]], cwd=ROOT).returncode == 0
-        assert load_manifest(here / "shards" / "val").classes == dataset.classes
-        shutil.rmtree(here / "shards")
+        assert load_manifest(workdir / "shards" / "val").classes == dataset.classes
+        shutil.rmtree(workdir / "shards")

@@ -167,10 +167,12 @@ def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp
     (run / "config.yaml").write_text("model: [b0\noutput: x")
     finished = forked(1, TRAIN, *arguments(run, "optimizer.epochs=3", "checkpoint.every_epochs=1"))
     assert finished.returncode == 0, finished.stderr
-    said = finished.stdout.splitlines()
-    assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in said)
-    assert f"resumes from {folder / 'step-00000038'}" in said
-    [line] = [line for line in said if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")]
+    printed = finished.stdout.splitlines()
+    assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in printed)
+    assert f"resumes from {folder / 'step-00000038'}" in printed
+    [line] = [
+        line for line in printed if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")
+    ]
     assert line.endswith("; written anew, what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(range(39, 57)) < set(steps)

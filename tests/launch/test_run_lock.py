@@ -78,9 +78,9 @@ def never(seconds: float) -> None:
 def test_a_held_lock_is_an_error_that_names_the_owner(hold, folder):
     first = hold()
     owner = json.loads((folder / LOCK_NAME).read_text().splitlines()[0])
-    with pytest.raises(RuntimeError) as refusal:
+    with pytest.raises(RuntimeError) as error:
         acquire(folder, sleep=never)
-    assert str(refusal.value) == (
+    assert str(error.value) == (
         f"{folder} is in use by another run (process {first.pid} on {os.uname().nodename}, started {owner['started']});"
         " wait until that has ended, or choose another output"
     )
@@ -96,10 +96,10 @@ def test_a_stopped_owner_is_alive(hold, folder):
 def test_a_copied_lock_expires_with_its_heartbeat(hold, folder, tmp_path):
     hold()
     shutil.copytree(folder, tmp_path / "copy")
-    said, looks = [], []
-    acquire(tmp_path / "copy", said.append, looks.append).release()
+    printed, looks = [], []
+    acquire(tmp_path / "copy", printed.append, looks.append).release()
     assert looks == MISSED_HEARTBEATS * [5.0]
-    assert len(said) == 1
+    assert len(printed) == 1
     with pytest.raises(RuntimeError, match="is in use by another run"):
         acquire(folder, sleep=never)
 
@@ -165,12 +165,12 @@ def test_an_owner_on_another_host_without_heartbeat_is_dead(hold, folder):
     first.kill()
     first.wait()
     move_to_another_host(folder / LOCK_NAME)
-    said, looks = [], []
-    acquire(folder, said.append, looks.append).release()
+    printed, looks = [], []
+    acquire(folder, printed.append, looks.append).release()
     assert looks == MISSED_HEARTBEATS * [5.0]
-    assert len(said) == 1
-    assert f"is of process {first.pid} on" in said[0]
-    assert "up to 60 s to see if it lives" in said[0]
+    assert len(printed) == 1
+    assert f"is of process {first.pid} on" in printed[0]
+    assert "up to 60 s to see if it lives" in printed[0]
 
 
 def test_an_owner_on_another_host_with_heartbeat_is_alive(hold, folder):

@@ -46,8 +46,8 @@ def kill_in_the_middle(arguments: list[str], environ: dict[str, str], folder: Pa
                 time.sleep(0.02)
         finally:
             with suppress(psutil.NoSuchProcess):
-                for doomed in (process, *process.children(recursive=True)):
-                    doomed.kill()
+                for member in (process, *process.children(recursive=True)):
+                    member.kill()
             process.wait()
     newest, _ = checkpoint.find_newest(folder / "checkpoints")
     return newest
@@ -268,9 +268,9 @@ def test_training_from_a_url_equals_training_from_a_folder(forked, train_argumen
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        places = [f"data.{part}={url}/{part}?token=hush" for part in ("train", "val")]
+        paths = [f"data.{part}={url}/{part}?token=hush" for part in ("train", "val")]
         more = "data.shuffle=full", f"data.cache={tmp_path / 'cache'}"
-        finished = forked(2, TRAIN, *train_arguments(small_shards, tmp_path / "run", *places, *more))
+        finished = forked(2, TRAIN, *train_arguments(small_shards, tmp_path / "run", *paths, *more))
         server.shutdown()
     assert finished.returncode == 0, finished.stderr
     assert metrics(tmp_path / "run") == metrics(runs["whole"])

@@ -19,7 +19,7 @@ TRAIN = "launch/train.py"
 SUBSET = PackOptions(val_percent=60, split="train")
 
 
-def error_message(finished: subprocess.CompletedProcess) -> str:
+def error_of(finished: subprocess.CompletedProcess) -> str:
     """The message of a run that ended before its first step."""
     assert finished.returncode == 2, finished.stderr
     assert "Traceback" not in finished.stderr
@@ -39,8 +39,8 @@ def test_an_undecodable_image_ends_all_ranks(forked, train_arguments, fashion, t
     """Only one rank decodes it; the run ends at once and names the image."""
     manifest = pack(fashion, tmp_path / "train", SUBSET)
     break_image(manifest, 7)
-    places = f"data.val={tmp_path / 'train'}", "data.max_bad_samples=0"
-    finished = forked(2, TRAIN, *train_arguments(tmp_path, tmp_path / "run", *places))
+    paths = f"data.val={tmp_path / 'train'}", "data.max_bad_samples=0"
+    finished = forked(2, TRAIN, *train_arguments(tmp_path, tmp_path / "run", *paths))
     assert finished.returncode != 0
     assert f"cannot decode {manifest.describe(7)}: not an image; check the folder with" in finished.stderr
 
@@ -59,18 +59,18 @@ def test_bad_samples_are_reported_and_counted_up_to_the_limit(
     assert broken[-1] in order[5 * 32 :]
     for sample in broken:
         break_image(manifest, sample)
-    places = f"data.val={small_shards / 'val'}", "data.max_bad_samples=2"
+    paths = f"data.val={small_shards / 'val'}", "data.max_bad_samples=2"
     often = f"log.every_steps={every_steps}", "checkpoint.every_epochs=2"
-    finished = forked(2, TRAIN, *train_arguments(tmp_path, tmp_path / "run", *places, *often))
+    finished = forked(2, TRAIN, *train_arguments(tmp_path, tmp_path / "run", *paths, *often))
     assert finished.returncode != 0
     message = (
         "error: 3 broken images in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
     )
     assert finished.stderr.count(message) == 1
-    said = [line for line in finished.stderr.splitlines() if "stands for" in line]
+    printed = [line for line in finished.stderr.splitlines() if "stands for" in line]
     for sample in broken:
         words = f"sample {sample + 1} stands for {manifest.describe(sample)}: not an image"
-        assert sum(line in (f"rank 0: {words}", f"rank 1: {words}") for line in said) == 1
+        assert sum(line in (f"rank 0: {words}", f"rank 1: {words}") for line in printed) == 1
     written = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     counts = [line["data/broken_images"] for line in written if "data/broken_images" in line]
     assert len(counts) == max(1, -(-len(manifest) // 32) // every_steps)
@@ -139,20 +139,20 @@ def test_other_data_on_another_machine_is_an_error(forked, train_arguments, fash
     ],
 )
 def test_invalid_settings_are_errors(forked, train_arguments, small_shards, tmp_path, override, message):
-    assert message in error_message(forked(1, TRAIN, *train_arguments(small_shards, tmp_path / "run", override)))
+    assert message in error_of(forked(1, TRAIN, *train_arguments(small_shards, tmp_path / "run", override)))
     assert not (tmp_path / "run").exists()
 
 
 def test_an_incomplete_launcher_environment_is_an_error(forked, train_arguments, small_shards, tmp_path):
     half = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    message = error_message(forked(1, TRAIN, *train_arguments(small_shards, tmp_path / "run"), **half))
+    message = error_of(forked(1, TRAIN, *train_arguments(small_shards, tmp_path / "run"), **half))
     assert message.startswith("MASTER_ADDR is not set although other variables of a launcher are; start the run with")
 
 
 @pytest.mark.slow
 def test_missing_required_kernels_are_an_error(command, train_arguments, small_shards, tmp_path):
     arguments = train_arguments(small_shards, tmp_path / "run", "model.kernels=required")
-    message = error_message(command(TRAIN, *arguments, POLAFORMER_KERNELS="none"))
+    message = error_of(command(TRAIN, *arguments, POLAFORMER_KERNELS="none"))
     assert "model.kernels=required, but there are no compiled kernels for cpu: POLAFORMER_KERNELS is none" in message
     assert not (tmp_path / "run").exists()
 
@@ -161,7 +161,5 @@ def test_a_truncated_shard_is_an_error(forked, train_arguments, fashion, tmp_pat
     pack(fashion, tmp_path / "train", PackOptions())
     shard = tmp_path / "train" / "shard-000000.tar"
     os.truncate(shard, shard.stat().st_size - 1024)
-    message = error_message(
-        forked(1, TRAIN, *train_arguments(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}"))
-    )
+    message = error_of(forked(1, TRAIN, *train_arguments(tmp_path, tmp_path / "run", f"data.val={tmp_path / 'train'}")))
     assert f"{shard} has {shard.stat().st_size} bytes where the manifest says" in message

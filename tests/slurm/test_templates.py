@@ -122,7 +122,7 @@ def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_p
     assert job["JobState"] == "FAILED", log
     assert "task 1: Exited with exit code 7" in log
     assert "First task exited" not in log, "the others were left for --wait"
-    assert "rank 0 was here" in log, "its last words were lost"
+    assert "rank 0 was here" in log, "its last output was lost"
 
 
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
