@@ -51,17 +51,17 @@ class Plan:
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the model."""
+        """Number of the model's outputs."""
         return len(self.class_names)
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.schedule.steps
 
     @property
     def samples_per_epoch(self) -> int:
-        """Training images."""
+        """Number of training images."""
         return len(self.train)
 
 

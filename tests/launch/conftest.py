@@ -144,7 +144,7 @@ class Forks:
         print(line, file=self._server.stdin, flush=True)
         if answer := self._server.stdout.readline():
             return int(answer)
-        raise RuntimeError("forked_ranks.py has ended; its last words are among the captured errors")
+        raise RuntimeError("forked_ranks.py has ended; its last output is among the captured errors")
 
     def close(self) -> None:
         if self._server is not None:
