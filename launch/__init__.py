@@ -1,4 +1,4 @@
-"""How a run goes: configuration, engine, checkpoints, monitoring, and the commands.
+"""Training runs: configuration, DeepSpeed engine, checkpoints, monitoring, and the commands.
 
-Start reading at train.py, which tells the story of a run from top to bottom.
+Start reading at train.py, which shows a run from top to bottom.
 """

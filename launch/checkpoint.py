@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or absent: written aside, described by hashes, then renamed into place.
+"""Atomic checkpoints: written to a hidden folder, hashed, then renamed into place.
 
     RUN/checkpoints/step-00001200/   manifest.json       bytes and sha256 of every other file
                                      state.json          RunState
                                      model.safetensors   weights, for evaluation and export
-                                     ema.safetensors     their moving average
-                                     engine/             DeepSpeed's files: what a resumed run loads
-    RUN/checkpoints/latest, best     each the name of a checkpoint
+                                     ema.safetensors     their exponential moving average
+                                     engine/             DeepSpeed's files, which a resumed run loads
+    RUN/checkpoints/latest, best     text files, each with the name of a checkpoint
 
-A resumed run takes the newest checkpoint whose files are what its manifest says. DeepSpeed's files are pickles: resume
-from runs that you trust; the two safetensors are safe to load for anybody.
+A run resumes from the newest checkpoint whose files match its manifest. DeepSpeed's files are pickles, so resume only
+runs that you trust; the two safetensors files are safe to load.
 """
 
 import json
@@ -28,22 +28,24 @@ from safetensors import SafetensorError
 from dataio.files import atomic_write, sha256_of, sync
 from launch.distributed import RunError, broadcast_object, raise_on_all_ranks
 from launch.ema import ModelEma
-from launch.engine import gathered_parameters, preserved_hyperparameters
+from launch.engine import CheckpointEngine, Engine, gathered_parameters, preserved_hyperparameters
 from polaformer.weights import load_weights, save_weights
 
 MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
 MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"
 POINTERS = LATEST, BEST = "latest", "best"
 _ENGINE_TAG = "engine"
-_SMALL_FILES_BYTES = 2**20  # of a checkpoint, and more
+_SMALL_FILES_BYTES = 2**20  # more than the JSON files of a checkpoint take
 _CHECKPOINT = re.compile(r"step-(\d{8})")
+#: Attributes of RunState → their keys in state.json, which are those of the first version.
+_KEYS_ON_DISK = {"num_classes": "classes", "world_size": "ranks"}
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What goes on in a resumed run besides tensors; `step` counts completed steps."""
+    """The state of a run besides its tensors, as a resumed run needs it."""
 
-    step: int
+    step: int  # completed steps
     model: str
     num_classes: int
     world_size: int
@@ -52,7 +54,7 @@ class RunState:
     best_top1: float  # percent, the better of weights and EMA, over all saved evaluations
 
     def check_compatible(self, other: "RunState") -> None:
-        """Raises ValueError if a run that is set up as `other` cannot go on from this state."""
+        """Raise ValueError if a run whose initial state is `other` cannot resume from this state."""
         for name, words in (
             ("model", "model"),
             ("num_classes", "number of classes"),
@@ -69,20 +71,22 @@ class RunState:
 
 def save(
     folder: Path,
-    engine,
+    engine: Engine,
     ema: ModelEma,
     state: RunState,
     metadata: dict[str, str],
     check_lock: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes a checkpoint below `folder` and points `latest` to it; every rank calls it. Returns its folder.
+    """Write a checkpoint below `folder`, point `latest` to it and return its folder. Every rank calls it.
 
-    metadata: for the headers of the safetensors. check_lock: raises RuntimeError if the run's folder is another's.
-    Raises RunError on every rank if some rank's files cannot be written or are not there, and says so if the disk is
-    full. What was there stays, and nothing is left of the new one.
+    metadata: for the headers of the safetensors files.
+    check_lock: raises RuntimeError if another run has locked the run's folder.
+    Raises RunError on every rank if some rank's files cannot be written or are missing, with the disk's free space if
+    that is the reason. Earlier checkpoints stay, and no part of the new one is left.
     """
     target = folder / f"step-{state.step:08d}"
-    staging = folder / f".{target.name}-{broadcast_object(secrets.token_hex(4))}"  # no process that wakes up has it too
+    # The random suffix keeps a process that was frozen meanwhile from writing into the same folder.
+    staging = folder / f".{target.name}-{broadcast_object(secrets.token_hex(4))}"
     rank = dist.get_rank()
     with raise_on_all_ranks():
         if rank == 0:
@@ -108,7 +112,7 @@ def save(
 
 
 def check_disk_space(folder: Path, ema: ModelEma) -> None:
-    """Raises RuntimeError if the disk of an existing folder cannot hold one more checkpoint of such a model."""
+    """Raise RuntimeError if the disk of an existing folder has no space for one more checkpoint of such a model."""
     free, needed = shutil.disk_usage(folder).free, _expected_bytes(ema)
     if free < needed:
         raise RuntimeError(
@@ -118,9 +122,9 @@ def check_disk_space(folder: Path, ema: ModelEma) -> None:
 
 
 def mark_best_and_prune(saved: Path, is_best: bool, keep: int) -> None:
-    """Lets `best` name the checkpoint just saved if it is; keeps the `keep` newest up to it, and the best one.
+    """Point `best` to the checkpoint just saved if it is, and remove all but the `keep` newest and the best one.
 
-    Later ones are of a future that this run did not come from: it passed them over because they were damaged.
+    Checkpoints of later steps are removed too: the run passed them over as corrupt when it resumed.
     """
     with raise_on_all_ranks():
         if dist.get_rank() == 0:
@@ -129,8 +133,8 @@ def mark_best_and_prune(saved: Path, is_best: bool, keep: int) -> None:
             _remove_others(saved, keep)
 
 
-def load(checkpoint: Path, engine, ema: ModelEma) -> None:
-    """Puts a checkpoint back into the engine and the average; every rank calls it. Raises RunError on every rank."""
+def load(checkpoint: Path, engine: Engine, ema: ModelEma) -> None:
+    """Load a checkpoint into the engine and the EMA. Every rank calls it. Raises RunError on every rank."""
     with raise_on_all_ranks(), preserved_hyperparameters(engine):
         path, _ = engine.load_checkpoint(str(checkpoint), tag=_ENGINE_TAG)
         if path is None:
@@ -139,11 +143,11 @@ def load(checkpoint: Path, engine, ema: ModelEma) -> None:
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, if there is any checkpoint, and what is wrong with newer ones.
+    """Return the newest intact checkpoint, None if there are none at all, and the faults of newer ones.
 
-    Raises ValueError if there are checkpoints and none is whole: going on would start from nothing, over them.
+    Raises ValueError if there are checkpoints and all are corrupt: the run would start over on top of them.
     """
-    faults = []
+    faults: list[str] = []
     for checkpoint in reversed(_checkpoints(folder)):
         fault = find_corruption(checkpoint)
         if fault is None:
@@ -155,7 +159,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def check_pointers(folder: Path) -> None:
-    """Raises ValueError if `best` or `latest` has become a folder, as which some programs copy what a name leads to."""
+    """Raise ValueError if `best` or `latest` is a folder, as after a copy by a program that follows names."""
     for pointer in (folder / name for name in POINTERS):
         if pointer.is_dir() and not pointer.is_symlink():
             raise ValueError(
@@ -164,22 +168,24 @@ def check_pointers(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Raises ValueError if it is not of this version."""
+    """Return the run state of a checkpoint. Raises ValueError if another version wrote it."""
     try:
-        return RunState(**json.loads((checkpoint / STATE_NAME).read_text()))
-    except (ValueError, TypeError) as error:
+        on_disk = json.loads((checkpoint / STATE_NAME).read_text())
+        names = {key: name for name, key in _KEYS_ON_DISK.items()}
+        return RunState(**{names.get(key, key): value for key, value in on_disk.items()})
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{checkpoint / STATE_NAME} is of another version ({error}); go on with the one that wrote it"
+            f"{checkpoint / STATE_NAME} is of another version ({error}); resume with the one that wrote it"
         ) from error
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder is one, or what is left of one."""
+    """Return whether a folder is a checkpoint, renamed or damaged ones included."""
     return _CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).is_file()
 
 
 def resolve_pointer(pointer: Path) -> Path:
-    """The checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
+    """Return the checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
     name = pointer.read_bytes()[:100].decode(errors="replace").strip()
     there = ", ".join(path.name for path in _checkpoints(pointer.parent)) or "none"
     if not _CHECKPOINT.fullmatch(name):
@@ -190,7 +196,7 @@ def resolve_pointer(pointer: Path) -> Path:
 
 
 def find_corruption(checkpoint: Path) -> str | None:
-    """The first thing in which a checkpoint's files differ from its manifest."""
+    """Return the first difference between a checkpoint's files and its manifest, None if there is none."""
     try:
         files = json.loads((checkpoint / MANIFEST_NAME).read_text())
         if missing := {MODEL_NAME, EMA_NAME, STATE_NAME}.difference(files):
@@ -206,8 +212,8 @@ def find_corruption(checkpoint: Path) -> str | None:
     return None
 
 
-def _write(staging: Path, engine, ema: ModelEma, state: RunState, metadata: dict[str, str]) -> None:
-    """All files, the manifest last. Every rank calls it. Raises RunError on every rank if one cannot write its own."""
+def _write(staging: Path, engine: Engine, ema: ModelEma, state: RunState, metadata: dict[str, str]) -> None:
+    """Write all files, the manifest last. Every rank calls it. Raises RunError on every rank if one cannot write."""
     rank = dist.get_rank()
     with raise_on_all_ranks(), _with_os_error_reason(staging, ema), _deferred_write_errors(engine.checkpoint_engine):
         engine.save_checkpoint(str(staging), tag=_ENGINE_TAG, save_latest=False)
@@ -215,19 +221,21 @@ def _write(staging: Path, engine, ema: ModelEma, state: RunState, metadata: dict
         if rank == 0:
             save_weights(engine.module.state_dict(), staging / MODEL_NAME, metadata)
             save_weights(ema.module.state_dict(), staging / EMA_NAME, metadata)
-            (staging / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
-            for name in (MODEL_NAME, EMA_NAME):  # which safetensors lets nobody but their owner read
+            on_disk = {_KEYS_ON_DISK.get(name, name): value for name, value in asdict(state).items()}
+            (staging / STATE_NAME).write_text(json.dumps(on_disk, indent=1))
+            for name in (MODEL_NAME, EMA_NAME):  # safetensors makes its files readable for their owner only
                 shutil.copymode(staging / STATE_NAME, staging / name)
             _write_manifest(staging)
 
 
 @contextmanager
-def _deferred_write_errors(files) -> Iterator[None]:
-    """Inside, a file that DeepSpeed's `files` cannot write ends nothing; the first fault is raised at the end.
+def _deferred_write_errors(writer: CheckpointEngine) -> Iterator[None]:
+    """Collect errors of DeepSpeed's `writer` inside the block, and raise the first of them at its end.
 
-    Otherwise the rank that met it would leave the others in the barriers of save_checkpoint.
+    A rank that raised at once would leave the others waiting in the barriers of save_checkpoint.
     """
-    faults, save = [], files.save
+    faults: list[Exception] = []
+    save = writer.save
 
     def try_to_save(state_dict: dict[str, Any], path: str) -> None:
         try:
@@ -235,20 +243,20 @@ def _deferred_write_errors(files) -> Iterator[None]:
         except (OSError, RuntimeError) as error:
             faults.append(error)
 
-    files.save = try_to_save
+    writer.save = try_to_save  # type: ignore[method-assign]
     try:
         yield
     finally:
-        files.save = save
+        writer.save = save  # type: ignore[method-assign]
     if faults:
         raise faults[0]
 
 
 @contextmanager
 def _with_os_error_reason(staging: Path, ema: ModelEma) -> Iterator[None]:
-    """Raises RuntimeError in one line where writing fails inside.
+    """Turn a failed write inside the block into a RuntimeError with the operating system's reason, in one line.
 
-    torch and safetensors keep the system's reason to themselves ("unexpected pos"): it is asked for as much again.
+    torch and safetensors drop that reason ("unexpected pos"), so it is provoked again: by allocating as many bytes.
     """
     try:
         yield
@@ -264,20 +272,20 @@ def _with_os_error_reason(staging: Path, ema: ModelEma) -> Iterator[None]:
 
 
 def _write_failure_message(staging: Path, ema: ModelEma, reason: str) -> str:
-    """What is said of a checkpoint that could not be written, while its files are there."""
+    """Describe a checkpoint that could not be written, with its files still in `staging`."""
     needed, free = _expected_bytes(ema), shutil.disk_usage(staging).free
     free += sum(path.stat().st_size for path in staging.rglob("*") if path.is_file())
     found = _checkpoints(staging.parent)
     return (
         f"cannot write a checkpoint in {staging.parent}: {reason}; it needs {_mib(needed)}, {_mib(free)} are free. Make"
-        f" room and start again: the run goes on from {found[-1].name if found else 'its beginning'}"
+        f" room and start again: the run resumes from {found[-1].name if found else 'its beginning'}"
     )
 
 
 def _expected_bytes(ema: ModelEma) -> int:
-    """About what a checkpoint takes.
+    """Return about how many bytes a checkpoint takes.
 
-    Weights three times (ours, their average, DeepSpeed's), AdamW's two moments, and ZeRO's copy for the optimizer.
+    The weights three times (ours, the EMA, DeepSpeed's), AdamW's two moments, and ZeRO's float32 copy of the weights.
     """
     return 6 * sum(value.nbytes for value in ema.module.state_dict().values()) + _SMALL_FILES_BYTES
 
@@ -287,7 +295,7 @@ def _mib(count: int) -> str:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """What a killed run was writing or removing."""
+    """Remove what a killed run was writing or removing."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -297,17 +305,17 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _require_files(staging: Path, state: RunState) -> None:
-    """Raises RuntimeError unless every rank's part of the optimizer's state is among the files."""
+    """Raise RuntimeError unless every rank's part of the optimizer's state is among the files."""
     parts = len(list((staging / _ENGINE_TAG).glob("*optim_states.pt")))
     if state.zero_stage > 0 and parts != state.world_size:
         raise RuntimeError(
-            f"{staging} holds the optimizer's state of {parts} ranks out of {state.world_size}; put the run's output folder"
-            " on a file system that all nodes share"
+            f"{staging} holds the optimizer's state of {parts} ranks out of {state.world_size}; put the run's output"
+            " folder on a file system that all nodes share"
         )
 
 
 def _write_manifest(staging: Path) -> None:
-    """Describes what is there, and waits until all of it is on disk."""
+    """Write the manifest of the files in `staging`, and sync all of them to disk."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     manifest = {
         str(path.relative_to(staging)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
@@ -318,7 +326,7 @@ def _write_manifest(staging: Path) -> None:
 
 
 def _publish(staging: Path, target: Path) -> None:
-    if target.exists():  # a broken one of the same step, which the run resumed before
+    if target.exists():  # a corrupt one of the same step, which the run passed over when it resumed
         shutil.rmtree(target)
     staging.rename(target)
     sync(target.parent)
@@ -332,6 +340,6 @@ def _remove_others(saved: Path, keep: int) -> None:
         kept.append(best.read_text(errors="replace").strip())
     for path in checkpoints:
         if path.name not in kept:
-            doomed = path.with_name(f".{path.name}")  # so that a killed removal leaves no half checkpoint
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)  # what somebody reads on NFS goes with the leftovers later
+            hidden = path.with_name(f".{path.name}")  # a removal that is killed leaves no half checkpoint
+            path.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)  # files that are open on NFS go with the leftovers later

@@ -1,10 +1,10 @@
-"""The configuration of a run: one validated schema, filled from a YAML file and then from `key=value`.
+"""The configuration of a run: one validated schema, filled from a YAML file and then from `key=value` overrides.
 
-Everything that can be known to be wrong without looking at data or devices is refused here. What a field does is said
-beside it, and nowhere else. Names and paths are taken as they are written, a `~` at the beginning of a path aside;
-typed_yaml.py reads the rest.
+Rejects everything that is wrong whatever the data and devices are. The comment beside a field is its reference. Names
+and paths are taken as written, except that a leading `~` is expanded; typed_yaml.py reads all other values.
 """
 
+import copy
 import difflib
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dataio.augment.batch_augment import BatchAugmentOptions
 from dataio.augment.params import ImageOptions
@@ -22,7 +22,7 @@ from polaformer.model import TOTAL_STRIDE
 
 
 def _expand(path: str | Path) -> str | Path:
-    """The path or URL with a `~` at its beginning expanded."""
+    """Return the path or URL with a leading `~` expanded."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -36,10 +36,33 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
-LR_REFERENCE_BATCH_SIZE = 512  # the recipe's rates are for this global batch
+LR_REFERENCE_BATCH_SIZE = 512  # the official recipe states its learning rates for this global batch
 
+#: Keys of earlier versions → their names now. An old key in a file or override is an error; saved ones are translated.
+RENAMED_KEYS = {
+    "data.order": "data.shuffle",
+    "data.window_shards": "data.shuffle_window_shards",
+    "data.max_broken": "data.max_bad_samples",
+    "data.flip_probability": "data.hflip",
+    "data.recipe": "data.augmentation",
+    "data.rand_augment.spread": "data.rand_augment.magnitude_std",
+    "data.rand_augment.layers": "data.rand_augment.num_layers",
+    "data.rand_augment.probability": "data.rand_augment.prob",
+    "data.eval_resize": "data.crop_mode",
+    "data.eval_crop_fraction": "data.crop_pct",
+    "data.mix_group": "data.mixup_group_size",
+    "data.mix_probability": "data.mixup_prob",
+    "data.switch_probability": "data.mixup_switch_prob",
+    "data.erase_probability": "data.reprob",
+    "optimizer.global_batch": "optimizer.global_batch_size",
+    "optimizer.accumulation": "optimizer.gradient_accumulation_steps",
+    "optimizer.clip": "optimizer.max_grad_norm",
+    "engine.bucket_elements": "engine.bucket_numel",
+}
+#: Values of renamed keys that were renamed as well: old key → old value → new value.
+_RENAMED_VALUES = {"data.eval_resize": {"short": "center"}}
 
-#: DeepSpeed's keys that would contradict ours, and where ours are set.
+#: DeepSpeed keys that our schema derives → the key or section that sets them.
 _DERIVED = {
     "train_batch_size": "optimizer.global_batch_size",
     "train_micro_batch_size_per_gpu": "optimizer.global_batch_size",
@@ -54,15 +77,15 @@ _DERIVED = {
     "torch_autocast.dtype": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
 }
-#: What our loop, optimizer or checkpoints exclude, and why. DeepSpeed would stop late, when a run is resumed, or not.
+#: DeepSpeed keys that our loop, optimizer or checkpoints rule out, and why. DeepSpeed itself would fail late or never.
 _EXCLUDED = {
     "managed_gradient_accumulation": "micro-steps are counted by DeepSpeed here",
     "checkpoint.load_universal": "checkpoints are not universal ones",
-    "zero_optimization.elastic_checkpoint": "a run goes on with as many ranks as it had",
+    "zero_optimization.elastic_checkpoint": "a run resumes with as many ranks as it had",
     "zero_optimization.cpu_offload": "it is deepspeed.zero_optimization.offload_optimizer now",
     "zero_optimization.zenflow": "it needs DeepSpeed's own optimizer, and this is PyTorch's AdamW",
 }
-#: The rest of DeepSpeed's keys that a run here has a use for. It ignores those that it does not know.
+#: All other DeepSpeed keys that have an effect here. DeepSpeed silently ignores keys that it does not know.
 _USABLE = (
     *("zero_optimization", "torch_autocast", "zero_force_ds_cpu_optimizer", "communication_data_type", "data_types"),
     *("prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather", "checkpoint"),
@@ -73,20 +96,25 @@ _USABLE = (
 
 
 class Section(BaseModel):
+    """Base of all sections: immutable, without unknown keys, infinities and NaN."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
+    """The model, its classes and the weights it starts from."""
+
     name: str = "polaformerpp_b4"
     num_classes: Count | None = None  # null: as many as the training shards name
     drop_path_rate: Fraction | None = None  # null: the preset's
-    weights: UserPath | None = None  # start from these: an official .pth or a .safetensors of ours
-    new_head: bool = False  # keep a fresh classifier when starting from weights of other classes
-    grad_checkpointing: bool = False  # compute activations again in backward: less memory, about 1.3× the time
-    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention would not run compiled
+    weights: UserPath | None = None  # initial weights: an official .pth or a .safetensors of ours
+    new_head: bool = False  # keep a freshly initialized classifier, for weights of other classes
+    grad_checkpointing: bool = False  # recompute activations in backward: less memory, about 1.3× the time
+    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention has no compiled kernels
 
     @model_validator(mode="after")
-    def check(self):
+    def check(self) -> "ModelSection":
+        """Raise ValueError for an unknown model, or new_head without weights."""
         if self.name not in PRESETS:
             raise ValueError(f"model.name {self.name} is unknown; use one of {', '.join(PRESETS)}")
         if self.new_head and self.weights is None:
@@ -113,22 +141,25 @@ class DataSection(BatchAugmentOptions, ImageOptions, DataSource):
 
 
 class OptimizerSection(Section):
+    """AdamW, the batch, the learning-rate schedule, gradient clipping and the EMA."""
+
     epochs: Positive = 300
     global_batch_size: Count = 1024  # samples in one step, over all ranks and micro-steps
     gradient_accumulation_steps: Count = 1  # micro-steps in a step
-    lr: Positive = 5e-4  # for a global batch of 512; this and the next two scale with the batch
+    lr: Positive = 5e-4  # peak, for a global batch of 512; the three learning rates scale with the batch
     warmup_lr: Annotated[float, Field(ge=0)] = 1e-7
     min_lr: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # not for biases and one-dimensional parameters
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of all parameters but biases and one-dimensional ones
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0  # largest gradient norm; null: no clipping
     ema_decay: BelowOne = 0.99982
-    ema_warmup: bool = True  # a smaller decay while the run has few steps: see launch/schedule.py
+    ema_warmup: bool = True  # a smaller decay in the first steps: see launch/schedule.py
 
     @model_validator(mode="after")
-    def check(self):
+    def check(self) -> "OptimizerSection":
+        """Raise ValueError if warm-up takes all epochs, or the smallest learning rate is above the largest."""
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs {self.warmup_epochs:g} leaves nothing of {self.epochs:g} epochs;"
@@ -140,25 +171,33 @@ class OptimizerSection(Section):
 
 
 class EngineSection(Section):
+    """How DeepSpeed shards and computes."""
+
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
-    bucket_numel: Count = 20_000_000  # gradients reduced, and parameters gathered, at a time
+    bucket_numel: Count = 20_000_000  # elements that are reduced, or gathered, at a time
     compile: bool = False  # torch.compile
-    timeout_minutes: Positive = 10  # for a collective; a rank that hangs ends the run after it
+    timeout_minutes: Positive = 10  # of collectives: a rank that hangs for longer ends the run
 
 
 class CheckpointSection(Section):
+    """How often checkpoints are written, and how many are kept."""
+
     every_epochs: Positive = 1  # may be a fraction
-    keep: Count = 3  # newest checkpoints kept on disk; the best one is kept besides
+    keep: Count = 3  # how many of the newest checkpoints stay on disk, beside the best one
 
 
 class LogSection(Section):
+    """How often metrics are written and the model is evaluated."""
+
     every_steps: Count = 50
     eval_every_epochs: Positive = 1
 
 
 class Config(Section):
-    output: UserPath  # the run's folder: checkpoints, metrics, TensorBoard; started again, the run goes on from there
+    """The whole configuration of a run."""
+
+    output: UserPath  # the run's folder: checkpoints, metrics, TensorBoard; the same command resumes from it
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     model: ModelSection = ModelSection()
     data: DataSection
@@ -169,13 +208,14 @@ class Config(Section):
     deepspeed: dict[str, Any] = {}  # merged last into DeepSpeed's configuration, for experts
 
     @model_validator(mode="after")
-    def check(self):
+    def check(self) -> "Config":
+        """Raise ValueError for DeepSpeed keys that a run cannot use."""
         _check_deepspeed(self.deepspeed)
         return self
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:
-    """Raises ValueError for what a run cannot use in the raw section; values' types are left to DeepSpeed."""
+    """Raise ValueError for a key of the raw section that a run cannot use; DeepSpeed checks the values."""
     given = {
         *section,
         *(f"{key}.{inner}" for key in section if isinstance(section[key], dict) for inner in section[key]),
@@ -202,9 +242,10 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
 
 
 def load_config(path: str | Path, overrides: list[str]) -> Config:
-    """The configuration in a YAML file with `section.key=value` overrides: names and paths as typed, other values YAML.
+    """Return the configuration in a YAML file, with `section.key=value` overrides applied.
 
-    Raises FileNotFoundError, or ValueError with one line for each fault.
+    Names and paths in overrides are taken as typed, all other values are read as YAML.
+    Raises FileNotFoundError, or ValueError with one line per fault.
     """
     path = Path(path)
     if not path.is_file():
@@ -220,19 +261,35 @@ def load_config(path: str | Path, overrides: list[str]) -> Config:
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """A validated configuration from nested dictionaries. Raises ValueError with one line for each fault."""
+    """Return the configuration in nested dictionaries. Raises ValueError with one line per fault."""
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from error
+        raise ValueError("\n".join(map(_explain, error.errors()))) from error
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML, defaults included; `parse_config` reads it back."""
+    """Return the whole configuration as YAML, defaults included; `parse_config` reads it back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def translate_renamed_keys(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a dumped configuration in which RENAMED_KEYS have today's names and values."""
+    translated = copy.deepcopy(tree)
+    for old, new in RENAMED_KEYS.items():
+        *sections, old_name = old.split(".")
+        section: Any = translated
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and old_name in section:
+            value = section.pop(old_name)
+            new_values = _RENAMED_VALUES.get(old, {})
+            section[new.rpartition(".")[2]] = new_values.get(value, value) if isinstance(value, str) else value
+    return translated
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set the key of a `section.key=value` override in nested dictionaries. Raises ValueError if it is malformed."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"override {override!r} is not key=value; write for example optimizer.lr=1e-3")
@@ -247,9 +304,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[last] = read_value(text, field_type(schema, last), f"override {override!r}")
 
 
-def _explain(fault: dict[str, Any]) -> str:
-    """One line: where, what, and for an unknown key the nearest known one."""
+def _explain(fault: ErrorDetails) -> str:
+    """Describe a fault in one line: its key, what is wrong, and the key that was probably meant."""
     where = ".".join(str(part) for part in fault["loc"])
+    if where in RENAMED_KEYS:
+        values = "".join(f" (value {old} → {new})" for old, new in _RENAMED_VALUES.get(where, {}).items())
+        return f"{where} is now {RENAMED_KEYS[where]}{values}"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(fault["loc"][:-1])
         near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
@@ -262,8 +322,8 @@ def _explain(fault: dict[str, Any]) -> str:
     return f"{where} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _known_keys(location: tuple) -> list[str]:
-    section: type[BaseModel] = Config
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    section: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation
+        section = field_type(section, part)
     return list(section.model_fields)

@@ -1,4 +1,4 @@
-"""Images of one's own for launch/quickstart.py: how they are laid out, and which settings suit their number."""
+"""A user's images for launch/quickstart.py: their layout, and the settings that suit their number and size."""
 
 import hashlib
 import math
@@ -20,9 +20,11 @@ DEFAULT_VAL_PERCENT = 10.0
 
 @dataclass(frozen=True)
 class CustomDataset:
-    """A data set that can be packed. val: None where validation images are held out of `train`.
+    """A data set that can be packed.
 
-    name: for folders of what is made of it; another one if an image or an option is another. remarks: for people.
+    name: of the folders of its shards and run; it depends on the images and the packing options.
+    val: None if validation images are held out of `train`.
+    remarks: lines that describe it.
     """
 
     name: str
@@ -33,16 +35,17 @@ class CustomDataset:
 
 
 def inspect_dataset(path: Path, options: PackOptions, val_percent: float | None) -> CustomDataset:
-    """The parts and classes of the images at `path`: a folder, zip or tar, in any of the layouts of dataio.layout.
+    """Find splits and classes of the images at `path`, a folder, zip or tar in any layout that find_layout knows.
 
-    Raises ValueError if they cannot be packed, one of training's classes is alone, or validation has further classes.
+    val_percent: None for the default where there is no validation split.
+    Raises ValueError if the images cannot be packed, training has a single class, or validation has further classes.
     """
     if not path.exists():
         raise ValueError(
             f"--data {path} is not there; name a folder, zip or tar with a folder of images for each class"
         )
     layout = find_layout(path)
-    found = find_images(layout.train, options.classes and read_names(options.classes))
+    found = find_images(layout.train, None if options.classes is None else read_names(options.classes))
     if len(found.classes) < 2:
         raise ValueError(
             f"{found.name} has a single class, {found.classes[0]}, and there is nothing to tell apart; name a folder"
@@ -78,17 +81,18 @@ def inspect_dataset(path: Path, options: PackOptions, val_percent: float | None)
 
 
 def dataset_name(path: Path, options: PackOptions, stamps: list[str]) -> str:
-    """The folder's name without odd characters, and a hash of its place, its files and the options of packing."""
+    """Return the file name of `path` without special characters, and a hash of path, stamps and packing options."""
     name = re.sub(r"[^\w.]+", "-", path.resolve().stem if path.is_file() else path.resolve().name).strip("-.")
-    made_with = list(replace(options, workers=0, skip_broken=False).flags())  # these change no byte
-    said = [os.fsencode(path.resolve()), *(word.encode() for word in made_with + stamps)]
-    return f"{name or 'images'}-{hashlib.sha256(b'|'.join(said)).hexdigest()[:8]}"
+    flags = list(replace(options, workers=0, skip_broken=False).flags())  # these two change no byte of the shards
+    hashed = [os.fsencode(path.resolve()), *(word.encode() for word in flags + stamps)]
+    return f"{name or 'images'}-{hashlib.sha256(b'|'.join(hashed)).hexdigest()[:8]}"
 
 
 def image_overrides(train: Manifest) -> list[str]:
-    """Crops, mean and size of photographs, which configs/quickstart.yaml has for 28×28 grey images; and how many steps.
+    """Return overrides of crops, normalization, image size, batch and epochs that suit the packed images.
 
-    A few hundred images are seen a hundred times and more, in small batches: as many steps as a small model needs.
+    configs/quickstart.yaml has those of 28×28 grey images. A few hundred images are seen a hundred times and more in
+    small batches, which gives the number of steps that a small model needs.
     """
     images = len(train)
     short = float(np.median(np.minimum(train.samples["width"], train.samples["height"])))
@@ -101,14 +105,14 @@ def image_overrides(train: Manifest) -> list[str]:
         "data.std=[0.229, 0.224, 0.225]",
         f"optimizer.epochs={20 + 24_000 / images:.4g}",
         f"optimizer.global_batch_size={32 if images < 1000 else 64 if images < 5000 else 192}",
-        "optimizer.warmup_epochs=0",  # until schedule_overrides says
+        "optimizer.warmup_epochs=0",  # schedule_overrides sets it
     ]
 
 
 def schedule_overrides(images: int, epochs: float, batch: int) -> list[str]:
-    """What follows from the number of steps: rate, warm-up, moving average, and when a run is evaluated and saved.
+    """Return overrides that follow from the number of steps: learning rate, warm-up, EMA, evaluations, checkpoints.
 
-    The rate grows with the batch's square root. The average is over the last twentieth of the steps.
+    The learning rate grows with the square root of the batch. The EMA covers about the last twentieth of the steps.
     """
     steps = max(1.0, epochs * images / batch)
     return [

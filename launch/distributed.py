@@ -1,8 +1,9 @@
-"""Where this process stands among the ranks of a run, and the process group that joins them.
+"""The ranks of a run: rank and world size, the process group, errors that all ranks share, and the exit status.
 
-A run is started by torchrun or deepspeed (RANK, WORLD_SIZE and so on are set), by `srun` with one task per
-rank (Slurm's step variables are set), or as plain `python`: a single process. `read_rank_info` reads which of them
-it was; `init_distributed` brings the rest to the one form that DeepSpeed and torch expect and opens the group.
+A run is started by torchrun or deepspeed (RANK, WORLD_SIZE and so on are set), by `srun` with one task per rank
+(Slurm's step variables are set), or by plain `python` as a single process. `read_rank_info` tells them apart;
+`init_distributed` sets the variables that DeepSpeed and torch read and joins the process group; `run_distributed` wraps
+a whole command.
 """
 
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+EXIT_ERROR = 2  # exit status: the command was given something that cannot work
 _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
@@ -36,13 +38,13 @@ class RankInfo:
 
 
 def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
-    """The place that a process with this environment has.
+    """Return rank and world size of a process with this environment.
 
-    RANK and its like win over Slurm's variables: torchrun and deepspeed may run inside an allocation. A batch
-    script or an salloc shell is no rank, though Slurm sets SLURM_PROCID and SLURM_NTASKS there as well: only
-    what `srun` starts has SLURM_STEP_NUM_TASKS.
+    RANK, LOCAL_RANK and WORLD_SIZE take precedence over Slurm's variables: torchrun and deepspeed may run inside an
+    allocation. Batch scripts and salloc shells are not ranks, although Slurm sets SLURM_PROCID and SLURM_NTASKS there
+    as well; only processes that `srun` starts have SLURM_STEP_NUM_TASKS.
 
-    Raises ValueError if some of a launcher's variables are missing, are no numbers, or contradict each other.
+    Raises ValueError if some of a launcher's variables are missing, are not numbers, or contradict each other.
     """
     if not environ.keys().isdisjoint({"RANK", "LOCAL_RANK", "WORLD_SIZE"}):
         rank_info = RankInfo(
@@ -62,8 +64,8 @@ def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
         rank_info = RankInfo(rank=0, local_rank=0, world_size=1, launcher="python")
     if not (rank_info.rank < rank_info.world_size and rank_info.local_rank <= rank_info.rank):
         raise ValueError(
-            f"the environment says rank {rank_info.rank} of {rank_info.world_size} and local rank {rank_info.local_rank}, which cannot"
-            f" be; {_REMEDY}"
+            f"the environment says rank {rank_info.rank} of {rank_info.world_size} and local rank"
+            f" {rank_info.local_rank}, which cannot be; {_REMEDY}"
         )
     return rank_info
 
@@ -77,20 +79,19 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def init_distributed(rank_info: RankInfo, device_type: str, timeout: timedelta) -> torch.device:
-    """Joins the run's process group (NCCL for "cuda", gloo for "cpu") and returns this rank's device.
+    """Join the run's process group (NCCL for "cuda", gloo for "cpu") and return this rank's device.
 
-    Every rank calls it, before anything imports DeepSpeed, which settles on an accelerator when imported.
-    `timeout` bounds the wait for the other ranks, here and in every later collective. Afterwards the
-    environment holds what DeepSpeed and torch read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-    DS_ACCELERATOR.
+    Every rank calls it, before anything imports DeepSpeed, which selects its accelerator when imported. `timeout`
+    bounds the wait for other ranks, here and in every later collective. Sets the environment variables that DeepSpeed
+    and torch read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, DS_ACCELERATOR.
 
-    Raises ValueError for another device type or half an address, RuntimeError if no GPU is left for this rank,
-    rank 0's host is unknown, its port is taken, or the ranks do not meet.
+    Raises ValueError for another device type or an incomplete address, RuntimeError if no GPU is left for this rank,
+    rank 0's host is unknown, its port is taken, or not all ranks connect.
     """
     if device_type not in _BACKENDS:
         raise ValueError(f'the device is "{device_type}"; use "cpu" or "cuda"')
     device = _select_device(rank_info, device_type)
-    # DeepSpeed takes LOCAL_RANK for the number of the device.
+    # DeepSpeed uses LOCAL_RANK as the device's index.
     local_rank = rank_info.local_rank if device.index is None else device.index
     os.environ.update(
         _rendezvous(rank_info, os.environ),
@@ -102,8 +103,8 @@ def init_distributed(rank_info: RankInfo, device_type: str, timeout: timedelta) 
     _check_master_address(os.environ)
     import deepspeed
 
-    # On CPUs, DeepSpeed would now compile an all-reduce that only inference uses: most of a minute, and an
-    # error where there is no compiler or ninja.
+    # On CPUs, DeepSpeed would now compile an all-reduce that only inference uses: it takes most of a minute, and fails
+    # without a compiler or ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(_BACKENDS[device_type], auto_mpi_discovery=False, timeout=timeout, verbose=False)
@@ -113,7 +114,7 @@ def init_distributed(rank_info: RankInfo, device_type: str, timeout: timedelta) 
 
 
 def find_free_port() -> int:
-    """A TCP port that nobody listens on, below those that Linux gives to outgoing connections."""
+    """Return a TCP port that is free, below the ephemeral ports of Linux."""
     while True:
         port = secrets.choice(range(10_000, 32_768))
         with suppress(OSError), socket.create_server(("", port)):
@@ -121,7 +122,7 @@ def find_free_port() -> int:
 
 
 def destroy_process_group() -> None:
-    """Leaves the process group that `init_distributed` joined, if any; `init_distributed` may be called again."""
+    """Leave the process group that `init_distributed` joined, if any; `init_distributed` may be called again."""
     if torch.distributed.is_initialized():
         import deepspeed
 
@@ -129,9 +130,9 @@ def destroy_process_group() -> None:
 
 
 def abort_process() -> NoReturn:
-    """Ends this process with the traceback of the exception being handled, and without leaving the group.
+    """End this process with the traceback of the current exception, without leaving the process group.
 
-    Under NCCL, leaving it would wait for ranks that are waiting for this one; the launcher ends those.
+    With NCCL, leaving the group would wait for ranks that wait for this one; the launcher ends those.
     """
     traceback.print_exc()
     sys.stdout.flush()
@@ -156,22 +157,20 @@ def _select_device(rank_info: RankInfo, device_type: str) -> torch.device:
 
 
 def _rendezvous(rank_info: RankInfo, environ: Mapping[str, str]) -> dict[str, str]:
-    """Where the ranks meet: MASTER_ADDR and MASTER_PORT, if that is not the launcher's choice."""
+    """Return MASTER_ADDR and MASTER_PORT if the launcher has not set them."""
     if rank_info.launcher == "environment":
         return {}
-    if (
-        rank_info.world_size == 1
-    ):  # what the environment may hold was meant for other processes; port 0 is any that is free
+    if rank_info.world_size == 1:  # values in the environment are meant for other processes; port 0 is any free one
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     return {
         "MASTER_ADDR": environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
-        # below the ports that Linux gives to outgoing connections, and another one for the next job
+        # below the ephemeral ports of Linux, and different for each job
         "MASTER_PORT": environ.get("MASTER_PORT") or str(10000 + int(environ["SLURM_JOB_ID"]) % 20000),
     }
 
 
 def _check_master_address(environ: Mapping[str, str]) -> None:
-    """Raises ValueError or RuntimeError if the ranks cannot meet there, for which PyTorch would wait or not say why."""
+    """Raise ValueError or RuntimeError if the address is invalid, where PyTorch would wait or give no reason."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
             raise ValueError(f"{name} is not set although other variables of a launcher are; {_REMEDY}")
@@ -187,7 +186,7 @@ def _check_master_address(environ: Mapping[str, str]) -> None:
 
 
 def _explain_init_failure(rank_info: RankInfo, timeout: timedelta, error: RuntimeError) -> str:
-    """One line in place of PyTorch's, with the remedy that this launcher has."""
+    """Describe in one line why the process group did not form, with this launcher's remedy."""
     host, port, fault = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], str(error).partition("\n")[0]
     if "EADDRINUSE" in fault:
         free = find_free_port()
@@ -198,13 +197,13 @@ def _explain_init_failure(rank_info: RankInfo, timeout: timedelta, error: Runtim
             remedy = f"start it with deepspeed --master_port {free}"
         return f"port {port} is taken, by another run perhaps; {remedy}"
     return (
-        f"rank {rank_info.rank} did not meet the other ranks at {host}, port {port}, within {timeout} ({fault}); check that"
-        f" all {rank_info.world_size} were started, and that this machine reaches that one"
+        f"rank {rank_info.rank} did not meet the other ranks at {host}, port {port}, within {timeout} ({fault}); check"
+        f" that all {rank_info.world_size} were started, and that this machine reaches that one"
     )
 
 
 def _first_host(nodelist: str) -> str:
-    """Rank 0's host, out of Slurm's short form: `gpu[07-09]` → `gpu07`."""
+    """Return the first host of Slurm's short form: `gpu[07-09]` → `gpu07`."""
     command = ["scontrol", "show", "hostnames", nodelist]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -216,15 +215,15 @@ def _first_host(nodelist: str) -> str:
 
 
 class RunError(Exception):
-    """A fault in what the run was given, met by one rank and known to all; its text is for people."""
+    """An error of one rank that all ranks raise together; its text is what the command prints."""
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """Inside, a fault of one rank (ValueError, OSError, RuntimeError) ends as a RunError on every rank.
+    """Turn an error of one rank (ValueError, OSError, RuntimeError) inside the block into a RunError on every rank.
 
-    Every rank enters and leaves, which makes it a barrier as well. Without it, the ranks that met no fault
-    would wait in their next collective for those that did.
+    Every rank enters the block; its end is a barrier. Without it, the other ranks would wait in their next collective
+    for the one that failed.
     """
     fault = None
     try:
@@ -233,30 +232,84 @@ def raise_on_all_ranks() -> Iterator[None]:
         fault = str(error)
     faults: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
-    met: dict[str, int] = {}  # the first rank of each
+    first_ranks: dict[str, int] = {}  # message → the first rank that has it
     for rank, text in enumerate(faults):
         if text is not None:
-            met.setdefault(text, rank)
-    if met:
-        everywhere = len(met) == 1 and None not in faults
-        raise RunError("\n".join(text if everywhere else f"rank {rank}: {text}" for text, rank in met.items()))
+            first_ranks.setdefault(text, rank)
+    if first_ranks:
+        on_all = len(first_ranks) == 1 and None not in faults
+        raise RunError("\n".join(text if on_all else f"rank {rank}: {text}" for text, rank in first_ranks.items()))
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every rank; the other ranks' are ignored."""
+    """Return rank 0's value on every rank; the values of other ranks are ignored."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
 
 
 def get_local_world_size() -> int:
-    """How many of the ranks run on this rank's machine, in whatever containers. Every rank calls it."""
-    machine = Path("/proc/sys/kernel/random/boot_id").read_text()
+    """Return how many ranks run on this rank's machine, containers included. Every rank calls it."""
+    machine = Path("/proc/sys/kernel/random/boot_id").read_text()  # the same in all containers
     machines: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(machines, machine)
     return machines.count(machine)
 
 
 def default_device_type() -> str:
-    """ "cuda" where this process sees a GPU, else "cpu"."""
+    """Return "cuda" if this process sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_distributed(
+    body: Callable[[RankInfo, torch.device], int],
+    device_type: str,
+    timeout: timedelta,
+    title: str | None = None,
+    fault: Exception | None = None,
+) -> int:
+    """Join the process group, call `body` on every rank and leave the group; return the exit status, `body`'s or 2.
+
+    Errors print one message for all ranks: rank 0's, or that of a rank that could not join. An exception that is not
+    a RunError ends the process with its traceback.
+    title: what rank 0 announces before DeepSpeed is imported.
+    fault: an error of this rank's arguments; `body` is not called on any rank.
+    """
+    try:
+        rank_info = read_rank_info(os.environ)
+    except ValueError as error:  # each rank reports its own: there is no group yet
+        return report_error(error)
+    if fault is not None and rank_info.world_size == 1:
+        return report_error(fault)
+    if title is not None and fault is None:
+        world = f"world size {rank_info.world_size} ({device_type})"
+        print_rank_0(f"starting {title}, {world}: loading DeepSpeed", rank_info.rank)
+    try:
+        device = init_distributed(rank_info, device_type, timeout)
+    except (ValueError, RuntimeError) as error:
+        return report_error(error)
+    try:
+        with raise_on_all_ranks():
+            if fault is not None:
+                raise fault
+        status = body(rank_info, device)
+    except RunError as error:
+        status = report_error(error, rank_info.rank)
+        dist.barrier()  # launchers end all ranks as soon as one exits: rank 0 reports first
+    except Exception:
+        abort_process()
+    destroy_process_group()
+    return status
+
+
+def report_error(error: Exception, rank: int = 0) -> int:
+    """Print an error on rank 0, and return the exit status for it."""
+    if rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_ERROR
+
+
+def print_rank_0(line: str, rank: int) -> None:
+    """Print a line on rank 0, where there is no Monitor yet."""
+    if rank == 0:
+        print(line, flush=True)

@@ -1,30 +1,28 @@
-"""Exponential moving average of the weights, updated once per optimizer step.
+"""Exponential moving average (EMA) of the weights, updated once per optimizer step.
 
-All ranks hold the same weights and BatchNorm statistics at every step boundary, and so the same average of them:
-evaluations and checkpoints need no preparation.
+All ranks hold the same weights and BatchNorm statistics at every step boundary, and therefore the same EMA:
+evaluations and checkpoints use it without communication.
 """
 
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from launch.engine import gathered_parameters
+from launch.engine import Engine, gathered_parameters
 
 
 class ModelEma:
-    """An exponential moving average of parameters and buffers, whole on every rank for any ZeRO stage.
-
-    `module` is a model of its own, in evaluation mode.
-    """
+    """An exponential moving average of parameters and buffers, unsharded on every rank at any ZeRO stage."""
 
     def __init__(self, model: nn.Module) -> None:
         self._ema = ModelEmaV3(model)
 
     @property
     def module(self) -> nn.Module:
+        """A model of its own with the averaged weights, in evaluation mode."""
         return self._ema.module
 
-    def update(self, engine, decay: float) -> None:
-        """Keeps `decay` of what it is, and takes the rest from the engine's model. Every rank calls it."""
+    def update(self, engine: Engine, decay: float) -> None:
+        """Set ema = decay · ema + (1 - decay) · weights, with the engine's weights. Every rank calls it."""
         self._ema.decay = decay
         with gathered_parameters(engine):
             self._ema.update(engine.module)

@@ -1,6 +1,6 @@
-"""The model on its device, and DeepSpeed around it.
+"""The model on its device and the DeepSpeed engine around it.
 
-DeepSpeed's configuration is derived from ours by a pure function, so that a test can say what it is.
+A pure function derives DeepSpeed's configuration from ours.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import copy
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import timm
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from launch.config import Config
 from launch.model_metadata import read_model_metadata
@@ -25,11 +25,50 @@ from polaformer import ops
 from polaformer.weights import load_weights
 
 
-def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
-    """The configured model on its device, the same on every rank, with its starting weights.
+class CheckpointEngine(Protocol):
+    """The part of DeepSpeed that writes the files of a checkpoint."""
 
-    Raises RuntimeError if compiled kernels were required and are missing, or the weights do not fit; ValueError if
-    those are of other classes, or of the same in another order.
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write a file."""
+
+
+class Engine(Protocol):
+    """The part of DeepSpeed's engine that a run uses."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer  # with ZeRO, DeepSpeed's own, which has param_groups as well
+    checkpoint_engine: CheckpointEngine
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the model's logits."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-step's loss."""
+
+    def step(self) -> None:
+        """End a micro-step; the last one of a step updates the weights."""
+
+    def get_global_grad_norm(self) -> Tensor | float | None:
+        """Return the gradient norm of the last step over all ranks, before clipping."""
+
+    def zero_optimization_stage(self) -> int:
+        """Return the ZeRO stage."""
+
+    def compile(self) -> None:
+        """Compile the model with torch.compile."""
+
+    def save_checkpoint(self, save_dir: str, tag: str, *, save_latest: bool) -> object:
+        """Write weights and optimizer state to the folder `tag` in `save_dir`."""
+
+    def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, object]:
+        """Read what `save_checkpoint` wrote; return its path, None if there is nothing."""
+
+
+def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
+    """Return the configured model on its device with its initial weights, the same on every rank.
+
+    Raises RuntimeError if compiled kernels are required and missing, or the weights do not fit; ValueError if the
+    weights were trained on other classes, or on the same in another order.
     """
     if config.model.kernels == "required" and not ops.has_compiled_kernels(device.type):
         raise RuntimeError(
@@ -44,11 +83,12 @@ def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
         if not config.model.new_head:
             _require_same_classes(config.model.weights, plan)
         load_weights(model, config.model.weights, config.model.new_head)
-    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    model.set_grad_checkpointing(config.model.grad_checkpointing)  # type: ignore[operator]
     return model.to(device)
 
 
 def _require_same_classes(weights: Path, plan: Plan) -> None:
+    """Raise ValueError if a .safetensors file of ours names other classes than the training data."""
     metadata = read_model_metadata(weights)
     for label, names in enumerate(zip(metadata.classes, plan.class_names, strict=False) if metadata else ()):
         if names[0] != names[1]:
@@ -59,7 +99,7 @@ def _require_same_classes(weights: Path, plan: Plan) -> None:
 
 
 def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
-    """DeepSpeed's configuration: every default that has changed between versions is stated."""
+    """Return DeepSpeed's configuration. It states every default that has changed between versions of DeepSpeed."""
     engine, optimizer = config.engine, config.optimizer
     derived = {
         "train_batch_size": optimizer.global_batch_size,
@@ -72,12 +112,12 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
             "allgather_bucket_size": engine.bucket_numel,
             "overlap_comm": False,  # has a history of silent corruption
             "contiguous_gradients": True,
-            # true would all-reduce where a reduce-scatter's worth of traffic does: 3 instead of 2 parameters' bytes
+            # true replaces reduce-scatter by all-reduce: traffic of 3 instead of 2 times the parameters' bytes
             "use_multi_rank_bucket_allreduce": False,
             "stage3_prefetch_bucket_size": engine.bucket_numel,
         },
-        # Autocast rather than bf16.enabled, which would turn the parameters but not BatchNorm's buffers to bf16. With
-        # no module named as safe for low precision, gradients are reduced in float32.
+        # Autocast instead of bf16.enabled, which would convert the parameters but not BatchNorm's buffers to bf16.
+        # With no module listed as safe for low precision, gradients are reduced in float32.
         "torch_autocast": {
             "enabled": engine.precision == "bf16",
             "dtype": "bfloat16",
@@ -86,14 +126,14 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # true waits for the device in every micro-step
+        "timers": {"throughput": {"enabled": False}},  # true synchronizes with the device in every micro-step
     }
     return _merge(derived, config.deepspeed)
 
 
 def check_engine(config: Config, plan: Plan) -> None:
-    """Raises ValueError if DeepSpeed does not accept its configuration. Nothing is allocated, on no rank."""
-    from deepspeed.runtime.config import DeepSpeedConfig  # see start_engine
+    """Raise ValueError if DeepSpeed does not accept its configuration. Allocates nothing."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # imported late, as in start_engine
 
     for section, package in (("wandb", "wandb"), ("comet", "comet_ml")):
         enabled = _merge({section: {"enabled": False}}, config.deepspeed)[section]["enabled"]
@@ -105,13 +145,13 @@ def check_engine(config: Config, plan: Plan) -> None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"in the deepspeed section, {where} is {first['input']!r}: {first['msg']}") from error
-    except Exception as error:  # of any kind: DeepSpeed takes the values as they come
+    except Exception as error:  # of any type: DeepSpeed uses most values unchecked
         raise ValueError(f"DeepSpeed does not accept the deepspeed section ({error}); correct it") from error
 
 
-def start_engine(config: Config, plan: Plan, model: nn.Module):
-    """A DeepSpeed engine around the model, which every rank gets from rank 0, with AdamW."""
-    import deepspeed  # settles on an accelerator when imported, which launch.distributed chooses
+def start_engine(config: Config, plan: Plan, model: nn.Module) -> Engine:
+    """Return a DeepSpeed engine with AdamW around the model. Every rank starts from rank 0's weights."""
+    import deepspeed  # selects its accelerator when imported, after launch.distributed has set DS_ACCELERATOR
 
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(
@@ -123,17 +163,18 @@ def start_engine(config: Config, plan: Plan, model: nn.Module):
     return engine
 
 
-def set_lr(engine, lr: float) -> None:
+def set_lr(engine: Engine, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 @contextlib.contextmanager
-def preserved_hyperparameters(engine) -> Iterator[None]:
-    """What the configuration says of clipping, decay and Adam stays, whatever is loaded into the optimizer inside."""
-    optimizer = engine.optimizer
+def preserved_hyperparameters(engine: Engine) -> Iterator[None]:
+    """Keep the configured clipping, weight decay, betas and eps when the block loads an optimizer's state."""
+    optimizer: Any = engine.optimizer
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    clip = getattr(optimizer, "clip_grad", None)  # ZeRO's; without ZeRO the engine clips, and nothing is loaded
+    clip = getattr(optimizer, "clip_grad", None)  # ZeRO's; without ZeRO the engine clips, and loads no such value
     yield
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)
@@ -141,8 +182,8 @@ def preserved_hyperparameters(engine) -> Iterator[None]:
         optimizer.clip_grad = clip
 
 
-def gathered_parameters(engine) -> contextlib.AbstractContextManager:
-    """Inside, `engine.module` holds whole parameters, to be read only. All ranks enter; ZeRO-3 gathers for it."""
+def gathered_parameters(engine: Engine) -> contextlib.AbstractContextManager:
+    """Return a context in which `engine.module` holds unsharded parameters, read-only. All ranks enter it."""
     if engine.zero_optimization_stage() < 3:
         return contextlib.nullcontext()
     import deepspeed
@@ -150,10 +191,10 @@ def gathered_parameters(engine) -> contextlib.AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(engine.module.parameters()))
 
 
-def unwrapped_model(engine, like: nn.Module) -> nn.Module:
-    """The engine's model with whole parameters, to be evaluated only. All ranks call it.
+def unwrapped_model(engine: Engine, like: nn.Module) -> nn.Module:
+    """Return the engine's model with unsharded parameters, for evaluation only. All ranks call it.
 
-    like: a model of the same kind, for ZeRO-3, under which the engine's own cannot run on one rank alone.
+    like: a model of the same architecture, copied for ZeRO-3, whose own model needs all ranks in every forward.
     """
     if engine.zero_optimization_stage() < 3:
         return engine.module
@@ -164,11 +205,12 @@ def unwrapped_model(engine, like: nn.Module) -> nn.Module:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Makes what a step draws (stochastic depth, dropout) depend on nothing but these, as after a resume."""
+    """Seed torch for a step, so that stochastic depth and dropout draw the same after a resume."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`, nested mappings merged key by key."""
     merged = dict(base)
     for key, value in over.items():
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -178,7 +220,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def sync_batchnorm_buffers(model: nn.Module) -> None:
-    """Replaces every floating buffer by its mean over the ranks, in one all-reduce (b5: 8,160 numbers)."""
+    """Replace every floating-point buffer by its mean over the ranks, in one all-reduce (b5: 8,160 numbers)."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if dist.get_world_size() == 1 or not buffers:
         return

@@ -1,24 +1,24 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: makes .venv with exactly the versions in requirements.txt and the project in
-# it, or leaves it as it is if nothing changed, and puts it first on the PATH. Leaves the shell in the project's root.
+# Sourced by quickstart.sh and test.sh: creates .venv with exactly the versions in requirements.txt and the project in
+# it, unless it is up to date, and puts it first on the PATH. Changes to the project's root.
 #
-#   PYTHON=python3.12             the Python to make it with; python3 is the default
-#   POLAFORMER_INSTALLER=uv|pip   by default uv where it is there or can be installed, else pip
+#   PYTHON=python3.12             the Python to create it with (default python3)
+#   POLAFORMER_INSTALLER=uv|pip   by default uv if it is or can be installed, else pip
 #   POLAFORMER_KERNELS=…          which kernels to build, see setup.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# setup MESSAGE: says what is being done, or how long it took.
+# setup MESSAGE: prints what is being done, or how long it took.
 setup() { echo "set-up: $1"; }
 
-# setup_fail MESSAGE [LOG]: says what is wrong, after the end of the log, and ends the script.
+# setup_fail MESSAGE [LOG]: prints the end of the log and the error, and ends the script.
 setup_fail() {
   [ $# = 1 ] || tail -n 40 "$2" >&2
   echo "error: $1" >&2
   exit 2
 }
 
-# install WHAT REQUIREMENT…: installs packages; what the installer prints goes to .venv/WHAT.log.
+# install NAME REQUIREMENT…: installs packages; the installer's output goes to .venv/NAME.log.
 install() {
   local log=.venv/$1.log
   shift
@@ -31,13 +31,14 @@ install() {
     setup_fail "pip could not install ($log)" "$log"
 }
 
-# find_installer: the command that installs packages, uv's path or pip.
+# find_installer: prints the installer, uv's path or pip.
 find_installer() {
   if [ "${POLAFORMER_INSTALLER-}" = pip ]; then
     echo pip
   elif command -v uv; then
     return
-  elif setup "installing uv" >&2 && .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
+  elif setup "installing uv" >&2 &&
+    .venv/bin/python -m pip install --disable-pip-version-check uv >.venv/uv.log 2>&1; then
     echo .venv/bin/uv
   elif [ "${POLAFORMER_INSTALLER-}" = uv ]; then
     setup_fail "uv is not on the PATH, and pip could not install it" .venv/uv.log
@@ -46,7 +47,7 @@ find_installer() {
   fi
 }
 
-# build_kernels: against the torch in .venv; setup.py says what it builds, and what not.
+# build_kernels: builds against the torch in .venv, and prints what setup.py built and left out.
 build_kernels() {
   local began=$SECONDS
   .venv/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation --verbose --editable . \
@@ -55,7 +56,7 @@ build_kernels() {
   setup "kernels: $((SECONDS - began)) s"
 }
 
-# set_up: makes .venv. Kernels need PyTorch alone, so they are built while all other packages are still coming.
+# set_up: creates .venv. Kernels need only PyTorch, so they are built while the other packages are installed.
 set_up() {
   local python=${PYTHON:-python3} installer began build
   [[ ${POLAFORMER_INSTALLER-} =~ ^(uv|pip|)$ ]] ||
@@ -70,15 +71,15 @@ set_up() {
 
   setup "installing PyTorch with $(basename "$installer"), 2.7 GB to download"
   began=$SECONDS
-  # All that is imported while kernels are built, with all that it needs as requirements.txt pins it: what is exchanged
-  # meanwhile, the build may miss.
+  # Everything that the build of the kernels imports, at the versions of requirements.txt: a package that is replaced
+  # during the build may be missing for a moment.
   grep -E '^(torch|numpy|fsspec|ninja|packaging|setuptools|wheel)==' requirements.txt >.venv/first.txt
   install torch --requirement .venv/first.txt --constraint requirements.txt
   setup "PyTorch: $((SECONDS - began)) s"
 
   setup "building kernels, and meanwhile installing all other packages, 0.5 GB to download"
   began=$SECONDS
-  set -m # in a process group of its own, so that all of it can be ended
+  set -m # in a process group of its own, so that all of its processes can be ended
   build_kernels &
   build=$!
   set +m
@@ -97,7 +98,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
 fi
 export PATH="$PWD/.venv/bin:$PATH"
 
-# Installs Debian packages where that is possible, and says nothing where it is not: whoever needs them says so.
+# apt_install PACKAGE…: installs Debian packages as root, and does nothing without apt: who needs them reports an error.
 apt_install() {
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg --status "$@" >/dev/null 2>&1; then
     setup "apt-get install $*"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -33,15 +34,13 @@ from dataio.remote.options import cache_options
 from dataio.shards import open_dataset
 from dataio.urls import redact_url
 from launch.distributed import (
-    RunError,
-    abort_process,
+    EXIT_ERROR,
+    RankInfo,
     broadcast_object,
     default_device_type,
-    destroy_process_group,
     get_local_world_size,
-    init_distributed,
     raise_on_all_ranks,
-    read_rank_info,
+    run_distributed,
 )
 from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
 from launch.model_metadata import ModelMetadata, make_model_metadata, read_model_metadata
@@ -54,9 +53,9 @@ from polaformer.weights import load_weights
 def evaluate(
     models: Sequence[nn.Module], batches: Iterable[Batch], num_classes: int, precision: str
 ) -> list[dict[str, float]]:
-    """Of each model, accuracies in percent and the mean cross-entropy over all ranks' batches; every rank calls it.
+    """Return top-1 and top-5 accuracy in percent and the mean cross-entropy of each model, over all ranks' batches.
 
-    A rank may have fewer batches than others, or none. Leaves the models in the mode they were in.
+    Every rank calls it, and may have fewer batches than others, or none. Leaves the models in the mode they were in.
     """
     device = next(models[0].parameters()).device
     scores = [_Metrics(num_classes, device) for _ in models]
@@ -74,10 +73,10 @@ def evaluate(
 
 
 class _Metrics:
-    """Of one model, over all ranks."""
+    """Accuracy and loss of one model, over all ranks."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        # Brings SciPy and Matplotlib along, a quarter of all that training imports: no run should wait for it to start.
+        # Imported late: it brings SciPy and Matplotlib, a quarter of all that training imports.
         from torchmetrics import MeanMetric, MetricCollection
         from torchmetrics.classification import MulticlassAccuracy
 
@@ -99,7 +98,8 @@ class _Metrics:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
+    """Return the command line's arguments."""
+    summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m launch.evaluate",
         description=summary,
@@ -130,9 +130,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def prepare(
     arguments: argparse.Namespace, path: Path, device: torch.device, local_world_size: int
 ) -> tuple[nn.Module, EvalLoader, ModelMetadata]:
-    """The model with the weights at `path`, the batches of this rank, and what is known of the weights.
+    """Return the model with the weights at `path`, this rank's batches, and the weights' metadata.
 
-    local_world_size: those on this rank's machine, which share a cache.
+    local_world_size: how many ranks run on this machine, and share a cache.
     Raises ValueError, FileNotFoundError or RuntimeError if weights, model and data do not fit each other.
     """
     cache = cache_options(arguments.cache, arguments.cache_gib, arguments.data)
@@ -148,18 +148,19 @@ def prepare(
     if read_model_metadata(path) is None and dist.get_rank() == 0:
         first, last = metadata.classes[0], metadata.classes[-1]
         print(
-            f"{path} names no classes; its outputs are taken to be those of {manifest.location}, from {first} to {last} in"
-            " that order",
+            f"{path} names no classes; its outputs are taken to be those of {manifest.location}, from {first} to"
+            f" {last} in that order",
             file=sys.stderr,
         )
     images = metadata.image_options(arguments.threads)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     loader = EvalLoader(manifest, images, arguments.batch_size, rank, world_size, device, label_map)
-    return model.to(device, memory_format=torch.channels_last).eval(), loader, metadata
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval(), loader, metadata
 
 
 def _resolve_metadata(arguments: argparse.Namespace, path: Path, manifest: Manifest) -> ModelMetadata:
-    """What the file at `path` says of itself, or else the arguments and the data; arguments must not contradict it."""
+    """Return the metadata in the file at `path`, or else that of the arguments, which must not contradict the file."""
     metadata = read_model_metadata(path)
     if metadata is None:
         if arguments.model is None:
@@ -175,48 +176,42 @@ def _resolve_metadata(arguments: argparse.Namespace, path: Path, manifest: Manif
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Evaluate weights as the command line says; return the exit status."""
     arguments = parse(argv)
-    try:
-        rank_info = read_rank_info(os.environ)
-        device = init_distributed(rank_info, arguments.device or default_device_type(), timedelta(minutes=10))
-    except (ValueError, RuntimeError) as error:  # of this rank alone: there is no group yet
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        local_world_size = get_local_world_size()
-        with raise_on_all_ranks():
-            path = find_weights(arguments.weights, arguments.kind) if rank_info.rank == 0 else None
-        path = broadcast_object(path)  # a run that goes on may have a newer one by now
-        with raise_on_all_ranks():
-            model, loader, metadata = prepare(arguments, path, device, local_world_size)
-        [scores] = evaluate([model], loader, len(metadata.classes), arguments.precision)
-    except RunError as error:
-        if rank_info.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        dist.barrier()  # launchers end all ranks as soon as one has ended
-        destroy_process_group()
-        return 2
-    except Exception:
-        abort_process()
-    destroy_process_group()
-    if rank_info.rank == 0:
-        report = {"weights": str(path), "model": metadata.model, "image_size": metadata.image_size}
-        report |= {"data": redact_url(arguments.data), "samples": len(loader.manifest)}
-        report |= {"classes": len(metadata.classes), "classes_with_samples": count_classes(loader.manifest), **scores}
-        text = json.dumps(report, indent=1)
-        print(text)
-        return 0 if arguments.out is None else _write(arguments.out, text + "\n")
-    return 0
+    device_type = arguments.device or default_device_type()
+    return run_distributed(partial(run, arguments), device_type, timedelta(minutes=10))
+
+
+def run(arguments: argparse.Namespace, rank_info: RankInfo, device: torch.device) -> int:
+    """Evaluate weights on all ranks, print the result on rank 0 and return the exit status.
+
+    Raises RunError on every rank if weights, model and data do not fit each other.
+    """
+    local_world_size = get_local_world_size()
+    with raise_on_all_ranks():
+        path = find_weights(arguments.weights, arguments.kind) if rank_info.rank == 0 else None
+    path = broadcast_object(path)  # on other ranks a run that is still training may have a newer one by now
+    with raise_on_all_ranks():
+        model, loader, metadata = prepare(arguments, path, device, local_world_size)
+    [scores] = evaluate([model], loader, len(metadata.classes), arguments.precision)
+    if rank_info.rank != 0:
+        return 0
+    report = {"weights": str(path), "model": metadata.model, "image_size": metadata.image_size}
+    report |= {"data": redact_url(arguments.data), "samples": len(loader.manifest)}
+    report |= {"classes": len(metadata.classes), "classes_with_samples": count_classes(loader.manifest), **scores}
+    text = json.dumps(report, indent=1)
+    print(text)
+    return 0 if arguments.out is None else _write(arguments.out, text + "\n")
 
 
 def _write(path: Path, text: str) -> int:
-    """The command's exit status; what cannot be written has been printed."""
+    """Write the JSON, which is printed already, and return the command's exit status."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     except OSError as error:
         print(f"error: cannot write --out {path}: {error.strerror}; the JSON is above", file=sys.stderr)
-        return 2
+        return EXIT_ERROR
     return 0
 
 

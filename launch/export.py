@@ -1,4 +1,4 @@
-"""The weights of a run as a folder that timm loads: model.safetensors and config.json.
+"""Export the weights of a run as a folder that timm loads: model.safetensors and config.json.
 
 python -m launch.export runs/b5
 python -m launch.export runs/b5/checkpoints/best --to best
@@ -27,10 +27,11 @@ from polaformer.weights import load_weights
 
 
 def export(run: Path, target: Path, kind: str) -> Path:
-    """Writes the "ema" or "model" weights that `run` means to the folder `target`, once they load. Returns their file.
+    """Write the weights of `run` to the folder `target`, after a test that they load. Return their file.
 
-    run: whatever `find_weights` takes. Raises FileNotFoundError or ValueError if there is no whole checkpoint,
-    RuntimeError if it does not load, OSError if the folder cannot be written to; what was in it stays then.
+    run: whatever `find_weights` takes. kind: "ema" or "model".
+    Raises FileNotFoundError or ValueError if there is no intact checkpoint, RuntimeError if it does not load, OSError
+    if the folder cannot be written to; an earlier export in it stays then.
     """
     source = find_weights(run, kind)
     metadata = read_model_metadata(source)
@@ -51,7 +52,7 @@ def export(run: Path, target: Path, kind: str) -> Path:
 
 
 def default_target(run: Path) -> Path:
-    """`export` in the folder of the run of which this is a checkpoint or a file, else beside the file."""
+    """Return the folder `export` of the run that a checkpoint or file belongs to, else of the file's own folder."""
     folder = run.parent if run.is_file() else run
     for checkpoints in (folder, folder.parent):
         if checkpoints.name == "checkpoints" and (checkpoints == folder or is_checkpoint(folder)):
@@ -60,7 +61,8 @@ def default_target(run: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    summary, _, examples = __doc__.partition("\n\n")
+    """Export weights as the command line says; return the exit status."""
+    summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m launch.export",
         description=summary,

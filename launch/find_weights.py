@@ -1,4 +1,4 @@
-"""Which file of weights a path on the command line means: evaluation and export take the same."""
+"""The weights file that a path on the command line means, for evaluation and export alike."""
 
 import sys
 from pathlib import Path
@@ -12,10 +12,10 @@ WEIGHTS_PATH_HELP = (
 
 
 def find_weights(path: Path, kind: str) -> Path:
-    """The file that `path` means: itself, or the `kind` ("ema" or "model") of a checkpoint, of a run the newest.
+    """Return the weights file that `path` means: the file itself, a checkpoint's, or that of a run's newest checkpoint.
 
-    Says on standard error what is wrong with newer ones of a run. Raises FileNotFoundError or ValueError if there is no
-    such file or checkpoint, or it is not whole.
+    kind: "ema" or "model", which of a checkpoint's two files. Prints the faults of newer, corrupt checkpoints of a run
+    on standard error. Raises FileNotFoundError or ValueError if there is no such file or checkpoint, or it is corrupt.
     """
     if path.name in checkpoint.POINTERS and path.is_file():
         path = checkpoint.resolve_pointer(path)
@@ -29,7 +29,7 @@ def find_weights(path: Path, kind: str) -> Path:
 
 
 def _choose(path: Path) -> Path:
-    """The checkpoint that a folder is or holds."""
+    """Return the checkpoint that a folder is, or the newest intact one in it."""
     if checkpoint.is_checkpoint(path):
         fault = checkpoint.find_corruption(path)
         if fault is not None:

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, and how many its devices could do: together, the MFU."""
+"""Model FLOPs utilization (MFU): the floating-point operations of an image, and the peak rate of the devices."""
 
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from launch.config import Config
 from launch.plan import Plan
 
-#: Dense bf16 tensor-core rates from the makers' data sheets, operations per second, by part of the device's name.
+#: Dense bf16 tensor-core rates in operations per second, from NVIDIA's data sheets, by part of the device's name.
 _DATA_SHEET_PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -25,23 +25,23 @@ _DATA_SHEET_PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class MfuConstants:
-    """What turns images per second into a share of the hardware."""
+    """MFU = images per second · flops_per_image / peak_flops."""
 
     flops_per_image: int
     peak_flops: float  # per second, of all ranks together
 
 
 def measure_mfu_constants(config: Config, plan: Plan, device: torch.device) -> MfuConstants:
-    """The rates of a run on its devices; every rank calls it."""
+    """Return the MFU constants of a run on its devices. Every rank calls it."""
     peak = torch.tensor(peak_flops(device, config.engine.precision), dtype=torch.float64, device=device)
     dist.all_reduce(peak)
     return MfuConstants(training_flops(config.model.name, plan.num_classes, config.data.image_size), peak.item())
 
 
 def training_flops(model: str, num_classes: int, image_size: int) -> int:
-    """Operations of one image's forward and backward, a multiply-add counted as two, nothing of it computed.
+    """Return the operations of one image's forward and backward, counted on the meta device; a multiply-add is two.
 
-    Backward is taken for twice forward: torch's counter takes the depthwise convolutions in it for dense ones.
+    Backward counts as twice forward: torch's counter would count its depthwise convolutions as dense ones.
     """
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         timm.create_model(model, num_classes=num_classes).eval()(torch.empty(1, 3, image_size, image_size))
@@ -49,9 +49,9 @@ def training_flops(model: str, num_classes: int, image_size: int) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """What the device could do at best, operations per second: its data sheet's bf16 rate, or else a measured one.
+    """Return the device's peak rate in operations per second: its data sheet's for bf16, or else a measured one.
 
-    The measured one is that of a large matrix product in the run's precision, the best of a few; it takes a second.
+    The measured one is the best of four large matrix products in the run's precision; it takes a second.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -65,5 +65,5 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 def _matmul_flops_per_second(a: torch.Tensor) -> float:
     start = time.perf_counter()
-    (a @ a)[0, 0].item()  # waits for the device
+    (a @ a)[0, 0].item()  # synchronizes with the device
     return 2 * a.shape[0] ** 3 / (time.perf_counter() - start)

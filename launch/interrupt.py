@@ -1,7 +1,7 @@
-"""Ctrl-C as the end of a command: one line and exit status 130, from its first import on.
+"""Ctrl-C ends a command with one line and exit status 130, even while it still imports.
 
-Commands call `exit_on_interrupt` before they import PyTorch, which takes seconds. Nothing is cleaned up: what a killed
-run leaves, the next start copes with.
+Commands call `exit_on_interrupt` before they import PyTorch, which takes seconds. There is no clean-up: the next start
+handles what a killed run leaves.
 """
 
 import os
@@ -12,9 +12,9 @@ EXIT_INTERRUPTED = 130  # exit status, as of shells: 128 + SIGINT
 
 
 def exit_on_interrupt(remedy: str = "") -> None:
-    """Lets Ctrl-C end this process at once; of several ranks, rank 0 says so, and what to do next.
+    """Make Ctrl-C end this process at once; rank 0 prints "interrupted" and the remedy.
 
-    Changes nothing where Ctrl-C is ignored, as in a shell's background jobs, or handled already.
+    Does nothing where Ctrl-C is ignored, as in a shell's background jobs, or has a handler already.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
@@ -23,7 +23,7 @@ def exit_on_interrupt(remedy: str = "") -> None:
     def leave(_signal: int, _frame: FrameType | None) -> None:
         if is_rank_zero:
             if os.isatty(1):
-                os.write(1, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+                os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
             os.write(2, f"interrupted{remedy}\n".encode())
         os._exit(EXIT_INTERRUPTED)
 

@@ -1,6 +1,6 @@
-"""What must be known besides the tensors to use weights: the model they fit, and how its images are prepared.
+"""Metadata that weights need besides their tensors: the model, its classes, and how its images are prepared.
 
-This metadata travels inside every safetensors file that a run writes, and beside an exported one in timm's own format.
+It is in the header of every safetensors file that a run writes, and beside an exported one in timm's format.
 """
 
 import json
@@ -16,14 +16,17 @@ from dataio.options import parse_options
 from polaformer.model import TOTAL_STRIDE
 
 _KEY = "polaformer"
-#: Names in the files: those of the first version, so that files of all versions are alike.
-_ON_DISK = {"crop_mode": "eval_resize", "crop_pct": "eval_crop_fraction"}
+#: Attributes → their keys in files, and crop modes → their values there. All are those of the first version.
+_KEYS_ON_DISK = {"crop_mode": "eval_resize", "crop_pct": "eval_crop_fraction"}
 _CROP_MODES_ON_DISK = {"squash": "squash", "center": "short"}
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """classes: their names, in the order of the outputs. The rest is as ImageOptions has it."""
+    """The model that weights fit, and its preprocessing, with the fields of ImageOptions.
+
+    classes: their names, in the order of the model's outputs.
+    """
 
     model: str
     classes: tuple[str, ...]
@@ -35,19 +38,20 @@ class ModelMetadata:
     crop_pct: float
 
     def safetensors_metadata(self) -> dict[str, str]:
-        """For the header of a safetensors file."""
-        on_disk = {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        """Return the header of a safetensors file: one key, with JSON as its value."""
+        on_disk = {_KEYS_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
         on_disk["eval_resize"] = _CROP_MODES_ON_DISK[self.crop_mode]
         return {_KEY: json.dumps(on_disk, ensure_ascii=False)}
 
     def image_options(self, threads: int) -> ImageOptions:
-        """How images are evaluated."""
+        """Return how images are prepared for evaluation."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("model", "classes")}
         return parse_options(ImageOptions, **fields, threads=threads)
 
     def timm_config(self) -> dict[str, Any]:
-        """The config.json that makes a folder loadable as timm's `local-dir:FOLDER`, for other classes too."""
+        """Return the config.json with which timm loads a folder as `local-dir:FOLDER`, for other classes too."""
         registered = get_pretrained_cfg(self.model)
+        assert registered is not None  # polaformer registers all of its models
         return {
             "architecture": self.model,
             "num_classes": len(self.classes),
@@ -63,14 +67,14 @@ class ModelMetadata:
                 "std": list(self.std),
                 "fixed_input_size": False,
                 "pool_size": [self.image_size // TOTAL_STRIDE] * 2,
-                "first_conv": registered.first_conv,  # what timm adapts to other channels
-                "classifier": registered.classifier,  # what timm drops for other classes
+                "first_conv": registered.first_conv,  # timm adapts it to other numbers of channels
+                "classifier": registered.classifier,  # timm drops it for other classes
             },
         }
 
 
 def make_model_metadata(model: str, classes: tuple[str, ...], images: ImageOptions) -> ModelMetadata:
-    """The metadata of a model with these classes, evaluated on images prepared so."""
+    """Return the metadata of a model with these classes and this preprocessing."""
     return ModelMetadata(
         model,
         classes,
@@ -84,9 +88,9 @@ def make_model_metadata(model: str, classes: tuple[str, ...], images: ImageOptio
 
 
 def read_model_metadata(path: Path) -> ModelMetadata | None:
-    """The metadata inside a safetensors file, or None where there is none (an official .pth, another's safetensors).
+    """Return the metadata in a safetensors file, or None if there is none (an official .pth, a file of other origin).
 
-    Raises ValueError if the file is not what its name says.
+    Raises ValueError if the file is not a safetensors file although its name says so.
     """
     if path.suffix != ".safetensors":
         return None
@@ -98,6 +102,10 @@ def read_model_metadata(path: Path) -> ModelMetadata | None:
     if _KEY not in metadata:
         return None
     on_disk = json.loads(metadata[_KEY])
-    fields = {name: on_disk.pop(_ON_DISK.get(name, name)) for name in ModelMetadata.__dataclass_fields__}
-    fields["crop_mode"] = {short: name for name, short in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
-    return ModelMetadata(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    fields: dict[str, Any] = {
+        name: on_disk.pop(_KEYS_ON_DISK.get(name, name)) for name in ModelMetadata.__dataclass_fields__
+    }
+    fields["crop_mode"] = {value: name for name, value in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
+    for name in ("classes", "mean", "std"):
+        fields[name] = tuple(fields[name])
+    return ModelMetadata(**fields)

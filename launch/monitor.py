@@ -1,7 +1,7 @@
-"""What a run tells: a progress bar or lines, TensorBoard, and the same scalars as lines of metrics.jsonl.
+"""Monitoring of a run: a progress bar or lines, TensorBoard, and the same scalars in metrics.jsonl.
 
-Everything measured stays on the device until `write`, the only place where the host waits for it. A disk that takes no
-more of it is named once, and ends no training.
+Losses stay on the device until `write`, the only place where the host synchronizes with it. A full disk gives one
+warning, and does not end the training.
 """
 
 import json
@@ -12,7 +12,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,10 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class Monitor:
-    """Every rank has one; rank 0's writes. `first_step` is where the run begins or goes on.
+    """Collects and writes the metrics of a run. Every rank has one; rank 0's writes.
 
-    max_bad_samples: images that all ranks together may have replaced in an epoch.
+    first_step: the step at which the run starts or resumes.
+    max_bad_samples: how many images may be substituted in an epoch, over all ranks.
     """
 
     def __init__(
@@ -46,12 +47,8 @@ class Monitor:
         mfu_constants: MfuConstants,
         max_bad_samples: int = 0,
     ) -> None:
-        self._log_every_steps, self._mfu_constants, self._steps, self._max_bad_samples = (
-            log_every_steps,
-            mfu_constants,
-            steps,
-            max_bad_samples,
-        )
+        self._log_every_steps, self._steps = log_every_steps, steps
+        self._mfu_constants, self._max_bad_samples = mfu_constants, max_bad_samples
         self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
@@ -78,35 +75,35 @@ class Monitor:
             self._bar.start()
         if replaced is not None:
             self.log(
-                f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {replaced}"
+                f"no checkpoint to resume from, the run starts anew; the metrics of the last start are in {replaced}"
             )
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Counts the time inside as spent waiting for data."""
+        """Count the time inside the block as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     def add(self, loss: torch.Tensor, images: int) -> None:
-        """One micro-step: its loss () on the device, and how many images this rank computed in it."""
+        """Add a micro-step: its loss, a scalar on the device, and this rank's number of images."""
         self._losses.append(loss)
         self._images += images
 
     def due(self, step: int) -> bool:
-        """Whether the steps so far are to be written after `step`, counted from 0."""
+        """Return whether `write` is due after `step`, counted from 0."""
         return (step + 1) % self._log_every_steps == 0 or step + 1 == self._steps
 
     def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None, bad_samples: int = 0) -> None:
-        """Averages what was added since the last call over steps and ranks, and writes it. Every rank calls it.
+        """Write the means over ranks and over all steps since the last call. Every rank calls it.
 
-        bad_samples: images that this rank replaced in this epoch; summed over ranks.
-        Raises RunError on every rank if the loss or the gradient's norm is not finite, or too many images are broken.
+        bad_samples: images that this rank substituted in this epoch; summed over ranks.
+        Raises RunError on every rank if the loss or the gradient norm is not finite, or there are too many bad samples.
         """
         loss = torch.stack(self._losses).mean()
         sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
         dist.all_reduce(sums)
-        loss_sum, broken_sum = sums.tolist()  # waits for the device
+        loss_sum, bad_sum = sums.tolist()  # synchronizes with the device
         mean_loss = loss_sum / dist.get_world_size()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -119,7 +116,7 @@ class Monitor:
             "speed/waiting_for_data": self._waited / seconds,
             "speed/mfu": rate * self._mfu_constants.flops_per_image / self._mfu_constants.peak_flops,
             "memory/peak_gib": _peak_memory() / 2**30,
-            "data/broken_images": int(broken_sum),
+            "data/broken_images": int(bad_sum),
         }
         self._losses, self._waited, self._images = [], 0.0, 0
         norm = scalars["train/gradient_norm"]
@@ -129,9 +126,9 @@ class Monitor:
                 " optimizer.max_grad_norm, and start again: the last checkpoint is from before"
             )
         self.scalars(step + 1, scalars)
-        if broken_sum > self._max_bad_samples:
+        if bad_sum > self._max_bad_samples:
             raise RunError(
-                f"{broken_sum:.0f} broken images in this epoch at step {step + 1}, data.max_bad_samples allows"
+                f"{bad_sum:.0f} broken images in this epoch at step {step + 1}, data.max_bad_samples allows"
                 f" {self._max_bad_samples}; check the shards with python -m dataio.verify, or raise it"
             )
         self.log(
@@ -142,13 +139,13 @@ class Monitor:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The time inside is no training and counts for no rate."""
+        """Leave the time inside the block out of all rates: it is not training."""
         began = time.perf_counter()
         yield
         self._last += time.perf_counter() - began
 
-    def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        """Writes named numbers of the run after `step` completed steps; None is left out. Rank 0 writes."""
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Write named numbers after `step` completed steps, on rank 0; None is left out."""
         if not self._is_rank_zero:
             return
         known = {name: value for name, value in values.items() if value is not None}
@@ -157,26 +154,26 @@ class Monitor:
             self._to_tensorboard("add_scalar", name, value, step)
 
     def images(self, images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """One grid of up to 64 normalised (B, 3, S, S) training images as the model sees them."""
+        """Show up to 64 normalized (B, 3, S, S) training images as one grid on TensorBoard."""
         if self._is_rank_zero:
             scale, shift = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (std, mean))
             pixels = (images[:64].float() * scale + shift).clamp(0, 1)
             self._to_tensorboard("add_image", "train/images", make_grid(pixels.cpu(), nrow=8), 0)
 
     def text(self, name: str, text: str) -> None:
-        """Puts a text on TensorBoard as it is."""
+        """Show a text verbatim on TensorBoard."""
         if self._is_rank_zero:
             self._to_tensorboard("add_text", name, f"```\n{text}\n```")
 
     def warn(self, line: str) -> None:
-        """A line for people from any rank, on standard error; once, however often its cause is met."""
+        """Print a line on standard error, from any rank; a repeated line is printed once."""
         if line not in self._warned:
             self._warned.add(line)
-            sys.stderr.write(f"rank {dist.get_rank()}: {line}\n")  # at once: print writes the line's end by itself
+            sys.stderr.write(f"rank {dist.get_rank()}: {line}\n")  # print would write the newline separately
             sys.stderr.flush()
 
     def log(self, line: str, completed: int | None = None) -> None:
-        """A line for people, on rank 0; with `completed` steps it becomes the progress bar's where there is one."""
+        """Print a line on rank 0; with `completed` steps it goes to the progress bar if there is one."""
         if not self._is_rank_zero:
             return
         if self._bar and completed is not None:
@@ -185,6 +182,7 @@ class Monitor:
             self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
+        """Close the files and the progress bar."""
         if self._is_rank_zero:
             self._to_tensorboard("close")
             threading.excepthook = self._previous_excepthook
@@ -193,7 +191,7 @@ class Monitor:
                 self._bar.stop()
 
     def _append_metrics(self, line: bytes) -> None:
-        """A whole line or none: the next one may find room again."""
+        """Append a whole line, or nothing if the disk is full."""
         end = self._metrics_file.seek(0, os.SEEK_END)
         try:
             while line:
@@ -206,24 +204,25 @@ class Monitor:
             )
 
     def _to_tensorboard(self, method: str, *arguments: Any) -> None:
-        """Something for TensorBoard, whose own thread writes it, and ends where it cannot."""
+        """Call a method of TensorBoard's writer, whose thread ends at the first error; then do without it."""
+        if self._tensorboard is None:
+            return
         try:
-            if self._tensorboard is not None:
-                getattr(self._tensorboard, method)(*arguments)
+            getattr(self._tensorboard, method)(*arguments)
         except OSError as error:
             folder, self._tensorboard = self._tensorboard.log_dir, None
             self.warn(f"cannot write to {folder}: {error.strerror}; training goes on, without TensorBoard")
 
     def _excepthook(self, fault: threading.ExceptHookArgs) -> None:
-        """Of threads that end with an exception: what TensorBoard's met, `_to_tensorboard` meets again and says."""
+        """Print the exception that ended a thread; TensorBoard's is left to `_to_tensorboard`, which meets it again."""
         if not (isinstance(fault.exc_value, OSError) and type(fault.thread).__module__.startswith("tensorboard.")):
             self._previous_excepthook(fault)
 
 
 def truncate_metrics(path: Path, step: int) -> Path | None:
-    """Removes what a killed run wrote after the checkpoint that it goes on from.
+    """Remove the lines of later steps than `step`, which a killed run wrote after the checkpoint it resumes from.
 
-    If that is none, its checkpoints may have been lost: all lines are kept in a file of their own, which is returned.
+    At step 0 the checkpoints may have been lost, so all lines are kept in another file, which is returned.
     """
     if not path.is_file():
         return None
@@ -237,7 +236,7 @@ def truncate_metrics(path: Path, step: int) -> Path | None:
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite for what is no whole line of ours."""
+    """Return the step of a line of metrics.jsonl; infinity if it is truncated or malformed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -245,7 +244,7 @@ def _step_of(line: bytes) -> float:
 
 
 def _peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
+    """Return the peak memory in bytes, of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""What a configuration comes to on given data and ranks: batch sizes, steps, rates; nothing is allocated for it.
+"""Plan a run: batch sizes, steps and learning rates of a configuration on given data and ranks; allocates nothing.
 
 python -m launch.plan --config configs/X.yaml [--world-size N] [--nodes N] [key=value …]
 """
@@ -29,44 +29,46 @@ from launch.config import Config, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
-_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = (
-    0.4,
-    0.8,
-)  # that these may wait, of the time for which ranks wait for each other
+#: How long fetching a file, and a batch, may take: a share of the time for which ranks wait for each other.
+_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's numbers. Raises what `make_plan` raises; holding one means that they fit together."""
+    """The data and numbers of a run, checked against each other by `make_plan`."""
 
     train: Manifest
     val: Manifest  # may lack some of train's classes
-    val_label_map: np.ndarray  # (val's classes,) int64: the labels of the same names in train
-    loader_options: LoaderOptions  # how a step's samples are dealt to ranks and micro-steps
+    val_label_map: np.ndarray  # (val's classes,) int64: their labels in train
+    loader_options: LoaderOptions  # how a step's samples are divided among ranks and micro-steps
     batch_augment: BatchAugmentOptions
-    class_names: tuple[str, ...]  # one for each output of the model
+    class_names: tuple[str, ...]  # one per output of the model
     schedule: Schedule
 
     @property
     def num_classes(self) -> int:
+        """Number of the model's outputs."""
         return len(self.class_names)
 
     @property
     def steps(self) -> int:
+        """Number of steps of the whole run."""
         return self.schedule.steps
 
     @property
     def samples_per_epoch(self) -> int:
+        """Number of training images."""
         return len(self.train)
 
 
 def make_plan(config: Config, rank: int, world_size: int, local_world_size: int | None = None) -> Plan:
-    """Reads both manifests, fetches their tables if they are remote, and checks the configuration against them.
+    """Read both manifests, fetch their tables if they are remote, and check the configuration against them.
 
-    local_world_size: those on this rank's machine, which share a cache; None: all of them.
-    Raises FileNotFoundError without shards; ValueError if the output is no folder, the batch does not divide, is too
-    small or cannot be mixed in pairs, training has a single class, validation has one that training lacks, a label is
-    beyond model.num_classes, or the cache is too small; RuntimeError if a remote folder cannot be read.
+    local_world_size: how many ranks run on this machine, and share a cache; None: all of them.
+    Raises FileNotFoundError if there are no shards; ValueError if the output cannot be a folder, the batch is not
+    divisible, too small or odd where it is mixed in pairs, training has a single class, validation has a class that
+    training lacks, a label is beyond model.num_classes, or the cache is too small; RuntimeError if a remote folder
+    cannot be read.
     """
     check_output(config.output)
     loader_options = make_loader_options(config, rank, world_size)
@@ -91,7 +93,7 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
 
 
 def make_loader_options(config: Config, rank: int, world_size: int) -> LoaderOptions:
-    """What dataio needs to know of the configuration: which samples a rank gets."""
+    """Return the options that decide which samples a rank gets, and in which order."""
     optimizer, data = config.optimizer, config.data
     windowed = data.shuffle == "windowed" or (data.shuffle == "auto" and is_url(data.train))
     return LoaderOptions(
@@ -106,7 +108,7 @@ def make_loader_options(config: Config, rank: int, world_size: int) -> LoaderOpt
 
 
 def check_output(folder: Path) -> None:
-    """Raises ValueError if a run's folder cannot be one. It need not exist yet."""
+    """Raise ValueError if `folder` is not, or cannot become, a folder that this process can write to."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         kind = "a broken link" if nearest.is_symlink() and not nearest.exists() else "a file"
@@ -116,7 +118,7 @@ def check_output(folder: Path) -> None:
 
 
 def check_batch(config: Config, loader_options: LoaderOptions) -> None:
-    """Raises ValueError if BatchNorm would have one value per channel: one image, whose last feature map is 1 × 1."""
+    """Raise ValueError if BatchNorm would see one value per channel: a single image whose last feature map is 1 × 1."""
     size = config.data.image_size
     if loader_options.micro_batch_size == 1 and size == TOTAL_STRIDE:
         raise ValueError(
@@ -126,7 +128,7 @@ def check_batch(config: Config, loader_options: LoaderOptions) -> None:
 
 
 def open_datasets(config: Config, loader_options: LoaderOptions, local_world_size: int) -> tuple[Manifest, Manifest]:
-    """Training and validation data. Raises ValueError if the cache cannot hold what is needed of both at a time."""
+    """Return the manifests of training and validation data. Raises ValueError if the cache is too small for both."""
     data, timeout = config.data, 60 * config.engine.timeout_minutes
     retry_policy = RetryPolicy(
         file_timeout_seconds=_FILE_TIMEOUT_SHARE * timeout,
@@ -143,7 +145,8 @@ def open_datasets(config: Config, loader_options: LoaderOptions, local_world_siz
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launch.plan", description=__doc__.partition("\n\n")[0])
+    """Print the plan of a run as a table; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m launch.plan", description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--config", type=user_path, required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml"
     )
@@ -168,15 +171,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(config: Config, plan: Plan) -> dict[str, str]:
-    """The plan in words and numbers, for people."""
-    schedule = plan.schedule
+    """Return the plan as quantity → value, formatted for display."""
+    schedule, optimizer, loader_options = plan.schedule, config.optimizer, plan.loader_options
     return {
         "model": f"{config.model.name}, {plan.num_classes} classes, {config.data.image_size}² pixels",
         "training images": f"{plan.samples_per_epoch:,} in {len(plan.train.shards)} shards,"
-        f" order {plan.loader_options.sampler(plan.train)}",
+        f" order {loader_options.sampler(plan.train)}",
         "validation images": f"{len(plan.val):,}{_missing_classes(plan)}",
-        "batch": f"{config.optimizer.global_batch_size} = {plan.loader_options.world_size} ranks × {config.optimizer.gradient_accumulation_steps}"
-        f" accumulation × {plan.loader_options.micro_batch_size}",
+        "batch": f"{optimizer.global_batch_size} = {loader_options.world_size} ranks"
+        f" × {optimizer.gradient_accumulation_steps} accumulation × {loader_options.micro_batch_size}",
         "steps": f"{plan.steps:,}, of which {schedule.warmup_steps:,} warm up",
         "learning rate": f"{schedule.warmup_lr:.3g} → {schedule.peak_lr:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
         "engine": f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",
@@ -184,7 +187,7 @@ def describe(config: Config, plan: Plan) -> dict[str, str]:
 
 
 def _missing_classes(plan: Plan) -> str:
-    """Of how few classes validation is, if it lacks some."""
+    """Return how many classes validation has, as the end of a line, if it lacks some."""
     of_val, of_train = count_classes(plan.val), len(plan.train.classes)
     return f", of {of_val} classes out of {of_train}" if of_val < of_train else ""
 

@@ -1,7 +1,7 @@
-"""The quickstart after its set-up: images → shards → training → evaluation → export of the better weights → a summary.
+"""Run the quickstart: images → shards → training → evaluation → export of the better weights → summary.
 
-Started by quickstart.sh. Each stage is a command of the project's own, printed as it starts, and is left out when
-its result is there already. The summary, with the machine and what each stage took, is kept in the run's folder.
+quickstart.sh starts it after the set-up. Each stage is a command of this project, printed as it starts, and is skipped
+if its result exists. The summary, with the machine and the time of each stage, is kept in the run's folder.
 """
 
 from launch.interrupt import exit_on_interrupt
@@ -45,18 +45,18 @@ SUMMARY_NAME = "quickstart.json"
 FASHION_MNIST = Path("data/fashion-mnist")
 SHARD_MIB = 32
 CPU_RANKS = 2
-KINDS = {"weights": "model", "EMA": "ema"}  # as people and as our commands call them
+KINDS = {"weights": "model", "EMA": "ema"}  # name in the summary → value of --kind
 
 
 class Stages:
-    """Runs commands, and keeps how long each stage took: seconds, or None if its result was there already."""
+    """Runs stages of commands and keeps their times: seconds, or None if a stage's result existed already."""
 
     def __init__(self, console: Console, setup_seconds: float) -> None:
         self._console = console
         self.seconds: dict[str, float | None] = {"set-up": setup_seconds}
 
     def run(self, name: str, *commands: list[str], done: bool = False) -> None:
-        """Runs a stage's commands unless it is `done`. Ends this process as the first that fails does."""
+        """Run a stage's commands unless it is `done`. Exits with the status of the first command that fails."""
         self._console.rule(name)
         began = time.perf_counter()
         for command in () if done else commands:
@@ -69,6 +69,7 @@ class Stages:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the quickstart as the command line says; return the exit status."""
     arguments = parse(argv)
     try:
         run_stages(arguments)
@@ -79,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_stages(arguments: argparse.Namespace) -> None:
-    """From images to the summary. Raises ValueError or OSError if images or options cannot be used."""
-    console = Console(markup=False, emoji=False)  # names of folders may look like either
+    """Run all stages, from images to the summary. Raises ValueError or OSError if images or options cannot be used."""
+    console = Console(markup=False, emoji=False)  # folder names may look like either
     stages = Stages(console, arguments.setup_seconds)
     dataset, options = prepare(arguments)
     name = "fashion-mnist" if dataset is None else dataset.name
@@ -97,8 +98,8 @@ def run_stages(arguments: argparse.Namespace) -> None:
     set_cpu_environment()
     began = time.time()
     overrides = arguments.overrides if dataset is None else tuned_overrides(shards, arguments.overrides)
-    places = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
-    stages.run("training", train_command([*places, *overrides]))
+    paths = [f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", f"output={run}"]
+    stages.run("training", train_command([*paths, *overrides]))
     top1 = {}
     for label, kind in KINDS.items():
         out = run / f"evaluation-{kind}.json"
@@ -114,24 +115,24 @@ def run_stages(arguments: argparse.Namespace) -> None:
         "exported": better,
     }
     summary = describe_machine() | summary
-    if summary["speed"]:  # otherwise the run was finished before, and its summary is there
+    if summary["speed"]:  # otherwise the run was finished before, and its summary exists
         write_report(run / SUMMARY_NAME, summary)
     exported = run / "export" / "model.safetensors"
     show(console, summary, {"run": run, "shards": shards, f"exported, the better: {better}": exported})
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a summary says of the machine."""
+    """Return the summary's entries about the machine."""
     return {
         **describe_run("quickstart", torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),  # of a rank
+        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),  # per rank
         "cores": len(os.sched_getaffinity(0)),
         "gpus": torch.cuda.device_count(),
     }
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[CustomDataset | None, PackOptions]:
-    """(images of one's own, or None without --data; the options of packing). Raises ValueError if either cannot be."""
+    """Return the user's data set, None without --data, and the packing options. Raises ValueError for unusable ones."""
     fields = {name: value for name, value in vars(arguments).items() if name in PackOptions.__dataclass_fields__}
     val_percent = fields.pop("val_percent")
     options = PackOptions(**fields)
@@ -150,10 +151,10 @@ def prepare(arguments: argparse.Namespace) -> tuple[CustomDataset | None, PackOp
 
 
 def pack_commands(dataset: CustomDataset | None, shards: Path, options: PackOptions) -> list[list[str]]:
-    """Commands that pack training and validation images, as far as they are not packed yet."""
+    """Return the commands that pack training and validation images, without those whose shards exist."""
     sources = {"train": FASHION_MNIST / "train", "val": FASHION_MNIST / "val"}
     chosen = {"train": options, "val": options}
-    if dataset is not None and dataset.val is not None:  # which may lack classes, and number them like the other part
+    if dataset is not None and dataset.val is not None:  # it may lack classes, and takes their labels from training
         sources = {"train": dataset.train, "val": dataset.val}
         names = shards / "classes.txt"
         shards.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ def pack_commands(dataset: CustomDataset | None, shards: Path, options: PackOpti
 
 
 def tuned_overrides(shards: Path, overrides: list[str]) -> list[str]:
-    """What suits the packed images, and the overrides, which win."""
+    """Return the settings that suit the packed images, then the user's overrides, which take precedence."""
     images = load_manifest(shards / "train")
     first = image_overrides(images)
     chosen = load_config(CONFIG, [*first, *overrides]).optimizer
@@ -178,40 +179,43 @@ def tuned_overrides(shards: Path, overrides: list[str]) -> list[str]:
 
 
 def set_cpu_environment() -> None:
-    """Tells the commands to come how many CPU threads a rank has, and DeepSpeed that there is no GPU."""
+    """Set the environment of later commands on a machine without a GPU: CPU threads per rank, DeepSpeed's device."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // CPU_RANKS)))
 
 
 def train_command(overrides: list[str]) -> list[str]:
-    """On every GPU (as many as the global batch can be dealt to), or else on two CPU ranks."""
+    """Return the training command: on as many GPUs as divide the global batch, else on two CPU ranks."""
     batch = load_config(CONFIG, overrides).optimizer.global_batch_size
     gpus = [count for count in range(1, torch.cuda.device_count() + 1) if batch % count == 0]
     world_size = gpus[-1] if gpus else CPU_RANKS
-    # DeepSpeed's own port is always the same, which another run on this machine may have.
+    # DeepSpeed's default port is fixed, and another run on this machine may use it.
     launcher = ["deepspeed", "--num_accelerators", str(world_size), "--master_port", str(find_free_port())]
     return [*launcher, "launch/train.py", "--config", CONFIG, *overrides]
 
 
 def evaluate_command(run: Path, kind: str, data: Path, out: Path) -> list[str]:
+    """Return the command that evaluates a run's weights on all GPUs, else on two CPU ranks."""
     world_size = torch.cuda.device_count() or CPU_RANKS
     flags = ["--weights", run, "--kind", kind, "--data", data, "--batch-size", "250", "--out", out]
     return ["torchrun", "--standalone", "--nproc-per-node", str(world_size), "-m", "launch.evaluate", *map(str, flags)]
 
 
 def module_command(name: str, *arguments: object) -> list[str]:
+    """Return the command that runs a module with this Python."""
     return [sys.executable, "-m", name, *map(str, arguments)]
 
 
 def training_speed(run: Path, began: float) -> dict[str, float] | None:
-    """Of a run's training steps: seconds, images per second, and the share of time spent waiting for data.
+    """Return the seconds, images per second and share of time waiting for data of a run's training steps.
 
-    began: seconds since the epoch; earlier steps do not count. None if there are no others.
+    began: Unix time; steps before it do not count. None if there are no others.
     """
     lines = [json.loads(line) for line in (run / METRICS_NAME).read_text().splitlines()]
     batch = load_config(run / "config.yaml", []).optimizer.global_batch_size
-    images = seconds = waited = step = 0
+    images = step = 0
+    seconds = waited = 0.0
     for line in lines:
         if "speed/images_per_second" not in line:
             continue
@@ -225,8 +229,8 @@ def training_speed(run: Path, began: float) -> dict[str, float] | None:
     return {"seconds": seconds, "images_per_second": images / seconds, "waiting_for_data": waited / seconds}
 
 
-def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> None:
-    """Prints a summary as a table."""
+def show(console: Console, summary: dict[str, Any], results: dict[str, Path]) -> None:
+    """Print a summary as a table, followed by the paths of the results, by name."""
     table = Table("", "", title="PolaFormer++ quickstart", show_header=False)
     device, speed = summary["device"]["name"], summary["speed"]
     table.add_row(
@@ -247,15 +251,16 @@ def show(console: Console, summary: dict[str, Any], places: dict[str, Path]) -> 
                 f" {speed['waiting_for_data']:.0%} waiting for data",
             )
     table.add_row("altogether", f"{whole:.0f} s")
-    for name, place in places.items():
-        table.add_row(name, str(place))
-    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {places['run']}")
+    for name, path in results.items():
+        table.add_row(name, str(path))
+    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {results['run']}")
     console.print(table)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line's arguments, with paths relative to where the command was typed."""
     parser = argparse.ArgumentParser(
-        prog="bash launch/quickstart.sh", description=__doc__.partition("\n\n")[0], allow_abbrev=False
+        prog="bash launch/quickstart.sh", description=(__doc__ or "").partition("\n\n")[0], allow_abbrev=False
     )
     parser.add_argument(
         "--data",
@@ -270,7 +275,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(shard_mib=SHARD_MIB)
     parser.add_argument("--called-from", type=user_path, default=Path(), help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
-    for name in ("data", "classes"):  # relative to where the command was typed
+    for name in ("data", "classes"):
         if getattr(arguments, name) is not None:
             setattr(arguments, name, arguments.called_from / getattr(arguments, name))
     return arguments

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # From nothing to a trained, evaluated and exported PolaFormer++ b0:
 #
-#   bash launch/quickstart.sh                                  on the Fashion-MNIST photographs, 10 classes
-#   bash launch/quickstart.sh --data FOLDER [key=value …]      on images of your own: FOLDER/class/image, or the same
-#                                                              below FOLDER/train and FOLDER/val; also a zip or tar
+#   bash launch/quickstart.sh                                  on Fashion-MNIST, 10 classes
+#   bash launch/quickstart.sh --data FOLDER [key=value …]      on your own images: FOLDER/class/image, or the same below
+#                                                              FOLDER/train and FOLDER/val; also a zip or tar
 #
 # The options of `python -m dataio.pack`, such as --skip-broken and --resize 256, work with --data.
 seconds=$SECONDS

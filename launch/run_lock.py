@@ -1,25 +1,26 @@
-"""The lock on a run's folder: one run at a time writes there, on whatever machine it was started.
+"""The lock on a run's folder: one run at a time writes there, on whatever machine it runs.
 
-    RUN/lock      its owner (host, process, start, Slurm job) as a line of JSON, and a counter that beats
+    RUN/lock      its owner (host, process, start, Slurm job) as a line of JSON, then a heartbeat counter
 
 Locks of the operating system (flock, fcntl) end with their process, but not every network file system has them, a
-server may keep those of a dead node, and they do not say who holds them. So the lock is a file, created with O_EXCL,
-which is atomic on local disks, NFS and Lustre. A file outlives its process; whether the owner lives is told by
+server may keep those of a dead node, and they do not name their owner. This lock is therefore a file, created with
+O_EXCL, which is atomic on local disks, NFS and Lustre. A file outlives its process; whether the owner is alive follows
+from
 
-    the process table   on the owner's machine, at once: its id, and its start time, which a later process of the same
-                        id does not share;
-    Slurm               of a job that was requeued: Slurm has ended its former self before it starts it again;
-    the counter         from anywhere else: the owner raises it every 5 s, and is dead once 12 looks, 5 s apart, saw it
-                        stand still. Looks are counted and no clocks compared: machines need not agree on the time, and
-                        a server that answers nobody for minutes kills nobody.
+    the process table   on the owner's machine, at once: from the process id and the start time, which a later process
+                        with the same id does not share;
+    Slurm               for a requeued job: Slurm ends a job before it starts it again;
+    the counter         everywhere else: the owner increments it every 5 s, and is dead if 12 reads, 5 s apart, find it
+                        unchanged. Reads are counted and no clocks compared: machines need not agree on the time, and
+                        a file server that hangs for minutes makes nobody look dead.
 
-A file with another inode number than the one that its owner created belongs to a copy of a run's folder; only its
-counter can tell whether anybody keeps it.
+A file whose inode number is not that of the file its owner created belongs to a copy of a run's folder; only the
+counter tells whether it has an owner.
 
-A dead owner's file is removed and a new one created. Should two starts remove it at the same moment, or a frozen owner
-wake up, the file's name leads to one of them only. `check` tells the others, before they write a checkpoint and again
-before they give it its name. What is left is a process that freezes for more than a minute between this last look and
-the rename: it then puts a whole checkpoint of the same run in the place of another.
+A dead owner's file is removed and a new one created. If two starts remove it at the same moment, or a frozen owner
+wakes up, the file belongs to one of them only. `check` tells the others, before they write a checkpoint and again
+before they rename it into place. One race remains: a process that freezes for more than a minute between this last
+check and the rename replaces a checkpoint by another intact one of the same run.
 """
 
 import json
@@ -44,24 +45,24 @@ HEARTBEAT_SECONDS, MISSED_HEARTBEATS = 5.0, 12
 
 @dataclass(frozen=True)
 class LockOwner:
-    """The process that holds a lock: rank 0 of a run."""
+    """The process that holds a lock, which is rank 0 of a run. The fields are the keys in the file."""
 
     host: str
     process: int
-    started: str  # for people: the local time
-    born: int  # in clock ticks since the machine's start, from /proc
-    machine: str  # boot and namespace in which the process has this id
+    started: str  # the local time, for messages
+    born: int | None  # the process's start in clock ticks since boot, from /proc; None if that is hidden
+    machine: str  # boot id and PID namespace in which the process has this id
     job: str  # Slurm's cluster and job; empty outside of Slurm
     restarts: int  # how often Slurm has requeued the job
-    token: str  # of this lock alone
-    inode: int = 0  # of the file that was created: a copy of it has another
+    token: str  # random, unique to this lock
+    inode: int = 0  # of the file that was created; a copy has another
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, started {self.started}"
 
 
 class RunLock:
-    """A lock that this process holds, and keeps beating until `release`."""
+    """A lock that this process holds; a thread writes its heartbeat until `release`."""
 
     def __init__(self, path: Path, file: int, owner: LockOwner, heartbeat_seconds: float) -> None:
         self._path, self._file, self._owner, self._heartbeat_seconds = path, file, owner, heartbeat_seconds
@@ -70,7 +71,7 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises RuntimeError if another start has taken the lock over, which took this process for dead."""
+        """Raise RuntimeError if the lock was removed or taken over by a start that found this process dead."""
         other = _parse(_read(self._path))
         if other is None or other.token != self._owner.token:
             raise RuntimeError(
@@ -80,7 +81,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Gives the lock back if it is still ours; a folder with nothing in it goes as well."""
+        """Remove the lock if it is still this process's, and the folder if it is empty then."""
         self._released.set()
         self._thread.join()
         os.close(self._file)
@@ -93,7 +94,7 @@ class RunLock:
         beats, counter = 0, len(_line(self._owner))
         while not self._released.wait(self._heartbeat_seconds):
             beats += 1
-            with suppress(OSError):  # the next may succeed
+            with suppress(OSError):  # the next heartbeat may succeed
                 os.pwrite(self._file, b"%020d" % beats, counter)
                 os.fsync(self._file)
 
@@ -104,10 +105,10 @@ def acquire(
     sleep: Callable[[float], None] = time.sleep,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
 ) -> RunLock:
-    """The lock on `folder`, which is made if need be.
+    """Lock `folder`, which is created if it does not exist.
 
-    log: is told when it takes a while. sleep: waits for so many seconds.
-    Raises RuntimeError if a run that lives has it, or the folder cannot be written to.
+    log: prints a line before a long wait. sleep: waits for a number of seconds.
+    Raises RuntimeError if a live run holds the lock, or the folder cannot be written to.
     """
     path, own = folder / LOCK_NAME, current_owner()
     while True:
@@ -125,13 +126,12 @@ def acquire(
         other = _parse(content)
         dead = _is_dead(other, own, path) if other else None
         if content is not None and dead is None:
-            log(
-                f"{path} is of {other or 'an unknown run'}: up to {MISSED_HEARTBEATS * heartbeat_seconds:g} s to see if it lives"
-            )
+            seconds = MISSED_HEARTBEATS * heartbeat_seconds
+            log(f"{path} is of {other or 'an unknown run'}: up to {seconds:g} s to see if it lives")
             before, content = content, _watch(path, content, sleep, heartbeat_seconds)
             dead = content == before
         if content is None:
-            continue  # it has just been released
+            continue  # its owner has just released it
         if not dead:
             raise RuntimeError(
                 f"{folder} is in use by another run ({_parse(content) or path}); wait until that has ended, or choose"
@@ -143,9 +143,10 @@ def acquire(
 
 @contextmanager
 def locked(folder: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Inside, no other run writes to `folder`. Every rank enters, and gets a function that checks it; rank 0 holds it.
+    """Hold the lock on `folder` inside the block. Every rank enters and gets a function that checks the lock.
 
-    Raises RunError on every rank if the folder is another's.
+    Rank 0 holds it; on other ranks the check passes always.
+    Raises RunError on every rank if another run holds the lock.
     """
     lock = None
     with raise_on_all_ranks():
@@ -159,7 +160,7 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[Callable[[], No
 
 
 def current_owner() -> LockOwner:
-    """What is written into a lock of this process."""
+    """Return this process as the owner of a lock."""
     environ = os.environ
     job = environ.get("SLURM_JOB_ID", "")
     return LockOwner(
@@ -175,10 +176,10 @@ def current_owner() -> LockOwner:
 
 
 def _create(path: Path, owner: LockOwner) -> tuple[int, LockOwner] | None:
-    """The new file, open, and what is written there of its owner; None if there is a file already."""
+    """Create a lock's file and return it, open, with the owner it names; None if there is one already."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-    except (FileExistsError, FileNotFoundError):  # the latter if its folder has just been removed with a lock
+    except (FileExistsError, FileNotFoundError):  # the latter if another release has just removed the folder
         return None
     try:
         owner = replace(owner, inode=os.fstat(file).st_ino)
@@ -196,7 +197,7 @@ def _line(owner: LockOwner) -> bytes:
 
 
 def _read(path: Path) -> bytes | None:
-    """Opened anew, since NFS shows what others wrote to those who open a file."""
+    """Return a lock's content, None if there is none. Opens the file each time: NFS shows others' writes on open."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -204,7 +205,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse(content: bytes | None) -> LockOwner | None:
-    """The owner, unless the file is gone, is just being written, or is something else."""
+    """Return the owner that a lock names; None if the file is gone, is just being written, or is malformed."""
     try:
         return LockOwner(**json.loads((content or b"").partition(b"\n")[0]))
     except (ValueError, TypeError):
@@ -212,7 +213,7 @@ def _parse(content: bytes | None) -> LockOwner | None:
 
 
 def _is_dead(other: LockOwner, own: LockOwner, path: Path) -> bool | None:
-    """None if that cannot be told from here."""
+    """Return whether a lock's owner is dead; None if this machine cannot tell."""
     if other.machine == own.machine:
         if not _is_alive(other):
             return True
@@ -237,7 +238,7 @@ def _is_alive(owner: LockOwner) -> bool:
 
 
 def _start_ticks(process: int) -> int | None:
-    """The process's start in clock ticks; -1 if it has ended and only waits to be reaped, None if that is hidden."""
+    """Return a process's start in clock ticks; -1 if it is a zombie, None if its /proc entry is not readable."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -246,7 +247,7 @@ def _start_ticks(process: int) -> int | None:
 
 
 def _watch(path: Path, content: bytes, sleep: Callable[[float], None], heartbeat_seconds: float) -> bytes | None:
-    """What a lock's file holds as soon as that is something else, or at the end of all looks."""
+    """Return a lock's content as soon as it changes, or `content` after all reads."""
     for _ in range(MISSED_HEARTBEATS):
         sleep(heartbeat_seconds)
         latest = _read(path)

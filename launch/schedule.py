@@ -1,4 +1,4 @@
-"""What each step of a run gets: its learning rate, the decay of its moving average, and whether it ends an interval."""
+"""The schedule of a run as pure functions of the step: learning rate, EMA decay, ends of intervals."""
 
 import math
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from launch.config import LR_REFERENCE_BATCH_SIZE, OptimizerSection
 
 @dataclass(frozen=True)
 class Schedule:
-    """A cosine with a linear warm-up before it. Rates are final: already scaled with the global batch."""
+    """A linear warm-up followed by a cosine. Learning rates are scaled with the global batch already."""
 
     peak_lr: float
-    warmup_lr: float  # the rate of the first step
-    min_lr: float  # what the cosine would reach one step after the last
+    warmup_lr: float  # of the first step
+    min_lr: float  # the cosine would reach it one step after the last
     warmup_steps: int
     steps: int
 
 
 def make_schedule(optimizer: OptimizerSection, samples: int) -> Schedule:
-    """The schedule of a run over `samples` images an epoch; the three rates scale with global batch / 512."""
+    """Return the schedule of a run with `samples` images per epoch. Learning rates scale with global batch / 512."""
     scale = optimizer.global_batch_size / LR_REFERENCE_BATCH_SIZE
     return Schedule(
         peak_lr=optimizer.lr * scale,
@@ -30,7 +30,7 @@ def make_schedule(optimizer: OptimizerSection, samples: int) -> Schedule:
 
 
 def lr_at(step: int, schedule: Schedule) -> float:
-    """The learning rate of a step, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     if step < schedule.warmup_steps:
         return schedule.warmup_lr + (schedule.peak_lr - schedule.warmup_lr) * step / schedule.warmup_steps
     progress = (step - schedule.warmup_steps) / (schedule.steps - schedule.warmup_steps)
@@ -38,15 +38,15 @@ def lr_at(step: int, schedule: Schedule) -> float:
 
 
 def ema_decay_at(step: int, optimizer: OptimizerSection) -> float:
-    """The decay with which a moving average takes in the weights after a step, counted from 0.
+    """Return the decay of the EMA's update after a step, counted from 0.
 
-    With optimizer.ema_warmup at most (1 + step) / (10 + step), as TensorFlow's ExponentialMovingAverage has it for
-    `num_updates`: the average is then over about the last tenth of the steps, until that is as many as the decay asks
-    for. timm's warm-up (power 2/3) would reach 0.99982 after 414,000 steps; 300 epochs of ImageNet have 375,000.
+    With optimizer.ema_warmup it is at most (1 + step) / (10 + step), as with `num_updates` of TensorFlow's
+    ExponentialMovingAverage: the EMA then covers about the last tenth of the steps, until the configured decay is
+    smaller. timm's warm-up (power 2/3) would reach 0.99982 after 414,000 steps; 300 epochs of ImageNet have 375,000.
     """
     return min(optimizer.ema_decay, (1 + step) / (10 + step)) if optimizer.ema_warmup else optimizer.ema_decay
 
 
 def ends_interval(step: int, global_batch_size: int, interval: float) -> bool:
-    """Whether this step, counted from 0, is the first to complete another `interval` of samples."""
+    """Return whether a step, counted from 0, completes another `interval` of samples."""
     return (step + 1) * global_batch_size // interval > step * global_batch_size // interval

@@ -1,10 +1,10 @@
-"""Trains PolaFormer++: the story of a run, top to bottom.
+"""Train PolaFormer++: a run from start to end, top to bottom.
 
     deepspeed launch/train.py --config configs/X.yaml [key=value …]
     torchrun --standalone --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
-Started again with the same command, a run goes on from its newest whole checkpoint, in the middle of an epoch too.
+The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too.
 """
 
 import os
@@ -12,10 +12,10 @@ import sys
 
 from launch.interrupt import exit_on_interrupt
 
-# The imports below take 4 s, and half a minute on a slow machine: nobody should wait for the first line that long.
-# Which rank this is, `read_rank_info` knows better; it is not imported yet.
+# The imports below take 4 s, and half a minute on a slow machine; the first line appears before them. `read_rank_info`
+# is not imported yet, so the rank is read from the environment.
 if __name__ == "__main__":
-    exit_on_interrupt("; the same command goes on from the last checkpoint, if there is one")
+    exit_on_interrupt("; the same command resumes from the last checkpoint, if there is one")
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
@@ -38,20 +38,19 @@ from dataio.loader import EvalLoader, TrainLoader
 from dataio.urls import redact_url
 from launch import checkpoint
 from launch.checkpoint import RunState
-from launch.config import Config, EngineSection, dump_config, load_config
+from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
-    RunError,
-    abort_process,
+    RankInfo,
     broadcast_object,
     default_device_type,
-    destroy_process_group,
     get_local_world_size,
-    init_distributed,
+    print_rank_0,
     raise_on_all_ranks,
-    read_rank_info,
+    run_distributed,
 )
 from launch.ema import ModelEma
 from launch.engine import (
+    Engine,
     build_model,
     check_engine,
     seed_step,
@@ -68,61 +67,41 @@ from launch.plan import Plan, describe, make_plan
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, ends_interval, lr_at
 
-EXIT_REFUSED = 2  # exit status: the run was given something that cannot work; nothing was lost
-
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        rank_info = read_rank_info(os.environ)
-    except ValueError as error:  # of this rank alone: there is no group yet
-        return report_error(error, rank=0)
-    rank, device_type, fault = rank_info.rank, default_device_type(), None
+    """Train as the command line says; return the exit status."""
+    arguments, device_type = parse(argv), default_device_type()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        timeout = config.engine.timeout_minutes
     except (ValueError, OSError) as error:
-        if rank_info.world_size == 1:
-            return report_error(error, rank)
-        # Launchers end all ranks as soon as one has ended: they meet, so that rank 0 has said why by then.
-        fault, timeout = error, EngineSection().timeout_minutes
-    else:
-        print_rank_0(
-            f"starting {config.model.name}, world size {rank_info.world_size} ({device_type}): loading DeepSpeed", rank
+        timeout = timedelta(minutes=EngineSection().timeout_minutes)
+        return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error)
+    timeout = timedelta(minutes=config.engine.timeout_minutes)
+    return run_distributed(partial(start, config), device_type, timeout, title=config.model.name)
+
+
+def start(config: Config, rank_info: RankInfo, device: torch.device) -> int:
+    """Start or resume a run on all ranks, train to its last step and return exit status 0.
+
+    Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other.
+    """
+    rank, local_world_size = rank_info.rank, get_local_world_size()
+    print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
+    with raise_on_all_ranks():
+        plan = make_plan(config, rank, rank_info.world_size, local_world_size)
+        check_engine(config, plan)
+        augment = BatchAugment(
+            plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
         )
-    try:
-        device = init_distributed(rank_info, device_type, timedelta(minutes=timeout))
-    except (ValueError, RuntimeError) as error:  # of this rank alone, too
-        return report_error(error, rank=0)
-    try:
-        with raise_on_all_ranks():
-            if fault is not None:
-                raise fault
-        local_world_size = get_local_world_size()
-        print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
-        with raise_on_all_ranks():
-            plan = make_plan(config, rank, rank_info.world_size, local_world_size)
-            check_engine(config, plan)
-            augment = BatchAugment(
-                plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
-            )
-        with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
-            run = prepare(config, plan, device, check_lock)
-            with contextlib.closing(run.monitor), contextlib.closing(run.loader):
-                train(run, augment)
-    except RunError as error:
-        status = report_error(error, rank)
-        torch.distributed.barrier()
-        destroy_process_group()
-        return status
-    except Exception:
-        abort_process()
-    destroy_process_group()
+    with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
+        run = prepare(config, plan, device, check_lock)
+        with contextlib.closing(run.monitor), contextlib.closing(run.loader):
+            train(run, augment)
     return 0
 
 
 def train(run: "Run", augment: BatchAugment) -> None:
-    """From where the run stands to its last step."""
+    """Train from the run's current step to its last one."""
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
     for step in range(run.state.step, plan.steps):
@@ -132,14 +111,12 @@ def train(run: "Run", augment: BatchAugment) -> None:
         for _ in range(config.optimizer.gradient_accumulation_steps):
             with monitor.data_wait():
                 batch = next(run.loader)
-            for broken in batch.substituted:
-                monitor.warn(
-                    f"sample {broken.substitute} stands for {plan.train.describe(broken.sample)}: {broken.reason}"
-                )
+            for bad in batch.substituted:
+                monitor.warn(f"sample {bad.substitute} stands for {plan.train.describe(bad.sample)}: {bad.reason}")
             images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
-            engine.step()  # updates at the boundary only
+            engine.step()  # updates the weights in the last micro-step only
             monitor.add(loss.detach(), len(images))  # stays on the device
         sync_batchnorm_buffers(engine.module)
         run.ema.update(engine, ema_decay_at(step, config.optimizer))
@@ -147,10 +124,11 @@ def train(run: "Run", augment: BatchAugment) -> None:
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
         saving = is_due(step, config.checkpoint.every_epochs, plan)
-        # Refuses to go on, and so to save, if the loss or too much data is lost; which is counted anew in each epoch.
+        # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. These are
+        # counted anew in each epoch, so the last step of an epoch writes too.
         if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
-            monitor.write(step, lr, norm, run.loader.bad_samples)  # our only wait for the device
+            monitor.write(step, lr, norm, run.loader.bad_samples)  # our only synchronization with the device
         with monitor.paused():
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:
@@ -160,19 +138,19 @@ def train(run: "Run", augment: BatchAugment) -> None:
 
 @dataclass
 class Run:
-    """What a run is made of. Every rank has one and calls every method; rank 0's writes."""
+    """The parts of a run. Every rank has one and calls every method; rank 0 writes."""
 
     config: Config
     plan: Plan
-    engine: Any  # DeepSpeed's
+    engine: Engine
     ema: ModelEma
     loader: TrainLoader
     monitor: Monitor
-    state: RunState  # as last saved, or at the beginning
-    check_lock: Callable[[], None]  # raises RuntimeError if another run writes to the folder
+    state: RunState  # as last saved, or initially
+    check_lock: Callable[[], None]  # raises RuntimeError if another run has locked the folder
 
     def evaluate(self, step: int) -> float:
-        """Scores weights and EMA on all validation images after `step`, counted from 0; the better top-1, percent."""
+        """Evaluate weights and EMA after `step`, counted from 0; return the better top-1 accuracy in percent."""
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
@@ -194,9 +172,9 @@ class Run:
         return max(scores["eval/top1"], scores["eval_ema/top1"])
 
     def save(self, step: int, top1: float) -> None:
-        """Writes a checkpoint after `step`, counted from 0; `best` names it if none was evaluated better.
+        """Write a checkpoint after `step`, counted from 0; `best` names it if no earlier one has a better top-1.
 
-        top1: percent, of these weights; 0 if they were not evaluated.
+        top1: accuracy in percent; 0 if the weights were not evaluated.
         """
         best_top1 = max(top1, self.state.best_top1)
         is_best = top1 > self.state.best_top1
@@ -210,10 +188,10 @@ class Run:
 
 
 def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
-    """Everything that a run is made of, on its device, as the newest whole checkpoint left it if there is one.
+    """Return a run's parts on their device, in the state of the newest intact checkpoint if there is one.
 
-    Raises RunError on every rank if checkpoint, weights or kernels are not what the configuration asks for, or ranks
-    have different data.
+    Raises RunError on every rank if checkpoint, weights or kernels do not fit the configuration, or the ranks have
+    different data.
     """
     hashes = broadcast_object((plan.train.hash, plan.val.hash))
     with raise_on_all_ranks():
@@ -247,16 +225,16 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
         monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
-        log_run_header(config, plan, monitor, [*faults, *([f"goes on from {found}"] if found else [])])
+        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else [])])
     return Run(config, plan, engine, ema, loader, monitor, state, check_lock)
 
 
 def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
-    """The newest whole one, on all ranks the one that rank 0 sees, and what is wrong with newer ones.
+    """Return the newest intact checkpoint, on every rank the one that rank 0 sees, and the faults of newer ones.
 
-    Raises RunError on every rank if none is whole, or the folder is not one for a run to go on with.
+    Raises RunError on every rank if all are corrupt, or the folder was copied in a way that a run cannot resume from.
     """
-    found = None, []
+    found: tuple[Path | None, list[str]] = None, []
     with raise_on_all_ranks():
         if rank == 0:
             checkpoint.check_pointers(folder)
@@ -265,7 +243,7 @@ def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
-    """Raises ValueError if this rank's shards are others than rank 0's, whose manifests have these hashes."""
+    """Raise ValueError if this rank's manifests do not have these hashes, which are those of rank 0's."""
     for manifest, expected in zip((plan.train, plan.val), hashes, strict=True):
         if manifest.hash != expected:
             raise ValueError(
@@ -275,7 +253,7 @@ def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
 
 
 def log_run_header(config: Config, plan: Plan, monitor: Monitor, notes: list[str]) -> None:
-    """Prints the effective configuration and what it comes to, and keeps it with the run; names what changed."""
+    """Print the effective configuration and the plan, and what changed since the last start; save config.yaml."""
     text = redact_url(dump_config(config))
     path = config.output / "config.yaml"
     if plan.loader_options.rank == 0:
@@ -288,18 +266,18 @@ def log_run_header(config: Config, plan: Plan, monitor: Monitor, notes: list[str
 
 
 def diff_with_saved_config(path: Path, text: str) -> list[str]:
-    """What is another configuration now than in the file of the last start, which people may have edited."""
+    """Return a line for each difference to the configuration of the last start, which may be of an older version."""
     try:
         before = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         before = " ".join(str(error).split())
     if isinstance(before, dict):
-        return config_diff(before, yaml.safe_load(text))
+        return config_diff(translate_renamed_keys(before), yaml.safe_load(text))
     return [f"{path} held no configuration ({before}); written anew, what changed since the last start is unknown"]
 
 
 def config_diff(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
-    """A line for each key whose value is another than at the run's last start."""
+    """Return a line for each key whose value differs between the run's last start and now."""
     lines = []
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
@@ -311,7 +289,7 @@ def config_diff(before: dict[str, Any], now: dict[str, Any], section: str = "") 
 
 
 def compare_ema(weights: float, ema: float) -> str:
-    """Advice on what to evaluate and export, by their top-1 in percent."""
+    """Return advice on which to evaluate and export, weights or EMA, by their top-1 accuracy in percent."""
     if ema >= weights:
         return f"the EMA is as good or better ({ema:.2f} % against {weights:.2f} %): launch.evaluate and export take it"
     return (
@@ -321,30 +299,19 @@ def compare_ema(weights: float, ema: float) -> str:
 
 
 def checkpoint_folder(config: Config) -> Path:
+    """Return the folder of a run's checkpoints."""
     return config.output / "checkpoints"
 
 
 def is_due(step: int, every_epochs: float, plan: Plan) -> bool:
-    """Whether something that happens every so many epochs, and at the end, happens after `step`, counted from 0."""
+    """Return whether an action due every `every_epochs` epochs, and at the end, is due after `step` (from 0)."""
     last = step + 1 == plan.steps
     return last or ends_interval(step, plan.loader_options.global_batch_size, every_epochs * plan.samples_per_epoch)
 
 
-def print_rank_0(line: str, rank: int) -> None:
-    """Says on rank 0 what is being started, before there is a monitor."""
-    if rank == 0:
-        print(line, flush=True)
-
-
-def report_error(error: Exception, rank: int) -> int:
-    """Every rank ends alike; rank 0 says why."""
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return EXIT_REFUSED
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
+    """Return the command line's arguments."""
+    summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
         description=summary,

@@ -1,7 +1,7 @@
-"""YAML as people mean it, for a pydantic schema: where the schema wants text, the text stays as it was written.
+"""YAML for a pydantic schema: values that the schema types as text stay as written.
 
-YAML alone makes a number of `output: 2024`, a boolean of `on` and a date of `2024-05-01`, counts `0100` in eights and
-`1:30` in sixties, and takes the last of two values for one key. config.py reads its files and overrides with this.
+Plain YAML 1.1 turns `output: 2024` into a number, `on` into a boolean and `2024-05-01` into a date, reads `0100` as
+octal and `1:30` in base 60, and takes the last of two values for one key. config.py reads files and overrides with it.
 """
 
 import re
@@ -17,7 +17,7 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the numbers of YAML 1.2, of which `1e-3` is one, and without dates."""
+    """SafeLoader with the numbers of YAML 1.2, such as `1e-3`, and without dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -33,10 +33,10 @@ for _kind, _pattern in {
 
 
 def read_yaml(text: str | bytes, schema: Any, origin: str) -> Any:
-    """The plain value of a YAML document for `schema`, a type or a model; an empty section is {}.
+    """Return the value of a YAML document for `schema`, a type or a model; an empty section is {}.
 
-    Raises ValueError, one line that begins with `origin`, for what is no YAML, a key that is set twice, and an alias
-    within the value that it stands for.
+    Raises ValueError, one line that begins with `origin`, for invalid YAML, a key that is set twice, and an alias
+    within its own value.
     """
     try:
         loader = _Loader(text)
@@ -52,9 +52,9 @@ def read_yaml(text: str | bytes, schema: Any, origin: str) -> Any:
 
 
 def read_value(text: str, schema: Any, origin: str) -> Any:
-    """The value that `text`, from a command line, has for `schema`: where that wants text, itself. None for null.
+    """Return the value of `text` from a command line: the text itself if `schema` is text, else YAML. None for null.
 
-    `~` alone is the home folder where null is no value.
+    `~` alone is the home folder if the schema does not allow null.
     """
     if is_text(schema):
         is_null = text in _NULLS and (text != "~" or NoneType in _value_types(schema))
@@ -63,12 +63,12 @@ def read_value(text: str, schema: Any, origin: str) -> Any:
 
 
 def is_text(schema: Any) -> bool:
-    """Whether values of this type are strings or paths, or null."""
+    """Return whether values of this type are strings, paths or null."""
     return _value_types(schema) - {NoneType} <= {str, Path} and schema is not None
 
 
 def field_type(schema: Any, name: Any) -> Any:
-    """The type of a model's field; None where there is no such field, or `schema` is no model."""
+    """Return the type of a model's field, or None if there is no such field or `schema` is not a model."""
     field = schema.model_fields.get(name) if _is_model(schema) else None
     return None if field is None else field.annotation
 
@@ -78,7 +78,7 @@ def _is_model(schema: Any) -> bool:
 
 
 def _value_types(schema: Any) -> set[Any]:
-    """The types that values may have: `Literal["a"] | None` → {str, NoneType}."""
+    """Return the types that values may have: `Literal["a"] | None` → {str, NoneType}."""
     if get_origin(schema) is Annotated:
         return _value_types(get_args(schema)[0])
     if get_origin(schema) is Literal:
@@ -88,19 +88,18 @@ def _value_types(schema: Any) -> set[Any]:
 
 
 class _RepeatedKeyError(Exception):
-    pass
+    """A key that is set twice in one mapping."""
 
 
 def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
-    """The node with text in place of what YAML would make of scalars, where the schema wants text."""
+    """Return the node with scalars as plain text where the schema types them as text."""
     if isinstance(node, yaml.MappingNode):
-        _refuse_repeated_keys(node)
+        _check_repeated_keys(node)
         node.value = [(key, _as_written(value, _schema_under(key, schema))) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):  # of a model, only under <<
+    elif isinstance(node, yaml.SequenceNode):  # a list of models occurs only under <<
         node.value = [_as_written(item, schema if _is_model(schema) else None) for item in node.value]
-    elif node.tag == f"{_TAG}null" and (
-        _is_model(schema) or get_origin(schema) is dict
-    ):  # a section whose lines are all commented out
+    elif node.tag == f"{_TAG}null" and (_is_model(schema) or get_origin(schema) is dict):
+        # a section whose lines are all commented out
         return yaml.MappingNode(f"{_TAG}map", [], node.start_mark, node.end_mark)
     elif node.tag != f"{_TAG}null" and is_text(schema):
         return yaml.ScalarNode(f"{_TAG}str", node.value, node.start_mark, node.end_mark)
@@ -108,11 +107,12 @@ def _as_written(node: yaml.Node, schema: Any) -> yaml.Node:
 
 
 def _schema_under(key: yaml.Node, schema: Any) -> Any:
-    """The type of a key's value; what `<<` merges has that of the whole mapping."""
+    """Return the type of a key's value; the value of `<<` has the type of the whole mapping."""
     return schema if key.tag == f"{_TAG}merge" else field_type(schema, key.value)
 
 
-def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+def _check_repeated_keys(node: yaml.MappingNode) -> None:
+    """Raise _RepeatedKeyError if a mapping has a key twice."""
     lines: dict[str, int] = {}
     for key, _ in node.value:
         name, line = str(key.value), key.start_mark.line + 1

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains PolaFormer++ b4 on 8 GPUs a node. From the project's root:
+# Trains PolaFormer++ b4 on 8 GPUs per node. From the project's root:
 #
 #     sbatch slurm/train_b4.sh [key=value …]
 #     sbatch --nodes=2 slurm/train_b4.sh optimizer.gradient_accumulation_steps=2
 #
-# Options of sbatch win over the lines below; key=value goes to launch/train.py. The settings of your cluster
-# are in slurm/common.sh. Jobs of one name share the run's folder, so they wait for each other (singleton).
+# Options of sbatch override the lines below; key=value goes to launch/train.py. The settings of your cluster are in
+# slurm/common.sh. Jobs of one name share a run folder, so they wait for each other (singleton).
 #SBATCH --job-name=polaformerpp_b4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -122,7 +122,7 @@ class RemoteShards:
         return (
             f"waited {self._batch_timeout_seconds:g} s for shards of a batch, at last for"
             f" {redact_url(remote.file_url(shard_fetch.entry.path.name))}; check server and network, or read from fewer shards"
-            f" (data.shuffle_window_shards, --batch, --count){remote.cache.retry_policy.timeout_hint}"
+            f" (data.shuffle_window_shards, --batch-size, --count){remote.cache.retry_policy.timeout_hint}"
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Commands as people start them and as forks, a process group inside the test, and one small run for all tests."""
+"""Fixtures: commands as processes and as forks, a process group inside the test, and one small run for all tests."""
 
 import contextlib
 import json
@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch.distributed import TCPStore
 
+from dataio.pack.packer import PackOptions, pack
 from launch.config import Config, load_config
 from launch.distributed import destroy_process_group, find_free_port, init_distributed, read_rank_info
 
@@ -42,7 +43,7 @@ _OF_LAUNCHERS = ("SLURM_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
 
 @pytest.fixture
 def no_launcher() -> Iterator[None]:
-    """An environment without any launcher's variables; what the test adds to it is gone afterwards."""
+    """An environment without any launcher's variables, which is restored after the test."""
     before = dict(os.environ)
     for name in before:
         if name.startswith(_OF_LAUNCHERS):
@@ -54,14 +55,14 @@ def no_launcher() -> Iterator[None]:
 
 @pytest.fixture
 def alone(no_launcher) -> Iterator[torch.device]:
-    """A process group of this process only, over gloo; the CPU."""
+    """The CPU, with a gloo process group of this process alone."""
     yield init_distributed(read_rank_info(os.environ), "cpu", timedelta(hours=1))
     destroy_process_group()
 
 
 @pytest.fixture
 def no_file_larger_than() -> Callable[[int], contextlib.AbstractContextManager]:
-    """Returns a function: inside, to write more bytes to one file is an error of the system, "File too large"."""
+    """Returns a context manager: inside, a file above this size in bytes fails with "File too large"."""
 
     @contextlib.contextmanager
     def limit(size: int) -> Iterator[None]:
@@ -103,14 +104,14 @@ def command(environ) -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="session")
 def torchrun(command) -> Callable[..., subprocess.CompletedProcess]:
-    """Returns a function: the same on a number of ranks."""
+    """Returns a function: the same on a number of ranks, under torchrun."""
     return lambda ranks, *arguments: command(
         "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments
     )
 
 
 class Forks:
-    """forked_ranks.py, started when it is needed, and what it is asked to run."""
+    """Runs commands in forks of forked_ranks.py, which is started on first use."""
 
     def __init__(self, environ: dict[str, str], folders: pytest.TempPathFactory) -> None:
         self._environ, self._folders, self._server = environ, folders, None
@@ -143,7 +144,7 @@ class Forks:
         print(line, file=self._server.stdin, flush=True)
         if answer := self._server.stdout.readline():
             return int(answer)
-        raise RuntimeError("forked_ranks.py has ended; its last words are among the captured errors")
+        raise RuntimeError("forked_ranks.py has ended; its last output is among the captured errors")
 
     def close(self) -> None:
         if self._server is not None:
@@ -154,10 +155,10 @@ class Forks:
 
 @pytest.fixture(scope="session")
 def forked(environ, tmp_path_factory) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
-    """Returns a function: the same as `torchrun`, or as `command` for one rank, without the seconds of imports.
+    """Returns a function: the same as `torchrun`, or as `command` for one rank, without seconds of imports.
 
-    How a process ends, and what hash seeds change, is not seen: the runs that are resumed, and those that try a
-    launcher, are real processes. It has no GPU, so that forking is safe.
+    Forks do not show how a process ends or what hash seeds change: tests of resuming and of launchers use real
+    processes. There is no GPU, so forking is safe.
     """
     with contextlib.closing(Forks(environ | {"DS_ACCELERATOR": "cpu"}, tmp_path_factory)) as forks:
         yield forks
@@ -165,12 +166,36 @@ def forked(environ, tmp_path_factory) -> Iterator[Callable[..., subprocess.Compl
 
 @pytest.fixture(scope="session")
 def small_config(fashion_shards, tmp_path_factory) -> Path:
-    """A file that configures a run of b0 on `fashion_shards`, all but its output."""
+    """The configuration file of a small run of b0 on `fashion_shards`, without its output."""
     tree = yaml.safe_load(SMALL_RUN)
     tree["data"] |= {part: str(fashion_shards / part) for part in ("train", "val")}
     path = tmp_path_factory.mktemp("configs") / "small.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture(scope="session")
+def small_shards(fashion, tmp_path_factory) -> Path:
+    """Folder with `train` and `val`: 167 and 37 images of `fashion`."""
+    root = tmp_path_factory.mktemp("small_shards")
+    pack(fashion, root / "train", PackOptions(val_percent=60, split="train"))
+    pack(fashion, root / "val", PackOptions(val_percent=10, split="val"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def train_arguments() -> Callable[..., list[str]]:
+    """Returns a function: folder of shards, output, overrides → arguments of launch/train.py.
+
+    They make 11 steps over 2 epochs of `small_shards`, with everything on that draws random numbers.
+    """
+    return lambda shards, output, *more: [
+        *("--config", "configs/quickstart.yaml", f"output={output}"),
+        *(f"data.train={shards / 'train'}", f"data.val={shards / 'val'}", "data.threads=1", "model.drop_path_rate=0.1"),
+        *("data.mixup=0.8", "data.cutmix=1.0", "data.reprob=0.25", "data.augmentation=rand-augment"),
+        *("optimizer.epochs=2", "optimizer.global_batch_size=32", "optimizer.gradient_accumulation_steps=2"),
+        *("checkpoint.every_epochs=0.4", "checkpoint.keep=3", "log.eval_every_epochs=1", "log.every_steps=1", *more),
+    ]
 
 
 @pytest.fixture

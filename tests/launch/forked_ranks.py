@@ -1,8 +1,8 @@
-"""Python scripts and modules on one rank or more, as forks of this process: it has imported what takes them seconds.
+"""Runs Python scripts and modules on one or more ranks, as forks of this process, which has imported the packages.
 
-Reads a start from each line of standard input, as JSON: {"ranks", "words": what follows `python`, "variables": of the
-environment, "output", "errors": files}. Answers with the exit status, and like torchrun ends all ranks when one fails
-(those that ignore SIGTERM are waited for).
+Reads a request from each line of standard input, as JSON: {"ranks", "words": what follows `python`, "variables": of the
+environment, "output", "errors": files}. Answers with the exit status. Like torchrun, it ends all ranks when one fails
+(and waits for those that ignore SIGTERM).
 """
 
 import atexit
@@ -15,7 +15,7 @@ import traceback
 from typing import NoReturn
 
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what is imported may print
+os.dup2(2, 1)  # imports may print
 
 import deepspeed  # noqa: F401
 import numpy as np
@@ -25,13 +25,13 @@ import launch.train  # noqa: F401
 
 
 def become(rank: int, start: dict) -> NoReturn:
-    """Runs the words in this process, and ends it."""
-    for descriptor, place in ((1, start["output"]), (2, start["errors"])):
-        os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND), descriptor)
+    """Runs the request as one rank in this process, and ends it."""
+    for descriptor, path in ((1, start["output"]), (2, start["errors"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(start["variables"])
     if start["ranks"] > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(start["ranks"]))
-    np.random.seed()  # otherwise all forks would draw alike
+    np.random.seed()  # otherwise all forks would draw the same numbers
     try:
         run(start["words"])
         status = 0
@@ -43,7 +43,7 @@ def become(rank: int, start: dict) -> NoReturn:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # to take the modules down first would be two seconds of copying shared memory
+    os._exit(status)  # tearing down the modules would take two seconds of copying shared memory
 
 
 def run(words: list[str]) -> None:
@@ -58,7 +58,7 @@ def run(words: list[str]) -> None:
 
 
 def wait(ranks: set[int]) -> int:
-    """The first exit status that is not 0, if there is one."""
+    """Waits for all ranks and returns the first exit status that is not 0, else 0."""
     failed = 0
     while ranks:
         ended, status = os.wait()

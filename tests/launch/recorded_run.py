@@ -1,6 +1,6 @@
-"""launch/train.py, which also writes down the samples that each rank computed: recorded_run.py RECORD [arguments].
+"""launch/train.py that also records the samples of each rank: recorded_run.py RECORD [arguments].
 
-With HOLD_AT in the environment it goes no further than the batch of that position, and waits there to be killed.
+With HOLD_AT in the environment it stops at the batch of that position, and waits to be killed.
 """
 
 import json

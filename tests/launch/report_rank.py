@@ -1,4 +1,4 @@
-"""What each launcher's test starts: joins the group, and writes what it found to FOLDER/RANK.json.
+"""Joins the process group and writes rank, device and address to FOLDER/RANK.json; for the tests of launchers.
 
 usage: report_rank.py cpu|cuda FOLDER (deepspeed puts --local_rank=N before them)
 """

@@ -1,4 +1,4 @@
-"""launch/train.py where each rank has a folder of its own, as on machines: run_in_own_folder.py TOP [arguments].
+"""launch/train.py with a working folder per rank, as on separate machines: run_in_own_folder.py TOP [arguments].
 
 Rank N works in TOP/N, so that relative paths in the configuration are its own.
 """

@@ -1,10 +1,11 @@
-"""Which checkpoint a run goes on from: the newest whole one, told by its manifest. On the files of a real run."""
+"""Checkpoints of a real run: the newest intact one is found, corrupt ones are passed over, failed saves leave none."""
 
 import json
 import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,12 @@ from launch.engine import build_model, start_engine
 from launch.plan import make_plan
 from polaformer.weights import save_weights
 
+OLD_RUN = Path(__file__).with_name("old_run")
+
 
 @pytest.fixture
 def folder(trained_run, tmp_path):
-    """The real run's two checkpoints, to be damaged."""
+    """A copy of the real run's two checkpoints, which tests may damage."""
     shutil.copytree(trained_run / "checkpoints", tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
@@ -44,7 +47,7 @@ def optimizer_file(newest):
     return next((newest / "engine").glob("*optim_states.pt"))
 
 
-def test_the_newest_is_taken_and_latest_names_it(folder):
+def test_latest_names_the_newest_checkpoint(folder):
     newest, faults = checkpoint.find_newest(folder)
     assert newest.name == names(folder)[-1] == (folder / "latest").read_text().strip()
     assert faults == []
@@ -57,6 +60,15 @@ def test_the_manifest_names_every_file(folder):
     assert {checkpoint.MODEL_NAME, checkpoint.EMA_NAME, checkpoint.STATE_NAME} < files
 
 
+def test_the_state_has_the_keys_of_the_first_version(folder):
+    """Those of old_run/state.json, which an older version wrote."""
+    newest, _ = checkpoint.find_newest(folder)
+    old, new = (json.loads(path.read_text()) for path in (OLD_RUN / "state.json", newest / checkpoint.STATE_NAME))
+    assert list(new) == list(old)
+    assert (new["classes"], new["ranks"], new["step"]) == (10, 1, int(newest.name.removeprefix("step-")))
+    assert set(new["loader"]) == set(old["loader"])
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -67,7 +79,7 @@ def test_the_manifest_names_every_file(folder):
         (lambda newest: (newest / checkpoint.MANIFEST_NAME).unlink(), "cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(folder, damage, message):
+def test_a_corrupt_checkpoint_is_passed_over(folder, damage, message):
     older, newer = names(folder)
     damage(folder / newer)
     found, [fault] = checkpoint.find_newest(folder)
@@ -75,7 +87,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, damage, message):
     assert re.search(message, fault)
 
 
-def test_nothing_whole_is_an_error_and_nothing_at_all_is_not(folder, tmp_path):
+def test_only_corrupt_checkpoints_are_an_error_and_none_at_all_are_not(folder, tmp_path):
     for name in names(folder):
         truncate(folder / name / checkpoint.MODEL_NAME)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*; .* Move the folder away to start anew"):
@@ -83,7 +95,7 @@ def test_nothing_whole_is_an_error_and_nothing_at_all_is_not(folder, tmp_path):
     assert checkpoint.find_newest(tmp_path / "nothing") == (None, [])
 
 
-def test_an_unfinished_checkpoint_is_not_seen(folder):
+def test_an_unfinished_checkpoint_is_ignored(folder):
     shutil.copytree(folder / names(folder)[-1], folder / ".step-99999999")
     newest, _ = checkpoint.find_newest(folder)
     assert newest.name == names(folder)[-1]
@@ -102,7 +114,7 @@ def test_the_best_is_kept_besides_the_newest(alone, folder, tmp_path):
     assert not list(folder.glob(".*"))
 
 
-def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
+def test_a_corrupt_checkpoint_does_not_count_as_kept(alone, folder):
     older, newer = names(folder)
     truncate(folder / newer / checkpoint.MODEL_NAME)
     checkpoint.mark_best_and_prune(folder / older, is_best=False, keep=1)
@@ -111,7 +123,7 @@ def test_a_damaged_checkpoint_does_not_take_a_whole_ones_place(alone, folder):
 
 @pytest.fixture
 def begin(alone, configure):
-    """Returns a function: overrides → an engine on its way, its moving average, and its state after one step."""
+    """Returns a function: overrides → an engine, its EMA, and the state of a run after one step."""
 
     def start(*overrides):
         config = configure(*overrides)
@@ -125,8 +137,8 @@ def begin(alone, configure):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_settings_are_the_configurations_and_not_the_checkpoints(begin, tmp_path, stage):
-    """A run that goes on with another clipping and decay gets them, whatever the optimizer was saved with."""
+def test_hyperparameters_are_the_configurations_and_not_the_checkpoints(begin, tmp_path, stage):
+    """A run that resumes with another clipping and weight decay uses them, whatever the optimizer was saved with."""
     staged = f"engine.zero_stage={stage}"
     engine, ema, state = begin(staged, "optimizer.max_grad_norm=1.0", "optimizer.weight_decay=0.05")
     saved = checkpoint.save(tmp_path, engine, ema, state, {})
@@ -137,7 +149,7 @@ def test_settings_are_the_configurations_and_not_the_checkpoints(begin, tmp_path
     assert getattr(engine.optimizer, "clip_grad", 0.25) == 0.25
 
 
-def test_files_of_a_rank_that_are_not_there(begin, tmp_path):
+def test_missing_files_of_a_rank_are_an_error(begin, tmp_path):
     engine, ema, state = begin()
     with pytest.raises(RunError, match="holds the optimizer's state of 1 ranks out of 2; put the run's output folder"):
         checkpoint.save(tmp_path, engine, ema, replace(state, world_size=2), {})
@@ -145,17 +157,17 @@ def test_files_of_a_rank_that_are_not_there(begin, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_disk_that_takes_no_more(begin, tmp_path, no_file_larger_than, stage):
-    """What is there stays and is the newest, nothing is left of the new one, and with room the same engine saves."""
+def test_a_full_disk_leaves_earlier_checkpoints_intact(begin, tmp_path, no_file_larger_than, stage):
+    """The earlier one stays the newest, nothing of the new one is left, and with space the engine saves again."""
     engine, ema, state = begin(f"engine.zero_stage={stage}")
     first = checkpoint.save(tmp_path, engine, ema, state, {})
     before = sorted(tmp_path.rglob("*"))
-    with no_file_larger_than(2**20), pytest.raises(RunError) as refusal:
+    with no_file_larger_than(2**20), pytest.raises(RunError) as error:
         checkpoint.save(tmp_path, engine, ema, replace(state, step=2), {})
     assert re.fullmatch(
         f"cannot write a checkpoint in {tmp_path}: File too large; it needs 127 MiB, [0-9,]+ MiB are free. Make room"
-        " and start again: the run goes on from step-00000001",
-        str(refusal.value),
+        " and start again: the run resumes from step-00000001",
+        str(error.value),
     )
     assert sorted(tmp_path.rglob("*")) == before
     assert checkpoint.find_newest(tmp_path) == (first, [])
@@ -163,7 +175,7 @@ def test_a_disk_that_takes_no_more(begin, tmp_path, no_file_larger_than, stage):
     assert checkpoint.find_newest(tmp_path) == (second, [])
 
 
-def test_what_hinders_safetensors_is_said(begin, tmp_path, no_file_larger_than):
+def test_a_failed_safetensors_write_has_the_systems_reason(begin, tmp_path, no_file_larger_than):
     _, ema, _ = begin()
     with (
         no_file_larger_than(2**20),
@@ -173,14 +185,14 @@ def test_what_hinders_safetensors_is_said(begin, tmp_path, no_file_larger_than):
         save_weights(ema.module.state_dict(), tmp_path / "model.safetensors", {})
 
 
-def test_the_room_that_is_asked_for_is_that_of_a_checkpoint(begin, folder):
+def test_the_required_space_is_that_of_a_checkpoint(begin, folder):
     saved, _ = checkpoint.find_newest(folder)
     taken = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
     _, ema, _ = begin()
     assert taken <= checkpoint._expected_bytes(ema) < 1.02 * taken
 
 
-def test_what_killed_runs_were_writing_is_removed(begin, folder):
+def test_leftovers_of_killed_runs_are_removed(begin, folder):
     (folder / ".step-00000005-0123abcd" / "engine").mkdir(parents=True)
     (folder / ".step-00000004").mkdir()
     engine, ema, state = begin()
@@ -189,8 +201,8 @@ def test_what_killed_runs_were_writing_is_removed(begin, folder):
 
 
 @pytest.mark.parametrize("look", [1, 2])
-def test_a_folder_that_is_another_runs_by_now(begin, tmp_path, look):
-    """Nothing is written where that is seen first, and nothing gets its name where it is seen at the end."""
+def test_a_lost_lock_prevents_a_checkpoint(begin, tmp_path, look):
+    """Nothing is written if the first check fails, and nothing is renamed into place if the last one does."""
     looks = []
 
     def check_lock() -> None:
@@ -205,7 +217,7 @@ def test_a_folder_that_is_another_runs_by_now(begin, tmp_path, look):
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
 
-def test_everybody_may_read_weights_who_may_read_the_rest(begin, tmp_path):
+def test_weights_have_the_permissions_of_other_files(begin, tmp_path):
     saved = checkpoint.save(tmp_path, *begin(), {})
     modes = {(saved / name).stat().st_mode & 0o777 for name in ("state.json", "model.safetensors", "ema.safetensors")}
     umask = os.umask(0)
@@ -213,7 +225,7 @@ def test_everybody_may_read_weights_who_may_read_the_rest(begin, tmp_path):
     assert modes == {0o666 & ~umask}
 
 
-def test_what_a_state_continues():
+def test_an_incompatible_state_is_an_error():
     state = RunState(3, "polaformerpp_b0", 10, 2, 1, {}, 50.0)
     state.check_compatible(replace(state, step=0, best_top1=0.0))
     with pytest.raises(ValueError, match="has number of classes 10, this start has 12; start it with 10, or choose"):

@@ -1,4 +1,4 @@
-"""Every message of the schema, the way from file and command line to it and back, and the shipped configurations."""
+"""Messages of the schema, reading from file and command line, dumping, and the shipped configurations."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config import dump_config, load_config, parse_config
+from launch.config import RENAMED_KEYS, Config, dump_config, load_config, parse_config
+from launch.typed_yaml import field_type
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))
 SMALLEST = {"output": "runs/x", "data": {"train": "shards/train", "val": "shards/val"}}
 
-# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and max_grad_norm. All for 300
-# epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
+# Model: global batch, then the optimizer's lr, warmup_epochs, warmup_lr, min_lr, weight_decay and max_grad_norm. All
+# for 300 epochs at 224 × 224 pixels on 8 GPUs; b5 from scratch has b4's row.
 RECIPE = {
     "polaformerpp_b0": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
     "polaformerpp_b1": (8 * 256, 5e-4, 20, 5e-7, 1e-7, 0.05, 5.0),
@@ -30,6 +31,10 @@ def file(tmp_path) -> Path:
     path = tmp_path / "smallest.yaml"
     path.write_text(yaml.safe_dump(SMALLEST))
     return path
+
+
+def is_model(schema: object) -> bool:
+    return hasattr(schema, "model_fields")
 
 
 def explanation(path: Path, *overrides: str) -> str:
@@ -141,7 +146,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ),
         (
             "deepspeed.zero_optimization.elastic_checkpoint=true",
-            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run goes on with as many ranks as it",
+            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run resumes with as many ranks as it",
         ),
         ("deepspeed.checkpoint.load_universal=true", "deepspeed.checkpoint.load_universal cannot be used: checkpoints"),
         (
@@ -158,13 +163,64 @@ def explanation(path: Path, *overrides: str) -> str:
         ("data.mean=[1, 2", "override 'data.mean=[1, 2' is not YAML: while parsing a flow sequence"),
     ],
 )
-def test_an_override_that_cannot_be(file, override, message):
+def test_invalid_overrides(file, override, message):
     explained = explanation(file, override)
     assert explained.startswith(message)
     assert "\n" not in explained
 
 
-def test_what_must_be_set(tmp_path):
+RENAMED = [
+    ("data.order", "data.shuffle"),
+    ("data.window_shards", "data.shuffle_window_shards"),
+    ("data.max_broken", "data.max_bad_samples"),
+    ("data.flip_probability", "data.hflip"),
+    ("data.recipe", "data.augmentation"),
+    ("data.rand_augment.spread", "data.rand_augment.magnitude_std"),
+    ("data.rand_augment.layers", "data.rand_augment.num_layers"),
+    ("data.rand_augment.probability", "data.rand_augment.prob"),
+    ("data.eval_resize", "data.crop_mode (value short → center)"),
+    ("data.eval_crop_fraction", "data.crop_pct"),
+    ("data.mix_group", "data.mixup_group_size"),
+    ("data.mix_probability", "data.mixup_prob"),
+    ("data.switch_probability", "data.mixup_switch_prob"),
+    ("data.erase_probability", "data.reprob"),
+    ("optimizer.global_batch", "optimizer.global_batch_size"),
+    ("optimizer.accumulation", "optimizer.gradient_accumulation_steps"),
+    ("optimizer.clip", "optimizer.max_grad_norm"),
+    ("engine.bucket_elements", "engine.bucket_numel"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED)
+def test_an_old_key_names_the_new_one(file, old, new):
+    """In an override, and in a file beside other faults."""
+    assert explanation(file, f"{old}=1") == f"{old} is now {new}"
+    tree = yaml.safe_load(file.read_text())
+    section, names = tree, old.split(".")
+    for name in names[:-1]:
+        section = section.setdefault(name, {})
+    section[names[-1]] = 1
+    file.write_text(yaml.safe_dump(tree))
+    lines = explanation(file, "seed=-1").splitlines()
+    assert sorted(lines) == sorted([f"{old} is now {new}", "seed is -1: input should be greater than or equal to 0"])
+
+
+def test_every_renamed_key_is_tested_and_names_a_key_of_the_schema():
+    assert {old: new.partition(" ")[0] for old, new in RENAMED} == RENAMED_KEYS
+    for new in RENAMED_KEYS.values():
+        schema = Config
+        for name in new.split("."):
+            schema = field_type(schema, name)
+        assert schema is not None, new
+
+
+def test_a_value_of_the_old_version(file):
+    assert (
+        explanation(file, "data.crop_mode=short") == "data.crop_mode is 'short': input should be 'squash' or 'center'"
+    )
+
+
+def test_missing_required_keys(tmp_path):
     (tmp_path / "empty.yaml").touch()
     assert explanation(tmp_path / "empty.yaml", "data.val=x") == (
         "output is not set; set it in the file or on the command line as output=…\n"
@@ -172,7 +228,7 @@ def test_what_must_be_set(tmp_path):
     )
 
 
-def test_each_of_several_faults_has_its_line(file):
+def test_each_fault_has_a_line(file):
     lines = explanation(file, "optimizer.lr=-1", "modle.name=x", "data.hflip=no way", "seed=0.5").splitlines()
     assert [line.split(" is ")[0].split(";")[0] for line in lines] == [
         "seed",
@@ -198,13 +254,13 @@ def test_each_of_several_faults_has_its_line(file):
         (b"output", "bad.yaml holds no sections but 'output'"),
     ],
 )
-def test_a_file_that_is_no_configuration(tmp_path, content, message):
+def test_invalid_files(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_bytes(content)
     explained = explanation(tmp_path / "bad.yaml", "data.train=a", "data.val=b")
     assert re.search(message, explained)
 
 
-def test_no_such_file_lists_the_others(tmp_path):
+def test_a_missing_file_lists_the_others(tmp_path):
     with pytest.raises(FileNotFoundError, match="no configuration at .*/b4.yaml; there are: none in that folder$"):
         load_config(tmp_path / "b4.yaml", [])
     for name in ("two.yaml", "one.yaml", "notes.txt"):
@@ -213,7 +269,7 @@ def test_no_such_file_lists_the_others(tmp_path):
         load_config(tmp_path / "b4.yaml", [])
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(file):
+def test_overrides_precede_the_file_and_the_file_precedes_defaults(file):
     file.write_text(yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.25, "max_grad_norm": 2.0}, "seed": 3}))
     config = load_config(file, ["optimizer.max_grad_norm=", "seed=4", "seed=5", "engine.compile=true", "data.hflip=0"])
     assert (config.optimizer.lr, config.optimizer.max_grad_norm, config.optimizer.epochs) == (0.25, None, 300)
@@ -241,8 +297,8 @@ def test_merged_values_are_taken_as_written(tmp_path):
     assert (config.data.train, config.data.val, str(config.data.cache)) == ("0100", "on", "1e3")
 
 
-def test_a_tilde_alone(file):
-    """It is null, as in YAML, where that is a value, and the home folder elsewhere."""
+def test_a_lone_tilde(file):
+    """It is null, as in YAML, if the key may be null, else the home folder."""
     config = load_config(file, ["output=~", "data.train=~", "data.cache=~"])
     assert (config.output, config.data.train, config.data.cache) == (Path.home(), str(Path.home()), None)
 
@@ -266,8 +322,8 @@ def test_names_and_paths_in_a_file_are_taken_as_written(tmp_path, text):
     assert load_config(tmp_path / "x.yaml", [f"data={{train: {text}, val: y}}"]).data.train == written
 
 
-def test_the_home_folder_is_meant(tmp_path, monkeypatch):
-    """In overrides and files, at the beginning of folders; not in addresses, nor where YAML means null."""
+def test_a_leading_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    """In overrides and files, at the beginning of paths; not within URLs, nor where YAML means null."""
     monkeypatch.setenv("HOME", "/home/me")
     file = tmp_path / "x.yaml"
     file.write_text("output: ~/runs/x\ndata: {train: ~/data, val: https://host/~me/val, cache: ~}\n")
@@ -277,7 +333,7 @@ def test_the_home_folder_is_meant(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_editor(tmp_path):
-    """A byte-order mark, Windows' ends of lines, and a section whose lines are all commented out."""
+    """A byte-order mark, Windows line ends, and a section whose lines are all commented out."""
     text = "output: runs/x\ndata:\n  train: a\n  val: b\noptimizer:\n#  lr: 1\ndeepspeed:\n".replace("\n", "\r\n")
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbf" + text.encode())
     config = load_config(tmp_path / "x.yaml", ["optimizer.max_grad_norm=2"])
@@ -292,7 +348,7 @@ def test_numbers_are_those_of_yaml_1_2(file):
     assert config.deepspeed == {"communication_data_type": 1000.0}
 
 
-def test_offloading_that_was_asked_for_twice(file):
+def test_offloading_with_pytorchs_optimizer(file):
     override = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
     load_config(file, [override, "deepspeed.zero_force_ds_cpu_optimizer=false"])
 
@@ -325,7 +381,7 @@ def test_a_number_without_a_dot_in_the_file(file):
     assert (config.optimizer.lr, config.optimizer.eps) == (1e-3, 1e-7)
 
 
-def test_what_is_dumped_is_read_back(file):
+def test_a_dumped_configuration_is_read_back(file):
     config = load_config(
         file,
         [
@@ -347,7 +403,7 @@ def test_what_is_dumped_is_read_back(file):
     assert set(yaml.safe_load(text)) == set(type(config).model_fields)
 
 
-def test_a_configuration_cannot_be_changed(file):
+def test_configurations_are_immutable(file):
     config = load_config(file, [])
     with pytest.raises(ValueError, match="frozen"):
         config.optimizer.lr = 1.0
@@ -359,7 +415,17 @@ def test_a_shipped_configuration_loads_and_is_read_back(path):
     assert parse_config(yaml.safe_load(dump_config(config))) == config
 
 
-def test_each_recipe_is_shipped():
+def test_the_readme_names_every_key_and_override():
+    text = (CONFIGS / "README.md").read_text()
+    sections = [section for section in (field_type(Config, name) for name in Config.model_fields) if is_model(section)]
+    keys = {*Config.model_fields, *(key for section in sections for key in section.model_fields)}
+    assert {key for key in keys if f"`{key}`" not in text} == set()
+    overrides = re.findall(r"(?<=[` ])(?:data|optimizer|model|engine)\.[\w.]+=(?:\[[^]]*\]|\{[^}]*\}|[\w.-]+)", text)
+    assert len(overrides) > 5
+    load_config(CONFIGS / "polaformerpp_b4.yaml", overrides)
+
+
+def test_every_recipe_is_shipped():
     assert {path.stem for path in SHIPPED} == {*RECIPE, "quickstart"}
 
 

@@ -1,3 +1,5 @@
+"""Rank and world size from every launcher, joining the process group, and errors that all ranks share."""
+
 import json
 import os
 import re
@@ -12,12 +14,14 @@ import pytest
 import torch
 
 from launch.distributed import (
+    EXIT_ERROR,
     RankInfo,
     RunError,
     broadcast_object,
     init_distributed,
     raise_on_all_ranks,
     read_rank_info,
+    run_distributed,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +61,7 @@ REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these
         (DEEPSPEED | TORCHRUN, RankInfo(5, 1, 8, "environment")),
     ],
 )
-def test_each_launcher_is_read(environ, rank_info):
+def test_rank_and_world_size_of_each_launcher(environ, rank_info):
     assert read_rank_info(environ) == rank_info
 
 
@@ -77,23 +81,23 @@ def without(environ, name):
         (DEEPSPEED | {"LOCAL_RANK": "6"}, "rank 5 of 8 and local rank 6, which cannot be"),
     ],
 )
-def test_half_set_and_contradicting_variables_are_refused(environ, fault):
+def test_incomplete_and_contradictory_variables_are_errors(environ, fault):
     with pytest.raises(ValueError, match=f"{re.escape(fault)}.*; {REMEDY}$"):
         read_rank_info(environ)
 
 
-def test_another_device_type_is_refused():
+def test_an_unknown_device_type_is_an_error():
     with pytest.raises(ValueError, match='the device is "tpu"; use "cpu" or "cuda"'):
         init_distributed(read_rank_info({}), "tpu", MINUTE)
 
 
-def test_a_rank_without_a_gpu_is_refused():
+def test_a_rank_without_a_gpu_is_an_error():
     rank_info = RankInfo(rank=900, local_rank=900, world_size=1000, launcher="environment")
     with pytest.raises(RuntimeError, match="local rank 900 has no GPU, .*; start one rank per GPU"):
         init_distributed(rank_info, "cuda", MINUTE)
 
 
-def test_the_first_host_is_needed_where_there_is_no_scontrol(monkeypatch, tmp_path):
+def test_without_scontrol_the_address_must_be_set(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu[07-09]")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -122,8 +126,8 @@ HERE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         ),
     ],
 )
-def test_half_an_address_is_refused(no_launcher, address, kind, fault):
-    """At once: PyTorch would wait for a host that nobody knows as for one that is slow."""
+def test_an_incomplete_address_is_an_error(no_launcher, address, kind, fault):
+    """At once: PyTorch would wait for an unknown host as for a slow one."""
     os.environ.update(address)
     with pytest.raises(kind, match=f"^{fault}"):
         init_distributed(RankInfo(0, 0, 2, "environment"), "cpu", timedelta(hours=1))
@@ -137,7 +141,7 @@ def test_half_an_address_is_refused(no_launcher, address, kind, fault):
         ("srun", {}, r"export MASTER_PORT=\d+ before srun or sbatch"),
     ],
 )
-def test_a_port_that_is_taken(no_launcher, launcher, variables, remedy):
+def test_a_taken_port_is_an_error(no_launcher, launcher, variables, remedy):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
         os.environ.update(HERE | {"MASTER_PORT": port} | variables)
@@ -145,7 +149,7 @@ def test_a_port_that_is_taken(no_launcher, launcher, variables, remedy):
             init_distributed(RankInfo(0, 0, 2, launcher), "cpu", timedelta(hours=1))
 
 
-def test_ranks_that_do_not_come(no_launcher, free_port):
+def test_missing_ranks_are_an_error(no_launcher, free_port):
     os.environ.update(HERE | {"MASTER_PORT": str(free_port)})
     fault = (
         f"rank 0 did not meet the other ranks at 127.0.0.1, port {free_port}, within 0:00:01 .*; check that all 2 were"
@@ -156,7 +160,7 @@ def test_ranks_that_do_not_come(no_launcher, free_port):
 
 
 def clean_environment(folder, **more):
-    """This process's environment without any launcher's variables, and an empty place for compiled extensions."""
+    """This process's environment without any launcher's variables, and an empty folder for compiled extensions."""
     launchers = ("SLURM_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
     ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
@@ -164,21 +168,21 @@ def clean_environment(folder, **more):
 
 
 def report_ranks(launcher, device_type, folder, environ):
-    """Runs report_rank.py under a launcher's command; what each rank found, by rank."""
+    """Runs report_rank.py under a launcher's command and returns what each rank found, by rank."""
     done = subprocess.run([*launcher, REPORT_RANK, device_type, folder], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def launcher_command(name, ranks, port):
-    """torchrun or deepspeed of this Python's environment, also where that is not on the PATH."""
+    """torchrun or deepspeed of this Python's environment, even if that is not on the PATH."""
     command = str(Path(sys.executable).with_name(name))
     if name == "torchrun":
         return [command, "--standalone", f"--nproc-per-node={ranks}"]
     return [command, f"--num_accelerators={ranks}", "--master_addr=127.0.0.1", f"--master_port={port}"]
 
 
-def test_plain_python_is_one_rank_at_an_address_of_its_own(tmp_path):
+def test_plain_python_is_one_rank_with_its_own_port(tmp_path):
     # left over from another run, or exported by a batch script
     stale = {"MASTER_ADDR": "no-such-host", "MASTER_PORT": "1"}
     [found] = report_ranks([sys.executable], "cpu", tmp_path, clean_environment(tmp_path, **stale))
@@ -189,7 +193,7 @@ def test_plain_python_is_one_rank_at_an_address_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_two_ranks_meet(launcher, tmp_path, free_port):
+def test_two_ranks_join_one_group(launcher, tmp_path, free_port):
     environ = clean_environment(tmp_path, DS_ACCELERATOR="cpu")
     ranks = report_ranks(launcher_command(launcher, 2, free_port), "cpu", tmp_path, environ)
     assert len(ranks) == 2
@@ -200,8 +204,8 @@ def test_two_ranks_meet(launcher, tmp_path, free_port):
 
 
 @pytest.mark.slow
-def test_ranks_of_two_machines(tmp_path, free_port):
-    """One of them has a kernel that was started another time, as far as it can see."""
+def test_the_local_world_size_on_two_machines(tmp_path, free_port):
+    """One of them sees another boot id."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     (tmp_path / "boot_id").write_text(boot_id.read_text()[::-1])
     elsewhere = ["unshare", "--mount", "sh", "-c", f'mount --bind {tmp_path / "boot_id"} {boot_id} && exec "$@"', "sh"]
@@ -226,7 +230,8 @@ MEET_FAULTS = """
 import json, os, sys
 from datetime import timedelta
 from pathlib import Path
-from launch.distributed import RunError, broadcast_object, read_rank_info, init_distributed, destroy_process_group, raise_on_all_ranks
+from launch.distributed import RunError, broadcast_object, raise_on_all_ranks
+from launch.distributed import destroy_process_group, init_distributed, read_rank_info
 
 rank_info = read_rank_info(os.environ)
 init_distributed(rank_info, "cpu", timedelta(hours=1))
@@ -253,7 +258,7 @@ destroy_process_group()
 """
 
 
-def test_a_fault_is_known_to_every_rank(forked, tmp_path):
+def test_an_error_of_one_rank_is_raised_on_all(forked, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(MEET_FAULTS)
     finished = forked(2, script, tmp_path)
@@ -270,21 +275,74 @@ def test_a_fault_is_known_to_every_rank(forked, tmp_path):
         }
 
 
-def test_a_single_rank_is_not_named(alone):
+def test_the_error_of_a_single_rank_does_not_name_it(alone):
     with pytest.raises(RunError, match="^no such thing$"), raise_on_all_ranks():
         raise ValueError("no such thing")
     assert broadcast_object("mine") == "mine"
 
 
-def test_a_mistake_in_the_code_is_no_refusal(alone):
+def test_other_exceptions_pass_through(alone):
     with pytest.raises(KeyError), raise_on_all_ranks():
         raise KeyError("name")
+
+
+END_ALIKE = """
+import sys, time
+from datetime import timedelta
+from launch.distributed import get_local_world_size, raise_on_all_ranks, run_distributed
+
+def body(rank_info, device):
+    assert get_local_world_size() == 2
+    if sys.argv[1] == "status":
+        return 7
+    with raise_on_all_ranks():
+        if sys.argv[1] == "error" and rank_info.rank == 1:
+            raise ValueError("of rank 1")
+    raise KeyError("a mistake")
+
+fault = ValueError("of the arguments") if sys.argv[1] == "fault" else None
+sys.exit(run_distributed(body, "cpu", timedelta(hours=1), title="a test", fault=fault))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "message"),
+    [
+        ("status", 7, ""),
+        ("error", 2, "error: rank 1: of rank 1\n"),
+        ("fault", 2, "error: of the arguments\n"),
+    ],
+)
+def test_all_ranks_end_alike_and_rank_0_reports(forked, tmp_path, end, status, message):
+    script = tmp_path / "script.py"
+    script.write_text(END_ALIKE)
+    finished = forked(2, script, end)
+    assert (finished.returncode, finished.stderr) == (status, message)
+    announced = "" if end == "fault" else "starting a test, world size 2 (cpu): loading DeepSpeed\n"
+    assert finished.stdout == announced
+
+
+def test_other_exceptions_end_a_rank_with_their_traceback(forked, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(END_ALIKE)
+    finished = forked(2, script, "mistake")
+    assert finished.returncode == 1
+    assert "KeyError: 'a mistake'" in finished.stderr
+
+
+def test_a_single_rank_reports_a_fault_before_it_joins(no_launcher, capsys):
+    def body(rank_info, device):
+        raise AssertionError("is not called")
+
+    assert run_distributed(body, "cpu", timedelta(hours=1), fault=ValueError("bad arguments")) == EXIT_ERROR
+    assert capsys.readouterr() == ("", "error: bad arguments\n")
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_one_rank_per_gpu_meets_over_nccl(launcher, tmp_path, free_port):
+def test_one_rank_per_gpu_joins_over_nccl(launcher, tmp_path, free_port):
     gpus = torch.cuda.device_count()
     ranks = report_ranks(launcher_command(launcher, gpus, free_port), "cuda", tmp_path, clean_environment(tmp_path))
     assert len(ranks) == gpus

@@ -1,4 +1,4 @@
-"""BatchNorm statistics over ranks and weights over steps, on two real ranks."""
+"""BatchNorm statistics averaged over two real ranks, and the EMA of the weights."""
 
 import json
 
@@ -24,7 +24,7 @@ destroy_process_group()
 """
 
 
-def test_buffers_are_the_mean_over_ranks_and_weights_are_not_touched(forked, tmp_path):
+def test_buffers_are_averaged_over_ranks_and_weights_are_not(forked, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     finished = forked(2, script, tmp_path)

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, the model that is built, and that every ZeRO stage trains like plain PyTorch."""
+"""DeepSpeed's configuration, the initial model, and every ZeRO stage against plain PyTorch."""
 
 import json
 import re
@@ -23,8 +23,8 @@ def configured(fashion_shards, tmp_path):
     """Returns a function: overrides and ranks → configuration and plan over the small data set."""
 
     def build(*overrides: str, ranks: int = 1):
-        places = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
-        config = load_config(QUICKSTART, [*places, "optimizer.global_batch_size=32", *overrides])
+        paths = [f"data.train={fashion_shards / 'train'}", f"data.val={fashion_shards / 'val'}", f"output={tmp_path}"]
+        config = load_config(QUICKSTART, [*paths, "optimizer.global_batch_size=32", *overrides])
         return config, make_plan(config, 0, ranks)
 
     return build
@@ -60,11 +60,11 @@ def test_deepspeed_configuration(configured):
     }
 
 
-def test_no_clipping_is_said_as_zero(configured):
+def test_no_clipping_is_zero_in_deepspeed(configured):
     assert deepspeed_config(*configured("optimizer.max_grad_norm=null"))["gradient_clipping"] == 0.0
 
 
-def test_the_raw_section_wins_and_leaves_its_neighbours(configured):
+def test_the_raw_section_is_merged_key_by_key(configured):
     derived = deepspeed_config(
         *configured("deepspeed.zero_optimization.reduce_bucket_size=7", "deepspeed.dump_state=true")
     )
@@ -82,18 +82,18 @@ def test_the_raw_section_wins_and_leaves_its_neighbours(configured):
         ("wandb.enabled=true", "deepspeed.wandb needs the package wandb; install it, or leave the section out"),
     ],
 )
-def test_what_deepspeed_does_not_accept(alone, configured, override, message):
+def test_settings_that_deepspeed_rejects(alone, configured, override, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         check_engine(*configured(f"deepspeed.{override}"))
 
 
-def test_what_deepspeed_accepts(alone, configured):
-    """Its own way of writing numbers among it."""
+def test_settings_that_deepspeed_accepts(alone, configured):
+    """Numbers in DeepSpeed's own notation among them."""
     check_engine(*configured())
     check_engine(*configured("deepspeed.zero_optimization.reduce_bucket_size=1e7", "deepspeed.wandb.enabled=false"))
 
 
-def test_the_model_depends_on_the_seed_alone(configured):
+def test_initial_weights_depend_on_the_seed_only(configured):
     first, again, other = (
         build_model(*configured(f"seed={seed}"), torch.device("cpu")).state_dict() for seed in (1, 1, 2)
     )
@@ -101,7 +101,7 @@ def test_the_model_depends_on_the_seed_alone(configured):
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_weights_of_other_classes(configured, tmp_path):
+def test_weights_of_other_classes_need_a_new_head(configured, tmp_path):
     torch.save(build_model(*configured("model.num_classes=12"), torch.device("cpu")).state_dict(), tmp_path / "x.pth")
     starting = f"model.weights={tmp_path / 'x.pth'}"
     with pytest.raises(RuntimeError, match=r"size mismatch for head\.weight"):
@@ -110,8 +110,8 @@ def test_weights_of_other_classes(configured, tmp_path):
     assert model.num_classes == 10
 
 
-def test_weights_of_the_same_classes_in_another_order(configured, tmp_path):
-    """As exports of data in torchvision's order are, beside data packed in timm's."""
+def test_weights_of_reordered_classes_need_a_new_head(configured, tmp_path):
+    """As weights trained in torchvision's order of classes are, with data packed in timm's."""
     config, plan = configured()
     state, cpu = build_model(config, plan, torch.device("cpu")).state_dict(), torch.device("cpu")
     exchanged = plan.class_names[1::-1] + plan.class_names[2:]
@@ -126,8 +126,8 @@ def test_weights_of_the_same_classes_in_another_order(configured, tmp_path):
     build_model(*configured(starting, "model.new_head=true"), cpu)
 
 
-def test_what_decays(configured):
-    """Matrices, kernels, layer scales and polarity logits; no bias, and no weight of a norm."""
+def test_weight_decay_excludes_biases_and_norms(configured):
+    """It covers matrices, kernels, layer scales and polarity logits; no bias, and no weight of a norm."""
     config, plan = configured("optimizer.weight_decay=0.3")
     model = build_model(config, plan, torch.device("cpu"))
     spared, decayed = param_groups_weight_decay(model, config.optimizer.weight_decay)
@@ -147,7 +147,7 @@ def test_what_decays(configured):
     assert all(name.endswith(".bias") or ".norm" in name or name.startswith(("norm", "stem")) for name in spares)
 
 
-def test_steps_and_ranks_draw_differently():
+def test_every_step_and_rank_has_its_own_seed():
     def draw(*where):
         seed_step(*where)
         return torch.rand(4)

@@ -1,4 +1,4 @@
-"""The scripts that set up .venv, as far as they can be tried without installing anything."""
+"""The scripts that set up .venv, as far as they run without installing anything."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A checkout without .venv, of what environment.sh looks at."""
+    """A checkout without .venv, with the files that environment.sh reads."""
     for name in ("requirements.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
@@ -35,7 +35,7 @@ def test_the_scripts_are_clean():
         ({"POLAFORMER_INSTALLER": "conda"}, "POLAFORMER_INSTALLER is 'conda'; use uv or pip, or leave it out"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_made(project, variables, message):
+def test_unusable_settings_are_errors_before_anything_is_created(project, variables, message):
     command = ["bash", "-c", "source launch/environment.sh"]
     done = subprocess.run(command, cwd=project, env=os.environ | variables, capture_output=True, text=True)
     assert done.returncode == 2

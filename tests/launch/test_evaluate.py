@@ -1,4 +1,4 @@
-"""Accuracies against a plain loop over the same images, on one rank and on more; and what is refused, and how."""
+"""Accuracies against a plain loop over the same images, on one and on several ranks; and the command's errors."""
 
 import io
 import json
@@ -25,7 +25,7 @@ SCORES = ("top1", "top5", "loss")
 
 
 def plain_scores(model: nn.Module, folder: Path, transform) -> dict[str, float]:
-    """The same measures of images read one by one with PIL, prepared by timm and counted one by one."""
+    """Accuracies and loss of images that are read with PIL, prepared by timm and counted one by one."""
     manifest = load_manifest(folder)
     images = []
     for row in manifest.samples:
@@ -44,12 +44,12 @@ def plain_scores(model: nn.Module, folder: Path, transform) -> dict[str, float]:
 
 
 def assert_same_scores(report: dict, expected: dict) -> None:
-    """To the last image."""
+    """Compares accuracies exactly enough to notice a single image."""
     assert {name: report[name] for name in SCORES} == pytest.approx(expected, rel=1e-4)
 
 
 def pack_resized(files: list[Path], size: int, folder: Path) -> Path:
-    """These images, packed at a size at which evaluation has nothing to resize: DALI's pixels and PIL's are equal."""
+    """Packs images at a size that evaluation does not resize, so that DALI's and PIL's pixels are equal."""
     for file in files:
         target = folder / "images" / file.parent.name / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def pack_resized(files: list[Path], size: int, folder: Path) -> Path:
 
 @pytest.fixture
 def score(no_launcher, capsys):
-    """Returns a function, to be called once: the command in this process → its status, report and errors."""
+    """Returns a function, to be called once: arguments → exit status, report and errors of the command."""
 
     def run(*arguments: object) -> tuple[int, dict | None, str]:
         capsys.readouterr()
@@ -74,7 +74,7 @@ def score(no_launcher, capsys):
 
 @pytest.fixture(scope="module")
 def clothes(fashion) -> list[Path]:
-    """97 images of 10 classes: neither 3 ranks nor a batch of 7 or 32 divides them."""
+    """97 images of 10 classes: not divisible by 3 ranks, nor by a batch of 7 or 32."""
     return sorted(fashion.glob("*/*.png"))[::4][:97]
 
 
@@ -129,7 +129,7 @@ def test_known_logits(alone):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_model_stays_as_it_was(alone, training, precision):
+def test_the_model_keeps_its_mode_and_weights(alone, training, precision):
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2)).train(training)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
@@ -162,7 +162,7 @@ def test_a_run_on_one_rank(score, trained_run, val, ema, expected, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "prefix"), [("model", "eval"), ("ema", "eval_ema")])
-def test_it_is_what_the_run_measured_itself(score, trained_run, fashion_shards, kind, prefix):
+def test_it_equals_the_runs_own_evaluation(score, trained_run, fashion_shards, kind, prefix):
     lines = [json.loads(line) for line in (trained_run / "metrics.jsonl").read_text().splitlines()]
     measured = [line for line in lines if "eval/top1" in line][-1]
     _, report, _ = score("--weights", trained_run, "--data", fashion_shards / "val", "--kind", kind)
@@ -170,7 +170,7 @@ def test_it_is_what_the_run_measured_itself(score, trained_run, fashion_shards, 
         assert report[name] == pytest.approx(measured[f"{prefix}/{name}"], rel=1e-4), name
 
 
-def test_data_from_afar(score, trained_run, val, expected, tmp_path):
+def test_data_from_a_url(score, trained_run, val, expected, tmp_path):
     status, report, errors = score(
         *("--weights", trained_run, "--data", val.as_uri(), "--cache", tmp_path / "cache", "--cache-gib", 0.01)
     )
@@ -220,11 +220,13 @@ def test_official_weights_on_more_ranks_than_images(forked, official):
     assert (report["samples"], report["image_size"], report["top5"]) == (2, 224, 100)
     assert_same_scores(report, plain_scores(model, packed, timms_transform(model.pretrained_cfg, 224)))
     first, last = load_manifest(packed).classes
-    said = f"{weights} names no classes; its outputs are taken to be those of {packed}, from {first} to {last} in that"
-    assert finished.stderr.count(said) == 1
+    message = (
+        f"{weights} names no classes; its outputs are taken to be those of {packed}, from {first} to {last} in that"
+    )
+    assert finished.stderr.count(message) == 1
 
 
-def test_a_report_that_cannot_be_written(score, trained_run, val):
+def test_a_report_that_cannot_be_written_is_printed(score, trained_run, val):
     status, report, errors = score("--weights", trained_run, "--data", val, "--out", "/dev/full")
     assert status == 2
     assert report["samples"] == 97
@@ -253,16 +255,16 @@ def test_a_report_that_cannot_be_written(score, trained_run, val):
         (("--weights", "{empty}/b4.safetensors"), "no weights at {empty}/b4.safetensors; give a run's folder, o"),
     ],
 )
-def test_what_does_not_fit_is_refused(score, ema, val, official, shards, tmp_path, arguments, message):
-    places = {"ema": ema, "official": official[0], "photos": shards, "empty": tmp_path}
-    given = [argument.format(**places) if isinstance(argument, str) else argument for argument in arguments]
+def test_arguments_that_do_not_fit_are_errors(score, ema, val, official, shards, tmp_path, arguments, message):
+    paths = {"ema": ema, "official": official[0], "photos": shards, "empty": tmp_path}
+    given = [argument.format(**paths) if isinstance(argument, str) else argument for argument in arguments]
     status, report, errors = score("--weights", ema, "--data", val, *given)
     assert (status, report) == (2, None)
-    assert errors.startswith(f"error: {message.format(**places)}")
+    assert errors.startswith(f"error: {message.format(**paths)}")
     assert errors.count("\n") == 1
 
 
-def test_a_cache_that_is_too_small(score, ema, val, tmp_path):
+def test_too_small_a_cache_is_an_error(score, ema, val, tmp_path):
     cache = "--cache", tmp_path / "cache", "--cache-gib", 1e-5
     status, _, errors = score("--weights", ema, "--data", val.as_uri(), *cache)
     assert status == 2
@@ -270,7 +272,7 @@ def test_a_cache_that_is_too_small(score, ema, val, tmp_path):
     assert "at a time; allow it 0.01 (data.cache_gib, --cache-gib), or lower" in errors
 
 
-def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, configure):
+def test_weights_with_fewer_classes_than_the_data_are_an_error(score, ema, val, tmp_path, configure):
     metadata = make_model_metadata("polaformerpp_b0", load_manifest(val).classes[:9], configure().data)
     save_weights(load_file(ema), tmp_path / "nine.safetensors", metadata.safetensors_metadata())
     status, _, errors = score("--weights", tmp_path / "nine.safetensors", "--data", val)
@@ -278,8 +280,8 @@ def test_weights_with_fewer_classes_than_the_data(score, ema, val, tmp_path, con
     assert errors.startswith(f'error: class "Trouser" of {val} is not among the 9 classes of {tmp_path}/nine.safetens')
 
 
-def test_data_that_lack_classes(score, ema, trained, clothes, tmp_path):
-    """In the middle of the others: labels of the remaining ones are by name, those of the training."""
+def test_data_with_some_of_the_classes(score, ema, trained, clothes, tmp_path):
+    """Validation lacks classes in the middle; labels follow the names in training."""
     names = sorted({file.parent.name for file in clothes})
     kept = [file for file in clothes if file.parent.name in (names[1], names[4], names[8])]
     packed = pack_resized(kept, 32, tmp_path)
@@ -304,7 +306,7 @@ def test_an_unknown_model(capsys):
     assert "invalid choice: 'resnet50' (choose from" in capsys.readouterr().err
 
 
-def test_an_environment_that_contradicts_itself(score, monkeypatch, ema, val):
+def test_a_contradictory_environment_is_an_error(score, monkeypatch, ema, val):
     monkeypatch.setenv("RANK", "0")
     status, _, errors = score("--weights", ema, "--data", val)
     assert status == 2
@@ -312,6 +314,6 @@ def test_an_environment_that_contradicts_itself(score, monkeypatch, ema, val):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_no_gpu(no_launcher, capsys, ema, val):
+def test_a_missing_gpu_is_an_error(no_launcher, capsys, ema, val):
     assert main(["--weights", str(ema), "--data", str(val), "--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith("error: local rank 0 has no GPU, 0 are visible to it; start one")

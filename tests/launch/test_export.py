@@ -1,4 +1,4 @@
-"""The weights of a real run as timm loads them, in both of its ways."""
+"""The exported weights of a real run, as timm loads them from a file and from a folder."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def exported(trained_run, tmp_path_factory) -> Path:
     return target
 
 
-def test_timm_loads_the_file_and_the_folder_alike(exported, trained_run):
+def test_timm_loads_the_file_and_the_folder(exported, trained_run):
     newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
     trained = timm.create_model("polaformerpp_b0", num_classes=10)
     trained.load_state_dict(load_file(newest / checkpoint.EMA_NAME))
@@ -59,7 +59,7 @@ def test_timm_adapts_the_folder_to_other_classes_and_channels(exported):
     assert torch.equal(overlaid.head.weight, trained["head.weight"])
 
 
-def test_timm_knows_how_its_images_are_prepared(exported, fashion):
+def test_timm_prepares_images_alike(exported, fashion):
     model = timm.create_model(f"local-dir:{exported}", pretrained=True)
     resolved = timm.data.resolve_model_data_config(model)
     assert resolved == {
@@ -82,7 +82,7 @@ def test_both_kinds_of_weights(trained_run, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / checkpoint.EMA_NAME).read_bytes()
 
 
-def test_again_into_the_same_folder(trained_run, tmp_path):
+def test_an_export_replaces_the_last_one(trained_run, tmp_path):
     export(trained_run, tmp_path, "model")
     weights = export(trained_run, tmp_path, "ema")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -96,7 +96,7 @@ def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys
     assert {path.name for path in (run / "export").iterdir()} == {"config.json", "model.safetensors"}
 
 
-def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
+def test_the_newest_intact_checkpoint_is_exported(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     newest, _ = checkpoint.find_newest(run / "checkpoints")
     with open(newest / checkpoint.EMA_NAME, "r+b") as file:
@@ -110,7 +110,7 @@ def test_the_newest_whole_checkpoint_counts(trained_run, tmp_path):
 
 @pytest.mark.parametrize("named", ["best", "latest", "step-00000038", "step-00000075/ema.safetensors"])
 def test_the_command_takes_a_checkpoint(trained_run, tmp_path, capsys, named):
-    """And writes beside the run's checkpoints, as for the run."""
+    """The export lies beside the run's checkpoints, as if the run was named."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     assert main([str(run / "checkpoints" / named)]) == 0
     assert capsys.readouterr().out == f"{run / 'export' / 'model.safetensors'}\n"
@@ -126,7 +126,7 @@ def test_a_file_elsewhere_is_exported_beside_it(trained_run, tmp_path, capsys):
 def test_on_a_full_disk_the_last_export_stays(trained_run, tmp_path, capsys, no_file_larger_than):
     before = export(trained_run, tmp_path / "export", "model").read_bytes()
     with no_file_larger_than(2**20):
-        message = refusal(capsys, trained_run, "--to", tmp_path / "export")
+        message = error_of(capsys, trained_run, "--to", tmp_path / "export")
     assert message.startswith("error: [Errno 27] File too large")
     assert message.count("\n") == 1
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"config.json", "model.safetensors"}
@@ -149,28 +149,28 @@ def test_runs_do_not_share_an_export(tmp_path, monkeypatch, named, target):
     assert default_target(Path(named)) == Path(target)
 
 
-def refusal(capsys, *arguments: object) -> str:
+def error_of(capsys, *arguments: object) -> str:
     assert main([str(argument) for argument in arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     return printed.err
 
 
-def test_what_is_no_run_is_refused(trained_run, tmp_path, capsys):
-    assert refusal(capsys, tmp_path) == (
+def test_other_folders_are_errors(trained_run, tmp_path, capsys):
+    assert error_of(capsys, tmp_path) == (
         f"error: {tmp_path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}\n"
     )
-    assert refusal(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
+    assert error_of(capsys, tmp_path / "nowhere").startswith(f"error: no weights at {tmp_path / 'nowhere'}; give a run")
     torch.save({}, tmp_path / "official.pth")
-    assert refusal(capsys, tmp_path / "official.pth").endswith(
+    assert error_of(capsys, tmp_path / "official.pth").endswith(
         "is not of a run of ours; give a run's folder or one of its checkpoints\n"
     )
     assert not (tmp_path / "export").exists()
 
 
-def test_broken_checkpoints_are_refused(trained_run, tmp_path, capsys):
+def test_corrupt_checkpoints_are_errors(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run")
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert refusal(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
+    assert error_of(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
     assert not (run / "export").exists()

@@ -1,4 +1,4 @@
-"""Which file a path means: everything that lies in a run's folder, whole and as careless copies leave it."""
+"""The weights file that a path means, for everything in a run's folder, intact and damaged by copying."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def run(trained_run, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "name"), [("ema", EMA_NAME), ("model", MODEL_NAME)])
-def test_what_can_be_named(run, kind, name):
+def test_paths_that_name_weights(run, kind, name):
     folder = run / "checkpoints"
     (folder / checkpoint.BEST).write_text(f"{OLDER}\n")
     newest = folder / NEWER / name
@@ -38,14 +38,14 @@ def test_an_exported_folder(run, tmp_path):
     assert find_weights(tmp_path / "export", "ema") == weights
 
 
-def test_a_checkpoint_that_was_moved_elsewhere(run, tmp_path):
+def test_a_moved_checkpoint(run, tmp_path):
     """Under another name, as `cp -r RUN/checkpoints/step-00000075 b0` makes it."""
     shutil.copytree(run / "checkpoints" / NEWER, tmp_path / "b0")
     assert find_weights(tmp_path / "b0", "ema") == tmp_path / "b0" / EMA_NAME
 
 
 def test_best_as_a_folder_or_a_link(run):
-    """As people make it who keep one under a name of its own."""
+    """As users make it to keep a checkpoint under a name of its own."""
     folder = run / "checkpoints"
     (folder / "best").unlink()
     (folder / "best").symlink_to(OLDER)
@@ -59,11 +59,11 @@ def test_best_as_a_folder_or_a_link(run):
         checkpoint.check_pointers(folder)
 
 
-def test_a_damaged_newest_one_is_passed_over_in_a_run_and_said(run, capsys):
+def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run, capsys):
     (run / "checkpoints" / NEWER / MODEL_NAME).unlink()
     assert find_weights(run, "ema") == run / "checkpoints" / OLDER / EMA_NAME
-    said = capsys.readouterr().err
-    assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", said)
+    printed = capsys.readouterr().err
+    assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", printed)
 
 
 def leave_no_weights(run: Path) -> None:
@@ -139,7 +139,7 @@ def leave_no_checkpoints(run: Path) -> None:
         (leave_no_checkpoints, "none.pth", f"no weights at .*none.pth; give {re.escape(WEIGHTS_PATH_HELP)}$"),
     ],
 )
-def test_what_is_not_whole_is_refused(run, damage, named, message):
+def test_corrupt_checkpoints_are_errors(run, damage, named, message):
     damage(run)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         find_weights(run / named, "ema")

@@ -1,4 +1,4 @@
-"""Operations of a step against the published figures, and the rate that they are compared with."""
+"""Operations of an image against the published figures, and the peak rate for the MFU."""
 
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def test_three_passes_of_two_operations_each(preset):
     assert training_flops(f"polaformerpp_{preset}", 1000, 224) == pytest.approx(expected, rel=0.03)
 
 
-def test_they_grow_with_the_image_and_the_classes():
+def test_flops_grow_with_image_size_and_classes():
     small, large = (training_flops("polaformerpp_b0", 1000, size) for size in (224, 448))
     # Everything is linear in the pixels but softmax attention, which is quadratic, and the classifier.
     assert 4 * small < large < 4.6 * small
@@ -40,7 +40,7 @@ def test_the_peak_of_a_cpu(clock, precision):
     assert peak_flops(torch.device("cpu"), precision) == 2 * 1024**3 / 2
 
 
-def test_rates_of_a_run(clock, alone, configure):
+def test_the_mfu_constants_of_a_run(clock, alone, configure):
     config = configure()
     mfu_constants = measure_mfu_constants(config, make_plan(config, 0, 1), alone)
     assert mfu_constants.flops_per_image == training_flops("polaformerpp_b0", 10, 32)

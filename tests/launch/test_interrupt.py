@@ -12,7 +12,7 @@ import pytest
 from launch.interrupt import exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
-TRAINING = "interrupted; the same command goes on from the last checkpoint, if there is one\n"
+TRAINING = "interrupted; the same command resumes from the last checkpoint, if there is one\n"
 
 
 def start(words: Iterable[object], environ: dict[str, str]) -> subprocess.Popen:
@@ -27,7 +27,7 @@ def wait_for(words: str, lines: Iterable[str]) -> None:
         seen.append(line)
         if words in line:
             return
-    pytest.fail(f"{words!r} was not said: {''.join(seen)}")
+    pytest.fail(f"{words!r} was not printed: {''.join(seen)}")
 
 
 @pytest.mark.parametrize(
@@ -42,20 +42,20 @@ def wait_for(words: str, lines: Iterable[str]) -> None:
     ],
     ids=lambda words: words[-1],
 )
-def test_while_it_imports(environ, words):
+def test_ctrl_c_during_imports(environ, words):
     process = start(("-X", "importtime", *words), environ)
     wait_for("torch.torch_version", process.stderr)  # one of the first of PyTorch's modules
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate()
-    said = [line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")]
-    assert said == [TRAINING if words[0] == "launch/train.py" else "interrupted\n"]
+    printed = [line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")]
+    assert printed == [TRAINING if words[0] == "launch/train.py" else "interrupted\n"]
     assert process.returncode == 130
     assert "trained" not in output
 
 
 @pytest.mark.slow
-def test_in_the_middle_of_training_all_ranks_end(environ, small_config, free_port, tmp_path):
-    """Whatever each of them waits for; rank 0 speaks for both."""
+def test_ctrl_c_during_training_ends_all_ranks(environ, small_config, free_port, tmp_path):
+    """Whatever each rank waits for; rank 0 prints the line for both."""
     words = "launch/train.py", "--config", small_config, f"output={tmp_path / 'run'}", "log.every_steps=1"
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
     ranks = [start(words, environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
@@ -74,7 +74,7 @@ def test_in_the_middle_of_training_all_ranks_end(environ, small_config, free_por
 
 
 @pytest.mark.slow
-def test_a_benchmark_ends_with_its_processes(environ):
+def test_ctrl_c_ends_a_benchmark_and_its_processes(environ):
     process = start(("-m", "launch.benchmark", "resume", "--samples", "600", "--device", "cpu"), environ)
     wait_for("round 1 of", process.stderr)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -82,7 +82,7 @@ def test_a_benchmark_ends_with_its_processes(environ):
     assert (errors, process.returncode) == ("interrupted\n", 130)
 
 
-def test_a_background_job_stays_deaf(no_launcher):
+def test_a_background_job_ignores_ctrl_c(no_launcher):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         exit_on_interrupt()

@@ -1,7 +1,7 @@
-"""No message names an option that its command does not take, nor a key that the configuration does not have.
+"""No message names an option that its command does not take, or a key that the configuration does not have.
 
-Messages are all strings of the source that are sentences, but for docstrings and what describes options. Which commands
-can say them is written down here, since most modules serve several.
+Messages are all strings in the source that contain a blank, except docstrings and the help of options. PRINTED_BY lists
+which commands may print the messages of a module, since most modules serve several.
 """
 
 import argparse
@@ -30,18 +30,18 @@ ENTRIES = [
 TAKE_KEYS = ("launch.train", "launch.plan", "launch.quickstart")
 
 _RUNS, _FETCHES = ("launch.train", "launch.plan"), ("launch.train", "launch.plan", "launch.evaluate", "dataio.show")
-#: Who says what a module's strings say, or those of one of its functions or classes; a command says its own.
-SAID_BY = {
+#: Module, or module:function or class → the commands that print its messages; a command prints its own.
+PRINTED_BY = {
     "dataio/remote/prefetch.py": _FETCHES,
     "dataio/remote/cache_folder.py": _FETCHES,
     "dataio/remote/fetch.py": _FETCHES,
+    "dataio/remote/options.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
+    "dataio/remote/options.py": _FETCHES,
     "dataio/decode.py": ("launch.train", "launch.evaluate"),
     "dataio/augment/resize.py": ("launch.train", "launch.evaluate"),
     "dataio/loader.py": _RUNS,
-    "launch/benchmark/parity.py": (
-        "launch.benchmark.parity",
-        "launch.train",
-    ),  # the document that it writes is about training
+    "launch/benchmark/parity.py": ("launch.benchmark.parity", "launch.train"),  # its report is about training
+    "dataio/pack/packer.py": ("dataio.pack",),
     "dataio/pack/source.py": ("dataio.pack",),
     "dataio/pack/image_checks.py": ("dataio.pack",),
     "dataio/pack/options.py": ("dataio.pack",),
@@ -51,7 +51,6 @@ SAID_BY = {
     "launch/engine.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
-    "launch/plan.py:_check_private": ("launch.train", "launch.plan", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
     "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
@@ -59,7 +58,7 @@ SAID_BY = {
     "launch/benchmark/machine_code.py": ("launch.benchmark.sass",),
     "polaformer/ops.py": ("launch.train", "launch.evaluate"),
 }
-#: Other commands that a message may tell people to start, by what it calls them, and their options.
+#: Other commands that a message may recommend: a pattern of their names → the command, or its options.
 OTHERS: dict[str, str | set[str]] = {
     r"dataio\.pack|\bpack\b|^ours, --check ": "dataio.pack",
     r"dataio\.verify": "dataio.verify",
@@ -76,10 +75,10 @@ _WORD = re.compile(
 
 @dataclass(frozen=True)
 class Message:
-    """A string, with … for what is filled in; `place` is for people."""
+    """A string of the source, with … for what is filled in; `location` is its file and line."""
 
-    place: str
-    said_by: tuple[str, ...]
+    location: str
+    printed_by: tuple[str, ...]
     text: str
 
     @property
@@ -89,7 +88,13 @@ class Message:
 
 
 class _ParserMet(Exception):
-    """Carries the parser with which a command would have read its arguments."""
+    """Carries the parser of a command out of its main function."""
+
+
+def main_of(command: str) -> Callable[[list[str]], object]:
+    """The function behind `python -m COMMAND`, which is a module or a package."""
+    module = importlib.import_module(command)
+    return importlib.import_module(f"{command}.__main__").main if hasattr(module, "__path__") else module.main
 
 
 def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
@@ -108,22 +113,22 @@ def parser_of(start: Callable[[list[str]], object]) -> argparse.ArgumentParser:
 
 @pytest.fixture(scope="session")
 def options() -> dict[str, set[str]]:
-    """By command."""
-    starts = {name: importlib.import_module(name).main for name in ENTRIES} | {"deepspeed": runner.parse_args}
+    """Command → the options that it takes."""
+    starts = {name: main_of(name) for name in ENTRIES} | {"deepspeed": runner.parse_args}
     return {name: set(parser_of(start)._option_string_actions) for name, start in starts.items()}
 
 
-def messages_of(source: str, place: str) -> Iterator[Message]:
-    """The sentences of a module that name an option or a key; `place` is its file below the project's root."""
+def messages_of(source: str, location: str) -> Iterator[Message]:
+    """The sentences of a module that name an option or a key; `location` is its file below the project's root."""
     tree = ast.parse(source)
     assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
     constants = {getattr(node.targets[0], "id", ""): node.value.value for node in assigned}
-    own = place.removesuffix(".py").replace("/", ".")
+    own = location.removesuffix(".py").replace("/", ".").removesuffix(".__main__")
     for scope in tree.body:
-        name = f"{place}:{getattr(scope, 'name', '')}"
-        said_by = SAID_BY.get(name) or SAID_BY.get(place) or ((own,) if own in ENTRIES else ())
+        name = f"{location}:{getattr(scope, 'name', '')}"
+        printed_by = PRINTED_BY.get(name) or PRINTED_BY.get(location) or ((own,) if own in ENTRIES else ())
         for line, text in _strings(scope, constants):
-            message = Message(f"{place}:{line}", said_by, text)
+            message = Message(f"{location}:{line}", printed_by, text)
             if " " in text and message.words:
                 yield message
 
@@ -163,7 +168,7 @@ def is_key(word: str) -> bool:
 
 
 def faults_of(message: Message, options: dict[str, set[str]]) -> list[str]:
-    """What is wrong with a message: a word that nobody takes, or a command of those that say it that takes none.
+    """The faults of a message: words that no command takes, and commands that print it and take none of its words.
 
     A module that serves several names the words of each, like `data.cache, --cache`.
     """
@@ -171,18 +176,18 @@ def faults_of(message: Message, options: dict[str, set[str]]) -> list[str]:
     for called, other in OTHERS.items():
         if re.search(called, message.text):
             elsewhere |= options[other] if isinstance(other, str) else other
-    if not message.said_by and not set(message.words) <= elsewhere:
-        return [f"{message.place}: add to SAID_BY which commands say: {message.text}"]
-    faults, known = [], elsewhere.union(*(options[command] for command in message.said_by))
-    takes_keys = not set(message.said_by).isdisjoint(TAKE_KEYS)
+    if not message.printed_by and not set(message.words) <= elsewhere:
+        return [f"{message.location}: add to PRINTED_BY which commands print: {message.text}"]
+    faults, known = [], elsewhere.union(*(options[command] for command in message.printed_by))
+    takes_keys = not set(message.printed_by).isdisjoint(TAKE_KEYS)
     for word in message.words:
         if not (word in known if word.startswith("--") else takes_keys and is_key(word)):
-            said_by = " or ".join(message.said_by)
-            faults.append(f"{message.place}: {word} is nothing that {said_by} takes: {message.text}")
-    for command in message.said_by:
+            printed_by = " or ".join(message.printed_by)
+            faults.append(f"{message.location}: {word} is nothing that {printed_by} takes: {message.text}")
+    for command in message.printed_by:
         takes_keys = command in TAKE_KEYS
         if not any(word in options[command] | elsewhere or (takes_keys and is_key(word)) for word in message.words):
-            faults.append(f"{message.place}: {command} says it and takes none of that: {message.text}")
+            faults.append(f"{message.location}: {command} prints it and takes none of that: {message.text}")
     return faults
 
 
@@ -198,8 +203,8 @@ def test_messages_name_what_their_commands_take(messages, options):
 
 
 def test_quickstart_takes_the_options_that_packing_names(messages, options):
-    """Of what people may mean: which images are left out, and how many are held out."""
-    named = {word for message in messages if "dataio.pack" in message.said_by for word in message.words}
+    """Those that users may set: which images are left out, and how many are held out."""
+    named = {word for message in messages if "dataio.pack" in message.printed_by for word in message.words}
     assert {"--skip-broken", "--val-percent"} <= named
     assert {"--skip-broken", "--val-percent"} <= options["launch.quickstart"]
 
@@ -207,19 +212,19 @@ def test_quickstart_takes_the_options_that_packing_names(messages, options):
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_home_folder_is_known_to_every_argument_that_is_a_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    for action in parser_of(importlib.import_module(name).main)._actions:
+    for action in parser_of(main_of(name))._actions:
         if isinstance(action.type, type) or action.type is None or action.choices:
             assert action.type is not Path, action
         else:
             assert str(action.type("~/x")) == "/home/me/x", action
 
 
-def test_where_derived_keys_are_set():
+def test_derived_keys_name_keys_of_the_schema():
     assert all(is_key(home) for home in _DERIVED.values() if "." in home)
 
 
 @pytest.mark.parametrize(
-    ("place", "source", "fault"),
+    ("location", "source", "fault"),
     [
         (
             "launch/evaluate.py",
@@ -240,14 +245,18 @@ def test_where_derived_keys_are_set():
         (
             "dataio/remote/prefetch.py",
             "raise ValueError('full; raise data.cache_gib')",
-            "launch.evaluate says it and takes none",
+            "launch.evaluate prints it and takes none",
         ),
         ("dataio/verify.py", "R = 'repair it'\nprint(f'{a}; {R} with --skip-broken')", "--skip-broken is nothing that"),
-        ("polaformer/model.py", "raise ValueError('bad; set model.name')", "add to SAID_BY which commands say: bad"),
+        (
+            "polaformer/model.py",
+            "raise ValueError('bad; set model.name')",
+            "add to PRINTED_BY which commands print: bad",
+        ),
     ],
 )
-def test_a_bad_message_is_found(options, place, source, fault):
-    [message] = messages_of(f'"""Says --nothing at all."""\n{source}', place)
+def test_a_bad_message_is_found(options, location, source, fault):
+    [message] = messages_of(f'"""Says --nothing at all."""\n{source}', location)
     assert any(fault in found for found in faults_of(message, options))
 
 

@@ -1,4 +1,4 @@
-"""What a file of weights says of itself, through safetensors and back."""
+"""Model metadata: to a safetensors file and back, and as timm reads it."""
 
 import json
 
@@ -15,7 +15,7 @@ IMAGES = ImageOptions(image_size=96, interpolation="bilinear", crop_mode="center
 METADATA = make_model_metadata("polaformerpp_b1", ("T-shirt_top", "größer", 'a "quoted" one'), IMAGES)
 
 
-def test_it_comes_back_from_a_file_of_weights(tmp_path):
+def test_metadata_is_read_back_from_a_file(tmp_path):
     state = {"head.bias": torch.arange(3.0)}
     save_weights(state, tmp_path / "model.safetensors", METADATA.safetensors_metadata())
     assert read_model_metadata(tmp_path / "model.safetensors") == METADATA
@@ -23,7 +23,7 @@ def test_it_comes_back_from_a_file_of_weights(tmp_path):
 
 
 def test_files_of_the_first_version(tmp_path):
-    """Their names and values are still the ones in the file."""
+    """Their keys and values are those that are written today."""
     on_disk = {"model": "polaformerpp_b1", "classes": ["a", "b"], "image_size": 96, "mean": [0.1, 0.2, 0.3]}
     on_disk |= {"std": [0.2, 0.2, 0.2], "interpolation": "bilinear", "eval_resize": "short", "eval_crop_fraction": 0.9}
     save_weights({"x": torch.zeros(1)}, tmp_path / "old.safetensors", {"polaformer": json.dumps(on_disk)})
@@ -32,7 +32,7 @@ def test_files_of_the_first_version(tmp_path):
     assert json.loads(metadata.safetensors_metadata()["polaformer"]) == on_disk
 
 
-def test_it_says_how_images_are_evaluated():
+def test_metadata_as_image_options():
     restored = METADATA.image_options(threads=7)
     assert restored == ImageOptions(
         image_size=96,
@@ -45,7 +45,7 @@ def test_it_says_how_images_are_evaluated():
 
 
 @pytest.mark.parametrize("crop_mode", ["squash", "center"])
-def test_timm_reads_it(crop_mode):
+def test_timm_reads_the_config(crop_mode):
     metadata = make_model_metadata(
         "polaformerpp_b0", ("a", "b"), ImageOptions(image_size=64, crop_mode=crop_mode, crop_pct=0.75)
     )
@@ -71,14 +71,14 @@ def test_timm_reads_it(crop_mode):
     }
 
 
-def test_files_of_others_have_none(tmp_path):
+def test_files_of_other_origin_have_no_metadata(tmp_path):
     torch.save({}, tmp_path / "official.pth")
     save_weights({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", {"format": "pt"})
     assert read_model_metadata(tmp_path / "official.pth") is None
     assert read_model_metadata(tmp_path / "foreign.safetensors") is None
 
 
-def test_a_file_that_is_not_what_its_name_says(tmp_path):
+def test_a_malformed_file_is_an_error(tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken.safetensors is not a safetensors file .*; copy or export it again"):

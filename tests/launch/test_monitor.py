@@ -1,4 +1,4 @@
-"""What a run tells, read back from TensorBoard's own reader, metrics.jsonl and the terminal."""
+"""Metrics as TensorBoard's own reader, metrics.jsonl and the terminal show them."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def read_board(folder: Path) -> EventAccumulator:
 
 
 def await_next_second() -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second of their start."""
+    """Waits for the next second: TensorBoard sorts event files by name, which begins with the second of their start."""
     second = int(time.time())
     while int(time.time()) == second:
         time.sleep(0.01)
@@ -52,8 +52,8 @@ def assert_equal_to_lines(board: EventAccumulator, lines: list[dict]) -> None:
     """TensorBoard shows exactly the scalars of these lines, which it keeps as float32."""
     for tag in {tag for line in lines for tag in line} - {"step", "time"}:
         shown = [(event.step, event.value) for event in board.Scalars(tag)]
-        told = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
-        assert shown == told, tag
+        expected = [(line["step"], pytest.approx(line[tag], rel=1e-6)) for line in lines if tag in line]
+        assert shown == expected, tag
     assert set(board.Tags()["scalars"]) == {tag for line in lines for tag in line} - {"step", "time"}
 
 
@@ -84,7 +84,7 @@ def test_scalars(alone, tmp_path):
     assert_equal_to_lines(read_board(tmp_path / "run"), [*training, evaluation])
 
 
-def test_speeds_belong_together(alone, tmp_path):
+def test_speed_and_mfu_are_consistent(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     train(monitor, 0, 1)
     monitor.close()
@@ -95,7 +95,7 @@ def test_speeds_belong_together(alone, tmp_path):
     assert 0 < line["memory/peak_gib"] < 1000
 
 
-def test_no_gradient_norm_is_left_out(alone, tmp_path):
+def test_a_missing_gradient_norm_is_left_out(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     monitor.add(torch.tensor(1.0), 1)
     monitor.write(0, 0.1, None)
@@ -104,7 +104,7 @@ def test_no_gradient_norm_is_left_out(alone, tmp_path):
     assert line.keys() == (TAGS - {"train/gradient_norm"}) | {"step", "time"}
 
 
-def test_images_are_shown_as_they_were(alone, tmp_path):
+def test_images_are_denormalized(alone, tmp_path):
     pixels = torch.rand(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
     normalised = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -137,8 +137,8 @@ def test_text(alone, tmp_path):
     assert text == "```\noutput: größer\ndata:\n  hflip: 0.5\n```"
 
 
-def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
-    """Of 16 s by the monitor's clock, 8 are paused: 2 of the other 8 went into waiting."""
+def test_pauses_are_left_out_of_rates(alone, tmp_path, monkeypatch):
+    """Of 16 s by the monitor's clock 8 are paused, and 2 of the other 8 are spent waiting."""
     now = 100.0
     monkeypatch.setattr("launch.monitor.time", SimpleNamespace(time=time.time, perf_counter=lambda: now))
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
@@ -154,8 +154,8 @@ def test_a_pause_counts_for_no_rate(alone, tmp_path, monkeypatch):
     assert (line["speed/waiting_for_data"], line["speed/images_per_second"]) == (2 / 8, 4 / 8)
 
 
-def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path):
-    """Killed after 7 steps, it goes on from a checkpoint of 4."""
+def test_a_resumed_run_drops_metrics_after_its_checkpoint(alone, tmp_path):
+    """Killed after 7 steps, it resumes from a checkpoint of 4."""
     killed = Monitor(tmp_path, 0, 8, 1, MFU_CONSTANTS)
     killed.text("configuration", "before")
     train(killed, 0, 4)
@@ -180,7 +180,7 @@ def test_a_resumed_run_takes_back_what_was_after_its_checkpoint(alone, tmp_path)
     assert len(board.Tensors("configuration/text_summary")) == 1
 
 
-def test_started_anew_nothing_is_left_in_it_and_nothing_lost(alone, tmp_path, capsys):
+def test_a_run_that_starts_over_keeps_old_metrics_in_another_file(alone, tmp_path, capsys):
     for _ in range(2):  # the first was killed before its first checkpoint, or has lost them
         await_next_second()
         monitor = Monitor(tmp_path, 0, 3, 1, MFU_CONSTANTS)
@@ -191,14 +191,14 @@ def test_started_anew_nothing_is_left_in_it_and_nothing_lost(alone, tmp_path, ca
     assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
     kept = tmp_path / "metrics-to-step-00000003.jsonl"
     assert [json.loads(line)["step"] for line in kept.read_text().splitlines()] == [1, 2, 3]
-    line = f"no checkpoint to go on from, the run starts anew; the metrics of the last start are in {kept}"
+    line = f"no checkpoint to resume from, the run starts anew; the metrics of the last start are in {kept}"
     assert capsys.readouterr().out.splitlines().count(line) == 1
 
 
 @pytest.mark.parametrize(
     "cut", ['{"step": 2, "tr', '{"step"', "{", "\0\0\0\0", '{"step": 1, "{"step": 2}', "[1]", "{}", '{"step": "x"}']
 )
-def test_later_and_half_lines_are_dropped(tmp_path, cut):
+def test_later_and_truncated_lines_are_dropped(tmp_path, cut):
     path = tmp_path / METRICS_NAME
     whole = ['{"step": 1}', '{"step": 2, "eval/top1": 3.5}', '{"step": 3}']
     path.write_text("\n".join([*whole, cut]))
@@ -212,7 +212,7 @@ def test_later_and_half_lines_are_dropped(tmp_path, cut):
     assert sorted(tmp_path.iterdir()) == [kept, path]
 
 
-def test_a_full_disk_ends_no_training(alone, tmp_path, capsys):
+def test_a_full_disk_does_not_end_training(alone, tmp_path, capsys):
     hook = threading.excepthook
     (tmp_path / METRICS_NAME).symlink_to("/dev/full")
     monitor = Monitor(tmp_path, 0, 3, 1, MFU_CONSTANTS)
@@ -226,7 +226,7 @@ def test_a_full_disk_ends_no_training(alone, tmp_path, capsys):
     assert [event.step for event in read_board(tmp_path).Scalars("train/loss")] == [1, 2, 3]
 
 
-def test_lines_are_whole_when_there_is_room_again(alone, tmp_path, capsys, no_file_larger_than):
+def test_lines_are_whole_once_there_is_space_again(alone, tmp_path, capsys, no_file_larger_than):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     monitor.scalars(1, {"eval/top1": 1.0})
     size = (tmp_path / METRICS_NAME).stat().st_size
@@ -238,7 +238,7 @@ def test_lines_are_whole_when_there_is_room_again(alone, tmp_path, capsys, no_fi
     assert "metrics.jsonl: File too large; training goes on" in capsys.readouterr().err
 
 
-def test_tensorboard_that_cannot_write_is_given_up(alone, tmp_path, capsys, no_file_larger_than):
+def test_without_disk_space_tensorboard_is_switched_off(alone, tmp_path, capsys, no_file_larger_than):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     with no_file_larger_than(2000):
         for _ in range(2):
@@ -253,7 +253,7 @@ def test_tensorboard_that_cannot_write_is_given_up(alone, tmp_path, capsys, no_f
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss, norm):
+def test_a_loss_or_gradient_that_is_not_finite_is_an_error(alone, tmp_path, loss, norm):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     for value in (1.0, loss):
         monitor.add(torch.tensor(value), 4)
@@ -265,7 +265,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_refused(alone, tmp_path, loss,
     assert read_lines(tmp_path) == []
 
 
-def test_broken_images_are_counted_up_to_the_limit(alone, tmp_path):
+def test_bad_samples_are_counted_up_to_the_limit(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS, max_bad_samples=3)
     for step, broken in enumerate((0, 3)):
         monitor.add(torch.tensor(1.0), 4)
@@ -280,7 +280,7 @@ def test_broken_images_are_counted_up_to_the_limit(alone, tmp_path):
     assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
 
 
-def test_a_warning_is_given_once(alone, tmp_path, capsys):
+def test_a_repeated_warning_is_printed_once(alone, tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     for line in ("sample 7: not an image", "sample 8: not an image", "sample 7: not an image"):
         monitor.warn(line)
@@ -288,17 +288,17 @@ def test_a_warning_is_given_once(alone, tmp_path, capsys):
     assert capsys.readouterr().err == "rank 0: sample 7: not an image\nrank 0: sample 8: not an image\n"
 
 
-def test_lines_are_printed_as_they_are(alone, tmp_path, capsys):
+def test_lines_are_printed_verbatim(alone, tmp_path, capsys):
     monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
     monitor.log("output: runs/[b5] :smile: " + 300 * "x")
     train(monitor, 0, 1)
     monitor.close()
-    said, step = capsys.readouterr().out.splitlines()
-    assert said == "output: runs/[b5] :smile: " + 300 * "x"
+    printed, step = capsys.readouterr().out.splitlines()
+    assert printed == "output: runs/[b5] :smile: " + 300 * "x"
     assert step.startswith("step 1/1  loss 0.2500  lr 1.00e-01  ")
 
 
-def test_a_terminal_has_a_bar(alone, tmp_path, capsys, monkeypatch):
+def test_a_terminal_has_a_progress_bar(alone, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take any stream for a terminal
     monitor = Monitor(tmp_path, 2, 4, 1, MFU_CONSTANTS)
     monitor.log("a line of its own")

@@ -1,4 +1,4 @@
-"""What the packages may be called and what they may import, read from their source."""
+"""Module names that are allowed, and imports between packages, read from the source."""
 
 import ast
 import importlib.metadata
@@ -30,7 +30,7 @@ def imports_of(file: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} imports from a relative place; write the package's name"
+            assert node.level == 0, f"{file} imports relatively; write the package's name"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -55,7 +55,7 @@ def test_nothing_in_launch_hides_a_module_from_its_script():
     ("package", "may_import"),
     [("polaformer", {"polaformer"}), ("dataio", {"dataio"}), ("launch", {"launch", "polaformer", "dataio"})],
 )
-def test_what_of_ours_a_package_imports(package, may_import):
+def test_imports_between_our_packages(package, may_import):
     assert top_levels(package) & set(PACKAGES) == may_import
 
 
@@ -64,7 +64,7 @@ def test_the_model_needs_neither_deepspeed_nor_dali():
 
 
 def test_the_model_alone_is_installed_without_them():
-    """`pip install .` takes what has no extra; the extras bring the rest."""
+    """`pip install .` installs requirements without an extra; the extras add the rest."""
     needed = importlib.metadata.requires("polaformer-plus-plus")
     alone = {re.match(r"[\w-]+", line).group() for line in needed if "extra ==" not in line}
     assert alone == {"torch", "timm", "safetensors"}

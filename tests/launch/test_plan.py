@@ -1,4 +1,4 @@
-"""What a configuration comes to on real shards, what does not fit them, and the command that says so."""
+"""Plans of configurations on real shards, errors of those that do not fit, and the command."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from dataio.remote.options import cache_options
 from launch.plan import check_output, describe, main, make_plan
 
 
-def test_the_numbers(configure):
+def test_steps_batches_and_learning_rates(configure):
     config = configure(
         "optimizer.global_batch_size=48", "optimizer.gradient_accumulation_steps=2", "optimizer.epochs=5"
     )
@@ -27,7 +27,7 @@ def test_the_numbers(configure):
 
 
 def test_more_outputs_than_classes_are_allowed(configure):
-    assert make_plan(configure("model.num_classes=12"), 0, 1).classes == 12
+    assert make_plan(configure("model.num_classes=12"), 0, 1).num_classes == 12
 
 
 def test_what_dataio_is_told(configure):
@@ -52,7 +52,7 @@ def test_what_dataio_is_told(configure):
     assert (mixing.label_smoothing, mixing.reprob) == (0.05, 0.15)
 
 
-def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
+def test_a_mixup_group_is_at_most_a_step(configure):
     groups = {
         make_plan(configure(f"optimizer.global_batch_size={size}"), 0, 1).batch_augment.mixup_group_size
         for size in (64, 256)
@@ -60,9 +60,9 @@ def test_no_draw_of_mixing_is_for_more_than_a_step(configure):
     assert groups == {64, 128}
 
 
-def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_shards, tmp_path):
-    places = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
-    retry_policy = make_plan(configure(*places, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
+def test_fetching_times_out_before_collectives_do(configure, fashion_shards, tmp_path):
+    paths = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
+    retry_policy = make_plan(configure(*paths, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
     assert (retry_policy.file_timeout_seconds, retry_policy.batch_timeout_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
 
 
@@ -76,20 +76,20 @@ def test_shards_may_take_less_than_ranks_wait_for_each_other(configure, fashion_
         ("data.mixup_group_size=31", "mixup_group_size is 31: input should be a multiple of 2"),
     ],
 )
-def test_a_batch_that_cannot_be_mixed(configure, override, message):
+def test_an_odd_batch_cannot_be_mixed(configure, override, message):
     with pytest.raises(ValueError, match=message):
         make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0.8", override), 0, 1)
     make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0", override), 0, 1)
 
 
-def test_a_batch_that_does_not_divide(configure):
+def test_an_indivisible_batch_is_an_error(configure):
     config = configure("optimizer.global_batch_size=1000", "optimizer.gradient_accumulation_steps=2")
     message = "^global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008$"
     with pytest.raises(ValueError, match=message):
         make_plan(config, 0, 8)
 
 
-def test_other_classes_in_validation(configure, shards, fashion_shards):
+def test_validation_with_unknown_classes_is_an_error(configure, shards, fashion_shards):
     message = (
         'class "astronaut" of .*photos is not among the 10 classes of .*train, such as Ankle_boot, Bag, Coat; leave'
     )
@@ -119,7 +119,7 @@ def test_validation_lacks_classes_in_the_middle(configure, packed_classes):
     assert describe(config, plan)["validation images"] == f"{len(plan.val)}, of 3 classes out of 10"
 
 
-def test_a_single_class(configure, packed_classes):
+def test_a_single_class_is_an_error(configure, packed_classes):
     folder = packed_classes("Bag")
     message = f"{folder} has images of a single class, Bag, and there is nothing to tell apart; pack"
     with pytest.raises(ValueError, match=message):
@@ -127,7 +127,7 @@ def test_a_single_class(configure, packed_classes):
     make_plan(configure(f"data.val={folder}"), 0, 1)
 
 
-def test_a_single_class_with_images(configure, fashion, tmp_path):
+def test_a_single_class_with_images_is_an_error(configure, fashion, tmp_path):
     folder = tmp_path / "packed"
     shutil.copytree(fashion / "Bag", tmp_path / "images" / "Bag")
     (tmp_path / "names.txt").write_text("Ankle_boot\nBag\n")
@@ -136,8 +136,8 @@ def test_a_single_class_with_images(configure, fashion, tmp_path):
         make_plan(configure(f"data.train={folder}"), 0, 1)
 
 
-def test_a_batch_that_batchnorm_cannot_take(configure, small_config, capsys):
-    """The refused one does fail in the model, and those that are named do not."""
+def test_a_batch_too_small_for_batchnorm_is_an_error(configure, small_config, capsys):
+    """The rejected batch does fail in the model, and those that the message names do not."""
     message = (
         "a batch of 1 image per rank at 32² pixels leaves BatchNorm a single value per channel; use"
         " optimizer.global_batch_size=8, or data.image_size=64"
@@ -154,7 +154,7 @@ def test_a_batch_that_batchnorm_cannot_take(configure, small_config, capsys):
         model(torch.zeros(1, 3, 32, 32))
 
 
-def test_an_output_that_cannot_be_a_folder(configure, tmp_path):
+def test_an_output_that_is_no_folder_is_an_error(configure, tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     file.touch()
     link.symlink_to(tmp_path / "gone")
@@ -171,10 +171,10 @@ def test_an_output_that_cannot_be_a_folder(configure, tmp_path):
     make_plan(configure(f"output={link}"), 0, 1)
 
 
-def test_an_output_that_may_not_be_written(tmp_path):
-    """Asked as a user without rights, since root has all of them."""
-    said = tmp_path / "said"
-    with open(said, "w") as file:
+def test_an_output_without_write_permission_is_an_error(tmp_path):
+    """Checked as a user without privileges, since root has all permissions."""
+    printed = tmp_path / "printed"
+    with open(printed, "w") as file:
         if (child := os.fork()) == 0:
             try:
                 if os.getuid() == 0:
@@ -186,10 +186,10 @@ def test_an_output_that_may_not_be_written(tmp_path):
                 file.flush()
                 os._exit(0)
         os.waitpid(child, 0)
-    assert said.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
+    assert printed.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
 
 
-def test_a_class_without_an_output(configure):
+def test_a_class_without_an_output_is_an_error(configure):
     message = "has 10 classes, the model has 9 outputs; set model.num_classes to 10, or leave it out"
     with pytest.raises(ValueError, match=message):
         make_plan(configure("model.num_classes=9"), 0, 1)
@@ -204,32 +204,32 @@ def test_a_class_without_an_output(configure):
         ("windowed", "", "windowed by 16 shards"),
     ],
 )
-def test_the_order_follows_from_where_the_shards_are(configure, fashion_shards, tmp_path, order, scheme, name):
-    places = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
-    plan = make_plan(configure(*places, f"data.shuffle={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
+def test_remote_shards_are_shuffled_in_windows(configure, fashion_shards, tmp_path, order, scheme, name):
+    paths = [f"data.{part}={scheme}{fashion_shards / part}" for part in ("train", "val")]
+    plan = make_plan(configure(*paths, f"data.shuffle={order}", f"data.cache={tmp_path / 'cache'}"), 0, 1)
     assert str(plan.loader_options.sampler(plan.train)) == name
-    assert (plan.train.location, plan.val.location) == tuple(place.partition("=")[2] for place in places)
+    assert (plan.train.location, plan.val.location) == tuple(path.partition("=")[2] for path in paths)
     assert len(plan.train) + len(plan.val) == 400
 
 
-def test_a_window_that_is_set(configure):
+def test_the_window_is_configurable(configure):
     plan = make_plan(configure("data.shuffle=windowed", "data.shuffle_window_shards=5", "data.max_bad_samples=3"), 0, 1)
     assert (plan.loader_options.shuffle_window_shards, plan.loader_options.max_bad_samples) == (5, 3)
 
 
-def test_a_cache_that_is_too_small_for_both_sets(configure, fashion_shards, tmp_path):
-    """Each alone would fit."""
+def test_too_small_a_cache_for_both_sets_is_an_error(configure, fashion_shards, tmp_path):
+    """Each set alone fits."""
     bytes_of = {part: (fashion_shards / part / "shard-000000.tar").stat().st_size for part in ("train", "val")}
     gib = (sum(bytes_of.values()) - 1000) / 2**30
-    places = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
+    paths = [f"data.{part}=file://{fashion_shards / part}" for part in ("train", "val")]
     message = "a cache of .* GiB is too small, data.train needs .* GiB, data.val needs .* GiB at a time; allow it "
     with pytest.raises(ValueError, match=message):
-        make_plan(configure(*places, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
-    make_plan(configure(places[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+        make_plan(configure(*paths, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
+    make_plan(configure(paths[0], f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}"), 0, 1)
 
 
 def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, small_config, tmp_path, capsys):
-    """Evaluation needs room for each of them, and none for the ranks of other nodes."""
+    """Evaluation needs space for each of them, and none for the ranks of other nodes."""
     train, val = (f"data.{part}={scheme}{many_shards}" for part, scheme in (("train", ""), ("val", "file://")))
     gib = 8.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30
     options = train, val, f"data.cache={tmp_path / 'cache'}", f"data.cache_gib={gib}", "optimizer.global_batch_size=16"
@@ -245,7 +245,7 @@ def test_a_cache_is_shared_by_the_ranks_of_a_machine(configure, many_shards, sma
     assert "8 ranks are not spread evenly over 3 nodes; use a divisor of 8" in capsys.readouterr().err
 
 
-def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
+def test_the_default_cache_is_the_users_own(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     options = cache_options(None, 1.5, "/data", "https://host/data")
@@ -258,8 +258,8 @@ def test_without_a_folder_the_cache_is_this_users_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", ["writable", "writable for a group", "file", "foreign", "foreign link"])
-def test_a_default_folder_that_others_made(small_config, tmp_path, monkeypatch, capsys, fault):
-    """Nothing is fetched into it, and nobody asks whose it is where all data are on a local disk."""
+def test_a_default_cache_folder_of_others_is_an_error(small_config, tmp_path, monkeypatch, capsys, fault):
+    """Nothing is fetched into it, and its owner is irrelevant if all data are on a local disk."""
     folder = tmp_path / f"polaformer-shards-{os.getuid()}"
     message = f"{folder}, the default for remote shards, belongs to user 12345; name"
     if fault.startswith("writable"):
@@ -287,16 +287,16 @@ def test_a_default_folder_that_others_made(small_config, tmp_path, monkeypatch, 
     assert main(plan) == 0
 
 
-def test_a_remote_folder_that_is_not_there(small_config, tmp_path, capsys):
-    places = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
-    assert main(["--config", str(small_config), f"output={tmp_path / 'run'}", *places]) == 2
+def test_a_missing_remote_folder_is_an_error(small_config, tmp_path, capsys):
+    paths = f"data.train=file://{tmp_path}/none", f"data.cache={tmp_path / 'cache'}"
+    assert main(["--config", str(small_config), f"output={tmp_path / 'run'}", *paths]) == 2
     message = f"error: cannot fetch file://{tmp_path}/none/manifest.json: it is not there; check the address, and that"
-    said = capsys.readouterr().err
-    assert said.startswith(message)
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
 
 
-def test_no_shards(configure, tmp_path):
+def test_missing_shards_are_an_error(configure, tmp_path):
     message = f"no manifest.json in {tmp_path}; write shards there with: python -m dataio.pack SOURCE {tmp_path}"
     with pytest.raises(FileNotFoundError, match=message):
         make_plan(configure(f"data.train={tmp_path}"), 0, 1)
@@ -309,12 +309,12 @@ def test_no_shards(configure, tmp_path):
         ("data.crop_ratio=[2, 1]", r"crop_ratio is \[2.0, 1.0\]; give the smaller one first"),
     ],
 )
-def test_a_range_that_is_none(configure, override, message):
+def test_empty_ranges_are_errors(configure, override, message):
     with pytest.raises(ValueError, match=message):
         make_plan(configure(override), 0, 1)
 
 
-def test_a_colour_jitter_that_rand_augment_replaces(configure):
+def test_color_jitter_with_rand_augment_is_an_error(configure):
     message = "color_jitter is 0.4, and RandAugment replaces it; set it to 0, or augmentation to simple"
     with pytest.raises(ValueError, match=message):
         make_plan(configure("data.augmentation=rand-augment", "data.color_jitter=0.4"), 0, 1)

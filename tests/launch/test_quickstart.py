@@ -1,4 +1,4 @@
-"""The quickstart after its set-up, on a small class folder, in a project folder of its own."""
+"""The quickstart after its set-up, on a small class folder, in a copy of the project's folder."""
 
 import json
 import os
@@ -9,18 +9,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 
-from dataio.manifest import SAMPLE_DTYPE, load_manifest
+from dataio.manifest import load_manifest
 from dataio.pack.options import PackOptions
 from dataio.pack.packer import read_report
-from launch.config import load_config
-from launch.custom_dataset import dataset_name, image_overrides, inspect_dataset, schedule_overrides
+from launch.custom_dataset import inspect_dataset
 from launch.find_weights import find_weights
-from launch.quickstart import CONFIG, SUMMARY_NAME, main, pack_commands
+from launch.quickstart import SUMMARY_NAME, main, pack_commands
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch_size=32", "data.image_size=32"]
@@ -28,7 +26,7 @@ SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.globa
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
-    """The project as a checkout has it, where data/ and runs/ may be written."""
+    """A project folder with writable data/ and runs/."""
     root = tmp_path_factory.mktemp("project")
     for name in ("launch", "dataio", "polaformer", "configs"):
         (root / name).symlink_to(ROOT / name)
@@ -48,13 +46,13 @@ def commands(finished: subprocess.CompletedProcess) -> list[str]:
 
 @pytest.fixture(scope="module")
 def odd(fashion, tmp_path_factory) -> Path:
-    """`fashion` below a name of odd characters, in two parts; of one class validation has no image."""
+    """`fashion` in a folder with special characters, in two splits; validation lacks one class."""
     root = tmp_path_factory.mktemp("odd") / "-it's: [bold]~ #1 :smile: é\n"
     for folder in fashion.iterdir():
         for number, file in enumerate(sorted(folder.iterdir())):
-            place = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
-            place.mkdir(parents=True, exist_ok=True)
-            os.link(file, place / file.name)
+            target = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
+            target.mkdir(parents=True, exist_ok=True)
+            os.link(file, target / file.name)
     for file in (root / "Valid" / "Bag").iterdir():
         file.unlink()
     (root / "Train" / "Coat" / "Thumbs.db").write_bytes(b"of Windows")
@@ -63,14 +61,14 @@ def odd(fashion, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_images_of_ones_own_become_a_model_and_are_reused(project, odd):
+def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     refused = quickstart(project, f"--data={odd}", *SHORT)
     assert refused.returncode == 2
     assert "film.mp4: its name ends with none of" in refused.stderr
     finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (run,) = (project / "runs").iterdir()
-    (shards,) = (place for place in (project / "data" / "shards").iterdir() if (place / "train").exists())
+    (shards,) = (target for target in (project / "data" / "shards").iterdir() if (target / "train").exists())
     assert run.name == f"quickstart-{shards.name}"
     assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
     for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir runs/{run.name}"):
@@ -102,52 +100,52 @@ def test_images_of_ones_own_become_a_model_and_are_reused(project, odd):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder in which the quickstart may write."""
+def workdir(tmp_path, monkeypatch) -> Path:
+    """The working folder, in which the quickstart may write."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     return tmp_path
 
 
-def refused(capsys, *arguments: object) -> str:
-    """What the quickstart says before anything is packed."""
+def error_of(capsys, *arguments: object) -> str:
+    """The error with which the quickstart ends before anything is packed."""
     assert main(list(map(str, arguments))) == 2
     assert not Path("data").exists()
     return capsys.readouterr().err
 
 
-def test_what_cannot_be_trained_on(here, photos, capsys):
-    assert refused(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
-    shutil.copytree(photos / "cat", here / "one" / "cat")
-    assert "one has a single class, cat, and there is nothing to tell apart" in refused(capsys, "--data=one")
-    shutil.copytree(photos / "cat", here / "one" / "valid" / "lynx")
-    (here / "one" / "cat").rename(here / "cat")
+def test_unusable_images_are_errors(workdir, photos, capsys):
+    assert error_of(capsys, "--data=nowhere").startswith("error: --data nowhere is not there; name a folder, zip or")
+    shutil.copytree(photos / "cat", workdir / "one" / "cat")
+    assert "one has a single class, cat, and there is nothing to tell apart" in error_of(capsys, "--data=one")
+    shutil.copytree(photos / "cat", workdir / "one" / "valid" / "lynx")
+    (workdir / "one" / "cat").rename(workdir / "cat")
     for name in ("cat", "dog"):
-        shutil.copytree(here / "cat", here / "one" / "train" / name)
-    said = refused(capsys, "--data=one")
-    assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in said
-    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in refused(
-        capsys, "--data", two_parts(here, photos), "--val-percent=20"
+        shutil.copytree(workdir / "cat", workdir / "one" / "train" / name)
+    error = error_of(capsys, "--data=one")
+    assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in error
+    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in error_of(
+        capsys, "--data", two_splits(workdir, photos), "--val-percent=20"
     )
 
 
-def two_parts(here: Path, photos: Path) -> Path:
+def two_splits(workdir: Path, photos: Path) -> Path:
     for part in ("train", "val"):
-        shutil.copytree(photos, here / "photos" / part)
+        shutil.copytree(photos, workdir / "photos" / part)
     return Path("photos")
 
 
-def test_options_that_cannot_be(here, photos, capsys):
-    assert refused(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
-    assert refused(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
-    assert refused(capsys, "--data", photos, "--val-percent=100").startswith(
+def test_invalid_options_are_errors(workdir, photos, capsys):
+    assert error_of(capsys, "--skip-broken").startswith("error: options of packing are for images of your own; name")
+    assert error_of(capsys, "--data", photos, "--resize=0").startswith("error: --resize is 0; use the pixels that")
+    assert error_of(capsys, "--data", photos, "--val-percent=100").startswith(
         "error: --val-percent is 100.0; use a perc"
     )
-    assert "unknown key optimizer.epoch; did you mean epochs?" in refused(capsys, "optimizer.epoch=3")
+    assert "unknown key optimizer.epoch; did you mean epochs?" in error_of(capsys, "optimizer.epoch=3")
 
 
-def test_what_is_packed(photos, tmp_path):
-    """Held out of classes, or as the parts are; with the options that were given, which name another folder."""
+def test_the_packing_commands(photos, tmp_path):
+    """They hold out validation images and pass the packing options on, which also decide the folder's name."""
     dataset = inspect_dataset(photos, PackOptions(), None)
     options = PackOptions(val_percent=10, split="train", resize=64, shard_mib=32)
     train, val = pack_commands(dataset, tmp_path, options)
@@ -160,13 +158,13 @@ def test_what_is_packed(photos, tmp_path):
     assert inspect_dataset(photos, PackOptions(workers=2, skip_broken=True), 10).name == dataset.name
 
 
-def test_parts_and_archives(here, photos):
-    root = two_parts(here, photos).absolute()
+def test_splits_and_archives(workdir, photos):
+    root = two_splits(workdir, photos).absolute()
     shutil.copytree(photos, root / "test")
     shutil.rmtree(root / "val" / "cat")
-    archive = Path(shutil.make_archive(str(here / "my photos"), "zip", here, "photos"))
-    for place, inside in ((root, root), (archive, archive / "photos")):
-        dataset = inspect_dataset(place, PackOptions(), None)
+    archive = Path(shutil.make_archive(str(workdir / "my photos"), "zip", workdir, "photos"))
+    for path, inside in ((root, root), (archive, archive / "photos")):
+        dataset = inspect_dataset(path, PackOptions(), None)
         assert (dataset.train, dataset.val, dataset.classes) == (
             inside / "train",
             inside / "val",
@@ -174,41 +172,8 @@ def test_parts_and_archives(here, photos):
         )
         assert dataset.remarks[-1] == f"left alone: {inside}/test"
         assert dataset.name.startswith(("photos-", "my-photos-"))
-        _, val = pack_commands(dataset, here / "shards", PackOptions())
-        assert val[-1] == f"--classes={here}/shards/classes.txt"
+        _, val = pack_commands(dataset, workdir / "shards", PackOptions())
+        assert val[-1] == f"--classes={workdir}/shards/classes.txt"
         assert subprocess.run([*val[:3], *val[3:]], cwd=ROOT).returncode == 0
-        assert load_manifest(here / "shards" / "val").classes == dataset.classes
-        shutil.rmtree(here / "shards")
-
-
-def test_changed_images_are_others(photos, tmp_path):
-    """And what was made of the old ones is not taken for theirs."""
-    source = shutil.copytree(photos, tmp_path / "source")
-    before = inspect_dataset(source, PackOptions(), None).name
-    assert inspect_dataset(source, PackOptions(), None).name == before
-    (source / "cat" / "00.jpg").unlink()
-    assert inspect_dataset(source, PackOptions(), None).name != before
-
-
-@pytest.mark.parametrize(("images", "steps"), [(15, 700), (135, 700), (3000, 1000), (100_000, 9000)])
-def test_settings_by_the_number_of_images(images, steps, fashion_shards):
-    """Enough steps for a few images, and a moving average of which the start is gone in any number of steps."""
-    manifest = load_manifest(fashion_shards / "val")
-    first = image_overrides(replace(manifest, samples=np.zeros(images, SAMPLE_DTYPE)))
-    config = load_config(CONFIG, first)
-    config = load_config(
-        CONFIG, [*first, *schedule_overrides(images, config.optimizer.epochs, config.optimizer.global_batch_size)]
-    )
-    optimizer = config.optimizer
-    done = optimizer.epochs * images / optimizer.global_batch_size
-    assert done > steps
-    assert optimizer.ema_decay**done < 1e-4
-    assert 0 < optimizer.warmup_epochs < optimizer.epochs / 10
-    assert optimizer.global_batch_size % 2 == 0
-
-
-def test_folders_of_one_name_are_kept_apart(tmp_path):
-    first, second = (tmp_path / parent / "images" for parent in "ab")
-    options = PackOptions()
-    assert dataset_name(first, options, []) != dataset_name(second, options, [])
-    assert dataset_name(first, options, []) == dataset_name(tmp_path / "a" / "." / "images", options, [])
+        assert load_manifest(workdir / "shards" / "val").classes == dataset.classes
+        shutil.rmtree(workdir / "shards")

@@ -1,4 +1,4 @@
-"""A run's folder with real starts: two at once, a disk that is full, and files that people and copies have changed."""
+"""A run's folder with real starts: two at once, a full disk, and files that users or copying have damaged."""
 
 import json
 import os
@@ -45,10 +45,10 @@ def held_run(words: list[object], environ: dict[str, str], output: Path) -> Iter
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_a_killed_one_followed(
+def test_a_second_start_is_an_error_until_the_first_is_killed(
     forked, command, environ, arguments, trained_run, tmp_path
 ):
-    """Meanwhile its weights may be exported; after kill -9 the same command goes on at once."""
+    """While it runs, its weights can be exported; after kill -9 the same command resumes at once."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     words = arguments(run, "optimizer.epochs=5", "checkpoint.every_epochs=2", "log.every_steps=50")
     before = (run / "metrics.jsonl").read_bytes()
@@ -67,12 +67,12 @@ def test_a_second_start_is_refused_and_a_killed_one_followed(
         assert (run / LOCK_NAME).exists()
         finished = forked(1, TRAIN, *words)
     assert finished.returncode == 0, finished.stderr
-    assert f"goes on from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
+    assert f"resumes from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
     assert not (run / LOCK_NAME).exists()
 
 
 @pytest.mark.slow
-def test_two_ranks_are_refused_alike(forked, environ, arguments, tmp_path):
+def test_a_second_start_on_two_ranks_prints_one_message(forked, environ, arguments, tmp_path):
     words = arguments(tmp_path / "run")
     with held_run([RECORDED_RUN, tmp_path / "run.record", *words], environ, tmp_path / "run"):
         refused = forked(2, TRAIN, *words)
@@ -91,7 +91,7 @@ exit $status
 
 @pytest.fixture
 def on_small_disk(environ, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
-    """Returns a function: MiB, output, words → a command to which `output` is a disk; copied to tmp_path/kept."""
+    """Returns a function: MiB, output, words → a command with `output` on such a disk, then copied to tmp_path/kept."""
 
     def run(mib: int, output: Path, *words: object) -> subprocess.CompletedProcess:
         output.mkdir()
@@ -104,8 +104,8 @@ def on_small_disk(environ, tmp_path) -> Callable[..., subprocess.CompletedProces
 
 
 @pytest.mark.slow
-def test_a_disk_that_holds_one_checkpoint(on_small_disk, arguments, tmp_path):
-    """Two ranks save one; the second is refused in one line, and the first stays."""
+def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path):
+    """Two ranks save one; the second save is an error of one line, and the first checkpoint stays."""
     launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
     finished = on_small_disk(200, tmp_path / "run", *launcher, TRAIN, *arguments(tmp_path / "run"))
     assert finished.returncode != 0
@@ -120,7 +120,7 @@ def test_a_disk_that_holds_one_checkpoint(on_small_disk, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_disk_that_holds_none_is_refused_at_the_start(on_small_disk, arguments, tmp_path):
+def test_a_disk_with_space_for_none_is_an_error_at_the_start(on_small_disk, arguments, tmp_path):
     finished = on_small_disk(100, tmp_path / "run", TRAIN, *arguments(tmp_path / "run"))
     assert finished.returncode == 2
     assert finished.stderr.endswith(
@@ -141,7 +141,7 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
-    """The other is not left in one of DeepSpeed's barriers."""
+    """The other rank does not hang in one of DeepSpeed's barriers."""
     script = tmp_path / "script.py"
     script.write_text(ONE_RANK_IS_LIMITED)
     finished = forked(2, script, *arguments(tmp_path / "run"))
@@ -150,14 +150,14 @@ def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
     assert (
         f"error: rank 0: cannot write a checkpoint in {folder}: rank 1: File too large; it needs 127" in finished.stderr
     )
-    assert "the run goes on from its beginning" in finished.stderr
+    assert "the run resumes from its beginning" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert list(folder.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained_run, tmp_path):
-    """The largest file of the newest checkpoint is missing, `best` leads nowhere, metrics and configuration are cut."""
+def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp_path):
+    """The newest checkpoint lacks its largest file, `best` names none, metrics and configuration are truncated."""
     run = shutil.copytree(trained_run, tmp_path / "run")
     folder = run / "checkpoints"
     max((folder / "step-00000075").rglob("*.pt"), key=lambda path: path.stat().st_size).unlink()
@@ -167,10 +167,12 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
     (run / "config.yaml").write_text("model: [b0\noutput: x")
     finished = forked(1, TRAIN, *arguments(run, "optimizer.epochs=3", "checkpoint.every_epochs=1"))
     assert finished.returncode == 0, finished.stderr
-    said = finished.stdout.splitlines()
-    assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in said)
-    assert f"goes on from {folder / 'step-00000038'}" in said
-    [line] = [line for line in said if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")]
+    printed = finished.stdout.splitlines()
+    assert any("step-00000075 cannot be read ([Errno 2] No such file" in line for line in printed)
+    assert f"resumes from {folder / 'step-00000038'}" in printed
+    [line] = [
+        line for line in printed if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")
+    ]
     assert line.endswith("; written anew, what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(range(39, 57)) < set(steps)
@@ -179,7 +181,7 @@ def test_a_folder_that_people_and_copies_have_changed(forked, arguments, trained
 
 
 @pytest.mark.slow
-def test_folders_that_cannot_be_used(forked, arguments, trained_run, tmp_path):
+def test_unusable_folders_are_errors(forked, arguments, trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
     (run / "checkpoints" / "best").unlink()
     shutil.copytree(run / "checkpoints" / "step-00000038", run / "checkpoints" / "best")

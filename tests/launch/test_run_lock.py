@@ -1,4 +1,4 @@
-"""The lock on a run's folder with real processes: who is refused, and which dead owners are no owners."""
+"""The lock on a run's folder with real processes: live owners keep it, dead ones are replaced."""
 
 import json
 import multiprocessing
@@ -32,7 +32,7 @@ signal.pause()
 
 @pytest.fixture
 def hold(environ, tmp_path) -> Iterator[Callable[[], subprocess.Popen]]:
-    """Returns a function: a process that has the lock on tmp_path/run."""
+    """Returns a function: starts a process that holds the lock on tmp_path/run."""
     started = []
 
     def start() -> subprocess.Popen:
@@ -54,7 +54,7 @@ def folder(tmp_path) -> Path:
 
 
 def move_to_another_host(lock: Path) -> None:
-    """Rewrites, in place, of which machine an owner says it is; it goes on beating, if it does."""
+    """Rewrites the machine that a lock names, in place; its owner's heartbeat continues."""
     with open(lock, "r+b") as file:
         owner = json.loads(file.readline())
         before = json.dumps(owner, ensure_ascii=False)
@@ -66,7 +66,7 @@ def move_to_another_host(lock: Path) -> None:
 
 
 def leave_lock(folder: Path, **changes: object) -> None:
-    """The file of an owner that is this process but for `changes`, and does not beat."""
+    """Writes a lock of this process, with `changes` to its owner and without heartbeat."""
     owner = replace(current_owner(), **changes)
     (folder / LOCK_NAME).write_text(json.dumps(asdict(owner)) + "\n00000000000000000000\n")
 
@@ -75,37 +75,37 @@ def never(seconds: float) -> None:
     raise AssertionError("there is nothing to wait for")
 
 
-def test_the_second_is_refused_at_once_and_names_the_first(hold, folder):
+def test_a_held_lock_is_an_error_that_names_the_owner(hold, folder):
     first = hold()
     owner = json.loads((folder / LOCK_NAME).read_text().splitlines()[0])
-    with pytest.raises(RuntimeError) as refusal:
+    with pytest.raises(RuntimeError) as error:
         acquire(folder, sleep=never)
-    assert str(refusal.value) == (
+    assert str(error.value) == (
         f"{folder} is in use by another run (process {first.pid} on {os.uname().nodename}, started {owner['started']});"
         " wait until that has ended, or choose another output"
     )
 
 
-def test_a_stopped_owner_is_no_dead_one(hold, folder):
+def test_a_stopped_owner_is_alive(hold, folder):
     first = hold()
     first.send_signal(signal.SIGSTOP)
     with pytest.raises(RuntimeError, match="is in use by another run"):
         acquire(folder, sleep=never)
 
 
-def test_a_copied_folder_is_free_once_its_counter_stands_still(hold, folder, tmp_path):
+def test_a_copied_lock_expires_with_its_heartbeat(hold, folder, tmp_path):
     hold()
     shutil.copytree(folder, tmp_path / "copy")
-    said, looks = [], []
-    acquire(tmp_path / "copy", said.append, looks.append).release()
+    printed, looks = [], []
+    acquire(tmp_path / "copy", printed.append, looks.append).release()
     assert looks == MISSED_HEARTBEATS * [5.0]
-    assert len(said) == 1
+    assert len(printed) == 1
     with pytest.raises(RuntimeError, match="is in use by another run"):
         acquire(folder, sleep=never)
 
 
 @pytest.mark.parametrize("reaped", [True, False])
-def test_killed_it_is_followed_at_once(hold, folder, reaped):
+def test_a_killed_owner_is_replaced_at_once(hold, folder, reaped):
     first = hold()
     first.kill()
     if reaped:
@@ -137,7 +137,7 @@ def try_to_acquire(folder: Path, together: Barrier, verdicts: Queue) -> None:
     verdicts.put(has_it)
 
 
-def test_of_many_that_follow_a_dead_one_at_once_one_has_it(folder):
+def test_one_of_many_simultaneous_starts_gets_the_lock(folder):
     forks = multiprocessing.get_context("fork")
     for _ in range(10):
         leave_lock(folder, born=0)
@@ -160,20 +160,20 @@ def test_a_released_lock_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["metrics.jsonl"]
 
 
-def test_another_host_whose_counter_stands_still(hold, folder):
+def test_an_owner_on_another_host_without_heartbeat_is_dead(hold, folder):
     first = hold()
     first.kill()
     first.wait()
     move_to_another_host(folder / LOCK_NAME)
-    said, looks = [], []
-    acquire(folder, said.append, looks.append).release()
+    printed, looks = [], []
+    acquire(folder, printed.append, looks.append).release()
     assert looks == MISSED_HEARTBEATS * [5.0]
-    assert len(said) == 1
-    assert f"is of process {first.pid} on" in said[0]
-    assert "up to 60 s to see if it lives" in said[0]
+    assert len(printed) == 1
+    assert f"is of process {first.pid} on" in printed[0]
+    assert "up to 60 s to see if it lives" in printed[0]
 
 
-def test_another_host_that_beats(hold, folder):
+def test_an_owner_on_another_host_with_heartbeat_is_alive(hold, folder):
     first = hold()
     move_to_another_host(folder / LOCK_NAME)
 
@@ -190,15 +190,15 @@ def test_another_host_that_beats(hold, folder):
     assert len(looks) == 1
 
 
-def test_another_host_that_ends_meanwhile(hold, folder):
+def test_an_owner_on_another_host_that_ends_meanwhile(hold, folder):
     hold()
     move_to_another_host(folder / LOCK_NAME)
     acquire(folder, sleep=lambda seconds: (folder / LOCK_NAME).unlink(missing_ok=True)).release()
 
 
 @pytest.mark.parametrize(("restarts", "looks"), [(1, 0), (0, MISSED_HEARTBEATS)])
-def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, restarts, looks):
-    """But for another step of the same start it does."""
+def test_a_requeued_job_takes_its_lock_over_at_once(folder, monkeypatch, restarts, looks):
+    """But another step of the same job, not requeued, waits."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_CLUSTER_NAME", "north")
     leave_lock(folder, machine="another")
@@ -208,7 +208,7 @@ def test_a_requeued_job_does_not_wait_for_its_former_self(folder, monkeypatch, r
     assert len(waited) == looks
 
 
-def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
+def test_the_same_job_id_of_another_cluster_is_another_job(folder, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     leave_lock(folder, machine="another", job="south/17")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -218,14 +218,14 @@ def test_the_same_job_number_of_another_cluster(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]\n0\n", b'{"host": "old version"}\n', b"\xff\xfe"])
-def test_a_file_that_nobody_writes_is_no_lock(folder, content):
+def test_a_malformed_lock_expires(folder, content):
     (folder / LOCK_NAME).write_bytes(content)
     waited = []
     acquire(folder, sleep=waited.append).release()
     assert len(waited) == MISSED_HEARTBEATS
 
 
-def test_an_owner_that_was_taken_for_dead_notices(folder):
+def test_an_owner_notices_that_its_lock_was_taken_over(folder):
     frozen = acquire(folder, heartbeat_seconds=1e6)
     frozen.check()
     move_to_another_host(folder / LOCK_NAME)
@@ -243,6 +243,6 @@ def test_an_owner_that_was_taken_for_dead_notices(folder):
 @pytest.mark.parametrize(
     ("output", "words"), [("/sys/kernel", "denied|permitted"), ("/proc/run", "No such file"), (__file__, "File exists")]
 )
-def test_a_folder_that_cannot_be_written_to(output, words):
+def test_a_folder_without_write_permission_is_an_error(output, words):
     with pytest.raises(RuntimeError, match=f"cannot write to the run's folder {output}: .*({words}).*; make it"):
         acquire(Path(output))

@@ -1,4 +1,4 @@
-"""The learning rate of every step against timm's scheduler, EMA decays, and intervals of epochs that end once."""
+"""The learning rate of every step against timm's scheduler, EMA decays, and the ends of intervals."""
 
 import math
 from fractions import Fraction
@@ -22,7 +22,7 @@ def rates(optimizer: OptimizerSection) -> list[float]:
 
 
 def timms_rates(optimizer: OptimizerSection) -> list[float]:
-    """The same as the official recipe has them: timm's cosine by steps, after the warm-up."""
+    """Learning rates of the official recipe: timm's cosine by steps, after the warm-up."""
     schedule = make_schedule(optimizer, SAMPLES)
     scale = optimizer.global_batch_size / 512
     timms = CosineLRScheduler(
@@ -47,11 +47,11 @@ def timms_rates(optimizer: OptimizerSection) -> list[float]:
     ],
     ids=["defaults", "from nothing to nothing", "less than an epoch", "no warm-up"],
 )
-def test_every_step_has_timms_rate(optimizer):
+def test_every_step_has_timms_learning_rate(optimizer):
     assert rates(optimizer) == pytest.approx(timms_rates(optimizer), rel=1e-12, abs=1e-20)
 
 
-def test_beginning_turn_and_end():
+def test_the_first_the_peak_and_the_last_learning_rate():
     optimizer = OptimizerSection(global_batch_size=512, epochs=40, warmup_epochs=4)
     schedule = make_schedule(optimizer, 5120)
     assert (schedule.warmup_steps, schedule.steps) == (40, 400)
@@ -63,7 +63,7 @@ def test_beginning_turn_and_end():
     assert lr_at(399, schedule) > optimizer.min_lr
 
 
-def test_it_rises_and_then_falls():
+def test_the_learning_rate_rises_then_falls():
     optimizer = OptimizerSection(global_batch_size=64, epochs=10, warmup_epochs=2)
     warmup_steps = make_schedule(optimizer, SAMPLES).warmup_steps
     all_rates = rates(optimizer)
@@ -73,31 +73,31 @@ def test_it_rises_and_then_falls():
     assert falling == sorted(set(falling), reverse=True)
 
 
-def test_rates_grow_with_the_batch():
+def test_learning_rates_scale_with_the_batch():
     small, large = (make_schedule(OptimizerSection(global_batch_size=batch), SAMPLES) for batch in (512, 2048))
     assert (small.warmup_lr, small.peak_lr, small.min_lr) == (1e-7, 5e-4, 1e-5)
     assert (large.warmup_lr, large.peak_lr, large.min_lr) == pytest.approx((4e-7, 2e-3, 4e-5))
 
 
-def test_a_part_of_a_step_is_a_step():
+def test_a_partial_step_counts_as_a_step():
     schedule = make_schedule(OptimizerSection(global_batch_size=64, epochs=1, warmup_epochs=0.1), SAMPLES)
     assert (schedule.steps, schedule.warmup_steps) == (16, 2)  # 15.6 and 1.6
 
 
-def test_a_run_shorter_than_its_warm_up_has_rates():
+def test_a_run_within_its_warm_up_has_learning_rates():
     optimizer = OptimizerSection(global_batch_size=1000, epochs=1, warmup_epochs=0.9)
     assert rates(optimizer) == [optimizer.warmup_lr * 1000 / 512]
 
 
 def ema_weights(optimizer: OptimizerSection, steps: int) -> np.ndarray:
-    """How much of the start, and of the weights after each step, is in the moving average after the last."""
+    """The shares of the initial weights, and of the weights after each step, in the final EMA."""
     decays = np.array([ema_decay_at(step, optimizer) for step in range(steps)])
     kept = np.append(np.cumprod(decays[::-1])[::-1], 1.0)  # of what was there before a step
     return kept * np.append(1.0, 1 - decays)
 
 
-def test_a_short_runs_average_is_over_its_last_steps():
-    """After 24 steps, as of 240 images, there was 80 % of the start in it with a decay of 0.99."""
+def test_the_ema_of_a_short_run_covers_its_last_steps():
+    """With a constant decay of 0.99 it would be 80 % initial weights after 24 steps."""
     long = ema_weights(OptimizerSection(ema_decay=0.99, ema_warmup=False), 24)
     short = ema_weights(OptimizerSection(ema_decay=0.99), 24)
     assert long.sum() == pytest.approx(1)
@@ -109,14 +109,14 @@ def test_a_short_runs_average_is_over_its_last_steps():
 
 
 @pytest.mark.parametrize("global_batch_size", [1024, 512])
-def test_a_long_runs_average_is_what_it_was(global_batch_size):
-    """Of the recipe and the fine-tuning, 300 epochs of ImageNet: 2e-27 of what is in it comes from other steps."""
+def test_the_ema_of_a_long_run_is_hardly_warmed_up(global_batch_size):
+    """For 300 epochs of ImageNet, with the recipe's and the fine-tuning batch, the warm-up changes 2e-27 of it."""
     steps = math.ceil(300 * 1_281_167 / global_batch_size)
     with_warmup, without = (ema_weights(OptimizerSection(ema_warmup=on), steps) for on in (True, False))
     assert np.abs(with_warmup - without).sum() < 1e-26
 
 
-def test_the_decay_depends_on_nothing_but_the_step():
+def test_the_decay_depends_on_the_step_only():
     optimizer = OptimizerSection(ema_decay=0.9)
     assert [ema_decay_at(step, optimizer) for step in (0, 1, 40, 80, 81, 10**6)] == [0.1, 2 / 11, 0.82, 0.9, 0.9, 0.9]
     assert ema_decay_at(0, OptimizerSection(ema_decay=0.0)) == 0.0
@@ -143,7 +143,7 @@ def test_an_interval_ends_in_the_step_that_completes_it(samples, global_batch_si
         assert len(ends) == completed
 
 
-def test_an_epoch_that_does_not_divide_ends_inside_a_step():
+def test_an_indivisible_epoch_ends_within_a_step():
     """10 images in steps of 4: epochs end after 10, 20 and 30 images, in steps 2, 4 and 7, counted from 0."""
     assert [step for step in range(8) if ends_interval(step, 4, 10)] == [2, 4, 7]
     assert [step for step in range(8) if ends_interval(step, 4, 0.5 * 10)] == [1, 2, 3, 4, 6, 7]

@@ -26,7 +26,7 @@ STEPS = 5
 
 
 class PlainEngine:
-    """What DeepSpeed does, in the plainest way: average over ranks at the boundary, clip, step."""
+    """The same as DeepSpeed's engine in plain PyTorch: average over ranks in the last micro-step, clip, step."""
 
     def __init__(self, config, model: nn.Module) -> None:
         self.module, self._accumulation, self._clip = (

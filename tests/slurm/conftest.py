@@ -1,8 +1,8 @@
 """A real Slurm cluster on this host: a controller and two nodes of one CPU each, from Debian's packages.
 
-Everything it needs is its own, in a temporary folder: the configuration, the ports, a munged with its key. So it
-disturbs no Slurm or munge of this machine, and needs neither systemd nor root. The nodes are named by loopback
-addresses, because a template takes the address where the ranks meet from the name of a node.
+Configuration, ports and a munged with its key are its own, in a temporary folder: it does not disturb the machine's
+Slurm or munge, and needs neither systemd nor root. The nodes are named by loopback addresses, because a template takes
+MASTER_ADDR from the name of a node.
 """
 
 import getpass
@@ -70,7 +70,7 @@ class Cluster:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What Slurm's commands need: this process's environment, without what launchers or templates set."""
+        """The environment of Slurm's commands: this process's, without variables that launchers or templates set."""
         ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ["PATH"] + SBIN}
         others = ("SLURM_", "SBATCH_", "MASTER_", "LOCAL_", "DS_", "RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
         return {name: value for name, value in os.environ.items() if not name.startswith(others)} | ours
@@ -80,7 +80,7 @@ class Cluster:
         return subprocess.run(command, cwd=folder, env=self.environ | environ, capture_output=True, text=True)
 
     def wait(self, job_id: str) -> dict[str, str]:
-        """What `scontrol show job` says at the job's end: JobState, ExitCode, …"""
+        """Waits for the job's end and returns the fields of `scontrol show job`: JobState, ExitCode, …"""
         while True:
             shown = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.folder).stdout
             job = dict(re.findall(r"(\S+?)=(\S*)", shown))
@@ -95,7 +95,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Below those that Linux gives to outgoing connections, and above those of the templates: they stay free."""
+    """Free ports below the ephemeral ones of Linux and above those of the templates, so that they stay free."""
     ports: set[int] = set()
     while len(ports) < count:
         port = secrets.choice(range(30_000, 32_768))
@@ -128,7 +128,7 @@ def _wait_until_idle(cluster: Cluster, daemons: list[subprocess.Popen]) -> None:
 
 
 def _end_jobs(cluster: Cluster) -> None:
-    """Cancels what still runs, so that no test leaves a process."""
+    """Cancels all jobs, so that no test leaves a process."""
     cluster.run("scancel", f"--user={getpass.getuser()}", folder=cluster.folder)
     while cluster.run("squeue", "--noheader", folder=cluster.folder).stdout.strip():
         time.sleep(0.2)

@@ -1,3 +1,5 @@
+"""The Slurm templates: as text, and submitted to a real Slurm of two nodes."""
+
 import json
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ TWO_CPU_NODES = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpu
 
 
 def overrides(fashion_shards, run_folder: Path) -> list[str]:
-    """A b0 small enough for two CPU ranks: some steps, then one evaluation and one checkpoint."""
+    """Overrides for a b0 small enough for two CPU ranks: some steps, one evaluation, one checkpoint."""
     return [
         "model.name=polaformerpp_b0",
         f"data.train={fashion_shards}/train",
@@ -32,7 +34,7 @@ def overrides(fashion_shards, run_folder: Path) -> list[str]:
 
 
 def submit(cluster, template, *arguments, root, log, **environ):
-    """`sbatch`es a template from the folder `root` and waits; (the job at its end as Slurm shows it, its log)."""
+    """Submits a template from the folder `root` and waits; returns Slurm's fields of the ended job, and its log."""
     sbatch = ["sbatch", "--parsable", *TWO_CPU_NODES, f"--output={log}", template, *arguments]
     done = cluster.run(*sbatch, folder=root, **{"POLAFORMER_PYTHON": sys.executable} | environ)
     assert done.returncode == 0, done.stderr
@@ -58,7 +60,7 @@ def test_the_templates_differ_in_the_model_only():
     assert [path.name for path in TEMPLATES] == ["train_b4.sh", "train_b5.sh"]
 
 
-# --- The templates on the cluster, with a stand-in for launch/train.py that says what reached it ------------
+# --- The templates on the cluster, with a launch/train.py that reports what reached it -----------------------
 
 REPORT = """
 import json, os, signal, sys, time
@@ -78,7 +80,7 @@ if "fail" in sys.argv:
 
 @pytest.fixture
 def project(tmp_path):
-    """The project's root as the templates see it: slurm/, and a launch/train.py that reports."""
+    """A project's root with slurm/ and a launch/train.py that reports its arguments and environment."""
     root = tmp_path / "project"
     shutil.copytree(ROOT / "slurm", root / "slurm")
     (root / "launch").mkdir()
@@ -87,7 +89,7 @@ def project(tmp_path):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
-def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp_path, template):
+def test_every_task_gets_its_rank_and_the_arguments(cluster, project, tmp_path, template):
     words = ["data.note=two words, a * and a '", "optimizer.lr=1e-3"]
     job, log = submit(
         cluster, template, *words, root=project, log=tmp_path / "job.log", NCCL_SOCKET_IFNAME="ib0",
@@ -109,7 +111,7 @@ def test_one_task_per_gpu_gets_its_place_and_the_arguments(cluster, project, tmp
     assert "rank 0 was here" in log
 
 
-def test_a_port_of_ones_own_wins(cluster, project, tmp_path):
+def test_an_exported_port_takes_precedence(cluster, project, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", MASTER_PORT="29876")
     assert job["JobState"] == "COMPLETED", log
     assert json.loads((project / "rank1.json").read_text())["MASTER_PORT"] == "29876"
@@ -120,16 +122,16 @@ def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_p
     assert job["JobState"] == "FAILED", log
     assert "task 1: Exited with exit code 7" in log
     assert "First task exited" not in log, "the others were left for --wait"
-    assert "rank 0 was here" in log, "its last words were lost"
+    assert "rank 0 was here" in log, "its last output was lost"
 
 
-def test_submitted_from_elsewhere_it_says_where_to_go(cluster, tmp_path):
+def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], root=tmp_path, log=tmp_path / "job.log")
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
     assert log == f"error: {tmp_path} is not the project's root; cd there, then: sbatch slurm/train_b4.sh\n"
 
 
-def test_a_missing_python_is_named(cluster, project, tmp_path):
+def test_a_missing_python_is_an_error(cluster, project, tmp_path):
     missing = tmp_path / "no/python"
     job, log = submit(cluster, TEMPLATES[0], root=project, log=tmp_path / "job.log", POLAFORMER_PYTHON=str(missing))
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
@@ -137,7 +139,7 @@ def test_a_missing_python_is_named(cluster, project, tmp_path):
     assert log.endswith("; export POLAFORMER_PYTHON, or change it in slurm/common.sh\n")
 
 
-def test_started_without_sbatch_it_says_how():
+def test_starting_without_sbatch_is_an_error():
     done = subprocess.run(["bash", TEMPLATES[0]], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert done.returncode != 0
     assert "SLURM_SUBMIT_DIR: is not set; start this file with: sbatch slurm/train_b4.sh" in done.stderr
@@ -147,7 +149,7 @@ def test_started_without_sbatch_it_says_how():
 
 
 @pytest.mark.slow
-def test_plain_srun_ranks_meet(cluster, tmp_path):
+def test_plain_srun_ranks_join_one_group(cluster, tmp_path):
     """Without a template: `srun python`, where launch.distributed finds the address itself."""
     report_rank = ROOT / "tests/launch/report_rank.py"
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
@@ -162,7 +164,7 @@ def test_plain_srun_ranks_meet(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
-    """`python` in a batch script without srun: Slurm sets SLURM_PROCID and SLURM_NTASKS=2, yet there is one."""
+    """`python` in a batch script without srun is a single rank, although Slurm sets SLURM_PROCID and SLURM_NTASKS=2."""
     script = tmp_path / "job.sh"
     script.write_text(f"#!/bin/sh\nexec {sys.executable} {ROOT}/tests/launch/report_rank.py cpu {tmp_path}\n")
     _, log = submit(cluster, script, root=tmp_path, log=tmp_path / "job.log", PYTHONPATH=str(ROOT))
