@@ -155,7 +155,7 @@ class Run:
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
         loader = EvalLoader(
-            plan.val, config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
+            plan.val, self.config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
         )
         models = unwrapped_model(self.engine, ema), ema
         of_weights, of_ema = evaluate(models, loader, plan.num_classes, self.config.engine.precision)
