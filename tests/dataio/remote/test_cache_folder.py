@@ -282,7 +282,7 @@ def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch,
         hold_and_read(faster, manifest, [0])
         return digest
 
-    monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
+    monkeypatch.setattr("dataio.remote.cache_folder.sha256_of", hash_and_be_overtaken)
     hold_and_read(slower, manifest, [0])
     assert server.requests.count(path.name) == (2 if damaged else 1)
     assert sha256_of(path) == local.shards[0].sha256

@@ -283,7 +283,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path, monkeypatch):
         asked = len(server.requests)
         return WaitUntil(seconds, over=lambda: len(server.requests) > asked)
 
-    monkeypatch.setattr("dataio.remote.Deadline", until_asked)
+    monkeypatch.setattr("dataio.remote.fetch.Deadline", until_asked)
     fault = "shard.tar: it is not there after 7200 s, attempts: 1; check server and network, or pack smaller shards "
     with pytest.raises(RuntimeError, match=fault):
         fetch(source, "shard.tar", tmp_path / "shard.tar", len(CONTENT), SHA256, until_asked(FOREVER))
@@ -295,7 +295,7 @@ def test_a_server_that_never_ends(http_server, folder, tmp_path, monkeypatch):
 def test_no_attempt_begins_when_the_time_for_a_file_is_over(http_server, folder, tmp_path, monkeypatch):
     """The third would begin after a pause of 4 s."""
     server, clock = http_server(folder), Clock()
-    for user in ("dataio.remote.time", "tenacity.time"):
+    for user in ("dataio.remote.fetch.time", "tenacity.time"):
         monkeypatch.setattr(user, clock)
     server.faults["shard.tar"] = ["503"] * 9
     source = remote(server.url, tmp_path, replace(HASTY, max_attempts=9, initial_backoff_seconds=2))
@@ -313,7 +313,7 @@ def test_giving_up_ends_a_transfer(http_server, folder, tmp_path, monkeypatch, p
     server = http_server(folder)
     url = server.url if protocol == "http" else google_api(server, folder, monkeypatch)
     server.faults["shard.tar"] = server.faults["shard.tar?alt=media"] = [fault] * 99
-    monkeypatch.setattr("dataio.remote._MAX_BACKOFF_SECONDS", FOREVER)
+    monkeypatch.setattr("dataio.remote.fetch._MAX_BACKOFF_SECONDS", FOREVER)
     monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda _: asyncio.sleep(FOREVER)))
     source = remote(url, tmp_path, replace(HASTY, initial_backoff_seconds=FOREVER))
     cancelled, target, others = threading.Event(), tmp_path / "shard.tar", tasks()

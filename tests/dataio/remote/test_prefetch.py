@@ -291,7 +291,7 @@ def test_a_cache_that_is_too_small_is_refused_at_once(http_server, far, cache, l
     )
     with pytest.raises(ValueError, match=message):
         TrainLoader(manifest, SMALL, PLAN, CPU)
-    few = open_dataset(server.url, CacheOptions(cache.folder, EvalLoader.local.required_cache_bytes(16) - 1, HASTY))
+    few = open_dataset(server.url, CacheOptions(cache.folder, EvalLoader.required_cache_bytes(local, 16) - 1, HASTY))
     with pytest.raises(ValueError, match="is too small"):
         EvalLoader(few, SMALL, 16, 0, 8, CPU)
     assert not [name for name in server.requests if name.endswith(".tar")]
@@ -336,7 +336,7 @@ def test_a_full_disk(http_server, far, local, expected, small_disk, await_their_
     loader = TrainLoader(open_dataset(url, cache), SMALL, PLAN, CPU)
     fault = r"no room for .*: its disk has .* left and .* are needed; free some space, or let data.cache, --cache name"
     with monkeypatch.context() as patch:
-        patch.setattr("dataio.cache_folder.Deadline", lambda _: Deadline(0))  # for room; all else may take its time
+        patch.setattr("dataio.remote.cache_folder.Deadline", lambda _: Deadline(0))  # for room; all else may take its time
         with pytest.raises(RuntimeError, match=fault):
             next(loader)
     (small_disk / "other").unlink()
@@ -358,7 +358,7 @@ def test_a_closed_loader_holds_no_shard(http_server, far, expected, tmp_path, aw
 
 def test_closing_ends_the_threads_that_wait(http_server, far, local, tmp_path, monkeypatch, hold_and_read):
     """For a server that is silent, between two attempts, and for room."""
-    monkeypatch.setattr("dataio.remote._MAX_BACKOFF_SECONDS", FOREVER)
+    monkeypatch.setattr("dataio.remote.fetch._MAX_BACKOFF_SECONDS", FOREVER)
     server = http_server(far)
     retry_policy = replace(PATIENT, file_timeout_seconds=2 * FOREVER)  # else no attempt would follow
     manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 250_000, retry_policy))
@@ -395,7 +395,7 @@ def test_a_batch_does_not_wait_while_others_are_trained_on(
     shards = RemoteShards(manifest)
     hold_and_read(shards, manifest, [0])
     later = time.monotonic() + 2 * FOREVER
-    monkeypatch.setattr("dataio.cache.time", SimpleNamespace(monotonic=lambda: later))
+    monkeypatch.setattr("dataio.remote.prefetch.time", SimpleNamespace(monotonic=lambda: later))
     shards.read(sum(local.shard_samples[:3]))
     shards.close()
 
