@@ -1,8 +1,10 @@
-"""What shards hold, read and told apart from what they should hold; files opened once and closed."""
+"""Reading of local shards: intact, damaged, exchanged and missing ones; files opened once and closed."""
 
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -166,3 +168,23 @@ def test_reading_ahead_is_a_hint_and_no_more(damaged, overwrite):
     files.read_ahead([0, last])
     with pytest.raises(RuntimeError, match="its shard ends too early"):
         files.read(last)
+
+
+TRAINING = """
+import sys
+import torch
+from dataio.augment.params import ImageOptions
+from dataio.loader import LoaderOptions, TrainLoader
+from dataio.shards import open_dataset
+
+manifest = open_dataset(sys.argv[1], None)
+loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), LoaderOptions(0, 4), torch.device("cpu"))
+print(len([next(loader) for _ in range(3)]))
+print([name for name in sys.modules if name.startswith(("dataio.remote", "dataio.pack", "fsspec", "tenacity"))])
+"""
+
+
+def test_training_on_local_shards_imports_nothing_of_remote_ones(shards):
+    """Nor what only packing needs; and packages of remote data sets may be missing."""
+    training = subprocess.run([sys.executable, "-c", TRAINING, shards], capture_output=True, text=True)
+    assert (training.returncode, training.stdout) == (0, "3\n[]\n"), training.stderr

@@ -120,7 +120,7 @@ def test_shards_far_away(http_server, many_shards, tmp_path, capsys):
     gib = str(2.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30)
     assert main([url, "--out", str(far), *options]) == 2
     said = capsys.readouterr().err
-    assert said.endswith("/?… is far away; name a folder for the shards that are fetched with --cache\n")
+    assert said.endswith("/?… is remote; name a folder for the shards that are fetched with --cache\n")
     assert main([url, "--out", str(far), *options, "--cache", str(cache), "--cache-gib", gib]) == 0
     assert main([str(many_shards), "--out", str(near), *options]) == 0
     with Image.open(near) as one, Image.open(far) as other:

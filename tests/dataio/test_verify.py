@@ -354,6 +354,6 @@ def test_a_url_is_no_folder(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["https://ann:hush@host/set"])
     message = (
-        "error: https://…@host/set is far away and a folder is checked; name the one it was copied from, or a copy"
+        "error: https://…@host/set is remote, and only local folders are checked; name the one it was copied from, or a"
     )
     assert message in capsys.readouterr().err

@@ -109,7 +109,7 @@ def test_a_folder_in_an_archive_gives_its_bytes(photos, tmp_path):
     ("folders", "message"),
     [
         (each("train", "Train", "val"), "holds Train and train; rename one of them"),
-        (each("val", "test"), "holds val, test and nothing to train on; call that part train"),
+        (each("val", "test"), "holds val, test and nothing to train on; call that split train"),
     ],
 )
 def test_layouts_that_cannot_be(folders, message, photos, tmp_path):
@@ -121,7 +121,7 @@ def test_what_packing_says_of_parts_can_be_typed(photos, tmp_path, capsys):
     root = lay(tmp_path / "it's #1", photos, each("training", "test"))
     assert main([str(root), str(tmp_path / "target")]) == 2
     said = capsys.readouterr().err
-    assert "holds training and test, which are parts of a data set and no classes; pack each by itself: " in said
+    assert "holds training and test, which are splits of a data set and no classes; pack each by itself: " in said
     command = said.partition("by itself: ")[2].strip().replace(" and python", " && python")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command.replace("TARGET", "packed"), shell=True, cwd=tmp_path, env=environ, check=True)

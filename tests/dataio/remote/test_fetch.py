@@ -106,7 +106,7 @@ def test_a_fault_that_passes_is_tried_again(http_server, folder, tmp_path, fault
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("503", "503.*, attempts: 3; check server and network, then start again: the run goes on"),
+        ("503", "503.*, attempts: 3; check server and network, then start again: the run resumes"),
         ("reset", "attempts: 3; check server and network"),
         ("half", "attempts: 3; check server and network"),
         (
