@@ -10,7 +10,7 @@ from dataio.files import sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
 
 
-def test_manifest_says_what_was_packed(shards, photos):
+def test_manifest_contents(shards, photos):
     manifest = load_manifest(shards)
     assert manifest.classes == ("astronaut", "cat", "coffee", "rocket")
     assert len(manifest) == sum(1 for _ in photos.glob("*/*")) == sum(shard.samples for shard in manifest.shards)
@@ -68,7 +68,7 @@ def change_first_shard(**fields):
         (change_first_shard(sha256="A" * 64), "'A{64}' is no sha256"),
     ],
 )
-def test_a_manifest_that_says_what_none_says(copy, change, fault):
+def test_invalid_manifest_fields(copy, change, fault):
     path = copy / MANIFEST_NAME
     fields = json.loads(path.read_text())
     change(fields)
@@ -80,8 +80,8 @@ def test_a_manifest_that_says_what_none_says(copy, change, fault):
 @pytest.mark.parametrize(
     "change", [{"classes": ["astronaut", "coffee", "cat", "rocket"]}, {"seed": 1}, {"sha256": 64 * "0"}]
 )
-def test_a_manifest_whose_content_changed(copy, change):
-    """Classes that exchanged their names are the same to everything but the hash."""
+def test_changed_manifest(copy, change):
+    """Classes that exchange their names are noticed by the hash alone."""
     path = copy / MANIFEST_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_manifest_whose_content_changed(copy, change):
         load_manifest(copy)
 
 
-def test_a_manifest_from_before_it_had_a_hash(copy):
+def test_manifest_without_a_hash(copy):
     path = copy / MANIFEST_NAME
     fields = json.loads(path.read_text())
     del fields["sha256"]
@@ -120,7 +120,7 @@ def test_truncated_shard(copy):
 
 
 def change_samples(folder, rows):
-    """Another sample table, which the manifest names."""
+    """Write another sample table, with its hash in the manifest."""
     np.save(folder / SAMPLES_NAME, rows)
     change_manifest(folder, samples_sha256=sha256_of(folder / SAMPLES_NAME))
 
@@ -132,15 +132,15 @@ def test_sample_table_of_another_length(copy):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an array", b"\x93NUMPY\x01\x00v\x00{'descr'"])
-def test_sample_table_that_is_no_table(copy, content):
+def test_sample_table_that_is_not_a_table(copy, content):
     (copy / SAMPLES_NAME).write_bytes(content)
     change_manifest(copy, samples_sha256=sha256_of(copy / SAMPLES_NAME))
     with pytest.raises(ValueError, match=r"samples.npy cannot be read .*; copy it again, or pack the folder again"):
         load_manifest(copy)
 
 
-def test_sample_table_that_was_changed(copy):
-    """A label that is another one, and still one of the classes: only the hash can tell."""
+def test_changed_sample_table(copy):
+    """A label that becomes that of another class is noticed by the hash alone."""
     rows = np.load(copy / SAMPLES_NAME)
     rows["label"][3] = (rows["label"][3] + 1) % 4
     np.save(copy / SAMPLES_NAME, rows)
@@ -164,7 +164,7 @@ def test_sample_table_of_other_shards(copy, change):
 @pytest.mark.parametrize(
     ("field", "value"), [("offset", 0), ("offset", 100), ("offset", 2**40), ("offset", 2**64 - 1), ("bytes", 2**32 - 1)]
 )
-def test_images_beyond_their_shard(copy, field, value):
+def test_images_beyond_the_end_of_their_shard(copy, field, value):
     rows = np.load(copy / SAMPLES_NAME)
     rows[field][7] = value
     change_samples(copy, rows)
@@ -173,7 +173,7 @@ def test_images_beyond_their_shard(copy, field, value):
 
 
 @pytest.mark.parametrize("size", [0, 2**63, 2**70])
-def test_shards_of_an_absurd_size(copy, size):
+def test_absurd_shard_sizes(copy, size):
     shards = json.loads((copy / MANIFEST_NAME).read_text())["shards"]
     shards[0]["bytes"] = size
     change_manifest(copy, shards=shards)

@@ -1,4 +1,4 @@
-"""Ways to compare packed folders with each other, and with the images they were made of."""
+"""Comparison of packed folders with each other, and with the images that they were packed from."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -1,4 +1,4 @@
-"""What passes each check, what headers say, and smaller images, against PIL and DALI."""
+"""Levels of checking, headers, refused variants and downscaling, compared with PIL and DALI."""
 
 import io
 import struct
@@ -51,8 +51,8 @@ def by_dali(data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_headers_of_all_photographs(check, photos):
-    """Sizes as PIL has them; and what conftest made odd, whatever the check."""
+def test_headers_at_every_check(check, photos):
+    """Sizes equal PIL's, and the CMYK and the rotated image are found at every level."""
     odd = {"coffee/01.jpg": (True, False), "rocket/01.jpg": (False, True)}
     paths = sorted(photos.glob("*/*"))
     for path in paths:
@@ -78,13 +78,13 @@ def test_headers_of_all_photographs(check, photos):
         {"exif": b"Exif\0\0garbage"},
     ],
 )
-def test_jpegs_of_all_kinds(check, options, photograph):
+def test_jpeg_variants(check, options, photograph):
     assert check_image(encoded(photograph, "JPEG", **options), check) == Header("jpg", 300, 200)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_rotation_behind_other_metadata(check, photograph):
-    """XMP often stands before EXIF, under the same marker."""
+def test_exif_rotation_after_other_metadata(check, photograph):
+    """XMP often precedes EXIF, in a segment with the same marker."""
     data = encoded(photograph, "JPEG", exif=rotation(6))
     xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
     data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
@@ -92,7 +92,7 @@ def test_a_rotation_behind_other_metadata(check, photograph):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_several_pictures_in_one_jpeg(check, photograph):
+def test_multi_picture_jpeg(check, photograph):
     small = photograph.resize((30, 20))
     data = encoded(photograph, "MPO", save_all=True, append_images=[small])
     assert check_image(data, check) == Header("jpg", 300, 200)
@@ -101,14 +101,14 @@ def test_several_pictures_in_one_jpeg(check, photograph):
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotations_of_other_formats(check, kind, orientation, photograph):
-    """PIL turns TIFF files by their orientation, unlike all other formats; DALI gets the stored pixels."""
+def test_exif_rotations_of_other_formats(check, kind, orientation, photograph):
+    """PIL rotates TIFF files as it loads them, unlike all other formats; DALI gets the stored pixels."""
     header = check_image(encoded(photograph, kind, exif=rotation(orientation)), check)
     assert header == Header(kind.lower(), 300, 200, rotated=orientation != 1)
 
 
 @pytest.mark.parametrize("extension", ["bmp", "jp2", "jpg", "pgm", "png", "tif", "webp"])
-def test_dali_decodes_what_is_let_in(extension, tmp_path, photograph):
+def test_dali_decodes_accepted_formats(extension, tmp_path, photograph):
     path = tmp_path / f"image.{extension}"
     photograph.convert("L").save(path)
     header = check_image(path.read_bytes(), "decode")
@@ -137,7 +137,7 @@ def in_mode(photograph: Image.Image, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind in MODES for mode in MODES[kind][0].split()])
-def test_dali_decodes_what_is_let_in_of_any_mode(kind, mode, photograph):
+def test_dali_decodes_accepted_modes(kind, mode, photograph):
     data = encoded(in_mode(photograph, mode), kind)
     check_image(data, "decode")
     expected = np.asarray(_stored_pixels(Image.open(io.BytesIO(data))).convert("RGB"), dtype=int)
@@ -155,7 +155,7 @@ def test_modes_that_dali_decodes_to_other_pixels_are_refused(kind, mode, check, 
 
 
 def bitmap(bits: int, masks: tuple[int, ...] = (), header_bytes: int = 40) -> bytes:
-    """8×8 random pixels as a BMP, of which PIL writes few kinds. Short headers have their masks behind them."""
+    """Make a BMP of 8×8 random pixels, as PIL does not write them. Masks follow a header of 40 bytes."""
     pixels = np.random.default_rng(0).bytes(8 * bits)
     header = struct.pack("<IiiHHIIiiII", header_bytes, 8, 8, 1, bits, 3 * bool(masks), len(pixels), 0, 0, 0, 0)
     header = (header + struct.pack(f"<{len(masks)}I", *masks)).ljust(header_bytes, b"\0")
@@ -163,7 +163,7 @@ def bitmap(bits: int, masks: tuple[int, ...] = (), header_bytes: int = 40) -> by
 
 
 def run_length_bitmap(bits: int) -> bytes:
-    """8×8 pixels, each row a single run, as a BMP with a palette of 16 colours."""
+    """Make a BMP of 8×8 pixels with a palette, each row a single run."""
     palette = b"".join(bytes((15 * number, 255 - 15 * number, 3 * number, 0)) for number in range(16))
     rows = b"".join(bytes((8, row * (17 if bits == 4 else 1), 0, 0)) for row in range(8)) + b"\0\1"
     start = 54 + len(palette)
@@ -179,7 +179,7 @@ def tiff(pixels: np.ndarray, **options) -> bytes:
 
 
 def raw_variants(photograph: Image.Image) -> dict[str, tuple[bytes, str | None]]:
-    """Of each variant an image, and what the message calls it if it is refused."""
+    """Return for each variant an image, and how the message names the variant if it is refused."""
     rgb = np.asarray(photograph)[:40, :48]
     rgba = np.dstack([rgb, 255 - rgb[..., :1]])
     planes, four_planes = (np.ascontiguousarray(np.moveaxis(pixels, 2, 0)) for pixels in (rgb, rgba))
@@ -240,7 +240,7 @@ def raw_variants(photograph: Image.Image) -> dict[str, tuple[bytes, str | None]]
 
 
 def test_variants_are_refused_or_decoded_alike(photograph):
-    """Each one, at every level of checking; what is let in has the same pixels by DALI and PIL."""
+    """At every level of checking; DALI and PIL decode accepted ones to the same pixels."""
     for name, (data, variant) in raw_variants(photograph).items():
         for check in CHECKS:
             if variant is None:
@@ -253,8 +253,8 @@ def test_variants_are_refused_or_decoded_alike(photograph):
             assert np.abs(by_dali(data) - expected).max() <= 1, name
 
 
-def test_variants_that_are_refused_for_a_reason(photograph):
-    """DALI refuses them or decodes other pixels, but for a few kinds of a variant most of whose files it does not."""
+def test_refused_variants_are_not_decoded_alike(photograph):
+    """DALI refuses them or decodes other pixels, but for a few whose kind it does not always decode alike."""
     alike = set()
     for name, (data, variant) in raw_variants(photograph).items():
         if variant is not None:
@@ -277,7 +277,7 @@ NO_IMAGE = "it is no image, or of an unknown format"
 
 
 def damaged_files(photograph: Image.Image) -> dict[str, tuple[bytes, dict[str, str]]]:
-    """The bytes, and for each check that finds them broken its reason."""
+    """Return for each damage the bytes, and the reason by each check that finds it."""
     jpeg, png = encoded(photograph, "JPEG", quality=95), encoded(photograph, "PNG")
     thumbnail = encoded(photograph.resize((60, 40)), "JPEG")
     embedded = encoded(photograph, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail)
@@ -305,7 +305,7 @@ def damaged_files(photograph: Image.Image) -> dict[str, tuple[bytes, dict[str, s
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_what_each_check_finds(check, photograph):
+def test_faults_found_by_each_check(check, photograph):
     for name, (data, reasons) in damaged_files(photograph).items():
         if check in reasons:
             with pytest.raises(ValueError, match=reasons[check]):
@@ -315,8 +315,8 @@ def test_what_each_check_finds(check, photograph):
             assert (name, header.width, header.height) == (name, 300, 200)
 
 
-def test_random_bytes_are_broken_images_and_no_other_error(photograph):
-    """Garbage behind the first bytes of each format, and holes in whole files."""
+def test_random_bytes_raise_no_other_error(photograph):
+    """Random bytes after the signature of each format, and inside intact files."""
     generator = np.random.Generator(np.random.Philox(0))
     for kind in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"):
         whole = encoded(photograph.resize((64, 48)), kind)
@@ -335,7 +335,7 @@ def test_random_bytes_are_broken_images_and_no_other_error(photograph):
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (200, 200), (1000, 50)])
-def test_the_short_side_is_what_was_asked_for(size, photograph):
+def test_short_side_after_downscaling(size, photograph):
     data = encoded(photograph.resize(size), "PNG")
     header = check_image(data, "decode")
     smaller, after = downscale_image(data, header, Downscale(48, 90))
@@ -353,7 +353,7 @@ def test_small_images_keep_their_bytes(photograph):
     assert downscale_image(data, header, Downscale(199, 90))[1] == Header("jpg", 298, 199)
 
 
-def test_quality_and_determinism(photograph):
+def test_downscaling_is_deterministic_and_obeys_quality(photograph):
     data = encoded(photograph, "PNG")
     header = check_image(data, "decode")
     sizes = [len(downscale_image(data, header, Downscale(100, quality))[0]) for quality in (50, 90, 95)]
@@ -362,8 +362,8 @@ def test_quality_and_determinism(photograph):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16", "CMYK"])
-def test_smaller_images_look_like_the_stored_ones(mode, photograph):
-    """As DALI decodes them: 16 bits become 8, transparency is dropped, CMYK becomes RGB."""
+def test_downscaled_images_match_dali_decoding(mode, photograph):
+    """16 bits become 8, transparency is dropped, CMYK becomes RGB."""
     if mode == "I;16":
         stored = Image.fromarray(np.asarray(photograph.convert("L")).astype(np.uint16) * 257)
     else:
@@ -377,7 +377,7 @@ def test_smaller_images_look_like_the_stored_ones(mode, photograph):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
-def test_smaller_images_are_not_rotated(kind, orientation, photograph):
+def test_downscaling_does_not_rotate(kind, orientation, photograph):
     data = encoded(photograph, kind, exif=rotation(orientation))
     smaller, header = downscale_image(data, check_image(data, "decode"), Downscale(100, 95))
     assert header == Header("jpg", 150, 100, rotated=orientation != 1)
@@ -387,7 +387,7 @@ def test_smaller_images_are_not_rotated(kind, orientation, photograph):
         assert dict(image.getexif()) == {}
 
 
-def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
+def test_libjpeg_scaling_loses_no_quality(photograph):
     large = photograph.resize((1500, 1000), Image.Resampling.BICUBIC)
     data = encoded(large, "JPEG", quality=95)
     smaller, _ = downscale_image(data, check_image(data, "header"), Downscale(100, 95))
@@ -395,15 +395,15 @@ def test_a_large_photograph_is_as_good_as_without_libjpegs_scaling(photograph):
     assert np.abs(by_dali(smaller) - expected).mean() < 3
 
 
-def test_an_image_that_breaks_when_it_is_made_smaller(photograph):
+def test_downscaling_a_truncated_image_is_an_error(photograph):
     data = encoded(photograph, "JPEG")[:3000]
     with pytest.raises(ValueError, match="it cannot be decoded: image file is truncated"):
         downscale_image(data, check_image(data, "none"), Downscale(100, 90))
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_limit_of_pixels_is_ours(check, photograph, monkeypatch):
-    """PIL's own, here of 100 pixels, never speaks."""
+def test_pixel_limit_is_max_megapixels_not_pils(check, photograph, monkeypatch):
+    """PIL's own limit, here of 100 pixels, has no effect."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for kind in ("JPEG", "PNG", "WEBP", "TIFF"):
         data = encoded(photograph.resize((1500, 1000)), kind)
@@ -417,7 +417,7 @@ def test_the_limit_of_pixels_is_ours(check, photograph, monkeypatch):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_phones_format_under_another_name(check):
+def test_heic_with_another_extension(check):
     data = struct.pack(">I", 24) + b"ftypheic\0\0\0\0mif1heic" + bytes(1000)
     with pytest.raises(
         ValueError, match="it is HEIC, as phones write it, whatever its name; convert it to JPEG or PNG"

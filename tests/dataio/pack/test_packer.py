@@ -13,12 +13,12 @@ from dataio.pack.image_checks import FORMATS
 from dataio.pack.packer import PackOptions, pack
 
 
-def test_the_sample_table_leads_to_every_image(photos, shards, images_by_class, packed_images):
+def test_sample_table_points_to_every_image(photos, shards, images_by_class, packed_images):
     assert packed_images(shards) == images_by_class(photos.glob("*/*"))
 
 
 def test_sizes_are_those_of_the_stored_pixels(shards):
-    """Also of the photograph whose EXIF asks for a rotation."""
+    """Including those of the photograph whose EXIF asks for a rotation."""
     manifest = load_manifest(shards)
     rotated = 0
     for row in manifest.samples:
@@ -30,7 +30,7 @@ def test_sizes_are_those_of_the_stored_pixels(shards):
     assert rotated == 1
 
 
-def test_storage_is_mixed_by_the_seed(photos, shards, tmp_path, packed_images):
+def test_seed_shuffles_the_stored_order(photos, shards, tmp_path, packed_images):
     labels = load_manifest(shards).samples["label"]
     assert len(set(labels[:12])) == 4
     other = pack(photos, tmp_path / "other", PackOptions(shard_mib=1, seed=1))
@@ -38,13 +38,13 @@ def test_storage_is_mixed_by_the_seed(photos, shards, tmp_path, packed_images):
     assert packed_images(tmp_path / "other") == packed_images(shards)
 
 
-def test_same_bytes_again_and_with_other_workers(photos, shards, tmp_path, contents):
+def test_bit_identical_again_and_with_other_workers(photos, shards, tmp_path, contents):
     for name, workers in (("one", 1), ("again", 1), ("three", 3)):
         pack(photos, tmp_path / name, PackOptions(shard_mib=1, workers=workers))
         assert contents(tmp_path / name) == contents(shards)
 
 
-def test_shards_keep_to_their_size(shards, photos):
+def test_shard_sizes_stay_within_the_limit(shards, photos):
     sizes = [shard.bytes for shard in load_manifest(shards).shards]
     assert max(sizes) <= 2**20
     largest = max(file.stat().st_size for file in photos.glob("*/*"))

@@ -16,7 +16,7 @@ from dataio.verify import verify
 
 
 @pytest.mark.parametrize("check", ["header", "none"])
-def test_other_checks_store_the_same(check, photos, shards, tmp_path, contents):
+def test_other_checks_store_the_same_bytes(check, photos, shards, tmp_path, contents):
     pack(photos, tmp_path / "target", PackOptions(shard_mib=1, check=check))
     ours, full = contents(tmp_path / "target"), contents(shards)
     assert json.loads(ours.pop("report.json"))["check"] == check
@@ -24,7 +24,7 @@ def test_other_checks_store_the_same(check, photos, shards, tmp_path, contents):
     assert ours == full
 
 
-def test_checks_let_more_or_less_through(source, tmp_path):
+def test_each_check_finds_its_kind_of_damage(source, tmp_path):
     for name, size in (("cut.jpg", -100), ("cut.bmp", -100)):
         with Image.open(source / "cat" / "00.jpg") as image:
             image.save(source / "cat" / name)
@@ -37,7 +37,7 @@ def test_checks_let_more_or_less_through(source, tmp_path):
 
 
 def test_resize(photos, tmp_path, contents, images_by_class, packed_images):
-    """Photographs of 160 to 508 pixels: small ones keep their bytes, the others have the side that was asked for."""
+    """Of photographs of 160 to 508 pixels, small ones keep their bytes, and the others get the short side asked for."""
     options = PackOptions(shard_mib=1, resize=200, quality=80)
     manifest = pack(photos, tmp_path / "target", options)
     assert verify(tmp_path / "target", decode=True) == []
@@ -59,7 +59,7 @@ def test_resize(photos, tmp_path, contents, images_by_class, packed_images):
     assert finer.samples["bytes"].sum() > manifest.samples["bytes"].sum()
 
 
-def test_texts_are_counted_and_links_are_not_lost(source, tmp_path, capsys):
+def test_text_files_are_counted_and_dangling_links_are_errors(source, tmp_path, capsys):
     (source / "cat" / "00.txt").write_text("about this cat")
     (source / "lost").symlink_to(source / "nowhere")
     assert main([str(source), str(tmp_path / "target")]) == 2
@@ -72,7 +72,7 @@ def test_texts_are_counted_and_links_are_not_lost(source, tmp_path, capsys):
 
 
 def test_large_images(source, tmp_path, capsys):
-    """PIL's limit of 179 megapixels, which is a DecompressionBombError, does not count; ours does."""
+    """PIL's limit of 179 megapixels (DecompressionBombError) has no effect, whereas --max-megapixels has."""
     Image.new("L", (14000, 13000)).save(source / "cat" / "large.png")
     message = (
         f"error: broken image {source}/cat/large.png: it has 14000×13000 pixels, more than the 100 million of"
@@ -90,7 +90,7 @@ def test_large_images(source, tmp_path, capsys):
     assert Image.MAX_IMAGE_PIXELS < 182e6  # PIL's is as it was for everybody else
 
 
-def test_odd_images_are_reported(source, tmp_path, capsys):
+def test_unusual_images_are_reported(source, tmp_path, capsys):
     for number in range(4):
         shutil.copy(source / "rocket" / "01.jpg", source / "cat" / f"turned{number}.jpg")
     assert main([str(source), str(tmp_path / "target"), "--check", "none"]) == 0

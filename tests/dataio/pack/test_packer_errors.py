@@ -1,4 +1,4 @@
-"""Sources, targets and options that packing refuses, and broken images."""
+"""Sources, targets and options that are errors, and broken images."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from dataio.verify import verify
 
 
 def test_broken_images_are_named(source, tmp_path, capsys):
-    """Each kind alone ends the pack with one line, and nothing is left behind."""
+    """Each kind of broken image ends the pack with one line, and nothing is left behind."""
     kinds = broken_files(source / "cat" / "00.jpg", source / "astronaut" / "01.png")
     for name, (content, reason) in kinds.items():
         file = source / "coffee" / name
@@ -80,8 +80,8 @@ def test_skip_broken_lists_and_leaves_out(source, shards, tmp_path, capsys, pack
     assert verify(target) == []
 
 
-def test_names_that_are_not_utf_8(source, tmp_path):
-    """A broken file's is written down so that everybody can read it; a class's would be a label's name."""
+def test_names_that_are_not_utf8(source, tmp_path):
+    """The name of a broken file is escaped in the manifest; the name of a class is an error."""
     (source / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(b"no image")
     manifest = pack(source, tmp_path / "target", PackOptions(skip_broken=True))
     assert [file.file for file in manifest.broken] == ["cat/caf\\xe9.jpg"]
@@ -92,7 +92,7 @@ def test_names_that_are_not_utf_8(source, tmp_path):
 
 
 def test_skip_broken_closes_the_gap_of_a_shard_without_images(source, shards, tmp_path, contents, packed_images):
-    """A broken file larger than a shard would have had one for itself."""
+    """A broken file larger than a shard would have filled one by itself."""
     (source / "cat" / "large.jpg").write_bytes(b"no image" * 2**18)
     target = tmp_path / "target"
     manifest = pack(source, target, PackOptions(shard_mib=1, skip_broken=True))
@@ -114,7 +114,7 @@ def test_skip_broken_closes_the_gap_of_a_shard_without_images(source, shards, tm
         ("rex.gif", r"has no images \(1 files of other kinds\); add some to .*/dog, remove that folder"),
     ],
 )
-def test_a_class_of_broken_files_only(name, message, source, tmp_path):
+def test_class_of_only_broken_files_is_an_error(name, message, source, tmp_path):
     (source / "dog").mkdir()
     (source / "dog" / name).write_bytes(b"no image")
     with pytest.raises(ValueError, match=f'class "dog" {message}'):
@@ -122,7 +122,7 @@ def test_a_class_of_broken_files_only(name, message, source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_no_such_folder(tmp_path, capsys):
+def test_missing_source_is_an_error(tmp_path, capsys):
     assert main([str(tmp_path / "none"), str(tmp_path / "target")]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'none'} is not there; name a folder that holds a folder of images for each class, a zip"
@@ -131,14 +131,14 @@ def test_no_such_folder(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_target_that_exists(photos, tmp_path, capsys, contents):
+def test_existing_target_is_an_error(photos, tmp_path, capsys, contents):
     (tmp_path / "file").write_text("mine")
     assert main([str(photos), str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} exists already; delete it or name another folder\n"
     assert contents(tmp_path) == {"file": b"mine"}
 
 
-def test_target_inside_the_source(source):
+def test_target_inside_the_source_is_an_error(source):
     with pytest.raises(ValueError, match="packed lies inside .*; choose a folder beside it"):
         pack(source, source / "packed")
     assert not (source / "packed").exists()
@@ -165,24 +165,24 @@ def test_target_inside_the_source(source):
         (["--max-megapixels", "0"], "--max-megapixels is 0; use 1 or more"),
     ],
 )
-def test_options_that_cannot_be(options, message, photos, tmp_path, capsys):
+def test_invalid_options(options, message, photos, tmp_path, capsys):
     assert main([str(photos), str(tmp_path / "target"), *options]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_part_of_another_name():
+def test_unknown_split_is_an_error():
     with pytest.raises(ValueError, match='--split is "rest"; use train or val'):
         PackOptions(val_percent=10, split="rest")
 
 
-def test_check_of_another_name():
+def test_unknown_check_is_an_error():
     with pytest.raises(ValueError, match='--check is "all"; use decode, header, none'):
         PackOptions(check="all")
 
 
-def test_too_little_space(source, tmp_path, capsys):
-    """A file of 4 TiB, of which the disk has none."""
+def test_too_little_disk_space_is_an_error(source, tmp_path, capsys):
+    """A sparse file of 4 TiB is more than the disk can take."""
     with open(source / "cat" / "huge.jpg", "wb") as file:
         file.truncate(2**42)
     target = tmp_path / "target"

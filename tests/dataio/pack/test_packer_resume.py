@@ -35,7 +35,7 @@ def many(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(many, tmp_path_factory, contents) -> dict[str, bytes]:
-    """What packing `many` writes."""
+    """Contents of `many`, packed without an interruption."""
     target = tmp_path_factory.mktemp("uninterrupted") / "target"
     assert main([str(many), str(target), *LONG_PACK]) == 0
     return contents(target)
@@ -64,7 +64,7 @@ sys.exit(command.main(sys.argv[2:]))
 
 
 def start_pack(many: Path, target: Path, *options: str, shards: int) -> subprocess.Popen:
-    """A pack that lists images, and will stand still when so many shards are finished."""
+    """Start a pack that will wait once so many shards are finished; it is listing images when this returns."""
     command = subprocess.Popen(
         [sys.executable, "-c", STANDING_STILL, str(shards), many, target, *LONG_PACK, *options],
         stdin=subprocess.PIPE,
@@ -78,7 +78,7 @@ def start_pack(many: Path, target: Path, *options: str, shards: int) -> subproce
 
 
 def pack_until(shards: int, many: Path, target: Path, *options: str) -> subprocess.Popen:
-    """A pack that stands still: so many shards are finished."""
+    """Start a pack and wait until so many shards are finished; it waits, too."""
     command = start_pack(many, target, *options, shards=shards)
     while len(finished(target)) < shards:
         assert command.poll() is None, said(command)
@@ -87,21 +87,21 @@ def pack_until(shards: int, many: Path, target: Path, *options: str) -> subproce
 
 
 def said(command: subprocess.Popen) -> tuple[str, str]:
-    """All that it prints before it ends, on either output."""
+    """Return what a command prints to standard output and standard error until it ends."""
     printed = command.stdout.read(), command.stderr.read()
     command.wait()
     return printed
 
 
 def killed_pack(shards: int, many: Path, target: Path, *options: str) -> str:
-    """What the command says whose process is killed when so many shards are finished."""
+    """Kill a pack when so many shards are finished; return what it printed to standard error."""
     command = pack_until(shards, many, target, *options)
     command.kill()
     return said(command)[1]
 
 
 def finished(target: Path) -> dict[str, tuple[int, int]]:
-    """The inode and time of change of each shard that an unfinished pack has noted as finished."""
+    """Return inode and modification time of each shard that the journal of an unfinished pack lists."""
     partial = staging_folder(target)
     if not (partial / "journal").exists():
         return {}
@@ -110,8 +110,8 @@ def finished(target: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(many, uninterrupted, tmp_path, contents):
-    """SIGKILL after some shards, each time further on; no shard is written twice, and the bytes are the same."""
+def test_killed_repeatedly(many, uninterrupted, tmp_path, contents):
+    """SIGKILL after more and more shards: no shard is written twice, and the result is bit-identical."""
     target = tmp_path / "target"
     before: dict[str, tuple[int, int]] = {}
     for shards in (1, 3, 8, 14):
@@ -132,7 +132,7 @@ def test_killed_again_and_again(many, uninterrupted, tmp_path, contents):
 
 
 def kill_at(event: int, source: Path, target: Path) -> None:
-    """Packs, and kills this process before the n-th time that it opens, renames or removes a file."""
+    """Pack, and kill this process before the n-th time that it opens, renames or removes a file."""
     seen = 0
 
     def count(name: str, arguments: tuple) -> None:
@@ -173,7 +173,7 @@ def test_killed_at_every_step(photos, shards, tmp_path, contents):
     assert event > 15
 
 
-def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted, tmp_path, contents):
+def test_damaged_finished_shard_is_written_again(many, uninterrupted, tmp_path, contents):
     target = tmp_path / "target"
     killed_pack(6, many, target)
     content = staging_folder(target) / "content"
@@ -185,7 +185,7 @@ def test_a_shard_that_was_damaged_meanwhile_is_written_again(many, uninterrupted
 
 
 @pytest.mark.parametrize("spoil", [lambda line: line[:-30], lambda line: line.replace(b'"bytes"', b'"Bytes"')])
-def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys, contents):
+def test_damaged_journal(spoil, many, uninterrupted, tmp_path, capsys, contents):
     target = tmp_path / "target"
     killed_pack(6, many, target)
     journal = staging_folder(target) / "journal"
@@ -198,7 +198,7 @@ def test_a_spoiled_journal(spoil, many, uninterrupted, tmp_path, capsys, content
 
 
 def interrupted_pack(many: Path, target: Path, shards: int = 3) -> str:
-    """What the command says when Ctrl-C reaches all its processes after some shards."""
+    """Send Ctrl-C to all processes of a pack after some shards; return what it printed to standard error."""
     command = pack_until(shards, many, target)
     os.killpg(command.pid, signal.SIGINT)
     output, message = said(command)
@@ -219,7 +219,7 @@ def test_ctrl_c_keeps_finished_shards(many, uninterrupted, tmp_path, capsys, con
 
 
 @pytest.mark.parametrize("delay", [0, 0.01, 0.03, None])
-def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
+def test_ctrl_c_before_the_first_shard(delay, many, tmp_path):
     """While images are listed, while workers are forked, while they write: one line, and nothing is left."""
     target = tmp_path / "target"
     command = start_pack(many, target, shards=0)
@@ -246,7 +246,7 @@ def test_ctrl_c_at_the_beginning(delay, many, tmp_path):
         (["--val-percent", "50", "--split", "train"], "choice of images, --val-percent, --split"),
     ],
 )
-def test_other_options_start_anew(options, changed, many, tmp_path, capsys, monkeypatch, contents):
+def test_other_options_discard_finished_shards(options, changed, many, tmp_path, capsys, monkeypatch, contents):
     target = tmp_path / "target"
     monkeypatch.chdir(tmp_path)
     Path("names").write_text("\n".join(sorted(os.listdir(many), reverse=True)))
@@ -258,7 +258,7 @@ def test_other_options_start_anew(options, changed, many, tmp_path, capsys, monk
     assert contents(target) == contents(tmp_path / "expected")
 
 
-def test_a_changed_source_starts_anew(many, source, tmp_path, capsys, images_by_class, packed_images):
+def test_changed_source_discards_finished_shards(many, source, tmp_path, capsys, images_by_class, packed_images):
     target = tmp_path / "target"
     interrupted_pack(many, target)
     assert main([str(source), str(target)]) == 0
@@ -271,8 +271,8 @@ def test_a_changed_source_starts_anew(many, source, tmp_path, capsys, images_by_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys, contents):
-    """The shards before the broken image are kept, and used when it is to be skipped."""
+def test_skip_broken_resumes_after_a_broken_image(many, tmp_path, capsys, contents):
+    """The shards before the broken image are kept, and used once it is to be skipped."""
     folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
     for number in range(8):  # some shard other than the first ones has one of them first
         (folder / "copy00" / f"broken{number}.jpg").write_bytes(b"no image")
@@ -297,7 +297,7 @@ def test_skip_broken_goes_on_after_a_broken_image(many, tmp_path, capsys, conten
     assert contents(target) == contents(tmp_path / "expected")
 
 
-def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, capsys):
+def test_skipped_images_of_finished_shards_are_remembered(many, tmp_path, capsys):
     folder = shutil.copytree(many, tmp_path / "many", copy_function=os.link)
     for number in range(40):
         (folder / "copy00" / f"broken{number}.jpg").write_bytes(b"no image")
@@ -315,7 +315,7 @@ def test_skipped_images_of_finished_shards_are_not_forgotten(many, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_two_packs_at_once(many, uninterrupted, tmp_path, capsys, contents):
+def test_second_pack_into_the_same_target_is_an_error(many, uninterrupted, tmp_path, capsys, contents):
     target = tmp_path / "target"
     command = pack_until(1, many, target)
     assert main([str(many), str(target), *LONG_PACK]) == 2

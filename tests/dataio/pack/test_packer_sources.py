@@ -18,7 +18,7 @@ from dataio.verify import verify
 
 @pytest.fixture
 def numbered(source) -> Path:
-    """Classes 0 to 11."""
+    """Class folders 0 to 11."""
     for number in range(12):
         (source / f"{number}").mkdir()
         (source / "rocket" / f"{number:02d}.{'webp' if number == 2 else 'jpg'}").rename(source / f"{number}" / "0.img")
@@ -28,15 +28,15 @@ def numbered(source) -> Path:
     return source
 
 
-def test_natural_order_is_said(numbered, tmp_path, capsys):
+def test_natural_order_is_reported(numbered, tmp_path, capsys):
     assert main([str(numbered), str(tmp_path / "target")]) == 0
     assert load_manifest(tmp_path / "target").classes == tuple(map(str, range(12)))
     said = capsys.readouterr().err
     assert 'classes are in natural order, as in timm: class 2 is "2", where torchvision has "10"; --classes' in said
 
 
-def test_torchvisions_order_can_be_had(numbered, tmp_path, capsys, images_by_class, packed_images):
-    """And packed again it stays. Data in the other order is evaluated by names."""
+def test_classes_file_gives_torchvision_order(numbered, tmp_path, capsys, images_by_class, packed_images):
+    """Re-sharding keeps that order, and data in natural order is evaluated by the names of its classes."""
     (tmp_path / "names").write_text("\n".join(sorted(os.listdir(numbered))))
     assert main([str(numbered), str(tmp_path / "target"), "--classes", str(tmp_path / "names")]) == 0
     classes = tuple(ImageFolder(numbered).classes)
@@ -61,14 +61,14 @@ def write_tar(path: Path, photos: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "write"), [("photos.zip", write_zip), ("photos.tar", write_tar)])
-def test_an_archive_gives_the_bytes_of_the_folder(name, write, photos, shards, tmp_path, contents):
+def test_archives_pack_to_the_bytes_of_the_folder(name, write, photos, shards, tmp_path, contents):
     write(tmp_path / name, photos)
     assert main([str(tmp_path / name), str(tmp_path / "target"), "--shard-mib", "1", "--workers", "3"]) == 0
     assert contents(tmp_path / "target") == contents(shards)
 
 
 def test_resharding(shards, tmp_path, packed_images):
-    """Our own shards into larger ones, in another order."""
+    """Packed shards into larger ones, in another order."""
     manifest = pack(shards, tmp_path / "target", PackOptions(shard_mib=2, seed=5))
     assert len(manifest.shards) < len(load_manifest(shards).shards)
     assert manifest.classes == load_manifest(shards).classes
@@ -76,8 +76,8 @@ def test_resharding(shards, tmp_path, packed_images):
     assert verify(tmp_path / "target", decode=True) == []
 
 
-def test_a_webdataset_with_numbers_and_names(photos, tmp_path):
-    """Classes without images are allowed where numbers say which class is which."""
+def test_webdataset_with_numeric_labels_and_a_classes_file(photos, tmp_path):
+    """Classes without images are allowed, since numbers determine the classes."""
     with webdataset.ShardWriter(str(tmp_path / "s-%02d.tar"), maxcount=10, verbose=0) as writer:
         for number in range(3, 15):
             data = (photos / ("cat" if number % 2 else "coffee") / f"{number % 9 + 3:02d}.jpg").read_bytes()

@@ -68,7 +68,7 @@ def test_each_class_of_two_images_has_one_in_both_splits(
     assert verify(tmp_path / "val") == []
 
 
-def test_a_further_image_moves_no_other(source):
+def test_adding_an_image_moves_at_most_one_other(source):
     before = {image.path for image in split(find_images(source), 25)["val"]}
     shutil.copy(source / "cat" / "00.jpg", source / "cat" / "new.jpg")
     after = {image.path for image in split(find_images(source), 25)["val"]}
@@ -77,7 +77,7 @@ def test_a_further_image_moves_no_other(source):
     assert {image.path for image in split(find_images(moved), 25)["val"]} == after
 
 
-def test_nothing_to_hold_out(source, tmp_path):
+def test_nothing_to_hold_out_is_an_error(source, tmp_path):
     for file in source.glob("*/*"):
         if file.stem != "00":
             file.unlink()
@@ -85,7 +85,7 @@ def test_nothing_to_hold_out(source, tmp_path):
         pack(source, tmp_path / "target", PackOptions(val_percent=10, split="train"))
 
 
-def test_the_only_image_held_out_of_a_class_is_broken(few, tmp_path, capsys):
+def test_only_val_image_of_a_class_is_broken(few, tmp_path, capsys):
     """The class is left without one; in the training split that would be an error."""
     (file,) = (image.path for image in split(find_images(few), 10)["val"] if image.path.startswith("cat/"))
     (few / file).unlink()
@@ -195,7 +195,7 @@ OLD_REPORT = """{
 
 @pytest.mark.parametrize("name", ["train", "val"])
 def test_splits_are_bit_identical_to_those_of_the_old_options(name, trees, tmp_path):
-    """The manifest holds the sha256 of all other files, and the old ones are read as before."""
+    """The manifest contains the sha256 of all other files; old manifests and reports are read as before."""
     target = tmp_path / "target"
     manifest = pack(trees, target, PackOptions(val_percent=30, split=name, skip_broken=True, seed=3))
     assert (target / "manifest.json").read_text() == OLD_MANIFESTS[name]
