@@ -18,7 +18,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m dataio.pack",
         description="Packs images into shards for training. The same images and options give the same bytes again,"
         " whatever the number of workers. Killed, or stopped by Ctrl-C, the same command resumes from the finished"
-        " shards; with other options or a changed SOURCE it starts anew.",
+        " shards; with other options or a changed SOURCE it starts over.",
     )
     parser.add_argument(
         "source",
@@ -65,7 +65,7 @@ def _resume_hint(target: Path) -> list[str]:
     partial = staging_folder(target)
     if not partial.exists():
         return []
-    return [f"finished shards are kept in {partial}, and the same command goes on from there"]
+    return [f"finished shards are kept in {partial}, and the same command resumes from them"]
 
 
 def _print_unusual(report: PackReport, broken: tuple[SkippedFile, ...]) -> None:

@@ -181,9 +181,9 @@ def _write_shards(
     with journal:
         if journal.changed:
             changed = ", ".join(journal.changed)
-            print(f"starting anew: the unfinished pack in {folder.parent} had another {changed}", file=sys.stderr)
+            print(f"starting over: the unfinished pack in {folder.parent} had another {changed}", file=sys.stderr)
         elif journal.shards:
-            print(f"going on: {len(journal.shards)} of {len(tasks)} shards are finished", file=sys.stderr)
+            print(f"resuming: {len(journal.shards)} of {len(tasks)} shards are finished", file=sys.stderr)
         remaining = tasks[len(journal.shards) :]
         _require_space(folder, remaining)
         try:

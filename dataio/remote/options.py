@@ -72,14 +72,14 @@ def format_gib(count: int) -> str:
     return f"{count / 2**30:.3g} GiB"
 
 
-def cache_options(folder: Path | None, gib: float, *places: str) -> CacheOptions:
+def cache_options(folder: Path | None, gib: float, *paths_or_urls: str) -> CacheOptions:
     """Make the cache options for these data sets, of which some may be remote: in `folder`, or the user's default one.
 
     Raises ValueError or RuntimeError if the default folder is needed and others than this user may write to it.
     """
     if folder is None:
         folder = _default_cache_folder()
-        if any(is_url(path_or_url) for path_or_url in places):
+        if any(is_url(path_or_url) for path_or_url in paths_or_urls):
             _check_private(folder)
     return CacheOptions(folder, int(gib * 2**30))
 

@@ -41,9 +41,9 @@ def uninterrupted(many, tmp_path_factory, contents) -> dict[str, bytes]:
     return contents(target)
 
 
-# Says when it begins to list images, and stands still when so many shards are finished, until its input ends. Its
-# workers have then written a further shard each.
-STANDING_STILL = """
+# Prints when it begins to list images, and waits until its input ends once so many shards are finished. Its workers
+# have written one more shard each by then.
+WAITING = """
 import os, sys
 from dataio.pack import __main__ as command, packer as pack
 
@@ -66,7 +66,7 @@ sys.exit(command.main(sys.argv[2:]))
 def start_pack(many: Path, target: Path, *options: str, shards: int) -> subprocess.Popen:
     """Start a pack that will wait once so many shards are finished; it is listing images when this returns."""
     command = subprocess.Popen(
-        [sys.executable, "-c", STANDING_STILL, str(shards), many, target, *LONG_PACK, *options],
+        [sys.executable, "-c", WAITING, str(shards), many, target, *LONG_PACK, *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -117,7 +117,7 @@ def test_killed_repeatedly(many, uninterrupted, tmp_path, contents):
     for shards in (1, 3, 8, 14):
         message = killed_pack(shards, many, target)
         if before:
-            assert re.fullmatch(rf"going on: {len(before)} of \d+ shards are finished\n", message)
+            assert re.fullmatch(rf"resuming: {len(before)} of \d+ shards are finished\n", message)
         after = finished(target)
         assert len(after) == shards
         assert after.items() >= before.items()
@@ -160,11 +160,11 @@ def test_killed_at_every_step(photos, shards, tmp_path, contents):
             process.join()
         finally:
             process.kill()
-        noted = finished(target)
+        recorded = finished(target)
         if not target.exists():
             pack(photos, target, PackOptions(shard_mib=1))
             inodes = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")}
-            assert inodes.items() >= noted.items()
+            assert inodes.items() >= recorded.items()
             assert not staging_folder(target).exists()
         assert contents(target) == expected
         if process.exitcode == 0:
@@ -184,16 +184,16 @@ def test_damaged_finished_shard_is_written_again(many, uninterrupted, tmp_path, 
     assert contents(target) == uninterrupted
 
 
-@pytest.mark.parametrize("spoil", [lambda line: line[:-30], lambda line: line.replace(b'"bytes"', b'"Bytes"')])
-def test_damaged_journal(spoil, many, uninterrupted, tmp_path, capsys, contents):
+@pytest.mark.parametrize("damage", [lambda line: line[:-30], lambda line: line.replace(b'"bytes"', b'"Bytes"')])
+def test_damaged_journal(damage, many, uninterrupted, tmp_path, capsys, contents):
     target = tmp_path / "target"
     killed_pack(6, many, target)
     journal = staging_folder(target) / "journal"
     lines = journal.read_bytes().splitlines(keepends=True)
-    lines[4] = spoil(lines[4])
+    lines[4] = damage(lines[4])
     journal.write_bytes(b"".join(lines))
     assert main([str(many), str(target), *LONG_PACK]) == 0
-    assert capsys.readouterr().err.startswith("going on: 3 of ")
+    assert capsys.readouterr().err.startswith("resuming: 3 of ")
     assert contents(target) == uninterrupted
 
 
@@ -211,10 +211,10 @@ def test_ctrl_c_keeps_finished_shards(many, uninterrupted, tmp_path, capsys, con
     target = tmp_path / "target"
     assert interrupted_pack(many, target) == (
         f"interrupted; {target} is not written; finished shards are kept in {staging_folder(target)}, and the same"
-        f" command goes on from there\n"
+        f" command resumes from them\n"
     )
     assert main([str(many), str(target), *LONG_PACK, "--workers", "1"]) == 0
-    assert capsys.readouterr().err.startswith("going on: ")
+    assert capsys.readouterr().err.startswith("resuming: ")
     assert contents(target) == uninterrupted
 
 
@@ -253,7 +253,7 @@ def test_other_options_discard_finished_shards(options, changed, many, tmp_path,
     interrupted_pack(many, target)
     assert main([str(many), str(target), *LONG_PACK, *options]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
-    assert first == f"starting anew: the unfinished pack in {staging_folder(target)} had another {changed}"
+    assert first == f"starting over: the unfinished pack in {staging_folder(target)} had another {changed}"
     main([str(many), str(tmp_path / "expected"), *LONG_PACK, *options])
     assert contents(target) == contents(tmp_path / "expected")
 
@@ -264,7 +264,7 @@ def test_changed_source_discards_finished_shards(many, source, tmp_path, capsys,
     assert main([str(source), str(target)]) == 0
     first, *_ = capsys.readouterr().err.splitlines()
     assert first == (
-        f"starting anew: the unfinished pack in {staging_folder(target)} had another source (its files, their sizes"
+        f"starting over: the unfinished pack in {staging_folder(target)} had another source (its files, their sizes"
         " and times of change), classes, choice of images, --shard-mib"
     )
     assert packed_images(target) == images_by_class(source.glob("*/*"))
@@ -283,14 +283,14 @@ def test_skip_broken_resumes_after_a_broken_image(many, tmp_path, capsys, conten
         error, *kept = capsys.readouterr().err.splitlines()
         if kept:
             break
-    assert kept == [f"finished shards are kept in {staging_folder(target)}, and the same command goes on from there"]
+    assert kept == [f"finished shards are kept in {staging_folder(target)}, and the same command resumes from them"]
     before = finished(target)
     assert len(before) >= 1
     assert main([str(folder), str(target), *LONG_PACK, "--seed", seed]) == 2
     assert capsys.readouterr().err.splitlines()[1:] == [error, *kept]
 
     assert main([str(folder), str(target), *LONG_PACK, "--seed", seed, "--skip-broken"]) == 0
-    assert capsys.readouterr().err.startswith(f"going on: {len(before)} of ")
+    assert capsys.readouterr().err.startswith(f"resuming: {len(before)} of ")
     assert len(load_manifest(target).broken) == 8
     assert (target / "shard-000000.tar").stat().st_ino == before["shard-000000.tar"][0]
     assert main([str(folder), str(tmp_path / "expected"), *LONG_PACK, "--seed", seed, "--skip-broken"]) == 0
@@ -304,8 +304,8 @@ def test_skipped_images_of_finished_shards_are_remembered(many, tmp_path, capsys
     target = tmp_path / "target"
     killed_pack(8, folder, target, "--skip-broken")
     assert main([str(folder), str(target), *LONG_PACK]) == 2
-    going_on, error, _ = capsys.readouterr().err.splitlines()
-    assert going_on.startswith("going on: ")
+    resuming, error, _ = capsys.readouterr().err.splitlines()
+    assert resuming.startswith("resuming: ")
     assert re.match(rf"error: broken image {folder}/copy00/broken\d+.jpg: it is no image", error)
     assert main([str(folder), str(target), *LONG_PACK, "--skip-broken"]) == 0
     broken = load_manifest(target).broken
@@ -335,5 +335,5 @@ def test_a_killed_worker_is_an_error(many, tmp_path):
     assert command.returncode == 2
     assert message == (
         "error: a worker was killed, most often because memory ran out; free some, or use fewer workers\n"
-        f"finished shards are kept in {staging_folder(target)}, and the same command goes on from there\n"
+        f"finished shards are kept in {staging_folder(target)}, and the same command resumes from them\n"
     )
