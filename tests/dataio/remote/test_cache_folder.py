@@ -65,7 +65,7 @@ def test_cache_full_of_shards_in_use(http_server, served, local, tmp_path, prefe
     holder, other = RemoteShards(manifest), RemoteShards(manifest)
     prefetch_and_read(holder, manifest, [0, 1, 2, 3])
     fault = r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
-    with hasty(manifest), pytest.raises(RuntimeError, match=fault):
+    with short_timeouts(manifest), pytest.raises(RuntimeError, match=fault):
         prefetch_and_read(other, manifest, [9])
     prefetch_and_read(other, manifest, [0, 3])
     holder.close()
@@ -74,7 +74,7 @@ def test_cache_full_of_shards_in_use(http_server, served, local, tmp_path, prefe
 
 
 @contextmanager
-def hasty(manifest: Manifest) -> Iterator[None]:
+def short_timeouts(manifest: Manifest) -> Iterator[None]:
     """Wait for space and locks for a moment only, too short for a slow machine where they must be had."""
     retry_policy = manifest.remote.cache.retry_policy
     object.__setattr__(retry_policy, "eviction_timeout_seconds", 0.2)
@@ -92,15 +92,15 @@ def in_time(manifest: Manifest, file_timeout_seconds: float) -> Manifest:
 def test_another_process_stopped_while_fetching(http_server, served, local, cache, prefetch_and_read):
     """It keeps its lock: an error at the file's deadline; once it has ended, the shard is fetched."""
     manifest = open_dataset(http_server(served).url, cache)
-    hasty, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
+    impatient, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
     fault = "^another process is fetching .*shard-000000.tar, and has not got it after 0.2 s; end it if it was stopped,"
     claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
     with stopped_process(claim):
         with pytest.raises(RuntimeError, match=fault):
-            prefetch_and_read(hasty, manifest, [0])
+            prefetch_and_read(impatient, manifest, [0])
         patient.prefetch([0])
     prefetch_and_read(patient, manifest, [0])
-    hasty.close()
+    impatient.close()
     patient.close()
 
 
@@ -113,7 +113,7 @@ def test_another_process_stopped_while_holding_a_lock(http_server, served, local
     shards.prefetch([])
     path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
     fault = f"^another process holds a lock on {path}; end it"
-    with stopped_process(path), hasty(manifest), pytest.raises(RuntimeError, match=fault):
+    with stopped_process(path), short_timeouts(manifest), pytest.raises(RuntimeError, match=fault):
         prefetch_and_read(shards, manifest, [1 if name == "lock" else 0])
     prefetch_and_read(shards, manifest, [0, 1])
     shards.close()
@@ -122,12 +122,12 @@ def test_another_process_stopped_while_holding_a_lock(http_server, served, local
 def test_waiting_for_a_lock_ends_at_the_files_deadline(http_server, served, cache, await_shard_threads):
     manifest = open_dataset(http_server(served).url, cache)
     with stopped_process(cache.folder / "lock"):
-        patient, hasty = RemoteShards(manifest), RemoteShards(in_time(manifest, 0.2))
-        hasty.prefetch([0])
+        patient, impatient = RemoteShards(manifest), RemoteShards(in_time(manifest, 0.2))
+        impatient.prefetch([0])
         patient.prefetch([0])
         with pytest.raises(RuntimeError, match="another process holds a lock on .*lock; end it if it was stopped"):
-            hasty.read(0)
-        hasty.close()
+            impatient.read(0)
+        impatient.close()
         patient.close()
         await_shard_threads()
 

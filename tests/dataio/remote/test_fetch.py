@@ -214,10 +214,10 @@ def test_blanks_elsewhere_in_a_url(folder, tmp_path):
 def test_timeout_names_the_error_before_it(http_server, folder, tmp_path):
     server = http_server(folder)
     server.faults["shard.tar"] = ["silent", *["drip"] * 9]
-    retry_policy = replace(SHORT_READ_TIMEOUT, timeout_hint=", or ask your grandmother")
+    retry_policy = replace(SHORT_READ_TIMEOUT, timeout_hint=", or raise engine.timeout_minutes")
     deadline = DeadlineUntil(FOREVER, over=lambda: len(server.requests) >= 2)
     fault = r"it is not there after 7200 s, the server was too slow or silent \(.*\) before that, attempts: \d+; check"
-    with pytest.raises(RuntimeError, match=f"shard.tar: {fault} server .* shards .*, or ask your grandmother$"):
+    with pytest.raises(RuntimeError, match=f"shard.tar: {fault} server .* shards .*, or raise engine.timeout_minutes$"):
         fetch(remote(server.url, tmp_path, retry_policy), "shard.tar", tmp_path / "x", len(CONTENT), SHA256, deadline)
 
 

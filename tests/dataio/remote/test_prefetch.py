@@ -400,12 +400,14 @@ def test_batch_timeout(http_server, served, local, tmp_path):
     """Each shard is within its own timeout, but there are too many."""
     server = http_server(served)
     server.faults = {shard.name: ["silent"] * 9 for shard in local.shards}
-    retry_policy = replace(NO_TIMEOUTS, batch_timeout_seconds=0.2, timeout_hint=", or wait for Godot")
+    retry_policy = replace(NO_TIMEOUTS, batch_timeout_seconds=0.2, timeout_hint=", or raise engine.timeout_minutes")
     shards = RemoteShards(open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, retry_policy)))
     shards.prefetch([0, 1, 2])
     fault = f"^waited 0.2 s for shards of a batch, at last for {server.url}/shard-000000.tar; check server and network"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=rf"{fault}, or read from fewer shards \(.*\), or wait for Godot$"):
+        with pytest.raises(
+            RuntimeError, match=rf"{fault}, or read from fewer shards \(.*\), or raise engine.timeout_minutes$"
+        ):
             shards.read(0)
     shards.close()
 
