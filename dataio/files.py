@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, whatever ends the process that writes them, and files that are on disk."""
+"""Atomic writing of files and folders, which are complete or absent however the writing process ends; hashing."""
 
 import fcntl
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 _LOCK_NAME, _CONTENT_NAME = "lock", "content"
-_LOCK_SECONDS = 2.0  # for the last processes of a killed command to end
+_LOCK_SECONDS = 2.0  # time for the last worker processes of a killed command to end
 
 
 class FolderLockedError(RuntimeError):
@@ -19,12 +19,12 @@ class FolderLockedError(RuntimeError):
 
 
 def user_path(text: str) -> Path:
-    """The path that a command was given, with a `~` or `~user` at its beginning expanded as shells do."""
+    """Return the path that a command was given, with a leading `~` or `~user` expanded as shells do."""
     return Path(os.path.expanduser(text))
 
 
-def list_folder(path: str | os.PathLike) -> list[os.DirEntry[str]]:
-    """What lies in a folder. Raises ValueError if this user may not look into it."""
+def list_folder(path: str | Path) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder. Raises ValueError if this user has no permission to read it."""
     try:
         with os.scandir(path) as entries:
             return list(entries)
@@ -33,17 +33,17 @@ def list_folder(path: str | os.PathLike) -> list[os.DirEntry[str]]:
 
 
 def printable(path: str) -> str:
-    """The path with bytes that are no UTF-8, which Python keeps as lone surrogates, written as \\xNN."""
+    r"""Return a path with bytes that are not UTF-8, which Python keeps as lone surrogates, written as \xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 @contextmanager
 def atomic_folder(target: Path, resume: bool = False) -> Iterator[Path]:
-    """An empty folder that becomes `target` when the block ends, and vanishes if it fails.
+    """Give the block an empty folder, which becomes `target` when the block ends and is removed if it fails.
 
-    With `resume` it is not empty if an earlier block was killed or failed: it has what that one wrote. It lies in
-    `staging_folder(target)`, where the block may keep files of its own beside it until then. A block that fails and
-    leaves the folder empty leaves nothing.
+    With `resume` the folder is kept when the block fails or its process is killed, unless it is empty, and the next
+    block finds in it what the last one wrote. The folder lies in `staging_folder(target)`, where the block may keep
+    further files beside it until then.
     Raises ValueError if `target` exists and is not empty, FolderLockedError if another process is writing it.
     """
     target = target.resolve()
@@ -56,7 +56,7 @@ def atomic_folder(target: Path, resume: bool = False) -> Iterator[Path]:
         try:
             yield folder
             sync(folder)
-            _require_free(target)  # a program without locks may have written it by now
+            _require_free(target)  # a program that knows no locks may have written it meanwhile
             folder.rename(target)
             sync(target.parent)
         except BaseException:
@@ -67,14 +67,14 @@ def atomic_folder(target: Path, resume: bool = False) -> Iterator[Path]:
 
 
 def staging_folder(target: Path) -> Path:
-    """Where the work lies while `target` is not whole."""
+    """Return the hidden folder beside `target` in which it is written."""
     target = target.resolve()
     return target.with_name(f".{target.name}.partial")
 
 
 @contextmanager
 def _locked(target: Path, partial: Path) -> Iterator[None]:
-    """Makes `partial` and holds its lock, as does every process that is forked meanwhile, until it ends."""
+    """Create `partial`, and hold its lock until this process and all that it forks meanwhile have ended."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while (lock := _try_lock(target, partial)) is None:
         if time.monotonic() > deadline:
@@ -87,17 +87,17 @@ def _locked(target: Path, partial: Path) -> Iterator[None]:
 
 
 def _try_lock(target: Path, partial: Path) -> TextIO | None:
-    """The lock's open file, or None while another process has it."""
+    """Return the lock's open file, or None while another process holds it."""
     _require_free(target)
     partial.mkdir(parents=True, exist_ok=True)
     path = partial / _LOCK_NAME
     try:
         lock = open(path, "w")  # noqa: SIM115  (the caller closes it)
-    except FileNotFoundError:  # its holder has just ended
+    except FileNotFoundError:  # the other process has just ended
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # else its holder has ended meanwhile
+        held = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # else the other process has ended meanwhile
     except (BlockingIOError, FileNotFoundError):
         held = False
     except OSError:  # some network file systems have no locks
@@ -114,7 +114,7 @@ def _require_free(target: Path) -> None:
 
 
 def clear_folder(folder: Path) -> None:
-    """Removes what lies in a folder."""
+    """Remove everything in a folder."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -123,13 +123,13 @@ def clear_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file, and waits until its content is on disk; for its name, sync its folder."""
+    """Write a file and wait until its content is on disk; sync its folder for its name to be."""
     path.write_bytes(content)
     sync(path)
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Gives a file this content; until all of it is on disk, and if it cannot be written, the file is what it was."""
+    """Replace a file's content, once all of it is on disk; the file stays as it was if writing fails."""
     aside = path.with_name(f".{path.name}")
     try:
         write_file(aside, content)
@@ -142,7 +142,7 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path, keep_cached: bool = True) -> None:
-    """Waits until a file, or a folder's list of names, is on disk, and may give the memory of its copy back."""
+    """Wait until a file, or a folder's list of names, is on disk; without `keep_cached`, drop it from memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -153,7 +153,7 @@ def sync(path: Path, keep_cached: bool = True) -> None:
 
 
 def sha256_of(path: str | Path | int) -> str:
-    """The hexadecimal sha256 of a file, read in pieces. One that is given open, by its number, is closed."""
+    """Return the hexadecimal sha256 of a file, reading it in pieces. An open file descriptor is closed afterwards."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

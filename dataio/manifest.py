@@ -1,6 +1,6 @@
-"""What a packed folder holds: its manifest, the table of its samples, its shards.
+"""Contents of a packed folder: the manifest, the sample table and the list of shards, read and validated.
 
-The pack command writes it, everything else in dataio reads it.
+`python -m dataio.pack` writes them (pack/packer.py); all of dataio reads them.
 """
 
 import hashlib
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
 from dataio.files import sha256_of
 from dataio.urls import redact_url
 
-if TYPE_CHECKING:  # local data sets have no use for it
+if TYPE_CHECKING:  # local data sets never import it
     from dataio.remote.options import Remote
 
 MANIFEST_NAME = "manifest.json"
@@ -36,15 +37,15 @@ SAMPLE_DTYPE = np.dtype(
     ]
 )
 
-_SHARD_NAME = re.compile(r"\w[\w.-]*\.tar")  # no folder in it: it is looked for below the manifest's own
+_SHARD_NAME = re.compile(r"\w[\w.-]*\.tar")  # without a folder: shards lie beside their manifest
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: `bytes` and `sha256` are the whole file's, `samples` the number of images in it.
+    """A tar file of a packed folder: `bytes` and `sha256` of the whole file, `samples` the number of its images.
 
-    Its index (wds2idx's format, for DALI's own reader) lies beside it as `name` with the ending `.idx`.
+    Its index (wds2idx's format, for DALI's own reader) has the same name with the extension `.idx`.
     """
 
     name: str
@@ -55,12 +56,13 @@ class Shard:
 
     @property
     def idx_name(self) -> str:
+        """Name of the shard's index."""
         return str(Path(self.name).with_suffix(".idx"))
 
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file of the class folder that was left out: its path inside that folder, and why."""
+    """A file of the source that was not packed: its path inside the source, and why."""
 
     file: str
     reason: str
@@ -68,9 +70,10 @@ class SkippedFile:
 
 @dataclass(frozen=True)
 class ManifestFile:
-    """What manifest.json says, field by field. `hold_out` (percent) and `part` are the pack's options.
+    """Fields of manifest.json.
 
-    sha256: of the other fields; filled in where it is not given, as by manifests from before there was one.
+    hold_out: percentage of --val-percent. part: the --split, under its first names: "kept" is train, "held-out" is val.
+    sha256: of all other fields; computed where it is missing, as in manifests from before it was added.
     """
 
     format: int
@@ -89,6 +92,7 @@ class ManifestFile:
             object.__setattr__(self, "sha256", self.content_sha256())
 
     def content_sha256(self) -> str:
+        """Return the hexadecimal sha256 of all other fields."""
         fields = asdict(self)
         del fields["sha256"]
         if self.hold_out is not None:
@@ -98,55 +102,57 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A packed folder. `samples` is a read-only (N,) array of SAMPLE_DTYPE, which processes share by mmap.
+    """A packed folder. `samples` is its read-only (N,) sample table of SAMPLE_DTYPE, which processes share by mmap.
 
-    A remote one has its tables in `folder` and as many of its shards as cache_folder.py keeps there.
+    `folder` holds the sample table and the shards; of a remote data set, it is a folder of the cache (see
+    remote/cache_folder.py) and holds only some of the shards.
     """
 
     folder: Path
-    hash: str  # sha256 of manifest.json, which holds the hashes of all other files
+    hash: str  # sha256 of manifest.json, which contains the hashes of all other files
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
-    samples: np.ndarray
+    samples: npt.NDArray[np.void]
     broken: tuple[SkippedFile, ...]
     remote: "Remote | None" = None
 
     def __len__(self) -> int:
+        """Return the number of samples."""
         return len(self.samples)
 
     @property
     def location(self) -> str:
-        """Where the data set lies, for people: its folder, or its URL."""
+        """Folder or redacted URL of the data set, for messages."""
         return redact_url(self.remote.url) if self.remote else str(self.folder)
 
     @property
     def remedy(self) -> str:
-        """What to do about a damaged shard."""
+        """What to do about a damaged shard, for messages."""
         if self.remote:
             return f"fetch it again by removing {self.folder}"
         return f"check the folder with: python -m dataio.verify {self.folder}"
 
     @cached_property
     def shard_samples(self) -> tuple[int, ...]:
+        """Number of samples of each shard."""
         return tuple(shard.samples for shard in self.shards)
 
     def required_cache_bytes(self, shards: int) -> int:
-        """The room that any so many shards take, one more (of a bad sample's substitute), and the sample table."""
+        """Return the bytes of any `shards` shards, one more (for a bad sample's substitute), and the sample table."""
         sizes = sorted((shard.bytes for shard in self.shards), reverse=True)
         return sum(sizes[: shards + 1]) + (self.folder / SAMPLES_NAME).stat().st_size
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages: `shard-000002.tar, offset 1536, class "boot"`."""
+        """Describe a sample in a message: `sample 7 (shard-000002.tar, offset 1536, class "boot")`."""
         row = self.samples[sample]
         shard, label = self.shards[row["shard"]].name, self.classes[row["label"]]
         return f'sample {sample} ({shard}, offset {row["offset"]}, class "{label}")'
 
 
 def load_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a folder that `python -m dataio.pack` wrote. Shards' sizes are checked here, hashes by verify.py.
+    """Load the manifest of a local packed folder. The sizes of shards are checked here, their hashes by verify.py.
 
-    Raises FileNotFoundError if there is no manifest, ValueError if it, the sample table or a shard's size is
-    wrong.
+    Raises FileNotFoundError if there is no manifest, ValueError if it, the sample table or a shard's size is wrong.
     """
     folder = Path(folder)
     file, digest = read_manifest_file(folder)
@@ -155,7 +161,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def make_manifest(folder: Path, file: ManifestFile, digest: str, remote: "Remote | None" = None) -> Manifest:
-    """The manifest of a folder whose manifest.json and sample table are there; its shards need not be.
+    """Make the Manifest of a folder that has manifest.json and the sample table, whatever shards it has.
 
     Raises ValueError if the sample table is not the one that the manifest names.
     """
@@ -165,7 +171,7 @@ def make_manifest(folder: Path, file: ManifestFile, digest: str, remote: "Remote
 
 
 def read_manifest_file(folder: Path) -> tuple[ManifestFile, str]:
-    """(manifest.json as it stands, its sha256), nothing else read. Raises as `load_manifest` does."""
+    """Read manifest.json and no other file; return (its fields, its sha256). Raises as `load_manifest` does."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -175,12 +181,15 @@ def read_manifest_file(folder: Path) -> tuple[ManifestFile, str]:
 
 
 def parse_manifest(text: bytes, source: str) -> tuple[ManifestFile, str]:
-    """(the manifest in the bytes of a file at `source`, their sha256). Raises ValueError if they are none."""
+    """Parse the bytes of a manifest.json at `source`; return (its fields, their sha256).
+
+    Raises ValueError, naming `source`, if they are not a valid manifest.
+    """
     try:
         version = json.loads(text)["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fault = error if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{source} is not a manifest ({fault}); pack the folder again") from error
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{source} is not a manifest ({reason}); pack the folder again") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{source} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again")
     try:
@@ -196,7 +205,10 @@ def parse_manifest(text: bytes, source: str) -> tuple[ManifestFile, str]:
 
 
 def _find_fault(file: ManifestFile) -> str | None:
-    """What no manifest says. Names are checked because files are opened, fetched and removed by them."""
+    """Describe what is wrong with a manifest of the right types; None if nothing is.
+
+    Names are checked because files are opened, fetched and removed by them.
+    """
     names = [shard.name for shard in file.shards]
     for name in names:
         if not _SHARD_NAME.fullmatch(name):
@@ -217,10 +229,10 @@ def _find_fault(file: ManifestFile) -> str | None:
     return None
 
 
-def load_samples(path: Path, count: int, sha256: str | None = None) -> np.ndarray:
-    """The sample table, (count,) of SAMPLE_DTYPE, read-only.
+def load_samples(path: Path, count: int, sha256: str | None = None) -> npt.NDArray[np.void]:
+    """Map the sample table, (count,) of SAMPLE_DTYPE, read-only.
 
-    Raises ValueError if the file holds another, or has another sha256 than is given.
+    Raises ValueError if the file is no such table, or has another sha256 than is given.
     """
     try:
         if sha256 is not None and sha256_of(path) != sha256:  # 30 ms for a million samples
@@ -248,16 +260,18 @@ def _check_shards(folder: Path, shards: tuple[Shard, ...]) -> None:
             )
 
 
-def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, ...], samples: np.ndarray) -> None:
+def _check_tables(
+    folder: Path, shards: tuple[Shard, ...], classes: tuple[str, ...], samples: npt.NDArray[np.void]
+) -> None:
     if len(samples) == 0:
         raise ValueError(f"{folder} holds no samples; pack a folder with images")
     counts = [shard.samples for shard in shards]
-    # Shard after shard: Sampler and verify.py find a shard's samples by counting.
+    # Samples are sorted by shard: Sampler and verify.py find a shard's samples by counting.
     if sum(counts) != len(samples) or (samples["shard"] != np.repeat(np.arange(len(shards)), counts)).any():
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
     sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]
     offsets = samples["offset"]
-    members = -(-samples["bytes"].astype(np.int64) // 512) * 512 + 1024  # the image, and its label behind it
+    members = -(-samples["bytes"].astype(np.int64) // 512) * 512 + 1024  # the image, and the label that follows it
     if not ((offsets >= 512) & (offsets < sizes) & (members.astype(np.uint64) <= sizes - offsets)).all():
         raise ValueError(f"{folder / SAMPLES_NAME} has an image beyond the end of its shard; pack the folder again")
     if samples["label"].max() >= len(classes):

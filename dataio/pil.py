@@ -1,4 +1,4 @@
-"""PIL as it is used for images of any size: no warnings, no limit of pixels."""
+"""PIL without its warnings and its limit on image sizes."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from PIL import Image
 
 @contextmanager
 def pil_without_limits() -> Iterator[None]:
-    """PIL without its warnings of odd metadata, and without its limit of pixels: ours is --max-megapixels."""
+    """Suspend PIL's warnings about metadata and its limit of pixels: the limit that counts is --max-megapixels."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a command shows while it works, if its standard error is a terminal."""
+"""Progress display of commands, shown if their standard error is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def spinner(text: str) -> Iterator[None]:
-    """Shows `text` while the block runs."""
+    """Show `text` beside a spinner while the block runs."""
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console  # here, because most commands of a script never show anything
+    from rich.console import Console  # imported here, since commands in scripts never need it
 
     with Console(stderr=True, markup=False, emoji=False).status(text):
         yield
@@ -19,7 +19,7 @@ def spinner(text: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(text: str, total: int) -> Iterator[Callable[[int], None] | None]:
-    """A function that shows how many of `total` bytes are done; None if nobody would see it."""
+    """Give the block a function that shows how many of `total` bytes are done; None if it is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

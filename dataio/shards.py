@@ -1,9 +1,9 @@
-"""Encoded images out of shards on a local disk, each with the proof that it is the right one.
+"""Reading of encoded images from shards on a local disk, each verified to be the sample that the manifest names.
 
-pack.py writes a sample as two members of a tar file: the image, and behind it the label. The sample table says where
-the image lies and what its label is; the label that is read with it must agree. So a shard that was exchanged,
-shifted or overwritten since it was packed gives an error, and never an image with another image's label. decode.py
-reads through this module, prefetch.py does the same for shards that it fetches.
+A sample is two consecutive members of a tar file: the image, then its label (see pack/shard_writer.py). The sample
+table of the manifest has the image's offset and its label, and the label that is read with the image must be the same.
+A shard that was exchanged, shifted or overwritten since it was packed thus gives an error, and never an image with
+another image's label. remote/prefetch.py reads shards of remote data sets in the same way.
 """
 
 import errno
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from dataio.remote.options import CacheOptions
 
 _BLOCK = tarfile.BLOCKSIZE
-_NAME, _SIZE = slice(0, 100), slice(124, 136)  # of a member's header in USTAR
+_NAME, _SIZE = slice(0, 100), slice(124, 136)  # fields of a USTAR header
 
 
 class BadSampleError(Exception):
-    """What lies at a sample's path_or_url is not that sample; the text says why."""
+    """The bytes at a sample's offset are not that sample; the text says why."""
 
 
 class EncodedImages(Protocol):
-    """What reads the encoded images of a data set: `LocalShards`, or `RemoteShards` of a remote one."""
+    """Reader of a data set's encoded images: `LocalShards`, or `RemoteShards` of a remote data set."""
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Begins a batch that needs these shards, in this order, now or soon."""
+        """Begin a batch that needs these shards now or soon, in this order."""
 
     def read_ahead(self, samples: Sequence[int]) -> None:
-        """Samples that are read next."""
+        """Announce the samples that will be read next."""
 
     def read(self, sample: int) -> bytes:
-        """The encoded image. Raises as `read_sample` does."""
+        """Return a sample's encoded image. Raises as `read_sample` does."""
 
     def close(self) -> None:
-        """Lets go of all files."""
+        """Close all files."""
 
 
 class LocalShards:
-    """The encoded images of a packed folder. Each shard is opened once, and closed with this object or by close().
+    """Encoded images of a local packed folder. Each shard is opened once, and closed with this object or by close().
 
     Raises RuntimeError if a shard cannot be opened.
     """
@@ -65,17 +65,17 @@ class LocalShards:
                 raise RuntimeError(f"cannot open {shard.name}: {error.strerror}; {remedy}") from error
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """They are all there; prefetch.py's would be fetched."""
+        """Do nothing: all shards are there."""
 
     def read_ahead(self, samples: Sequence[int]) -> None:
-        """Lets the operating system fetch these from disk side by side, while they are read one by one."""
+        """Let the operating system read these samples from disk in parallel, while they are read one by one."""
         for shard, offset, size in self._manifest.samples[["shard", "offset", "bytes"]][samples].tolist():
             start, end = _extent(offset, size)
-            with suppress(OSError):  # a file system may not care
+            with suppress(OSError):  # a file system may not support it
                 os.posix_fadvise(self._files[shard], start, end - start, os.POSIX_FADV_WILLNEED)
 
     def read(self, sample: int) -> bytes:
-        """The encoded image. Raises as `read_sample` does."""
+        """Return a sample's encoded image. Raises as `read_sample` does."""
         return read_sample(self._manifest, sample, self._files[self._manifest.samples["shard"][sample]])
 
 
@@ -85,10 +85,10 @@ def _close(files: list[int]) -> None:
 
 
 def read_sample(manifest: Manifest, sample: int, file: int) -> bytes:
-    """The encoded image of a sample, from the open file of its shard.
+    """Return the encoded image of a sample, read from the open file of its shard.
 
-    Raises RuntimeError, naming the sample, if it cannot be read whole; BadSampleError if the shard has something
-    else there, or another label.
+    Raises RuntimeError, naming the sample, if it cannot be read completely; BadSampleError if the shard has other data
+    there, or another label.
     """
     _, label, offset, size, _, _ = manifest.samples[sample].item()  # three times as fast as field by field
     start, end = _extent(offset, size)
@@ -96,7 +96,7 @@ def read_sample(manifest: Manifest, sample: int, file: int) -> bytes:
     try:
         members = os.pread(file, end - start, start)
     except OSError as error:
-        members, fault = b"", error.strerror
+        members, fault = b"", str(error.strerror)
     if len(members) != end - start:
         raise RuntimeError(f"cannot read {manifest.describe(sample)}: {fault}; {manifest.remedy}")
     _check_members(members, size, label)
@@ -104,7 +104,7 @@ def read_sample(manifest: Manifest, sample: int, file: int) -> bytes:
 
 
 def _extent(offset: int, size: int) -> tuple[int, int]:
-    """Where in its shard a sample lies: from the header before its image to the end of its label, a block each."""
+    """Return (start, end) of a sample in its shard: from the header of its image to the end of its label's block."""
     return offset - _BLOCK, offset + -(-size // _BLOCK) * _BLOCK + 2 * _BLOCK
 
 
@@ -118,34 +118,34 @@ def _check_members(members: bytes, size: int, label: int) -> None:
         raise BadSampleError("its shard has no label behind it")
     text = members[-_BLOCK:][:of_label]
     if not text.isdigit() or int(text) != label:
-        redact_url = text[:12].decode(errors="replace")
-        raise BadSampleError(f"its label is {redact_url!r} in its shard and {label} in the sample table")
+        shown = text[:12].decode(errors="replace")
+        raise BadSampleError(f"its label is {shown!r} in its shard and {label} in the sample table")
 
 
 def _read_header(header: bytes) -> tuple[bytes, int]:
-    """(name, bytes) of a member of a tar file; -1 bytes if the field holds no number."""
+    """Return (name, size) of a tar member by its header; the size is -1 if the field holds no number."""
     digits = header[_SIZE].rstrip(b"\0 ")
     try:
         size = int(digits, 8) if digits.isdigit() else -1
-    except ValueError:  # an 8 or 9
+    except ValueError:  # a digit above 7
         size = -1
     return header[_NAME].partition(b"\0")[0], size
 
 
 def open_dataset(location: str | Path, cache: "CacheOptions") -> Manifest:
-    """The manifest of a packed folder, here or at a URL. Of a remote one the sample table is fetched, and no shard.
+    """Open the manifest of a packed folder, local or at a URL, of which the sample table is fetched and no shard.
 
-    Raises what `load_manifest` and `remote.fetch` raise.
+    Raises what `load_manifest` and `remote.fetch.fetch` raise.
     """
     if not is_url(location):
         return load_manifest(location)
-    from dataio.remote.prefetch import open_remote  # fsspec is for those who need it
+    from dataio.remote.prefetch import open_remote  # imports fsspec, which local data sets can do without
 
     return open_remote(str(location), cache)
 
 
 def open_shards(manifest: Manifest) -> EncodedImages:
-    """What reads the encoded images of a data set."""
+    """Open the reader of a data set's encoded images."""
     if not manifest.remote:
         return LocalShards(manifest)
     from dataio.remote.prefetch import RemoteShards

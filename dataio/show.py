@@ -1,8 +1,8 @@
-"""A picture of what is packed: `python -m dataio.show TARGET [--augmented] --out grid.png`.
+"""Grid of packed samples as a picture: `python -m dataio.show TARGET [--augmented] --out grid.png`.
 
-The samples that a training run with this seed sees first, if its order is that of the whole data set, with their
-classes; with --augmented also what pipeline.py and augment.py make of them by default: the authors' recipe. TARGET
-may be a URL: its shards are fetched into --cache.
+The grid holds the first samples that a training run with this seed sees in the full (not windowed) order, with their
+classes; with --augmented also as training sees them with the default augmentation, the authors' recipe. TARGET may be a
+URL, whose shards are fetched into --cache.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -29,19 +30,22 @@ from dataio.urls import is_url, redact_url
 _COLUMNS = 8
 _TILE_INCHES, _TITLE_INCHES, _DPI = 1.6, 0.3, 100
 _TITLE_LETTERS = 26
-_LABELS_SHOWN = 2  # of a mixed image
+_LABELS_SHOWN = 2  # classes of a mixed image
 
 
 class Tile(NamedTuple):
-    """(H, W, 3) uint8 pixels, and what to write above them."""
+    """(H, W, 3) uint8 pixels, and the title above them."""
 
-    pixels: np.ndarray
+    pixels: npt.NDArray[np.uint8]
     title: str
 
 
-def stored_tiles(manifest: Manifest, samples: np.ndarray) -> list[Tile]:
-    """The samples as they are packed, each with its class and size. Raises RuntimeError, naming one that is broken."""
-    pictures = []
+def stored_tiles(manifest: Manifest, samples: npt.NDArray[np.int64]) -> list[Tile]:
+    """Return the samples as they are packed, each with its class and size.
+
+    samples: (n,) rows of the manifest. Raises RuntimeError, naming it, if a sample cannot be decoded.
+    """
+    tiles = []
     with closing(open_shards(manifest)) as shards:
         for sample in samples:
             row = manifest.samples[sample]
@@ -52,16 +56,16 @@ def stored_tiles(manifest: Manifest, samples: np.ndarray) -> list[Tile]:
             except Exception as error:  # PIL raises whatever its plugins raise
                 raise RuntimeError(f"cannot draw {manifest.describe(sample)}: {error}; {manifest.remedy}") from error
             title = f"{_short(manifest.classes[row['label']])} {row['width']}×{row['height']}"
-            pictures.append(Tile(pixels, title))
-    return pictures
+            tiles.append(Tile(pixels, title))
+    return tiles
 
 
 def augmented_tiles(manifest: Manifest, count: int, size: int, seed: int) -> list[Tile]:
-    """The first `count` samples of a run as it trains on them, each with the shares of its classes.
+    """Return the first `count` samples of a run as it trains on them, each with its classes and their shares.
 
     Raises ValueError if `count` is odd: images are mixed in pairs.
     """
-    import torch  # here, because PyTorch and DALI take seconds to import and the packed images need neither
+    import torch  # PyTorch and DALI take seconds to import, and packed images need neither
 
     from dataio.augment.batch_augment import BatchAugment, BatchAugmentOptions
     from dataio.augment.params import ImageOptions
@@ -81,8 +85,8 @@ def augmented_tiles(manifest: Manifest, count: int, size: int, seed: int) -> lis
     ]
 
 
-def _shares(classes: tuple[str, ...], target: np.ndarray, smoothed: float) -> str:
-    """The classes that have more than label smoothing gives to all."""
+def _shares(classes: tuple[str, ...], target: npt.NDArray[np.float32], smoothed: float) -> str:
+    """Name the classes whose share is more than what label smoothing gives to all."""
     labels = np.argsort(-target, kind="stable")[:_LABELS_SHOWN]
     return "\n".join(
         f"{_short(classes[label])} {target[label]:.2f}" for label in labels if target[label] > 1.5 * smoothed
@@ -94,19 +98,19 @@ def _short(name: str) -> str:
 
 
 def draw_grid(rows: list[list[Tile]]) -> Figure:
-    """A figure with a row of tiles for each of `rows`."""
+    """Draw a figure with a row of tiles for each of `rows`."""
     columns = max(map(len, rows))
-    lines = max(picture.title.count("\n") + 1 for row in rows for picture in row)
+    lines = max(tile.title.count("\n") + 1 for row in rows for tile in row)
     heights = _TILE_INCHES + lines * _TITLE_INCHES
     figure = Figure(figsize=(columns * 1.1 * _TILE_INCHES, len(rows) * heights), dpi=_DPI)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     figure.subplots_adjust(0.02, 0.01, 0.98, 1 - lines * _TITLE_INCHES / heights / len(rows), 0.1, lines * 0.2)
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, places in zip(rows, axes, strict=True):
-        for picture, axis in zip(row, places, strict=False):  # the last row may be shorter
-            axis.imshow(picture.pixels)
-            axis.set_title(picture.title, fontsize=7, parse_math=False)
+    for row, row_axes in zip(rows, axes, strict=True):
+        for tile, axis in zip(row, row_axes, strict=False):  # the last row may be shorter
+            axis.imshow(tile.pixels)
+            axis.set_title(tile.title, fontsize=7, parse_math=False)
     return figure
 
 
@@ -118,16 +122,16 @@ def show(
     seed: int = 0,
     cache: CacheOptions | None = None,
 ) -> Figure:
-    """A grid of the first samples of a run; with `augmented`, each row of them above what is trained on.
+    """Draw the first samples of a run; with `augmented`, each row of them above the same as training sees them.
 
-    cache: for what is fetched of a target that is a URL. Raises as open_dataset does, ValueError if an option has no
-    meaning or is missing.
+    cache: for the shards of a target that is a URL. Raises as `open_dataset` does, and ValueError if an option is out
+    of its range or missing.
     """
     if count < 1:
         raise ValueError(f"--count is {count}; use 1 or more")
     if is_url(target) and cache is None:
         raise ValueError(
-            f"{redact_url(str(target))} is far away; name a folder for the shards that are fetched with --cache"
+            f"{redact_url(str(target))} is remote; name a folder for the shards that are fetched with --cache"
         )
     manifest = open_dataset(target, cache) if cache else load_manifest(target)
     count = min(count, len(manifest))
@@ -137,14 +141,15 @@ def show(
     after = augmented_tiles(manifest, count, size, seed) if augmented else []
     rows = []
     for first in range(0, count, _COLUMNS):
-        rows += [pictures[first : first + _COLUMNS] for pictures in (before, after) if pictures]
+        rows += [tiles[first : first + _COLUMNS] for tiles in (before, after) if tiles]
     return draw_grid(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m dataio.show",
-        description="Draws a grid of packed samples with their classes: the first that a run with this seed sees.",
+        description="Draws a grid of packed samples with their classes: the first ones of a run with this seed.",
     )
     parser.add_argument(
         "target", metavar="TARGET", type=os.path.expanduser, help="folder with a manifest.json, or the URL of a copy"
@@ -153,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--augmented",
         action="store_true",
-        help="below each row of samples draw what is trained on: cropped, flipped, RandAugment, erased and mixed",
+        help="below each row of samples draw them as they are trained on: cropped, flipped, RandAugment, erased and"
+        " mixed",
     )
     parser.add_argument("--count", type=int, default=16, help="number of samples (default: 16)")
     parser.add_argument("--size", type=int, default=224, help="pixels of an augmented image's side (default: 224)")

@@ -1,17 +1,19 @@
-"""URLs of remote data sets, told from paths, and printed without their secrets."""
+"""Recognition of URLs, and their redaction for messages."""
 
 import re
 from pathlib import Path
 
 
 def is_url(path_or_url: str | Path) -> bool:
+    """Tell a URL from a path."""
     return "://" in str(path_or_url)
 
 
 def redact_url(text: str) -> str:
-    """A URL, or a text with some, for people: without name and password, and without what follows a question mark.
+    """Remove names, passwords and query strings from a URL, or from all URLs in a text.
 
-    A password may hold what should be written as %2F or %3F; so all up to the last @ goes, even that of a path.
+    Passwords may hold characters that should be percent-encoded, like `/` and `?`; so all up to the last @ is removed,
+    even if it belongs to the path.
     """
     text = re.sub(r"://\S*@", "://…@", text)
     return re.sub(r"(://[^?\s]*\?)\S+", r"\1…", text)

@@ -1,8 +1,9 @@
-"""Checks packed folders: `python -m dataio.verify TARGET` lists every fault, or says that there is none.
+"""Verification of packed folders: `python -m dataio.verify TARGET` lists every fault, or reports that there is none.
 
-Everything is read again: sizes and sha256 of all files, and each shard's members against its .idx and its rows
-in samples.npy; with --decode every image too. All this is of a folder: what comes from a URL is checked as it comes,
-against the same sha256. What only costs a look, load_manifest checks at the start of each run.
+All files are read again: their sizes and sha256 are compared with the manifest, and the members of each shard with its
+.idx and its rows of samples.npy; with --decode every image is decoded too. Only local folders are verified; files
+fetched from a URL are checked against the same sha256 as they arrive. What is cheap to check, load_manifest checks at
+the start of each run.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dataio.files import sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
@@ -24,24 +26,24 @@ from dataio.progress import progress_bar
 from dataio.urls import is_url, redact_url
 from dataio.workers import available_cores, worker_pool
 
-_FAULTS_SHOWN = 20  # of a shard's images
-_LABEL_DIGITS = 10  # of the largest number in samples.npy
+_FAULTS_SHOWN = 20  # images of one shard
+_LABEL_DIGITS = 10  # of the largest label that samples.npy can hold
 _REMEDY = "copy it again, or pack the folder again"
 
 
 @dataclass(frozen=True)
 class ShardSample:
-    """A sample as its shard has it: what its .idx line should be, and its row in samples.npy."""
+    """A sample as its shard has it: the line that its .idx should have, and its row of samples.npy."""
 
-    name: str  # of the image
+    name: str  # of the image's tar member
     idx_line: str
     row: tuple[int, int, int]  # label, offset, bytes
 
 
 def verify(folder: str | Path, decode: bool = False, workers: int = 0) -> list[str]:
-    """The faults of a packed folder, each with its file and remedy; none if it is whole.
+    """Return the faults of a packed folder, each with its file and remedy; none if it is intact.
 
-    decode: look at every image too, as `pack --check decode` does. workers: processes; 0: one per available core.
+    decode: check every image too, as `pack --check decode` does. workers: processes; 0 is one per available core.
     """
     folder = Path(folder)
     try:
@@ -72,12 +74,12 @@ def verify(folder: str | Path, decode: bool = False, workers: int = 0) -> list[s
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to check, by its number, with its rows of samples.npy (None: not to be had)."""
+    """Task of a worker process: one shard, by its number, with its rows of samples.npy (None if unreadable)."""
 
     folder: Path
     manifest: ManifestFile
     number: int
-    rows: np.ndarray | None
+    rows: npt.NDArray[np.void] | None
     decode: bool
 
 
@@ -89,8 +91,8 @@ def _check_shard(task: ShardCheck) -> list[str]:
         return [f"{name}: it cannot be read ({error}); check the disk, then {_REMEDY}"]
 
 
-def _read_samples(folder: Path, manifest: ManifestFile) -> tuple[np.ndarray | None, list[str]]:
-    """(the sample table or None if it cannot be used, its faults)."""
+def _read_samples(folder: Path, manifest: ManifestFile) -> tuple[npt.NDArray[np.void] | None, list[str]]:
+    """Return (sample table, its faults); None for a table that cannot be used."""
     counted = sum(shard.samples for shard in manifest.shards)
     if counted != manifest.samples:
         return None, [
@@ -112,7 +114,7 @@ def _unknown_files(folder: Path, manifest: ManifestFile) -> list[str]:
 
 
 def _shard_faults(task: ShardCheck) -> Iterator[str]:
-    """The faults of one shard, its .idx, its rows of samples.npy and its images."""
+    """Yield the faults of one shard, its .idx, its rows of samples.npy and its images."""
     manifest, rows = task.manifest, task.rows
     shard = manifest.shards[task.number]
     path = task.folder / shard.name
@@ -146,7 +148,7 @@ def _shard_faults(task: ShardCheck) -> Iterator[str]:
 
 
 def _members(path: Path) -> Iterator[ShardSample]:
-    """The samples of a shard, in order. Raises TarError or ValueError if it is not laid out as pack.py does."""
+    """Yield the samples of a shard in order. Raises TarError or ValueError if they are not images with labels."""
     with tarfile.open(path, "r:") as tar:
         files = iter(tar)
         for image in files:
@@ -165,8 +167,9 @@ def _members(path: Path) -> Iterator[ShardSample]:
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
-    """Of digits alone, as `shards.read_sample` compares it. Raises ValueError if it is no number of a class."""
-    text = tar.extractfile(member).read(_LABEL_DIGITS + 1)
+    """Return the label in a member: digits, as `shards.read_sample` compares it. Raises ValueError for others."""
+    file = tar.extractfile(member)
+    text = file.read(_LABEL_DIGITS + 1) if file else b""
     if not text.isdigit() or len(text) > _LABEL_DIGITS:
         raise ValueError(f"{member.name} holds {text.decode(errors='replace')!r}, which is no number of a class")
     return int(text)
@@ -178,21 +181,21 @@ def _idx_faults(folder: Path, shard: Shard, members: list[ShardSample]) -> Itera
         yield f"{path.name}: missing; {_REMEDY}"
         return
     lines = path.read_text(errors="replace").splitlines()
-    right = [f"v1.2 {len(members)}", *(member.idx_line for member in members)]
-    for number, (line, other) in enumerate(zip_longest(lines, right), 1):
-        if line != other:
-            said, needed = (f'"{text}"' if text is not None else "missing" for text in (line, other))
-            yield f"{path.name}: line {number} is {said} where {shard.name} needs {needed}; {_REMEDY}"
+    expected_lines = [f"v1.2 {len(members)}", *(member.idx_line for member in members)]
+    for number, (line, expected) in enumerate(zip_longest(lines, expected_lines), 1):
+        if line != expected:
+            found, needed = (f'"{text}"' if text is not None else "missing" for text in (line, expected))
+            yield f"{path.name}: line {number} is {found} where {shard.name} needs {needed}; {_REMEDY}"
             return
     if sha256_of(path) != shard.idx_sha256:
         yield f"{path.name}: its bytes changed (the manifest has another sha256); {_REMEDY}"
 
 
-def _row_faults(name: str, number: int, rows: np.ndarray, members: list[ShardSample]) -> Iterator[str]:
+def _row_faults(name: str, number: int, rows: npt.NDArray[np.void], members: list[ShardSample]) -> Iterator[str]:
     fields = ("shard", "label", "offset", "bytes")
-    stated = rows[list(fields)].tolist()  # Python's numbers, since a damaged shard may have any
+    stated = rows[list(fields)].tolist()  # Python's integers, since those of a damaged shard may be of any size
     actual = [(number, *member.row) for member in members]
-    wrong = [place for place, pair in enumerate(zip(stated, actual, strict=True)) if pair[0] != pair[1]]
+    wrong = [index for index, pair in enumerate(zip(stated, actual, strict=True)) if pair[0] != pair[1]]
     if wrong:
         first = wrong[0]
         yield (
@@ -201,8 +204,8 @@ def _row_faults(name: str, number: int, rows: np.ndarray, members: list[ShardSam
         )
 
 
-def _image_faults(path: Path, rows: np.ndarray | None, members: list[ShardSample]) -> Iterator[str]:
-    """Of the images themselves, and of their sizes in samples.npy."""
+def _image_faults(path: Path, rows: npt.NDArray[np.void] | None, members: list[ShardSample]) -> Iterator[str]:
+    """Yield the faults of the images themselves, and of their sizes in samples.npy."""
     with open(path, "rb") as file:
         for number, member in enumerate(members):
             _, offset, size = member.row
@@ -221,13 +224,14 @@ def _image_faults(path: Path, rows: np.ndarray | None, members: list[ShardSample
 
 
 def _truncate_faults(faults: Iterator[str], shard: str) -> Iterator[str]:
-    """The first faults, and how many more there are."""
+    """Yield the first faults, and how many more there are."""
     yield from islice(faults, _FAULTS_SHOWN)
     if more := sum(1 for _ in faults):
         yield f"{shard}: {more} more images with faults"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status: 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m dataio.verify",
         description="Checks a folder that dataio.pack wrote: every file's size and sha256, and that shards, indices"
@@ -241,8 +245,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--workers is {arguments.workers}; use 1 or more, or 0 for one per core")
     if is_url(arguments.target):
         parser.error(
-            f"{redact_url(arguments.target)} is far away and a folder is checked; name the one it was copied from, or a copy"
-            " of it here (of what training fetches, each file's sha256 is checked)"
+            f"{redact_url(arguments.target)} is remote, and only local folders are checked; name the one it was copied"
+            " from, or a local copy (the sha256 of every file that training fetches is checked anyway)"
         )
     target, start = Path(arguments.target), time.monotonic()
     try:

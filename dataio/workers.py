@@ -1,4 +1,4 @@
-"""Processes that share the work of a command, and end with it."""
+"""Pools of worker processes that end with the command that started them."""
 
 import multiprocessing
 import os
@@ -12,22 +12,23 @@ from multiprocessing.connection import Connection
 
 
 def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once when the block raises or is interrupted, and when this process is killed.
+    """Give the block a pool of processes, which end at once if the block raises or this process is killed.
 
-    They are forked here, before the block: that takes milliseconds where a new interpreter with its imports takes
-    tenths of a second, and they hold the locks that this process holds. What threads this process may have by
-    now, the workers must not need. Raises RuntimeError if a worker is killed.
+    They are forked here, before the block runs: that takes milliseconds, where a new interpreter with its imports takes
+    tenths of a second, and they inherit this process's locks. Tasks must not depend on threads that this process has
+    started. Raises RuntimeError if a worker is killed.
     """
     context = multiprocessing.get_context("fork")
     receiver, lifeline = context.Pipe(duplex=False)
     with receiver, lifeline, ProcessPoolExecutor(workers, context, _end_with_parent, (receiver, lifeline)) as pool:
         try:
-            with sigint_blocked():  # workers inherit that; so the parent alone decides
+            with sigint_blocked():  # workers inherit the mask, so that only the parent handles Ctrl-C
                 pool.submit(os.getpid)  # the first task forks them all
             yield pool
         except BrokenProcessPool as error:
@@ -41,7 +42,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 @contextmanager
 def sigint_blocked() -> Iterator[None]:
-    """Processes that are started inside never hear of Ctrl-C; this one does when the block ends."""
+    """Defer Ctrl-C until the block ends; processes started inside never receive it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -50,6 +51,6 @@ def sigint_blocked() -> Iterator[None]:
 
 
 def _end_with_parent(receiver: Connection, lifeline: Connection) -> None:
-    """Ends this worker when no process has the other end of `lifeline`: the parent has closed it, or died."""
+    """End this worker when no process has the other end of `lifeline` open: the parent has closed it, or died."""
     lifeline.close()
     threading.Thread(target=lambda: (receiver.poll(None), os._exit(1)), daemon=True).start()

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+from dataio.bad_samples import describe_excess
 from dataio.files import atomic_write
 from launch.distributed import RunError
 from launch.flops import MfuConstants
@@ -127,10 +128,7 @@ class Monitor:
             )
         self.scalars(step + 1, scalars)
         if bad_sum > self._max_bad_samples:
-            raise RunError(
-                f"{bad_sum:.0f} broken images in this epoch at step {step + 1}, data.max_bad_samples allows"
-                f" {self._max_bad_samples}; check the shards with python -m dataio.verify, or raise it"
-            )
+            raise RunError(describe_excess(int(bad_sum), self._max_bad_samples, step + 1))
         self.log(
             f"step {step + 1}/{self._steps}  loss {mean_loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
             f"  {scalars['speed/waiting_for_data']:.0%} waiting for data",

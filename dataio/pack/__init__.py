@@ -1,1 +1,1 @@
-"""Class folders, archives and WebDatasets in; shards and a manifest out: `python -m dataio.pack SOURCE TARGET`."""
+"""Packing: class folders, archives and WebDatasets in; shards and a manifest out (`python -m dataio.pack`)."""

@@ -1,4 +1,4 @@
-"""python -m dataio.pack SOURCE TARGET: writes shards and their manifest."""
+"""The command `python -m dataio.pack SOURCE TARGET`, which writes shards and their manifest."""
 
 import argparse
 import sys
@@ -6,19 +6,19 @@ import time
 from pathlib import Path
 
 from dataio.files import FolderLockedError, staging_folder, user_path
-from dataio.loader import _BROKEN_SHOWN
 from dataio.manifest import MANIFEST_NAME, SkippedFile
-from dataio.pack.fashion_mnist import SPLITS
-from dataio.pack.options import PackOptions, add_options
-from dataio.pack.packer import _NAMES_SHOWN, REPORT_NAME, PackReport, pack, read_report
+from dataio.pack.options import SPLITS, PackOptions, add_options
+from dataio.pack.packer import REPORT_NAME, PackReport, pack, read_report
+
+_BROKEN_SHOWN, _NAMES_SHOWN = 20, 3
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dataio.pack",
         description="Packs images into shards for training. The same images and options give the same bytes again,"
-        " whatever the number of workers. Killed, or stopped by Ctrl-C, it goes on where it was when the same command"
-        " is given again; with other options or a changed SOURCE it starts anew.",
+        " whatever the number of workers. Killed, or stopped by Ctrl-C, the same command resumes from the finished"
+        " shards; with other options or a changed SOURCE it starts over.",
     )
     parser.add_argument(
         "source",
@@ -32,12 +32,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split",
         choices=SPLITS,
-        help="which part of a split to pack: held-out has PERCENT of each class, kept the others",
+        help="which split to pack: val has PERCENT of each class, train the others",
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
     arguments = vars(_parse(argv))
     source, target = arguments.pop("source"), arguments.pop("target")
     start = time.monotonic()
@@ -60,13 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _resume_hint(target: Path) -> list[str]:
+    """Return the line that tells where finished shards are kept, if there are any."""
     partial = staging_folder(target)
     if not partial.exists():
         return []
-    return [f"finished shards are kept in {partial}, and the same command goes on from there"]
+    return [f"finished shards are kept in {partial}, and the same command resumes from them"]
 
 
 def _print_unusual(report: PackReport, broken: tuple[SkippedFile, ...]) -> None:
+    """Print the unusual images of a pack, and the files that were skipped, to standard error."""
     unusual = {
         "CMYK images, trained on as RGB": report.cmyk,
         "images whose EXIF asks for a rotation, trained on as stored": report.rotated,

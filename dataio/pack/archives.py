@@ -1,6 +1,7 @@
-"""Zip and tar files whose members are read one by one, in any order, by many processes.
+"""Readers of zip and tar files whose members are read one by one, in any order, by many processes.
 
-Members are listed once; source.py makes images of them, and a worker reads each by one look at its place.
+Members are listed once, and each has a locator with which any process reads it directly. source.py chooses the images
+among them.
 """
 
 import io
@@ -13,37 +14,37 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_COMPRESSED = {  # how such a file begins, and what unpacks it
+_COMPRESSED = {  # first bytes of a file → format, and the command that unpacks it
     b"\x1f\x8b": ("gzip", "gunzip"),
     b"BZh": ("bzip2", "bunzip2"),
     b"\xfd7zXZ\0": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
-_ZIP_HEADER_BYTES = 30  # of a member, before its name and an extra field
-_ZIP_LENGTHS = struct.Struct("<HH")  # of these two, at the end of those
+_ZIP_HEADER_BYTES = 30  # of a member's local header, before its name and extra field
+_ZIP_LENGTHS = struct.Struct("<HH")  # lengths of the name and the extra field, the end of that header
 _ENCRYPTED = 1  # bit of a zip member's flags
 _OPEN_FILES = 256
 
 
 class Member(NamedTuple):
-    """A file or (name ends with /) a folder in an archive. `locator` is for the archive's reader."""
+    """A file or a folder (its name ends with /) of a source. `locator` tells the reader of the source where it is."""
 
     name: str
     bytes: int = 0
-    locator: tuple[int, ...] = ()
+    locator: tuple[Any, ...] = ()
     fault: str | None = None  # why it cannot be read
 
 
 @dataclass(frozen=True)
 class TarReader:
-    """Reads members of plain tar files. A locator is (number of the tar file, offset)."""
+    """Reader of uncompressed tar files. A locator is (number of the tar file, offset)."""
 
     paths: tuple[Path, ...]
 
     def members(self, number: int) -> Iterator[Member]:
-        """All members of one tar file. Raises ValueError if it is compressed, damaged or none at all."""
+        """Yield all members of one tar file. Raises ValueError if it is compressed, damaged or not a tar file."""
         path = self.paths[number]
         _require_plain(path)
         size = path.stat().st_size
@@ -56,10 +57,11 @@ class TarReader:
                         raise tarfile.ReadError(f"it ends inside {info.name}")
                     links[info.name] = member
                     yield member
-        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of absurd headers
+        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of malformed headers
             raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
 
     def read(self, size: int, locator: tuple[int, ...]) -> bytes:
+        """Return the `size` bytes of a member."""
         number, offset = locator
         return os.pread(_opened(self.paths[number]).fileno(), size, offset)
 
@@ -76,12 +78,12 @@ def _tar_member(info: tarfile.TarInfo, number: int, before: dict[str, Member]) -
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Reads members of a zip file. A locator is (offset of its header, stored bytes, method, CRC-32)."""
+    """Reader of a zip file. A locator is (offset of the member's header, stored bytes, method, CRC-32)."""
 
     path: Path
 
     def members(self) -> Iterator[Member]:
-        """All members. Raises ValueError if it is damaged."""
+        """Yield all members. Raises ValueError if the zip file is damaged."""
         try:
             with zipfile.ZipFile(self.path) as archive:
                 infos = archive.infolist()
@@ -95,14 +97,15 @@ class ZipReader:
             yield Member(info.filename, info.file_size, locator, _zip_fault(info))
 
     def read(self, size: int, locator: tuple[int, ...]) -> bytes:
-        # Not by ZipFile: each process would read the whole directory again, 1 GB of memory for a million members.
+        # ZipFile would read the whole directory again in each process: 1 GB of memory for a million members.
+        """Return the `size` bytes of a member. Raises OSError if they cannot be unpacked or their checksum is wrong."""
         offset, stored, method, checksum = locator
         file = _opened(self.path).fileno()
         try:
             name, extra = _ZIP_LENGTHS.unpack(os.pread(file, _ZIP_HEADER_BYTES, offset)[-_ZIP_LENGTHS.size :])
             data = os.pread(file, stored, offset + _ZIP_HEADER_BYTES + name + extra)
             if method == zipfile.ZIP_DEFLATED:
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # however much it claims to be
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)  # bounds the memory it takes
         except (struct.error, zlib.error) as error:
             raise OSError(f"it cannot be unpacked: {error}") from error
         if zlib.crc32(data) != checksum:

@@ -1,7 +1,8 @@
-"""Which shards of an unfinished pack are finished, so that the same command can go on from there after a kill.
+"""Journal of the finished shards of an unfinished pack, from which the same command resumes after a kill.
 
-A shard is written aside in the hidden folder, then renamed into the folder that will be the target, then noted in
-the journal that lies beside that: a line with the line's own hash. pack.py decides what is written.
+A shard is written to a temporary file in the hidden folder, then renamed into the folder that becomes the target, then
+recorded in the journal beside that folder: one line of JSON that begins with its own hash. packer.py decides what is
+written.
 """
 
 import base64
@@ -19,7 +20,7 @@ from dataio.files import sha256_of, sync
 from dataio.manifest import SAMPLE_DTYPE, Shard, SkippedFile
 from dataio.pack.shard_writer import WrittenShard
 
-TEMP_SUFFIX = ".new"  # what the names of files written aside end with
+TEMP_SUFFIX = ".new"  # of files that are being written
 
 _NAME = "journal"
 _HASH_DIGITS = 16
@@ -27,18 +28,18 @@ _HASH_DIGITS = 16
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """What was written, and its line in the manifest: None if all images were broken, so that there is no file."""
+    """What was written, and its entry of the manifest: None if all its images were broken, so that there is no file."""
 
     shard: Shard | None
     written: WrittenShard
 
 
 class Journal:
-    """The finished shards of a pack, in order, in the folder that `atomic_folder` gave.
+    """Finished shards of a pack, in order; `folder` is the one that `atomic_folder` gives.
 
-    settings: what decides about every byte that is packed, as JSON has it. Shards packed with other settings are removed, and
-    so is the first one whose bytes are not those that were noted, with all after it.
-    changed: the names of what was different in the settings, if shards were removed for that.
+    settings: all that determines the bytes of the pack, as JSON types. Shards packed with other settings are removed,
+    and so are the first shard whose bytes are not the recorded ones, and all after it.
+    changed: the names of the settings that differ, if shards were removed for that.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], pool: Executor) -> None:
@@ -64,7 +65,7 @@ class Journal:
         self._file.close()
 
     def add(self, path: Path, written: WrittenShard) -> None:
-        """Gives the shard at `path`, written aside, its name and its index."""
+        """Give the shard that was written to `path` its name and its index, and record it."""
         if not len(written.rows):
             path.unlink()
             finished = FinishedShard(None, written)
@@ -73,14 +74,14 @@ class Journal:
             name = f"shard-{number:06d}.tar"
             idx_sha256 = hashlib.sha256(written.idx).hexdigest()
             shard = Shard(name, written.bytes, written.sha256, len(written.rows), idx_sha256)
-            # Before it is noted, so that after a crash of the machine what is noted is there. Not kept in memory:
-            # a folder larger than that would push out all else, and new pages cost more than the copy itself.
+            # Synced before it is recorded, so that recorded shards survive a crash of the machine; and dropped from
+            # memory, where a large folder would push out all else, and new pages cost more than the copy itself.
             sync(path, keep_cached=False)
             path.rename(self._folder / shard.name)
             (self._folder / shard.idx_name).write_bytes(written.idx)
             finished = FinishedShard(shard, written)
         self.shards.append(finished)
-        self._file.write(_line(_record(finished)))  # in one write: a kill comes before or after it
+        self._file.write(_line(_record(finished)))  # a single write, which a kill does not interrupt
 
     def _remove_others(self) -> None:
         known = {name for finished in self.shards if (shard := finished.shard) for name in (shard.name, shard.idx_name)}
@@ -90,7 +91,7 @@ class Journal:
 
 
 def _verified_records(folder: Path, records: list[dict[str, Any]], pool: Executor) -> list[dict[str, Any]]:
-    """The records up to the first whose files are not as noted."""
+    """Return the records up to the first one whose files differ from it."""
     checks = pool.map(_is_intact, [folder] * len(records), [record["shard"] for record in records])
     return [record for record, _ in takewhile(lambda pair: pair[1], zip(records, checks, strict=True))]
 
@@ -108,7 +109,7 @@ def _is_intact(folder: Path, fields: dict[str, Any] | None) -> bool:
 def _record(finished: FinishedShard) -> dict[str, Any]:
     written = asdict(finished.written)
     written["rows"] = base64.b64encode(finished.written.rows.tobytes()).decode()
-    del written["idx"]  # has a file
+    del written["idx"]  # is a file of its own
     return {"shard": finished.shard and asdict(finished.shard), "written": written}
 
 
@@ -120,7 +121,7 @@ def _from_record(record: dict[str, Any]) -> FinishedShard:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines up to the first one that is not whole; none if there is no file."""
+    """Return the records up to the first line that is incomplete; none if there is no file."""
     records = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         digest, _, text = line.partition(b" ")

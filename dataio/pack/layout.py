@@ -1,12 +1,12 @@
-"""How a data set of class folders is laid out: which folders are its parts, and which its classes.
+"""Layout of a data set of class folders: which folders are its splits, and which its classes.
 
     photos/cat                                 classes; validation images are held out of them
-    photos/train/cat, photos/val/cat           parts, by any of the usual names, in capitals or not
-    photos/train/cat                           a training part alone
+    photos/train/cat, photos/val/cat           splits, by any of the usual names, in upper or lower case
+    photos/train/cat                           a training split alone
     download/photos/train/cat                  any of these below folders that hold nothing else
 
-The same inside a zip or tar, and a part may be one: photos/train.zip. `archive/folder` is the path of a folder in an
-archive. source.py lists the images of one part; launch/quickstart.py packs all that there are.
+The same inside a zip or tar file, and a split may be one: photos/train.zip. `archive/folder` is the path of a folder in
+an archive. source.py lists the images of one split; launch/quickstart.py packs all splits.
 """
 
 import os
@@ -23,9 +23,9 @@ from dataio.pack.archives import Member, TarReader, ZipReader
 from dataio.pack.image_checks import EXTENSIONS
 
 TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that is there is the validation part
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first that exists is the validation split
 
-#: What operating systems, viewers and file servers leave among images, in lower case.
+#: Files and folders that operating systems, viewers and file servers leave among images, in lower case.
 _SYSTEM_FILES = {
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "picasa.ini", "zbthumbnail.info"),
     *("__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found"),
@@ -34,31 +34,31 @@ _ARCHIVES = (".zip", ".tar")
 
 
 def is_visible(path: str) -> bool:
-    """Whether no part of a path is hidden, or left there by a program."""
+    """Tell whether no component of a path is hidden, or left there by an operating system or a viewer."""
     return not any(name.startswith(".") or name.lower() in _SYSTEM_FILES for name in path.removeprefix("./").split("/"))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is called like an image that can be packed."""
+    """Tell whether a file's name ends like that of an image that can be packed."""
     return name.lower().endswith(EXTENSIONS)
 
 
 class FolderListing(NamedTuple):
-    """What lies directly in a folder: the names of visible folders, and whether an image does."""
+    """Direct contents of a folder: the names of its visible subfolders, and whether it has an image."""
 
     folders: list[str]
     images: bool
 
 
-#: The path of a folder → what lies in it.
+#: Lists a folder.
 FolderLister = Callable[[Path], FolderListing]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of a data set's parts. val: None where validation images must be held out of `train`.
+    """Folders of a data set's splits. val: None where validation images must be held out of `train`.
 
-    unused: what lies beside the two.
+    unused: other folders beside the two.
     """
 
     train: Path
@@ -67,13 +67,12 @@ class Layout:
 
 
 def inspect_folder(path: Path) -> FolderListing:
-    """Looks into a folder on the disk or in an archive. Without folders, archives stand for them."""
+    """List a folder on disk or in an archive. In a folder without subfolders, archives count as such."""
     archive, inside = split_archive(path)
     if archive is not None:
         facts = archive.stat()
-        return _read_archive_listings(archive, facts.st_mtime_ns, facts.st_size).get(
-            inside, FolderListing([], images=False)
-        )
+        listings = _read_archive_listings(archive, facts.st_mtime_ns, facts.st_size)
+        return listings.get(inside, FolderListing([], images=False))
     entries = [entry for entry in list_folder(path) if is_visible(entry.name)]
     folders = [entry.name for entry in entries if entry.is_dir()] or [
         entry.name for entry in entries if entry.name.lower().endswith(".zip") or _split_name(entry.name) != entry.name
@@ -82,9 +81,9 @@ def inspect_folder(path: Path) -> FolderListing:
 
 
 def find_layout(path: Path, inspect_folder: FolderLister = inspect_folder) -> Layout:
-    """The parts of the data set at `path`; where there are none, `train` is the folder that holds the classes.
+    """Find the splits of the data set at `path`; where there are none, `train` is the folder that holds the classes.
 
-    Raises ValueError if two folders are the same part, or there are several and none is for training.
+    Raises ValueError if two folders are the same split, or there are several and none is for training.
     """
     while True:
         layout = _find_splits(path, inspect_folder)
@@ -100,15 +99,15 @@ def find_layout(path: Path, inspect_folder: FolderLister = inspect_folder) -> La
 
 
 def find_classes(path: Path, inspect_folder: FolderLister = inspect_folder) -> Path:
-    """The folder that holds the classes. Raises ValueError if there are such for training and for validation."""
+    """Find the folder that holds the classes. Raises ValueError if there is one for training and one for validation."""
     while (layout := find_layout(path, inspect_folder)).train != path:
         if layout.val is not None:
             commands = " and ".join(
-                f"python -m dataio.pack {shlex.quote(str(part))} TARGET/{name}"
-                for name, part in (("train", layout.train), ("val", layout.val))
+                f"python -m dataio.pack {shlex.quote(str(folder))} TARGET/{name}"
+                for name, folder in (("train", layout.train), ("val", layout.val))
             )
             raise ValueError(
-                f"{path} holds {layout.train.name} and {layout.val.name}, which are parts of a data set and no"
+                f"{path} holds {layout.train.name} and {layout.val.name}, which are splits of a data set and no"
                 f" classes; pack each by itself: {commands}"
             )
         path = layout.train
@@ -116,7 +115,7 @@ def find_classes(path: Path, inspect_folder: FolderLister = inspect_folder) -> P
 
 
 def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
-    """The parts that lie in one folder; None if the folders there are no parts."""
+    """Find the splits directly below one folder; None if the folders there are not splits."""
     folders = inspect_folder(path).folders
     known: dict[str, str] = {}
     for folder in folders:
@@ -131,7 +130,7 @@ def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
     if not trains:
         if len(vals) > 1 and not are_classes:
             names = ", ".join(folder.name for folder in vals)
-            raise ValueError(f"{path} holds {names} and nothing to train on; call that part train")
+            raise ValueError(f"{path} holds {names} and nothing to train on; call that split train")
         return None
     if are_classes and (not vals or inspect_folder(trains[0]).images):  # one of the classes is called train
         return None
@@ -139,14 +138,14 @@ def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
 
 
 def _split_name(folder: str) -> str:
-    """What a part's folder is called, or an archive that stands for one; other names stay as they are."""
+    """Return the lower-case name of a split's folder or archive; other names stay as they are."""
     stem, extension = os.path.splitext(folder.lower())
     name = stem if extension in _ARCHIVES else folder.lower()
     return name if name in TRAIN_NAMES + VAL_NAMES else folder
 
 
 def _holds_images(path: Path, inspect_folder: FolderLister, above: frozenset[str] = frozenset()) -> bool:
-    """Whether an image lies in a folder or anywhere below it; links back to a folder `above` are left out."""
+    """Tell whether there is an image in a folder or anywhere below it, ignoring links back to a folder `above`."""
     real = os.path.realpath(path)
     if real in above:
         return False
@@ -157,26 +156,27 @@ def _holds_images(path: Path, inspect_folder: FolderLister, above: frozenset[str
 
 
 def split_archive(path: Path) -> tuple[Path | None, str]:
-    """(the archive that `path` is or lies in, the folder inside it, "" being all); None for what lies on the disk."""
-    for place in (path, *path.parents):
-        if place.exists():
-            return (place, "/".join(path.relative_to(place).parts)) if place.is_file() else (None, "")
+    """Split a path into (archive, folder inside it, "" being its root); None for paths that are on disk."""
+    for parent in (path, *path.parents):
+        if parent.exists():
+            return (parent, "/".join(path.relative_to(parent).parts)) if parent.is_file() else (None, "")
     return None, ""
 
 
 def read_members(reader: ZipReader | TarReader) -> list[Member]:
-    """All members of an archive, without the ./ that names may begin with. Raises ValueError if it is damaged."""
+    """List all members of an archive, without the leading ./ of names. Raises ValueError if it is damaged."""
     members = reader.members() if isinstance(reader, ZipReader) else reader.members(0)
     return [member._replace(name=member.name.removeprefix("./")) for member in members]
 
 
 def open_archive(archive: Path) -> ZipReader | TarReader:
+    """Make the reader of a zip or tar file."""
     return ZipReader(archive) if zipfile.is_zipfile(archive) else TarReader((archive,))
 
 
 def archive_listings(members: Iterable[Member]) -> dict[str, FolderListing]:
-    """What lies in each folder of an archive, by its path in there."""
-    folders, with_images = {""}, set()
+    """List each folder of an archive, by its path in it."""
+    folders, with_images = {""}, set[str]()
     for member in members:
         if not is_visible(member.name):
             continue

@@ -1,4 +1,4 @@
-"""What can be said about packing: the options of `python -m dataio.pack`, which launch/quickstart.py takes too."""
+"""Options of packing: those of `python -m dataio.pack`, which launch/quickstart.py takes as well."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from pathlib import Path
 from dataio.files import user_path
 from dataio.pack.image_checks import CHECKS, Downscale
 
-SPLITS = ("train", "val")  # of --val-percent
+SPLITS = ("train", "val")  # values of --split
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What the command's options say. `val_percent` is a percentage, `split` is "train" or "val"."""
+    """Options of a pack, named as on the command line. Raises ValueError if one is out of its range."""
 
     shard_mib: int = 256
     workers: int = 0  # 0: one per available core
     seed: int = 0
     check: str = "decode"
-    resize: int | None = None  # pixels of the short side
+    resize: int | None = None  # pixels of the short side, at most
     quality: int | None = None  # of the JPEGs that --resize writes; None: 90
     skip_broken: bool = False
     val_percent: float | None = None
@@ -27,7 +27,7 @@ class PackOptions:
     classes: Path | None = None
     max_megapixels: int = 500
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shard_mib < 1:
             raise ValueError(f"--shard-mib is {self.shard_mib}; use 1 or more (128 to 512 suits most disks)")
         if self.workers < 0:
@@ -52,7 +52,7 @@ class PackOptions:
             raise ValueError(f'--split is "{self.split}"; use {" or ".join(SPLITS)}')
 
     def flags(self) -> Iterator[str]:
-        """The options that differ from the defaults, as the command takes them."""
+        """Yield the options that differ from the defaults, as the command takes them."""
         for field in fields(self):
             value, name = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if value is True:
@@ -62,11 +62,12 @@ class PackOptions:
 
     @property
     def downscale(self) -> Downscale | None:
+        """How large images are downscaled; None without --resize."""
         return None if self.resize is None else Downscale(self.resize, self.quality or 90)
 
 
 def add_options(parser: argparse._ActionsContainer) -> None:
-    """Adds all options but --split, and what is to be packed and where."""
+    """Add the options of packing to a parser: all but --split, SOURCE and TARGET."""
     parser.add_argument(
         "--shard-mib",
         type=int,
@@ -93,8 +94,8 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         type=int,
         default=500,
         metavar="MILLIONS",
-        help="larger images are broken, since decoding takes 3 bytes of memory for each pixel (default: 500). DALI"
-        " decodes JPEGs above 178 million too, and more slowly, after a line [ERROR] of its first decoder",
+        help="larger images count as broken, since decoding takes 3 bytes of memory for each pixel (default: 500)."
+        " DALI decodes JPEGs above 178 million too, but more slowly, after its first decoder logged an [ERROR]",
     )
     parser.add_argument("--quality", type=int, metavar="1-100", help="of the JPEGs that --resize writes (default: 90)")
     parser.add_argument(
@@ -106,9 +107,9 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         "--val-percent",
         type=float,
         metavar="PERCENT",
-        help="split SOURCE in two and pack one --split: for images without a validation set, run twice with the same"
-        " percentage. Of each class that percentage is held out, chosen by a hash of each image's path: at least one"
-        " image, and never all",
+        help="hold out this percentage of each class for validation, and pack one --split: for images without a"
+        " validation set, run twice with the same percentage. A hash of each image's path chooses them: at least one"
+        " image of a class, and never all",
     )
     parser.add_argument(
         "--classes",

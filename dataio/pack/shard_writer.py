@@ -1,6 +1,6 @@
-"""Writes one shard in a worker process: images and labels as a tar file, its index, what is to be said of it.
+"""Writing of one shard in a worker process: images and labels as a tar file, its index, its rows of the sample table.
 
-pack.py plans the shards and gives them their names; image_checks.py looks at each image.
+packer.py plans the shards and names them; image_checks.py checks each image.
 """
 
 import hashlib
@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from dataio.manifest import SAMPLE_DTYPE, SkippedFile
 from dataio.pack.image_checks import Downscale, Header, check_image, downscale_image
 from dataio.pack.source import LABEL_EXTENSION, ImageFile, Reader
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_READ_BYTES = 2**31 - 2**13  # that Linux reads at once
+_MAX_READ_BYTES = 2**31 - 2**13  # of a single read() on Linux
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: these images, in this order, with keys from `first_key` on."""
+    """A shard to write: these images, in this order, with keys from `first_key` on."""
 
     path: Path
     reader: Reader
@@ -35,12 +36,12 @@ class ShardTask:
 
 @dataclass
 class WrittenShard:
-    """What a shard holds: `rows` of SAMPLE_DTYPE whose `shard` is still 0, its index, and the paths of odd images.
+    """Contents of a shard: `rows` of SAMPLE_DTYPE (whose `shard` is still 0), its index, the paths of unusual images.
 
-    `shrunk` images were made smaller.
+    `shrunk` is the number of images that were downscaled.
     """
 
-    rows: np.ndarray
+    rows: npt.NDArray[np.void]
     idx: bytes
     bytes: int
     sha256: str
@@ -51,7 +52,7 @@ class WrittenShard:
 
 
 class BrokenImageError(ValueError):
-    """An image that cannot be packed, in a source that must not have one."""
+    """An image cannot be packed, and broken ones are not to be skipped."""
 
     def __init__(self, broken: SkippedFile) -> None:
         super().__init__(broken)
@@ -59,9 +60,9 @@ class BrokenImageError(ValueError):
 
 
 def write_shard(task: ShardTask) -> WrittenShard:
-    """Reads, checks and writes the images of one shard. One image is in memory at a time.
+    """Read, check and write the images of one shard; one image is in memory at a time.
 
-    Raises BrokenImageError, unless they are to be skipped, and RuntimeError if a file has not its planned size.
+    Raises BrokenImageError, unless broken images are to be skipped, and RuntimeError if a file's size has changed.
     """
     written = WrittenShard(np.empty(0, SAMPLE_DTYPE), b"", 0, "")
     rows, lines = [], []
@@ -79,17 +80,16 @@ def write_shard(task: ShardTask) -> WrittenShard:
             label_name = f"{key:08d}.{LABEL_EXTENSION}"
             offset, label_offset = tar.add((name, data), (label_name, label.encode()))
             rows.append((0, image.label, offset, len(data), header.width, header.height))
-            lines.append(
-                f"{header.extension} {offset} {len(data)} {name} {LABEL_EXTENSION} {label_offset} {len(label)} {label_name}\n"
-            )
+            image_entry = f"{header.extension} {offset} {len(data)} {name}"
+            lines.append(f"{image_entry} {LABEL_EXTENSION} {label_offset} {len(label)} {label_name}\n")
         written.bytes, written.sha256 = tar.close()
     written.rows = np.array(rows, SAMPLE_DTYPE)
-    written.idx = f"v1.2 {len(lines)}\n{''.join(lines)}".encode()  # as wds2idx writes it, for DALI's own reader
+    written.idx = f"v1.2 {len(lines)}\n{''.join(lines)}".encode()  # wds2idx's format, for DALI's own reader
     return written
 
 
 def _read(task: ShardTask, image: ImageFile, written: WrittenShard) -> tuple[bytes, Header]:
-    """(bytes to store, their header), noting in `written` what is odd. Raises ValueError with what is broken."""
+    """Return (bytes to store, their header), noting unusual images in `written`. Raises ValueError for broken ones."""
     if image.bytes > _MAX_READ_BYTES:
         raise ValueError(f"it has {image.bytes} bytes; make it smaller than 2 GiB")
     try:
@@ -111,18 +111,19 @@ def _read(task: ShardTask, image: ImageFile, written: WrittenShard) -> tuple[byt
 
 
 class TarWriter:
-    """Writes members as tarfile's USTAR format has them, with owner and time 0, and hashes what it writes.
+    """Writer of tar files in USTAR format, with owner and time 0, which hashes what it writes.
 
-    tarfile takes 20 µs for a member's header, half as long as all else that an image needs. Names are at most 99
-    bytes of ASCII.
+    The headers are byte for byte those of tarfile, which takes 20 µs for each, half as long as all else that an image
+    needs. Names are at most 99 bytes of ASCII.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self._bytes = file, hashlib.sha256(), 0
 
     def add(self, *members: tuple[str, bytes]) -> list[int]:
-        """Writes (name, content) of each; returns the offsets of the contents in the file."""
-        pieces, offsets = [], []
+        """Write members, (name, content) each; return the offsets of their contents in the file."""
+        pieces: list[bytes] = []
+        offsets: list[int] = []
         position = self._bytes
         for name, content in members:
             offsets.append(position + _BLOCK)
@@ -132,7 +133,7 @@ class TarWriter:
         return offsets
 
     def close(self) -> tuple[int, str]:
-        """Writes the end mark; returns (bytes, sha256) of the whole. The file stays open."""
+        """Write the end mark; return (bytes, sha256) of the whole file, which stays open."""
         self._write(bytes(2 * _BLOCK))
         self._write(bytes(-self._bytes % tarfile.RECORDSIZE))
         return self._bytes, self._hash.hexdigest()
@@ -144,7 +145,7 @@ class TarWriter:
 
 
 def member_bytes(content: int) -> int:
-    """What a member with so many bytes of content takes in a tar file."""
+    """Return the bytes that a member with so many bytes of content takes in a tar file."""
     return _BLOCK + content + -content % _BLOCK
 
 

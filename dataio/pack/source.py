@@ -1,7 +1,7 @@
-"""What is to be packed: the classes and images of a class folder, of a zip or tar of one, or of a WebDataset.
+"""Sources of a pack: the classes and images of a class folder, of a zip or tar file of one, or of a WebDataset.
 
-Names and sizes decide here what is an image at all (find_images); image_checks.py looks into the bytes. archives.py
-reads zip and tar. pack.py makes shards of it all.
+Images are found by names and sizes alone (find_images); image_checks.py checks their bytes. layout.py finds the folder
+that holds the classes, archives.py reads zip and tar files, packer.py writes the shards.
 """
 
 import hashlib
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its stubs lack the error
 
 from dataio.files import list_folder, printable
 from dataio.manifest import MANIFEST_NAME, SkippedFile, read_manifest_file
@@ -35,56 +35,48 @@ from dataio.pack.layout import (
 
 LABEL_EXTENSION = "cls"
 
-_MEMBERS_PROBED = 100  # members of a tar file, to tell a WebDataset from a class folder
-_MAX_CLASSES = 2**20  # without names
+_MEMBERS_PROBED = 100  # first members of a tar file that tell a WebDataset from a class folder
+_MAX_CLASSES = 2**20  # of a WebDataset whose classes have no names
 _NO_CLASS_FOLDER = "it lies in no class folder"
 _OTHER_EXTENSION = f"its name ends with none of {' '.join(EXTENSIONS)}"
-#: Images that others decode and DALI does not.
+#: Extensions of image formats that DALI does not decode.
 _UNSUPPORTED = (".avif", ".gif", ".heic", ".heif", ".ico", ".jxl", ".psd", ".svg", ".tga")
-#: What is often kept beside images: annotations, tables, texts.
+#: Extensions of files that often lie beside images: annotations, tables, texts.
 _SIDECAR_EXTENSIONS = (
-    ".aae",
-    ".csv",
-    ".html",
-    ".ini",
-    ".json",
-    ".md",
-    ".tsv",
-    ".txt",
-    ".url",
-    ".xml",
-    ".xmp",
-    ".yaml",
-    ".yml",
+    *(".aae", ".csv", ".html", ".ini", ".json", ".md", ".tsv"),
+    *(".txt", ".url", ".xml", ".xmp", ".yaml", ".yml"),
 )
 _UNREADABLE = "it is a link to nothing, or no regular file"
 
 
 class Reader(Protocol):
-    """Gets the bytes of images in a worker process, which it is sent to."""
+    """Reader of a source's images, which is sent to the worker processes."""
 
-    def read(self, size: int, locator: tuple) -> bytes:
-        """The bytes, another number than `size` if the file has changed. Raises OSError if they cannot be read."""
+    def read(self, size: int, locator: tuple[Any, ...]) -> bytes:
+        """Return the bytes of an image; their number differs from `size` if the file has changed.
+
+        Raises OSError if they cannot be read.
+        """
 
 
 class ImageFile(NamedTuple):
-    """One image of a source: its path in messages, its class's number, its size, and where its reader finds it."""
+    """An image of a source: its path for messages, its label, its size, and the locator that its reader takes."""
 
     path: str
     label: int
     bytes: int
-    locator: tuple
+    locator: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Source:
-    """What there is to pack, in a fixed order. `broken` are the files that need not be opened to tell.
+    """Images and classes to pack, in a fixed order. `broken` are the files whose names tell that they cannot be packed.
 
-    fingerprint: a hash of all paths, sizes and times of change. ignored: texts and tables among the images. natural_order: whether
-    the classes are in natural order, since neither a file nor numbers say another.
+    fingerprint: a hash of all paths, sizes and modification times. ignored: number of text files and tables among the
+    images. natural_order: whether the classes are in natural order, because nothing determines another one.
     """
 
-    name: str  # as the command has it
+    name: str  # the path that was given, or the folder below it that holds the classes
     classes: tuple[str, ...]
     images: list[ImageFile]
     broken: list[SkippedFile]
@@ -96,11 +88,12 @@ class Source:
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Reads the files of a folder. A locator is (path inside it,)."""
+    """Reader of the files of a folder. A locator is (path inside the folder,)."""
 
     folder: str
 
-    def read(self, size: int, locator: tuple[str]) -> bytes:
+    def read(self, size: int, locator: tuple[Any, ...]) -> bytes:
+        """Return the bytes of a file, at most `size` + 1, so that a file that has grown is noticed."""
         file = os.open(f"{self.folder}/{locator[0]}", os.O_RDONLY)
         try:
             return os.read(file, size + 1)
@@ -109,17 +102,18 @@ class FolderReader:
 
 
 def find_images(source: str | Path, class_names: Sequence[str] | None = None) -> Source:
-    """The classes and images of `source`. Each format has its own:
+    """Find the classes and images of `source`, which is of one of these formats.
 
-    A class folder, or a zip or tar of one: a visible folder is a class, the files in and below it its images. Folders
-    around all classes are passed through. Hidden files and those of operating systems are ignored, and so are files
-    beside the class folders unless they are images. In a class, texts and tables are counted as ignored; any other
-    file whose name does not end like an image's is listed as broken.
+    A class folder, or a zip or tar file of one: a visible folder is a class, the files in and below it are its images.
+    Folders that hold nothing but the folder of all classes are passed through. Hidden files, those of operating
+    systems, and files other than images beside the class folders are ignored. In a class, text files and tables are
+    counted as ignored; any other file whose name does not end like an image's is listed as broken.
     A WebDataset: a folder, brace pattern or file of tar shards, whose samples have an image and a class (.cls).
-    class_names: all of them in their order; some may have no images. None: names are in natural order (2 before 10),
-    and a WebDataset's as its numbers or its manifest say.
+
+    class_names: all classes in their order; some may have no images. None: the classes are in natural order (2 before
+    10), or as the numbers or the manifest of a WebDataset say.
     Raises ValueError if there is no class, `class_names` lacks one, one has no images and they are None, the folders
-    are parts of a data set (train, val), or a sample is not whole.
+    are splits of a data set (train, val), or a sample is incomplete.
     """
     path = Path(source)
     archive, inside = split_archive(path)
@@ -140,7 +134,7 @@ def find_images(source: str | Path, class_names: Sequence[str] | None = None) ->
 
 
 def read_names(file: Path) -> list[str]:
-    """The names of classes in a file, one a line. Raises ValueError if one is empty or there twice."""
+    """Read the names of classes from a file, one a line. Raises ValueError if one is empty or occurs twice."""
     names: dict[str, None] = {}
     for number, line in enumerate(file.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
         name = unicodedata.normalize("NFC", line)
@@ -168,7 +162,7 @@ def _find_in_folder(path: Path, class_names: Sequence[str] | None) -> Source:
 
 
 def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
-    """(member, time of change in ns) of each visible file below a folder; links are followed."""
+    """Yield (member, modification time in ns) of each visible file below a folder, following links."""
     waiting, seen = [name], set()
     while waiting:
         folder = waiting.pop()
@@ -223,9 +217,11 @@ def _of_class_folder(
     fingerprint: str,
     reader: Reader,
 ) -> Source:
-    """The source of these files, in this order; those of a class are called FOLDER/…"""
+    """Make the source of these files, in this order; the path of a file in a class begins with the class's folder."""
     classes, labels = _label_folders(path, folders, class_names)
-    images, broken, others, ignored = [], [], Counter(), 0
+    images: list[ImageFile] = []
+    broken: list[SkippedFile] = []
+    others, ignored = Counter[str](), 0  # files that are no images, by folder
     for file in files:
         folder, slash, _ = file.name.partition("/")
         fault = file.fault or _fault_of_name(file.name)
@@ -256,7 +252,7 @@ def _of_class_folder(
 def _label_folders(
     path: Path, folders: list[str], class_names: Sequence[str] | None
 ) -> tuple[list[str], dict[str, int]]:
-    """(the classes' names, the number of each folder's class)."""
+    """Return (names of the classes, the label of each folder)."""
     if not folders:
         raise ValueError(
             f"{path} holds no class folders; put the images of each class into a folder of their own, like"
@@ -268,7 +264,7 @@ def _label_folders(
             raise ValueError(f'the name of class "{printable(folder)}" in {path} is not UTF-8; rename the folder')
         if "\n" in folder or "\r" in folder:
             raise ValueError(f"the name of class {folder!r} in {path} has a line break; rename the folder")
-        name = unicodedata.normalize("NFC", folder)  # Macs take accents apart, and copies to other systems do not
+        name = unicodedata.normalize("NFC", folder)  # macOS decomposes accents, and other systems do not
         if name in names:
             raise ValueError(f"{path} holds two folders {name}, written with other Unicode characters; rename one")
         names[name] = folder
@@ -284,9 +280,9 @@ def _label_folders(
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sorts names as timm's reader of class folders does: by numbers where they have some, small letters or not."""
+    """Make a sort key for natural order, that of timm's reader of class folders: numbers by value, case ignored."""
     pieces = re.split(r"(\d+)", name.lower())
-    return [int(piece) if place % 2 else piece for place, piece in enumerate(pieces)], name
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)], name
 
 
 def _fault_of_name(name: str) -> str | None:
@@ -304,7 +300,7 @@ def _fault_of_name(name: str) -> str | None:
 
 
 def _shards_of(path: Path) -> list[Path]:
-    """The tar files of a WebDataset; none if `path` is something else. Raises ValueError if one is missing."""
+    """List the tar files of a WebDataset; none if `path` is something else. Raises ValueError if one is missing."""
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         folders = any(entry.is_dir() and is_visible(entry.name) for entry in path.iterdir())
@@ -326,7 +322,7 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def _has_labels(path: Path) -> bool:
-    """Whether one of the first members is a sample's label."""
+    """Tell whether one of the first members is a sample's label."""
     members = islice(TarReader((path,)).members(0), _MEMBERS_PROBED)
     return any(member.name.endswith(f".{LABEL_EXTENSION}") for member in members)
 
@@ -352,9 +348,9 @@ def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | N
 
 
 def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Member]]:
-    """(image, label) of each sample. A key is what stands before the first dot of a member's last name.
+    """Yield (image, label) of each sample. A key ends at the first dot of the last component of a member's name.
 
-    Or before the last one, if a label has such a key: webdataset would read none of 2.5.jpg and 2.5.cls.
+    If a label exists for it, the key ends at the last dot instead: webdataset would read neither 2.5.jpg nor 2.5.cls.
     """
     _require_unique(shard, members)
     labelled = {member.name.removesuffix(f".{LABEL_EXTENSION}") for member in members}
@@ -383,7 +379,7 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
 
 
 def _classes(path: Path, labels: list[str], class_names: Sequence[str] | None) -> tuple[list[str], list[int], bool]:
-    """(the classes' names, the number of each sample's class, whether the names are in natural order)."""
+    """Return (names of the classes, each sample's label, whether the names are in natural order)."""
     names = None if class_names is None else list(class_names)
     if names is None and (path / MANIFEST_NAME).is_file():  # of shards that dataio.pack wrote
         names = list(read_manifest_file(path)[0].classes)

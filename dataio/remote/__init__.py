@@ -1,4 +1,5 @@
-"""Data sets at a URL: fetched with retries (fetch.py) into a bounded folder of this machine (cache_folder.py).
+"""Remote data sets: packed folders at a URL, read through a bounded local cache.
 
-prefetch.py decides which shards are fetched and when; options.py says where to, how much is kept, and how long to try.
+options.py has the URL, the cache and the retry policy; fetch.py transfers a file with retries; cache_folder.py keeps
+files while they are needed and evicts them; prefetch.py chooses which shards are fetched, and when.
 """

@@ -1,15 +1,14 @@
-"""A bounded folder of this machine in which the shards of remote data sets lie while they are needed.
+"""Bounded cache folder of remote data sets, shared by any number of processes of a machine.
 
-    CACHE/lock                               held for a moment by whoever claims room or is done
-    CACHE/3f2a…/samples.npy                  of the data set with this manifest's sha256; never evicted
-    CACHE/3f2a…/shard-000007.tar             whole: it got this name when its sha256 was right, and a modification
-                                             time that says so; its access time says when it was last asked for
-    CACHE/3f2a…/.shard-000008.tar.N.claim    room for N bytes; whoever is fetching the shard holds a lock on it
-    CACHE/3f2a…/.shard-000008.tar.partial    what has come of it
+    CACHE/lock                               locked for a moment by any process that claims space or has fetched a file
+    CACHE/3f2a…/samples.npy                  sample table of the data set with this manifest's sha256; never evicted
+    CACHE/3f2a…/shard-000007.tar             complete shard, named so when its sha256 was right; its modification time
+                                             marks it as verified, its access time is that of the last request
+    CACHE/3f2a…/.shard-000008.tar.N.claim    N reserved bytes, locked by the process that is fetching the shard
+    CACHE/3f2a…/.shard-000008.tar.partial    the bytes of it that have arrived
 
-Any number of processes share the folder without knowing of each other. A shard in use is open and bears a shared lock,
-which goes with its process; whoever needs room removes those without one, longest unused first. fetch.py fetches,
-prefetch.py says which shards, and when.
+A shard in use is open under a shared lock, which ends with its process; a process that needs space removes the least
+recently used shards without one. fetch.py transfers the files, prefetch.py chooses which shards are fetched, and when.
 """
 
 import fcntl
@@ -27,14 +26,14 @@ from dataio.remote.fetch import Deadline, fetch
 from dataio.remote.options import CacheOptions, Remote, format_gib
 
 _POLL_SECONDS, _LOCK_POLL_SECONDS = 0.05, 0.005
-_DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")  # folders of data sets; whatever else lies in CACHE is not touched
-#: Modification time of a file whose sha256 was right, which writing to it ends. No other file has it by accident.
+_DATASET_FOLDER = re.compile(r"[0-9a-f]{16}")  # folders of data sets; nothing else in CACHE is touched
+#: Modification time that marks a file whose sha256 was right; writing to the file changes it.
 _VERIFIED_NS = 981_173_106 * 10**9
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """A file of the cache, as it will be."""
+    """A file that the cache has or will have."""
 
     path: Path
     bytes: int  # at most
@@ -42,30 +41,32 @@ class CacheEntry:
 
     @property
     def claim(self) -> Path:
+        """Path of the file that reserves its bytes."""
         return self.path.with_name(f".{self.path.name}.{self.bytes}.claim")
 
     @property
     def partial(self) -> Path:
+        """Path of the bytes that have arrived."""
         return _partial_of(self.claim)
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """An open, locked file of the cache: the whole one, or the claim of this process to fetch it."""
+    """An open and locked file of the cache: either the complete one, or this process's claim to fetch it."""
 
     file: int
     is_whole: bool
 
 
 class _CacheFullError(Exception):
-    """Everything in the cache is in use."""
+    """All files of the cache are in use."""
 
 
 def reserve(remote: Remote, entry: CacheEntry, deadline: Deadline) -> Reservation:
-    """The file, which nobody evicts before it is closed, or the right to fetch it, as soon as there is room.
+    """Open a cached file, which is not evicted until it is closed; or claim the right to fetch it, when there is space.
 
-    Raises RuntimeError if there is no room for it, if another process is fetching it until the wait ends, or soon after
-    it is given up.
+    Raises RuntimeError if there is no space for it, if another process is still fetching it at the deadline, or soon
+    after the deadline is cancelled.
     """
     full = Deadline(remote.cache.retry_policy.eviction_timeout_seconds)
     with _oserror_as_runtimeerror(entry):
@@ -78,10 +79,10 @@ def reserve(remote: Remote, entry: CacheEntry, deadline: Deadline) -> Reservatio
                 claimed = _claim(remote.cache, entry, deadline)
                 if claimed is not None:
                     return Reservation(claimed, is_whole=False)
-                full = Deadline(remote.cache.retry_policy.eviction_timeout_seconds)  # it is not, at this moment
+                full = Deadline(remote.cache.retry_policy.eviction_timeout_seconds)  # the cache is not full now
                 fault = (
-                    f"another process is fetching {entry.path}, and has not got it after {deadline.seconds:g} s; end it if"
-                    " it was stopped, check server and network"
+                    f"another process is fetching {entry.path}, and has not got it after {deadline.seconds:g} s; end it"
+                    " if it was stopped, check server and network"
                 )
             except _CacheFullError as error:
                 fault = f"no room for {entry.path}: {error}"
@@ -97,7 +98,7 @@ def _partial_of(claim: Path) -> Path:
 
 @contextmanager
 def _oserror_as_runtimeerror(entry: CacheEntry) -> Iterator[None]:
-    """An OSError inside ends as a RuntimeError."""
+    """Raise an OSError of the block as a RuntimeError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -108,7 +109,7 @@ def _oserror_as_runtimeerror(entry: CacheEntry) -> Iterator[None]:
 
 
 def _open_whole(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> int | None:
-    """The open and locked file if the cache has it, whole. One that was written to since it was verified is read."""
+    """Open and lock a file if the cache has it complete. It is hashed if it was written to since it was verified."""
     try:
         file = os.open(entry.path, os.O_RDONLY)
     except FileNotFoundError:
@@ -116,27 +117,27 @@ def _open_whole(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> i
     with _closed_on_error(file):
         _lock(file, fcntl.LOCK_SH, entry.path, cache, deadline)
         status = os.fstat(file)
-        if status.st_nlink > 0:  # else evicted between open and lock
+        if status.st_nlink > 0:  # else it was evicted between open and lock
             if status.st_mtime_ns == _VERIFIED_NS or _has_sha256(file, entry.sha256):
                 _mark_verified(file)
                 return file
             with _locked(cache, deadline), suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), entry.path.stat()):  # else another process has fetched it anew
+                if os.path.samestat(os.fstat(file), entry.path.stat()):  # else another process has fetched it again
                     entry.path.unlink()
     os.close(file)
     return None
 
 
 def _has_sha256(file: int, sha256: str) -> bool:
-    """Whether an open file has it, and was not written to while it was read."""
+    """Hash an open file; False if it differs, or was written to meanwhile."""
     before = os.fstat(file).st_mtime_ns
     whole = sha256_of(os.dup(file)) == sha256
-    return whole and os.fstat(file).st_mtime_ns in (before, _VERIFIED_NS)  # others may have found the same meanwhile
+    return whole and os.fstat(file).st_mtime_ns in (before, _VERIFIED_NS)  # another process may have verified it too
 
 
 def _mark_verified(file: int) -> None:
-    """As used now, too."""
-    with suppress(PermissionError):  # of another user: it stays as it was
+    """Mark a file as verified, and as used now."""
+    with suppress(PermissionError):  # the file belongs to another user
         os.utime(file, ns=(time.time_ns(), _VERIFIED_NS))
 
 
@@ -150,7 +151,7 @@ def _closed_on_error(file: int) -> Iterator[None]:
 
 
 def _claim(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> int | None:
-    """The new, open and locked claim; None if the file is there by now, or being fetched.
+    """Create, open and lock a claim; None if the file has appeared meanwhile, or another process is fetching it.
 
     Raises _CacheFullError.
     """
@@ -166,14 +167,14 @@ def _claim(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> int | 
 
 @contextmanager
 def _locked(cache: CacheOptions, deadline: Deadline) -> Iterator[None]:
-    """Inside, no other process claims room, evicts, or lets a file appear."""
+    """Lock the cache: no other process claims space, evicts, or publishes a file during the block."""
     with open(cache.folder / "lock", "a") as lock:
         _lock(lock.fileno(), fcntl.LOCK_EX, cache.folder / "lock", cache, deadline)
         yield
 
 
 def _lock(file: int, kind: int, path: Path, cache: CacheOptions, deadline: Deadline) -> None:
-    """Raises RuntimeError if other processes do not let go of it: each holds it for a moment, unless it was stopped."""
+    """Lock a file. Raises RuntimeError at the deadline: other processes hold it for a moment only, unless stopped."""
     ends_at = time.monotonic() + min(cache.retry_policy.eviction_timeout_seconds, deadline.seconds_left)
     while True:
         try:
@@ -187,7 +188,7 @@ def _lock(file: int, kind: int, path: Path, cache: CacheOptions, deadline: Deadl
 
 
 def fetch_reserved(remote: Remote, entry: CacheEntry, reserved: Reservation, deadline: Deadline) -> int:
-    """The open file, which nobody evicts before it is closed; fetched first if it is not there.
+    """Open a reserved file, fetching it first if only its claim exists; it is not evicted until it is closed.
 
     Raises RuntimeError if it cannot be fetched.
     """
@@ -210,20 +211,21 @@ def fetch_reserved(remote: Remote, entry: CacheEntry, reserved: Reservation, dea
 
 
 def _publish(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> int:
-    """Gives what was fetched its name, in the place of its claim; the open and locked file."""
+    """Rename a fetched file to its final name and remove its claim; return the open and locked file."""
     file = os.open(entry.partial, os.O_RDONLY)
     with _closed_on_error(file):
         fcntl.flock(file, fcntl.LOCK_SH)
-        _mark_verified(file)  # after its bytes are on disk: a crash may lose the mark, never what it says
-        with _locked(cache, deadline):  # or whoever counts at this moment may count it twice, or not at all
+        _mark_verified(file)  # its bytes are on disk by now: a crash may lose the mark, but never leave a wrong one
+        with _locked(cache, deadline):  # else another process may count the file twice at this moment, or not at all
             entry.partial.rename(entry.path)
             entry.claim.unlink()
     return file
 
 
 def _evict(cache: CacheOptions, needed: int) -> None:
-    """Evicts until `needed` more bytes fit within the cache's limit and on its disk. Raises _CacheFullError."""
-    total, unwritten, shards = 0, 0, []  # bytes, claimed ones among them; bytes that the disk will have to take yet
+    """Evict shards until `needed` more bytes fit into the cache's limit and on its disk. Raises _CacheFullError."""
+    total, unwritten = 0, 0  # bytes of the cache with all claims; claimed bytes that are not on disk yet
+    shards = []
     for folder in cache.folder.iterdir():
         if not _DATASET_FOLDER.fullmatch(folder.name):
             continue
@@ -233,11 +235,11 @@ def _evict(cache: CacheOptions, needed: int) -> None:
                     claimed = int(path.suffixes[-2][1:])
                     total += claimed
                     unwritten += max(0, claimed - _bytes_on_disk(_partial_of(path)))
-            elif path.suffix == ".partial":  # which its claim stands for
+            elif path.suffix == ".partial":  # counted with its claim
                 if not any(folder.glob(f"{path.stem}.*.claim")):
                     path.unlink(missing_ok=True)
             else:
-                with suppress(FileNotFoundError):  # somebody tidies up
+                with suppress(FileNotFoundError):  # somebody removed it meanwhile
                     status = path.stat()
                     total += status.st_size
                     if path.suffix == ".tar":
@@ -250,18 +252,19 @@ def _evict(cache: CacheOptions, needed: int) -> None:
             total, free = total - size, free + size
     if total + needed > cache.limit_bytes:
         raise _CacheFullError(
-            f"all of the {format_gib(total)} there is in use, of {format_gib(cache.limit_bytes)} allowed, and {format_gib(needed)} are"
-            " needed; raise data.cache_gib, --cache-gib, or let other runs have another data.cache, --cache"
+            f"all of the {format_gib(total)} there is in use, of {format_gib(cache.limit_bytes)} allowed, and"
+            f" {format_gib(needed)} are needed; raise data.cache_gib, --cache-gib, or let other runs have another"
+            " data.cache, --cache"
         )
     if needed > free:
         raise _CacheFullError(
-            f"its disk has {format_gib(max(0, free))} left and {format_gib(needed)} are needed; free some space, or let data.cache,"
-            " --cache name a folder of another disk"
+            f"its disk has {format_gib(max(0, free))} left and {format_gib(needed)} are needed; free some space, or let"
+            " data.cache, --cache name a folder of another disk"
         )
 
 
 def _bytes_on_disk(path: Path) -> int:
-    """Of a file that may have holes, or not be there."""
+    """Return the bytes that a file takes on disk, without its holes; 0 if it does not exist."""
     try:
         return 512 * path.stat().st_blocks
     except FileNotFoundError:
@@ -269,7 +272,7 @@ def _bytes_on_disk(path: Path) -> int:
 
 
 def _remove_stale_claim(claim: Path) -> bool:
-    """Removes a claim, and what has come of it, unless its process is alive; whether it is gone."""
+    """Remove a claim and its partial file unless its process is alive; return whether it is gone."""
     if not _remove_if_unlocked(claim):
         return False
     _partial_of(claim).unlink(missing_ok=True)
@@ -277,7 +280,7 @@ def _remove_stale_claim(claim: Path) -> bool:
 
 
 def _remove_if_unlocked(path: Path) -> bool:
-    """Removes a file unless a process holds a lock on it; whether it is gone."""
+    """Remove a file unless a process has locked it; return whether it is gone."""
     try:
         file = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

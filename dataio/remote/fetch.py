@@ -1,8 +1,7 @@
-"""Files from far away: an address below a URL → a whole, verified file on a local disk, or one clear error.
+"""Transfer of single files from a URL to the local disk, with timeouts, retries and verification.
 
-fsspec does the transport (s3://, gs://, https://, file:// and whatever else it has a package for). Here a transfer is
-given its time, tried again with growing pauses, and checked. prefetch.py decides what is fetched, and when;
-cache_folder.py, where it lies.
+fsspec does the transport (s3://, gs://, https://, file:// and whatever else it has a package for). prefetch.py chooses
+what is fetched, cache_folder.py where it is kept.
 """
 
 import asyncio
@@ -25,13 +24,13 @@ from dataio.urls import redact_url
 
 _Result = TypeVar("_Result")
 _MAX_BACKOFF_SECONDS, _POLL_SECONDS = 30, 0.05
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PERMANENT_HTTP_STATUS = (400, 401, 403, 404, 410)  # of HTTP: the same question gets the same answer
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PERMANENT_HTTP_STATUS = (400, 401, 403, 404, 410)  # another attempt gets the same answer
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """The time that a file is given, from now on, and an event that ends it earlier."""
+    """Time limit of a file, from its creation on, and an event that cancels the fetch earlier."""
 
     seconds: float
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -39,10 +38,11 @@ class Deadline:
 
     @property
     def seconds_left(self) -> float:
+        """Seconds until the deadline, 0 after it."""
         return max(0.0, self.began + self.seconds - time.monotonic())
 
     def check(self) -> None:
-        """Raises FetchCancelledError or FetchTimeoutError if it has ended."""
+        """Raise FetchCancelledError or FetchTimeoutError if it is over."""
         if self.cancelled.is_set():
             raise FetchCancelledError("it is not needed any more")
         if not self.seconds_left:
@@ -50,30 +50,31 @@ class Deadline:
 
 
 class FetchCancelledError(Exception):
-    """Nobody waits for a file any more."""
+    """The fetch was cancelled: nobody waits for the file any more."""
 
 
 class FetchTimeoutError(Exception):
-    """A file has had its time."""
+    """The deadline of a file has passed."""
 
 
 class IntegrityError(OSError):
-    """What was fetched is not what the manifest names."""
+    """The fetched bytes are not those that the manifest names."""
 
 
-class _TransferCallback(Callback):
-    """Ends a transfer that announces or has brought more bytes than it may, or whose wait has ended."""
+class _TransferCallback(Callback):  # type: ignore[misc]  # fsspec has no type annotations
+    """Aborts a transfer that announces or has brought more than `limit` bytes, or whose deadline has passed."""
 
     def __init__(self, limit: int, deadline: Deadline) -> None:
         super().__init__()
         self._limit, self._deadline = limit, deadline
 
     def set_size(self, size: int | None) -> None:
-        """Of a transfer that begins; gcsfs may begin several, as it tries again by itself."""
+        """Set the size of a transfer that begins; gcsfs may begin several, as it has retries of its own."""
         self.value = 0
         super().set_size(size)
 
     def call(self, *arguments: object, **more: object) -> None:
+        """Check the deadline and the limit; fsspec calls it with every chunk."""
         self._deadline.check()
         bytes_known = max(self.size or 0, self.value)
         if bytes_known > self._limit:
@@ -81,24 +82,24 @@ class _TransferCallback(Callback):
 
 
 def fetch_bytes(remote: Remote, name: str) -> bytes:
-    """The content of a small file. Raises as `fetch` does."""
+    """Return the content of a small file. Raises as `fetch` does."""
     deadline = Deadline(remote.cache.retry_policy.file_timeout_seconds)
 
     def read(system: fsspec.AbstractFileSystem, path: str) -> bytes:
         if isinstance(system, AsyncFileSystem):
-            return _run_with_deadline(system, system._cat_file(path), deadline)
-        return system.cat_file(path)
+            return bytes(_run_with_deadline(system, system._cat_file(path), deadline))
+        return bytes(system.cat_file(path))
 
     return _with_retries(remote, name, read, deadline)
 
 
 def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, deadline: Deadline) -> None:
-    """Writes the file `name` to `target`: it has this sha256, and is on disk when this returns.
+    """Fetch the file `name` to `target`; it has this sha256, and is on disk, when this returns.
 
-    size: in bytes, at most; what has more is given up with the first chunk beyond. Raises RuntimeError if the file
-    cannot be had, with URL, fault and remedy, or soon after `wait` is given up (of a file system without asyncio, with
-    the next bytes that come); ValueError if the URL's protocol is unknown. The file system may remove `target` and
-    write it anew between attempts; it does not when this has ended.
+    size: in bytes, at most; a larger file is aborted with the first chunk beyond. Raises RuntimeError, with URL, fault
+    and remedy, if the file cannot be fetched, or soon after `deadline` is cancelled (for a file system without asyncio,
+    with the next chunk); ValueError if the URL's protocol is unknown. The file system may remove `target` and write it
+    again between attempts, but not once this has ended.
     """
 
     def transfer(system: fsspec.AbstractFileSystem, path: str) -> None:
@@ -106,7 +107,7 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, deadl
         if isinstance(system, AsyncFileSystem):
             _run_with_deadline(system, system._get_file(path, str(target), callback=watch), deadline)
         else:
-            watch.set_size(system.size(path))  # it may tell nothing on its way
+            watch.set_size(system.size(path))  # such a file system may not report its progress
             system.get_file(path, str(target), callback=watch)
         if sha256_of(target) != sha256:
             raise IntegrityError(f"{target.stat().st_size} bytes came, with another sha256 than the manifest's")
@@ -116,7 +117,10 @@ def fetch(remote: Remote, name: str, target: Path, size: int, sha256: str, deadl
 
 
 def _run_with_deadline(system: AsyncFileSystem, work: Coroutine[Any, Any, _Result], deadline: Deadline) -> _Result:
-    """What the work comes to. It is cancelled when the wait ends, and has ended when this raises."""
+    """Run a coroutine on the file system's event loop; return its result.
+
+    It is cancelled at the deadline, and has ended when this raises.
+    """
 
     async def watched() -> _Result:
         task = asyncio.ensure_future(work)
@@ -134,12 +138,18 @@ def _run_with_deadline(system: AsyncFileSystem, work: Coroutine[Any, Any, _Resul
 
 
 def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Result], deadline: Deadline) -> _Result:
-    """What `action` returns at the first attempt that succeeds; it gets a file system, and the path of `name` there."""
+    """Return the result of the first successful `action`, given a file system and the path of `name` on it."""
     address, retry_policy = remote.file_url(name), remote.cache.retry_policy
     redacted = redact_url(address)
-    faults: list[BaseException] = []  # of attempts that were followed by another
+    faults: list[BaseException] = []  # errors of all attempts but the last
+
+    def note(state: "tenacity.RetryCallState") -> None:
+        error = state.outcome.exception() if state.outcome else None
+        if error:
+            faults.append(error)
+
     try:
-        import tenacity  # needed here alone: who has shards on a local disk has no use for it
+        import tenacity  # optional: installed for remote data sets alone
 
         system, path = _open_system(address, retry_policy)
         for attempt in tenacity.Retrying(
@@ -148,7 +158,7 @@ def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Resul
             | tenacity.stop_before_delay(deadline.seconds_left),
             wait=tenacity.wait_exponential(retry_policy.initial_backoff_seconds, max=_MAX_BACKOFF_SECONDS),
             sleep=tenacity.sleep_using_event(deadline.cancelled),
-            before_sleep=lambda state: faults.append(state.outcome.exception()),
+            before_sleep=note,
             reraise=True,
         ):
             with attempt:
@@ -160,7 +170,7 @@ def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Resul
             f"cannot read {redacted}: {protocol}:// needs another package ({error});"
             " pip install aiohttp gcsfs s3fs tenacity"
         ) from error
-    except Exception as error:  # each file system raises kinds of its own
+    except Exception as error:  # each file system has error types of its own
         cause = error if redacted == address else None  # a traceback would show the whole URL
         if isinstance(error, ValueError) and "Protocol not known" in str(error):
             raise ValueError(f"cannot read {redacted}: {error}; use s3://, gs://, https:// or a folder") from cause
@@ -169,9 +179,9 @@ def _with_retries(remote: Remote, name: str, action: Callable[[Any, str], _Resul
 
 
 def _open_system(address: str, retry_policy: RetryPolicy) -> tuple[fsspec.AbstractFileSystem, str]:
-    """(the file system, the path on it) of an address; credentials and endpoints are where fsspec looks for them.
+    """Return (file system, path on it) of a URL; credentials and endpoints are where fsspec looks for them.
 
-    Its retries are left to us, as far as they can be; the user's own settings in fsspec's configuration win.
+    The retries of its package are turned off where they can be; the user's own settings in fsspec's configuration win.
     """
     protocol = address.partition("://")[0]
     seconds = retry_policy.read_timeout_seconds
@@ -183,33 +193,35 @@ def _open_system(address: str, retry_policy: RetryPolicy) -> tuple[fsspec.Abstra
     elif protocol in ("s3", "s3a"):
         ours["config_kwargs"] = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"max_attempts": 1}}
     configured = fsspec.config.conf.get(protocol, {})
-    return fsspec.url_to_fs(address, **{name: value for name, value in ours.items() if name not in configured})
+    system, path = fsspec.url_to_fs(address, **{name: value for name, value in ours.items() if name not in configured})
+    return system, path
 
 
 def _aiohttp_timeout(seconds: float) -> Any:
-    """For a server that sends nothing; one that goes on sending may take its time."""
+    """Make the timeout for a server that sends nothing; one that goes on sending is limited by the deadline."""
     import aiohttp
 
     return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 
 
 def _is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may go better."""
-    hopeless = ImportError, FileNotFoundError, PermissionError, FetchCancelledError, FetchTimeoutError
-    if isinstance(error, hopeless) or not isinstance(error, Exception):
+    """Tell whether another attempt may succeed."""
+    permanent = ImportError, FileNotFoundError, PermissionError, FetchCancelledError, FetchTimeoutError
+    if isinstance(error, permanent) or not isinstance(error, Exception):
         return False
     return _http_status(error) not in _PERMANENT_HTTP_STATUS
 
 
-def _http_status(error: Exception) -> int | None:
-    """As far as the error says."""
-    if str(error).startswith("Forbidden"):  # gcsfs keeps nothing else of it
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status of an error; None if it has none."""
+    if str(error).startswith("Forbidden"):  # all that gcsfs tells of it
         return 403
-    return getattr(error, "status", None) or getattr(error, "code", None)
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) else None
 
 
 def _describe(error: BaseException, earlier: list[BaseException], retry_policy: RetryPolicy) -> str:
-    """Fault and remedy. earlier: what became of the attempts before."""
+    """Describe an error with its remedy; `earlier` are the errors of the attempts before."""
     attempts = 1 + len(earlier)
     if isinstance(error, FetchCancelledError):
         return str(error)
@@ -223,7 +235,7 @@ def _describe(error: BaseException, earlier: list[BaseException], retry_policy: 
         return "it is not there; check the address, and that the whole packed folder was copied to it"
     if isinstance(error, PermissionError) or _http_status(error) in (400, 401, 403):
         return f"access was refused ({_fault(error)}); check the credentials"
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno is not None and error.errno in _NO_SPACE:
         return (
             f"{os.strerror(error.errno)} in the cache; free some space, name a folder of a larger disk, or allow the"
             " cache fewer bytes"
@@ -231,13 +243,13 @@ def _describe(error: BaseException, earlier: list[BaseException], retry_policy: 
     if isinstance(error, IntegrityError):
         return f"{_fault(error)}, attempts: {attempts}; copy it there again, or pack the folder again"
     return (
-        f"{_fault(error)}, attempts: {attempts}; check server and network, then start again: the run goes on from"
+        f"{_fault(error)}, attempts: {attempts}; check server and network, then start again: the run resumes from"
         " its last checkpoint"
     )
 
 
 def _fault(error: BaseException) -> str:
-    """What an error says, in one line and without secrets."""
+    """Format an error in one line and without secrets."""
     said = redact_url(" ".join(str(error).split())) or type(error).__name__
     return (
         f"the server was too slow or silent ({said})"

@@ -1,6 +1,6 @@
-"""Remote data sets as if they lay here: their manifests, and the shards that a process needs soon, fetched by threads.
+"""Opening of remote data sets, and prefetching of the shards that a process needs next.
 
-cache_folder.py says what lies where, and for how long. shards.py reads, whatever a shard came from.
+Threads fetch the shards into the cache (cache_folder.py), from where they are read as local ones are (shards.py).
 """
 
 import os
@@ -26,11 +26,11 @@ from dataio.shards import read_sample
 from dataio.urls import redact_url
 
 _THREADS = 4
-_HEADER_BYTES = 4096  # of a .npy file, at most: NumPy writes 256 for SAMPLE_DTYPE
+_HEADER_BYTES = 4096  # upper bound of a .npy file's header; NumPy writes 256 for SAMPLE_DTYPE
 
 
 def open_remote(url: str, cache: CacheOptions) -> Manifest:
-    """The manifest of a packed folder at a URL. The sample table is fetched, and no shard.
+    """Open the manifest of a packed folder at a URL. The sample table is fetched, and no shard.
 
     Raises what `load_manifest` and `fetch` raise.
     """
@@ -47,7 +47,7 @@ def open_remote(url: str, cache: CacheOptions) -> Manifest:
 
 @dataclass
 class _ShardFetch:
-    """A shard that is asked for: its open file, as soon as it is there."""
+    """State of a requested shard: a future of its open file, cancellation, and its place in the cache."""
 
     entry: CacheEntry
     file: "futures.Future[int]" = field(default_factory=futures.Future)
@@ -64,26 +64,28 @@ class _ShardFetch:
 
 
 class RemoteShards:
-    """The encoded images of a remote data set. A few threads fetch the shards that were asked for, in that order.
+    """Encoded images of a remote data set. A few threads fetch the requested shards in the order of the requests.
 
-    A shard that cannot be had is an error of the `read` that needs it, not of the threads that fetched ahead; so is a
-    batch that waits longer for its shards than RetryPolicy allows.
+    An error of a fetch is raised by the `read` that needs the shard, not by the threads that prefetch; so is the
+    timeout of a batch that waits longer for its shards than RetryPolicy allows.
     """
 
     def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+        if manifest.remote is None:
+            raise ValueError(f"{manifest.folder} is a local data set; read it with LocalShards")
+        self._manifest, self._remote = manifest, manifest.remote
         self._fetches: dict[int, _ShardFetch] = {}
-        self._queue: deque[int] = deque()  # those that no thread works on yet
+        self._queue: deque[int] = deque()  # shards that no thread has begun to fetch
         self._closed = False
         self._changed = threading.Condition()  # guards the three above
-        self._reservation_lock = threading.Lock()  # room is claimed in the order of need
-        self._batch_timeout_seconds = manifest.remote.cache.retry_policy.batch_timeout_seconds
+        self._reservation_lock = threading.Lock()  # space is claimed in the order of need
+        self._batch_timeout_seconds = self._remote.cache.retry_policy.batch_timeout_seconds
         self._seconds_left = self._batch_timeout_seconds  # that the batch may still wait
         for number in range(_THREADS):
             threading.Thread(target=self._work, name=f"shards-{number}", daemon=True).start()
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Begins a batch: fetches these shards, in this order, and keeps them; gives up all others."""
+        """Begin a batch: fetch these shards, in this order, and keep them in the cache; cancel all others."""
         self._seconds_left = self._batch_timeout_seconds
         with self._changed:
             for shard in self._fetches.keys() - set(shards):
@@ -95,15 +97,15 @@ class RemoteShards:
             self._changed.notify_all()
 
     def read_ahead(self, samples: Sequence[int]) -> None:
-        """What was fetched a moment ago is still in memory."""
+        """Do nothing: shards that were just fetched are in the page cache."""
 
     def read(self, sample: int) -> bytes:
-        """The encoded image, as soon as its shard is there. Raises as `read_sample` does; RuntimeError without it."""
+        """Return the encoded image once its shard is there. Raises as `read_sample` does, or RuntimeError."""
         shard = int(self._manifest.samples["shard"][sample])
         with self._changed:
             if self._closed:
                 raise RuntimeError("the cache was closed; nothing can be read through it any more")
-            if shard not in self._fetches:  # of a batch before: a substitute is looked for
+            if shard not in self._fetches:  # of an earlier batch, for which a substitute is needed
                 self._fetches[shard] = _ShardFetch(self._entry(shard))
                 self._queue.appendleft(shard)
                 self._changed.notify()
@@ -113,19 +115,20 @@ class RemoteShards:
             raise RuntimeError(self._describe_wait(shard_fetch))
         self._seconds_left = max(0.0, self._seconds_left - (time.monotonic() - began))
         error = shard_fetch.file.exception()
-        if error is not None:  # a new one: what is kept must not hold on to the frames that it passes through
+        if error is not None:  # a new error, since the stored one must not keep the frames alive that it passes
             raise RuntimeError(str(error) or type(error).__name__) from error
         return read_sample(self._manifest, sample, shard_fetch.file.result())
 
     def _describe_wait(self, shard_fetch: _ShardFetch) -> str:
-        remote = self._manifest.remote
+        url = redact_url(self._remote.file_url(shard_fetch.entry.path.name))
         return (
-            f"waited {self._batch_timeout_seconds:g} s for shards of a batch, at last for"
-            f" {redact_url(remote.file_url(shard_fetch.entry.path.name))}; check server and network, or read from fewer shards"
-            f" (data.shuffle_window_shards, --batch-size, --count){remote.cache.retry_policy.timeout_hint}"
+            f"waited {self._batch_timeout_seconds:g} s for shards of a batch, at last for {url}; check server and"
+            " network, or read from fewer shards (data.shuffle_window_shards, --batch-size,"
+            f" --count){self._remote.cache.retry_policy.timeout_hint}"
         )
 
     def close(self) -> None:
+        """Cancel all fetches and close all files; reading is an error from now on."""
         with self._changed:
             self._closed = True
             for shard in list(self._fetches):
@@ -149,14 +152,12 @@ class RemoteShards:
                 shard_fetch = self._next_fetch()
                 if shard_fetch is None:
                     return
-                deadline = Deadline(
-                    self._manifest.remote.cache.retry_policy.file_timeout_seconds, shard_fetch.cancelled
-                )
+                deadline = Deadline(self._remote.cache.retry_policy.file_timeout_seconds, shard_fetch.cancelled)
                 self._attempt(self._reserve, shard_fetch, deadline)
             self._attempt(self._complete, shard_fetch, deadline)
 
     def _next_fetch(self) -> _ShardFetch | None:
-        """The next shard to work on; None when there will be none."""
+        """Wait for the next shard to fetch; None after close()."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
             if self._closed:
@@ -170,16 +171,16 @@ class RemoteShards:
     ) -> None:
         try:
             part(shard_fetch, deadline)
-        except BaseException as error:  # whatever it is, somebody may be waiting
+        except BaseException as error:  # whatever it is, a reader may be waiting for the outcome
             shard_fetch.file.set_exception(error)
 
     def _reserve(self, shard_fetch: _ShardFetch, deadline: Deadline) -> None:
-        shard_fetch.reserved = reserve(self._manifest.remote, shard_fetch.entry, deadline)
+        shard_fetch.reserved = reserve(self._remote, shard_fetch.entry, deadline)
 
     def _complete(self, shard_fetch: _ShardFetch, deadline: Deadline) -> None:
-        if shard_fetch.failed:
+        if shard_fetch.reserved is None:  # _reserve has failed
             return
-        file = fetch_reserved(self._manifest.remote, shard_fetch.entry, shard_fetch.reserved, deadline)
+        file = fetch_reserved(self._remote, shard_fetch.entry, shard_fetch.reserved, deadline)
         with self._changed:
             shard_fetch.file.set_result(file)
             if shard_fetch.cancelled.is_set():

@@ -1,4 +1,4 @@
-"""A class folder to spoil, tiny shards of real photographs, and servers to fetch them from."""
+"""Class folders to modify, small shards of photographs, and servers of HTTP, S3 and GCS that fail on request."""
 
 import fcntl
 import gc
@@ -25,7 +25,7 @@ from dataio.remote.prefetch import RemoteShards
 
 
 class TinyShards(PackOptions):
-    """Shards of 30 kB; the command's are of 1 MiB and more."""
+    """Pack options with shards of 30 kB; the command's are of 1 MiB and more."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shard_mib", 40 / 1024)
@@ -47,13 +47,13 @@ def few_photographs(photos, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def source(photos, tmp_path) -> Path:
-    """`photos` again, as hard links: to add to, to rename and to remove, not to write into its files."""
+    """Copy of `photos` as hard links: files may be added, renamed and removed, but not written to."""
     return shutil.copytree(photos, tmp_path / "source", copy_function=os.link)
 
 
 @pytest.fixture
 def overwrite() -> Callable[..., None]:
-    """Returns a function: puts bytes at an offset from where a sample's encoded image begins in its shard."""
+    """Function: overwrites bytes of a shard, `offset` bytes after the start of a sample's encoded image."""
 
     def write(manifest: Manifest, sample: int, content: bytes, offset: int = 0) -> None:
         row = manifest.samples[sample]
@@ -66,7 +66,7 @@ def overwrite() -> Callable[..., None]:
 
 @pytest.fixture
 def truncate(overwrite) -> Callable[[Manifest, int], None]:
-    """Returns a function: overwrites the second half of a sample's image with what no decoder takes for pixels."""
+    """Function: overwrites the second half of a sample's image with bytes that no decoder accepts."""
 
     def write(manifest: Manifest, sample: int) -> None:
         size = int(manifest.samples["bytes"][sample])
@@ -76,7 +76,7 @@ def truncate(overwrite) -> Callable[[Manifest, int], None]:
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves files, after the faults that the server was told for them: `server.faults[name]`, one a request."""
+    """Serves files, after the faults listed in `server.faults[name]`, one for each request."""
 
     protocol_version = "HTTP/1.1"
 
@@ -92,9 +92,9 @@ class Handler(SimpleHTTPRequestHandler):
             self.send_error(int(fault))
         else:
             self.close_connection = True
-            self.misbehave(fault, Path(self.translate_path(self.path)).read_bytes())
+            self.send_fault(fault, Path(self.translate_path(self.path)).read_bytes())
 
-    def misbehave(self, fault: str, content: bytes) -> None:
+    def send_fault(self, fault: str, content: bytes) -> None:
         if fault == "reset":  # the connection breaks off without a word
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
@@ -124,9 +124,9 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server on a port of its own. `requests` are the names of the files asked for, `times` when.
+    """HTTP server on a free port. `requests` are the names of the requested files, `times` when they were requested.
 
-    credentials: what requests had for an Authorization.
+    credentials: the values of the requests' Authorization header.
     """
 
     daemon_threads = True
@@ -161,7 +161,7 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def http_server() -> Iterator[Callable[..., Server]]:
-    """Returns a function: starts a server for a folder."""
+    """Function: starts a server for a folder."""
     servers = []
 
     def start(*arguments: object) -> Server:
@@ -175,7 +175,7 @@ def http_server() -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 def free_port() -> Iterator[int]:
-    """A port that nobody else gets, and that a server may have."""
+    """A port that no other program gets, and that a server may bind."""
     with socket.socket() as place:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind(("127.0.0.1", 0))
@@ -184,7 +184,7 @@ def free_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """A server that speaks S3."""
+    """URL of an S3 server."""
     from moto.server import ThreadedMotoServer  # here, so that all other tests run where moto is not installed
 
     server = ThreadedMotoServer(port=0, verbose=False)
@@ -196,7 +196,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3_url(s3_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
-    """Returns a function: copies a folder's files to a bucket; the URL under which they are then."""
+    """Function: copies a folder's files to a new bucket; returns its URL."""
     for name, value in {
         "AWS_ENDPOINT_URL": s3_endpoint,
         "AWS_ACCESS_KEY_ID": "test",
@@ -220,7 +220,7 @@ def s3_url(s3_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
 
 @pytest.fixture(scope="session")
 def gs_endpoint() -> Iterator[str]:
-    """A server that speaks Google's storage API."""
+    """URL of a server with the API of Google Cloud Storage."""
     from gcp_storage_emulator.server import RequestHandler
     from gcp_storage_emulator.storage import Storage
 
@@ -232,7 +232,7 @@ def gs_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def gs_url(gs_endpoint, monkeypatch, tmp_path) -> Callable[[Path], str]:
-    """Returns a function: copies a folder's files to a bucket; the URL under which they are then."""
+    """Function: copies a folder's files to a new bucket; returns its URL."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gs_endpoint)
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.storage import Client
@@ -257,14 +257,14 @@ def local(many_shards) -> Manifest:
 
 
 @pytest.fixture
-def far(many_shards, tmp_path) -> Path:
-    """A copy of `many_shards` for a server."""
-    return shutil.copytree(many_shards, tmp_path / "far")
+def served(many_shards, tmp_path) -> Path:
+    """Copy of `many_shards` for a server."""
+    return shutil.copytree(many_shards, tmp_path / "served")
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A folder on a disk of its own, of 600 kB."""
+    """Folder on a disk of its own, of 600 kB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -281,8 +281,8 @@ def shard_threads() -> list[threading.Thread]:
 
 
 @pytest.fixture
-def await_their_end() -> Callable[[], None]:
-    """Returns a function: waits until no thread fetches shards any more."""
+def await_shard_threads() -> Callable[[], None]:
+    """Function: waits until no thread fetches shards any more."""
 
     def wait() -> None:
         while shard_threads():
@@ -292,21 +292,21 @@ def await_their_end() -> Callable[[], None]:
 
 
 @pytest.fixture
-def no_thread_is_left(request, await_their_end) -> Iterator[None]:
-    """Not even without the collector, which comes when it likes. A test that fails may leave some."""
+def no_shard_thread_left(request, await_shard_threads) -> Iterator[None]:
+    """Check that all threads end without the garbage collector. A test that fails may leave some."""
     failed = request.session.testsfailed
     gc.disable()
     yield
     try:
         if request.session.testsfailed == failed:  # else nothing would end the wait: pytest-timeout has, by then
-            await_their_end()
+            await_shard_threads()
     finally:
         gc.enable()
 
 
 @pytest.fixture
 def cached() -> Callable[[CacheOptions], dict[str, int]]:
-    """Returns a function: sizes of the files in a cache, by name."""
+    """Function: sizes of the files in a cache, by name."""
 
     def look(cache: CacheOptions) -> dict[str, int]:
         with open(cache.folder / "lock") as lock:
@@ -321,8 +321,8 @@ def cached() -> Callable[[CacheOptions], dict[str, int]]:
 
 
 @pytest.fixture
-def hold_and_read() -> Callable[[RemoteShards, Manifest, list[int]], None]:
-    """Returns a function: waits until each of these shards has been read from."""
+def prefetch_and_read() -> Callable[[RemoteShards, Manifest, list[int]], None]:
+    """Function: prefetches these shards and reads from each."""
 
     def wait(shards: RemoteShards, manifest: Manifest, wanted: list[int]) -> None:
         shards.prefetch(wanted)

@@ -1,8 +1,9 @@
 """Damages a small packed folder in many ways, and trains on each: corrupt_shards.py PACK SCRATCH FIRST COUNT SEED.
 
-Prints one line of JSON for each variant: what was done, and what came of it: "refused" (the folder was not opened),
-"error" (training ended), "substituted" (with how many), "pixels" (other ones) or "nothing". Folders of the last two stay
-in SCRATCH. It fails itself if a label is wrong. A process of its own, so that one that crashes or hangs is noticed.
+Prints one line of JSON for each variant: the damage, and the outcome: "refused" (the folder was not opened), "error"
+(training ended with one), "substituted" (with the number of samples), "pixels" (they differ) or "nothing". Folders of
+the last two are kept in SCRATCH. The script itself fails if a label is wrong. It runs in a process of its own, so that
+a crash or a hang is noticed.
 """
 
 import json
@@ -30,7 +31,7 @@ Damage = Callable[[random.Random, Path], str]
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """A new file in place of a hard link."""
+    """Replace a hard link by a file of its own."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
@@ -66,7 +67,7 @@ def remove(draw: random.Random, folder: Path, pattern: str) -> str:
 
 
 def exchange(draw: random.Random, folder: Path, pattern: str) -> str:
-    """Two files bear each other's names; shards are given one size, so that it does not tell."""
+    """Exchange the names of two files, whose sizes are made to fit the names."""
     one, other = draw.sample(sorted(folder.glob(pattern)), 2)
     contents = [one.read_bytes(), other.read_bytes()]
     for path, content in zip((other, one), contents, strict=True):
@@ -75,7 +76,7 @@ def exchange(draw: random.Random, folder: Path, pattern: str) -> str:
 
 
 def overwrite_image(draw: random.Random, folder: Path) -> str:
-    """Of whole images, parts: noise, zeros, another image, the image shifted."""
+    """Overwrite parts of images with noise, zeros, another image, or the image shifted."""
     rows = np.load(folder / SAMPLES_NAME)
     for sample in draw.sample(range(len(rows)), draw.choice((1, 1, 3))):
         row, other = rows[sample], rows[draw.randrange(len(rows))]
@@ -93,7 +94,7 @@ def overwrite_image(draw: random.Random, folder: Path) -> str:
 
 
 def overwrite_member(draw: random.Random, folder: Path) -> str:
-    """A tar header, or a label, is another one's."""
+    """Replace a tar header or a label by another one."""
     rows = np.load(folder / SAMPLES_NAME)
     row = rows[draw.randrange(len(rows))]
     path = folder / f"shard-{row['shard']:06d}.tar"
@@ -110,7 +111,7 @@ def overwrite_member(draw: random.Random, folder: Path) -> str:
 
 
 def edit_manifest(draw: random.Random, folder: Path) -> str:
-    """One of its values is another one, of its kind or not, or missing; lists lose, repeat and exchange items."""
+    """Change or remove one of its values; lists lose, repeat and exchange items."""
     fields = json.loads((folder / MANIFEST_NAME).read_text())
     places = [(fields, name) for name in fields]
     places += [(shard, name) for shard in fields["shards"] for name in shard]
@@ -141,7 +142,7 @@ def edit_manifest(draw: random.Random, folder: Path) -> str:
 
 
 def edit_samples(draw: random.Random, folder: Path) -> str:
-    """Rows with other values, exchanged, lost; or another type of table."""
+    """Change, exchange or remove rows, or the dtype of the table."""
     rows = np.load(folder / SAMPLES_NAME)
     edit = draw.choice(("value", "value", "label", "exchange", "pop", "type"))
     row, other = draw.randrange(len(rows)), draw.randrange(len(rows))
@@ -177,25 +178,27 @@ DAMAGES: list[Damage] = [
 
 
 class Truth:
-    """What the undamaged folder holds: labels, and the pixels that training sees of it."""
+    """Labels of the undamaged folder, and its pixels as training sees them."""
 
     def __init__(self, pack: Path) -> None:
         self.manifest = load_manifest(pack)
         self.images = torch.cat([batch.images for batch in self.batches(self.manifest)])
 
     def batches(self, manifest) -> list:
-        plan = LoaderOptions(seed=7, global_batch_size=BATCH, shuffle_window_shards=2, max_bad_samples=BATCH * STEPS)
-        loader = TrainLoader(manifest, OPTIONS, plan, torch.device("cpu"))
+        loader_options = LoaderOptions(
+            seed=7, global_batch_size=BATCH, shuffle_window_shards=2, max_bad_samples=BATCH * STEPS
+        )
+        loader = TrainLoader(manifest, OPTIONS, loader_options, torch.device("cpu"))
         return [next(loader) for _ in range(STEPS)]
 
-    def outcome(self, folder: Path, far: bool, cache: Path) -> dict:
-        """What comes of training on a damaged folder."""
+    def outcome(self, folder: Path, remote: bool, cache: Path) -> dict:
+        """Train on a damaged folder, and describe the outcome."""
         try:
-            patience = RetryPolicy(
+            retry_policy = RetryPolicy(
                 max_attempts=1, eviction_timeout_seconds=3600, file_timeout_seconds=3600, batch_timeout_seconds=3600
             )
-            options = CacheOptions(cache, 2**30, patience)
-            manifest = open_dataset(folder.as_uri() if far else folder, options)
+            options = CacheOptions(cache, 2**30, retry_policy)
+            manifest = open_dataset(folder.as_uri() if remote else folder, options)
         except (ValueError, RuntimeError, FileNotFoundError) as error:
             return {"outcome": "refused", "message": str(error)}
         try:
@@ -221,11 +224,13 @@ def main(pack: Path, scratch: Path, first: int, count: int, seed: int) -> None:
         folder, cache = scratch / f"{number}", caches / f"{number}"
         shutil.copytree(pack, folder, copy_function=os.link)
         damage = DAMAGES[number % len(DAMAGES)](draw, folder)
-        far = draw.random() < 0.15
+        remote = draw.random() < 0.15
         began = time.monotonic()
-        result = truth.outcome(folder, far, cache)
+        result = truth.outcome(folder, remote, cache)
         seconds = round(time.monotonic() - began, 2)
-        print(json.dumps({"number": number, "damage": damage, "far": far, "seconds": seconds, **result}), flush=True)
+        print(
+            json.dumps({"number": number, "damage": damage, "remote": remote, "seconds": seconds, **result}), flush=True
+        )
         if result["outcome"] not in ("pixels", "nothing"):
             shutil.rmtree(folder)
         shutil.rmtree(cache, ignore_errors=True)  # a thread may still write to it

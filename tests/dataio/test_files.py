@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: after errors, after kills, gone on with, and with two processes at once."""
+"""Folders that are complete or absent: after errors and kills, resumed, and with two processes at once."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ def target(tmp_path) -> Path:
 
 @pytest.fixture
 def other(target):
-    """(a process that stays in the block of atomic_folder(target) until its input ends, its hidden folder)."""
+    """(a process in the block of atomic_folder(target) until its input ends, the folder that it was given)."""
     with subprocess.Popen(
         [sys.executable, "-c", OTHER_PROCESS, target],
         stdin=subprocess.PIPE,
@@ -47,11 +47,11 @@ def make(target: Path, content: bytes = b"ours") -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Of each file below the folder its bytes, of each folder None."""
+    """Return the bytes of each file below the folder by path; None for folders."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_folder_appears_when_it_is_complete(target):
+def test_target_appears_when_complete(target):
     target = target / "of" / "three"
     with atomic_folder(target) as folder:
         write_file(folder / "file", b"ours")
@@ -60,13 +60,13 @@ def test_folder_appears_when_it_is_complete(target):
     assert [path.name for path in target.parent.iterdir()] == ["three"]
 
 
-def test_an_empty_target_is_free(target, tmp_path):
+def test_empty_target_is_replaced(target, tmp_path):
     target.mkdir()
     make(target)
     assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
 
 
-def test_target_that_exists(target, tmp_path):
+def test_existing_target_is_an_error(target, tmp_path):
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match=f"{taken} exists already; delete it or name another folder"):
@@ -76,7 +76,7 @@ def test_target_that_exists(target, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_nothing(error, target, tmp_path):
+def test_failing_block_leaves_nothing(error, target, tmp_path):
     def write_half() -> None:
         with atomic_folder(target) as folder:
             write_file(folder / "file", b"ours")
@@ -87,7 +87,7 @@ def test_a_block_that_fails_leaves_nothing(error, target, tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_a_killed_process_does_not_disturb_the_next(other, target, tmp_path):
+def test_next_process_clears_what_a_killed_one_left(other, target, tmp_path):
     process, left = other
     (left / "theirs").write_text("half")
     process.kill()
@@ -97,7 +97,7 @@ def test_a_killed_process_does_not_disturb_the_next(other, target, tmp_path):
     assert contents(tmp_path) == {"target": None, "target/file": b"ours"}
 
 
-def test_two_at_once(other, target, tmp_path, monkeypatch):
+def test_second_process_is_an_error(other, target, tmp_path, monkeypatch):
     process, theirs = other
     monkeypatch.setattr(files, "_LOCK_SECONDS", 0.1)
     (theirs / "theirs").write_text("half")
@@ -109,8 +109,8 @@ def test_two_at_once(other, target, tmp_path, monkeypatch):
     assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
 
 
-def test_one_that_waits_while_the_other_ends(other, target, tmp_path, monkeypatch):
-    """It gets the lock of a folder that is gone by then."""
+def test_lock_of_a_folder_that_was_renamed_meanwhile(other, target, tmp_path, monkeypatch):
+    """The waiting process locks a folder that is gone by then."""
     process, theirs = other
     (theirs / "theirs").write_text("half")
     try_lock = files._try_lock
@@ -128,7 +128,7 @@ def test_one_that_waits_while_the_other_ends(other, target, tmp_path, monkeypatc
     assert contents(tmp_path) == {"target": None, "target/theirs": b"half"}
 
 
-def test_a_target_that_appears_meanwhile(target, tmp_path):
+def test_target_that_appears_meanwhile_is_an_error(target, tmp_path):
     def write_both() -> None:
         with atomic_folder(target) as folder:
             write_file(folder / "file", b"ours")
@@ -143,8 +143,8 @@ def test_a_target_that_appears_meanwhile(target, tmp_path):
 # Going on
 
 
-def test_a_folder_is_gone_on_with(target, tmp_path):
-    """After an error in the block, what it wrote is there again, also what it wrote beside the folder."""
+def test_resuming_finds_what_was_written(target, tmp_path):
+    """After an error in the block, in the folder and beside it."""
 
     def write_half() -> None:
         with atomic_folder(target, resume=True) as folder:
@@ -163,7 +163,7 @@ def test_a_folder_is_gone_on_with(target, tmp_path):
     assert contents(tmp_path) == {"target": None, "target/first": b"1", "target/second": b"2"}
 
 
-def test_an_empty_folder_is_not_worth_going_on_with(target, tmp_path):
+def test_empty_folder_is_not_kept_for_resuming(target, tmp_path):
     def write_notes() -> None:
         with atomic_folder(target, resume=True) as folder:
             write_file(folder.parent / "notes", b"one")
@@ -174,8 +174,8 @@ def test_an_empty_folder_is_not_worth_going_on_with(target, tmp_path):
     assert contents(tmp_path) == {}
 
 
-def test_what_appears_is_on_disk(target, tmp_path, monkeypatch):
-    """The file first, then the folder with the file's name, at last the folder that has got the new name."""
+def test_files_are_synced_before_the_target_appears(target, tmp_path, monkeypatch):
+    """The file first, then the folder that lists it, and after renaming the parent folder."""
     fsync, synced = os.fsync, []
 
     def observed_fsync(descriptor: int) -> None:
@@ -188,7 +188,7 @@ def test_what_appears_is_on_disk(target, tmp_path, monkeypatch):
     assert synced == [(f"{folder}/file", False), (f"{folder}", False), (f"{tmp_path}", True)]
 
 
-def test_sha256_of_a_file_of_many_pieces(tmp_path):
+def test_sha256_of_a_large_file(tmp_path):
     content = bytes(range(256)) * 10_000
     write_file(tmp_path / "file", content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""What is shown on a real terminal, and that nothing is shown elsewhere."""
+"""Progress on a real terminal, and none elsewhere."""
 
 import os
 import pty
@@ -15,12 +15,12 @@ with progress_bar("packing", 4 * 2**20) as show:
 """
 
 
-def test_nothing_is_shown_in_a_file():
+def test_nothing_is_shown_without_a_terminal():
     command = subprocess.run([sys.executable, "-c", CODE], capture_output=True)
     assert (command.returncode, command.stdout, command.stderr) == (0, b"", b"")
 
 
-def test_a_terminal_shows_it():
+def test_progress_on_a_terminal():
     ours, theirs = pty.openpty()
     command = subprocess.Popen([sys.executable, "-c", CODE], stderr=theirs, env=os.environ | {"TERM": "xterm"})
     os.close(theirs)

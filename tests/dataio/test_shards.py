@@ -1,8 +1,10 @@
-"""What shards hold, read and told apart from what they should hold; files opened once and closed."""
+"""Reading of local shards: intact, damaged, exchanged and missing ones; files opened once and closed."""
 
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -20,16 +22,16 @@ def manifest(shards) -> Manifest:
 
 @pytest.fixture
 def damaged(many_shards, tmp_path) -> Manifest:
-    """A copy of `many_shards` to be damaged after its manifest was read."""
+    """Copy of `many_shards`, to be damaged after its manifest was read."""
     return load_manifest(shutil.copytree(many_shards, tmp_path / "damaged"))
 
 
 def label_offset(manifest: Manifest, sample: int) -> int:
-    """From where a sample's image begins to where its label does."""
+    """Return the offset of a sample's label from the start of its image."""
     return -(-int(manifest.samples["bytes"][sample]) // 512) * 512 + 512
 
 
-def test_every_sample_is_what_tar_reads(manifest):
+def test_samples_equal_what_tarfile_reads(manifest):
     files = LocalShards(manifest)
     sample = 0
     for shard in manifest.shards:
@@ -43,7 +45,7 @@ def test_every_sample_is_what_tar_reads(manifest):
     assert sample == len(manifest)
 
 
-def test_a_label_that_is_another_one(damaged, overwrite):
+def test_changed_label(damaged, overwrite):
     label = int(damaged.samples["label"][30])
     other = (label + 1) % 10
     overwrite(damaged, 30, b"%d" % other, label_offset(damaged, 30))
@@ -55,7 +57,7 @@ def test_a_label_that_is_another_one(damaged, overwrite):
 
 
 @pytest.mark.parametrize("content", [b"\0", b"x", b"\xb2", b"-"])
-def test_a_label_that_is_none(damaged, overwrite, content):
+def test_label_that_is_not_a_number(damaged, overwrite, content):
     overwrite(damaged, 30, content, label_offset(damaged, 30))
     with pytest.raises(BadSampleError, match="its label is '.*' in its shard and . in the sample table"):
         LocalShards(damaged).read(30)
@@ -63,21 +65,21 @@ def test_a_label_that_is_none(damaged, overwrite, content):
 
 @pytest.mark.parametrize("content", [b"7", b"9", b"\0", b"-", b" ", b"\xff"])
 @pytest.mark.parametrize("digit", range(10))
-def test_an_image_of_another_size(damaged, overwrite, digit, content):
-    """The 11 octal digits of its tar header, one of them changed."""
+def test_changed_image_size(damaged, overwrite, digit, content):
+    """One of the 11 octal digits in its tar header is changed."""
     overwrite(damaged, 30, content, 124 + digit - 512)
     with pytest.raises(BadSampleError, match="its shard has something else there"):
         LocalShards(damaged).read(30)
 
 
-def test_a_label_of_another_image(damaged, overwrite):
+def test_label_of_another_image(damaged, overwrite):
     overwrite(damaged, 30, b"9", label_offset(damaged, 30) - 512)  # the key's first digit
     with pytest.raises(BadSampleError, match="its shard has no label behind it"):
         LocalShards(damaged).read(30)
 
 
-def test_a_shard_that_was_exchanged_gives_no_image_with_a_wrong_label(damaged):
-    """Both have the size that the manifest names for either, so that it is met only when they are read."""
+def test_exchanged_shards_give_no_wrong_label(damaged):
+    """Both are given the size that the manifest names, so that only reading them tells."""
     paths = [damaged.folder / shard.name for shard in damaged.shards[:2]]
     contents = [path.read_bytes() for path in paths]
     size = max(map(len, contents))
@@ -98,7 +100,7 @@ def test_a_shard_that_was_exchanged_gives_no_image_with_a_wrong_label(damaged):
     assert right < 3  # by chance, the same place, size and label
 
 
-def test_a_shard_that_was_cut_off_is_named(damaged):
+def test_truncated_shard_is_named(damaged):
     last = damaged.samples[-1]
     name = damaged.shards[last["shard"]].name
     os.truncate(damaged.folder / name, int(last["offset"]) + 10)
@@ -107,8 +109,8 @@ def test_a_shard_that_was_cut_off_is_named(damaged):
         LocalShards(damaged).read(len(damaged) - 1)
 
 
-def test_a_shard_that_cannot_be_read_is_named(damaged):
-    """A folder can be opened like a file, and only reading it fails."""
+def test_unreadable_shard_is_named(damaged):
+    """A folder in its place can be opened like a file, and only reading it fails."""
     path = damaged.folder / damaged.shards[-1].name
     path.unlink()
     path.mkdir()
@@ -116,13 +118,13 @@ def test_a_shard_that_cannot_be_read_is_named(damaged):
         LocalShards(damaged).read(len(damaged) - 1)
 
 
-def test_a_shard_that_is_gone_is_named(damaged):
+def test_missing_shard_is_named(damaged):
     (damaged.folder / damaged.shards[-1].name).unlink()
     with pytest.raises(RuntimeError, match=f"cannot open {damaged.shards[-1].name}: No such file.*dataio.verify"):
         LocalShards(damaged)
 
 
-def test_more_shards_than_open_files_allowed_says_so(manifest):
+def test_open_file_limit_is_named(manifest):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -149,13 +151,13 @@ def test_shards_are_closed_with_their_last_use(manifest, by):
     assert open_shards() == before
 
 
-def test_the_samples_of_a_shard_lie_together(damaged):
+def test_samples_are_sorted_by_shard(damaged):
     assert damaged.shard_samples == tuple(np.bincount(damaged.samples["shard"]))
     assert len(damaged.shards) >= 16
 
 
-def test_reading_ahead_is_a_hint_and_no_more(damaged, overwrite):
-    """The same bytes follow, and what lies beyond a shard's end raises where it is read, not before."""
+def test_read_ahead_changes_nothing(damaged, overwrite):
+    """The same bytes follow; a truncated shard raises when it is read, not before."""
     files = LocalShards(damaged)
     samples = np.random.default_rng(0).permutation(len(damaged))
     expected = [files.read(sample) for sample in samples]
@@ -166,3 +168,23 @@ def test_reading_ahead_is_a_hint_and_no_more(damaged, overwrite):
     files.read_ahead([0, last])
     with pytest.raises(RuntimeError, match="its shard ends too early"):
         files.read(last)
+
+
+TRAINING = """
+import sys
+import torch
+from dataio.augment.params import ImageOptions
+from dataio.loader import LoaderOptions, TrainLoader
+from dataio.shards import open_dataset
+
+manifest = open_dataset(sys.argv[1], None)
+loader = TrainLoader(manifest, ImageOptions(image_size=32, threads=1), LoaderOptions(0, 4), torch.device("cpu"))
+print(len([next(loader) for _ in range(3)]))
+print([name for name in sys.modules if name.startswith(("dataio.remote", "dataio.pack", "fsspec", "tenacity"))])
+"""
+
+
+def test_training_on_local_shards_imports_nothing_of_remote_ones(shards):
+    """Nor what only packing needs; and the packages for remote data sets may be missing."""
+    training = subprocess.run([sys.executable, "-c", TRAINING, shards], capture_output=True, text=True)
+    assert (training.returncode, training.stdout) == (0, "3\n[]\n"), training.stderr

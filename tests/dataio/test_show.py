@@ -1,4 +1,4 @@
-"""The grid against the packed photographs, and against what the loader and the augmentation give."""
+"""The grid compared with the packed photographs, the loader's batches and their augmentation."""
 
 import io
 import shutil
@@ -18,7 +18,7 @@ from dataio.show import main, show
 
 
 def tiles(figure) -> list[tuple[str, np.ndarray]]:
-    """(title, pixels) of each tile that shows something, row by row."""
+    """Return (title, pixels) of each tile that shows something, row by row."""
     return [(axis.get_title(), np.asarray(axis.images[0].get_array())) for axis in figure.axes if axis.images]
 
 
@@ -30,7 +30,7 @@ def stored(manifest, sample) -> tuple[str, np.ndarray]:
     return f"{name} {image.width}×{image.height}", np.asarray(image.convert("RGB"))
 
 
-def test_samples_with_their_labels(shards):
+def test_tiles_are_the_first_samples_of_a_run(shards):
     manifest = load_manifest(shards)
     drawn = tiles(show(shards, count=11, seed=3))
     expected = [stored(manifest, sample) for sample in samples_at(3, np.arange(11), len(manifest))]
@@ -40,7 +40,7 @@ def test_samples_with_their_labels(shards):
         assert np.array_equal(pixels, photograph)
 
 
-def test_augmented_samples_below_the_stored_ones(shards):
+def test_augmented_tiles_below_the_stored_ones(shards):
     """What a run with this seed trains on in its first step."""
     manifest = load_manifest(shards)
     drawn = tiles(show(shards, count=10, augmented=True, size=64, seed=3))
@@ -71,12 +71,12 @@ def test_the_command_writes_a_picture(shards, tmp_path, capsys):
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # photographs, not a white page
 
 
-def test_more_than_there_are(fashion_shards, tmp_path):
+def test_count_above_the_number_of_samples(fashion_shards, tmp_path):
     folder = fashion_shards / "val"
     assert len(tiles(show(folder, count=10_000))) == len(load_manifest(folder))
 
 
-def test_long_names_are_cut(source, tmp_path):
+def test_long_class_names_are_shortened(source, tmp_path):
     (source / "cat").rename(source / f"cat {'x' * 80}")
     pack(source, tmp_path / "packed")
     titles = [title for title, _ in tiles(show(tmp_path / "packed", count=48))]
@@ -94,7 +94,7 @@ def test_long_names_are_cut(source, tmp_path):
         (["--count", "2", "--out", "none/grid.png"], "[Errno 2] No such file or directory: "),
     ],
 )
-def test_options_that_cannot_be(options, message, shards, tmp_path, capsys, monkeypatch):
+def test_invalid_options(options, message, shards, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([str(shards), *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
@@ -113,14 +113,14 @@ def test_a_broken_image_is_named(shards, tmp_path, capsys):
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_shards_far_away(http_server, many_shards, tmp_path, capsys):
-    """They are drawn as those on a local disk are, out of a cache that never holds more than one of them in use."""
+def test_remote_shards(http_server, many_shards, tmp_path, capsys):
+    """They are drawn as local ones are, from a cache that has space for one at a time."""
     near, far, cache = tmp_path / "near.png", tmp_path / "far.png", tmp_path / "cache"
     url, options = f"{http_server(many_shards).url}/?token=hush", ["--count", "12", "--seed", "3"]
     gib = str(2.5 * (many_shards / "shard-000000.tar").stat().st_size / 2**30)
     assert main([url, "--out", str(far), *options]) == 2
     said = capsys.readouterr().err
-    assert said.endswith("/?… is far away; name a folder for the shards that are fetched with --cache\n")
+    assert said.endswith("/?… is remote; name a folder for the shards that are fetched with --cache\n")
     assert main([url, "--out", str(far), *options, "--cache", str(cache), "--cache-gib", gib]) == 0
     assert main([str(many_shards), "--out", str(near), *options]) == 0
     with Image.open(near) as one, Image.open(far) as other:

@@ -1,4 +1,4 @@
-"""verify against real damage to real shards: each fault is found, named, and comes with its remedy."""
+"""verify on damaged shards: each fault is found and named, with its remedy."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def change_manifest(folder, change):
 
 
 def accept(folder, name):
-    """Makes the manifest agree with a changed file, so that only what the file says is left to be found."""
+    """Record a changed file's hash in the manifest, so that only the content of the file is at fault."""
 
     def change(fields):
         if name == SAMPLES_NAME:
@@ -53,12 +53,12 @@ def accept(folder, name):
     change_manifest(folder, change)
 
 
-def test_whole_shards(shards, fashion_shards):
+def test_intact_folders_have_no_faults(shards, fashion_shards):
     assert verify(shards) == []
     assert verify(fashion_shards / "train") == []
 
 
-def test_the_command_sums_up(shards, copy):
+def test_command_summary(shards, copy):
     def run(folder):
         return subprocess.run([sys.executable, "-m", "dataio.verify", folder], capture_output=True, text=True)
 
@@ -115,7 +115,7 @@ def test_flipped_byte_in_a_tar_header(copy):
     assert unreadable.startswith("shard-000000.tar: not a tar file of images and labels (")
 
 
-def test_label_missing_from_a_shard(copy):
+def test_missing_label_in_a_shard(copy):
     """A valid tar file that webdataset could read, but whose first image has no label."""
     path = copy / "shard-000000.tar"
     row = np.load(copy / SAMPLES_NAME)[0]
@@ -131,7 +131,7 @@ def test_label_missing_from_a_shard(copy):
 
 
 @pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE])
-def test_a_label_that_is_no_file(copy, kind):
+def test_label_that_is_not_a_file(copy, kind):
     path = copy / "shard-000000.tar"
     row = np.load(copy / SAMPLES_NAME)[0]
     label = tarfile.TarInfo("00000000.cls")
@@ -144,7 +144,7 @@ def test_a_label_that_is_no_file(copy, kind):
 
 
 @pytest.mark.parametrize("label", [b"9" * 30, b"1e5", b"-1", b"0_0", b"9" * 500])
-def test_a_label_that_is_no_number_of_a_class(copy, label):
+def test_label_that_is_not_a_class_number(copy, label):
     path = copy / "shard-000000.tar"
     row = np.load(copy / SAMPLES_NAME)[0]
     member = tarfile.TarInfo("00000000.cls")
@@ -157,7 +157,7 @@ def test_a_label_that_is_no_number_of_a_class(copy, label):
     assert f"which is no number of a class); {REMEDY}" in fault
 
 
-def test_header_upon_header(copy):
+def test_deeply_nested_headers(copy):
     path = copy / "shard-000000.tar"
     long_name = tarfile.TarInfo("././@LongLink")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 4
@@ -176,7 +176,7 @@ def test_header_upon_header(copy):
 
 
 def ending_of(folder):
-    """Of the first image, as the index has it."""
+    """Return the extension of the first image, by the index."""
     return (folder / "shard-000000.idx").read_text().splitlines()[1].split()[0]
 
 
@@ -185,12 +185,12 @@ def test_missing_shard(copy):
     assert verify(copy) == [f"shard-000001.tar: missing; {REMEDY}"]
 
 
-def test_shard_that_the_manifest_does_not_name(copy):
+def test_shard_missing_from_the_manifest(copy):
     shutil.copy(copy / "shard-000001.tar", copy / "shard-000099.tar")
     assert verify(copy) == ["shard-000099.tar: the manifest does not name it; remove it"]
 
 
-def test_index_that_does_not_fit(copy):
+def test_index_with_a_wrong_offset(copy):
     path = copy / "shard-000000.idx"
     lines = path.read_text().splitlines()
     right = lines[2]
@@ -208,7 +208,7 @@ def test_index_of_another_shard(copy):
     assert fault.startswith('shard-000000.idx: line 1 is "v1.2 ')
 
 
-def test_index_cut_short(copy):
+def test_truncated_index(copy):
     path = copy / "shard-000000.idx"
     lines = path.read_text().splitlines()
     path.write_text("\n".join(lines[:-1]) + "\n")
@@ -217,7 +217,7 @@ def test_index_cut_short(copy):
     ]
 
 
-def test_index_with_other_line_ends(copy):
+def test_index_with_other_line_endings(copy):
     path = copy / "shard-000000.idx"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
     assert verify(copy) == [f"shard-000000.idx: its bytes changed (the manifest has another sha256); {REMEDY}"]
@@ -243,7 +243,7 @@ def test_wrong_row_in_the_sample_table(copy, field, place):
     assert verify(copy) == [expected]
 
 
-def test_sample_table_that_is_no_table(copy):
+def test_sample_table_that_is_not_a_table(copy):
     (copy / SAMPLES_NAME).write_bytes(b"not an array")
     (fault,) = verify(copy)
     assert fault.startswith(f"{copy / SAMPLES_NAME} cannot be read (")
@@ -264,7 +264,7 @@ def test_labels_beyond_the_classes(copy):
 
 @pytest.fixture
 def unchecked(source, tmp_path):
-    """A pack that was not checked, of photographs of which some cannot be decoded, in shards of 1 MiB."""
+    """Packed folder with undecodable photographs, which were not checked, in shards of 1 MiB."""
     for name in ("cat/03", "cat/05", "rocket/07"):
         path = source / f"{name}.jpg"
         data = path.read_bytes()
@@ -350,10 +350,10 @@ def test_all_faults_are_listed(copy):
     ]
 
 
-def test_a_url_is_no_folder(capsys):
+def test_url_is_an_error(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["https://ann:hush@host/set"])
     message = (
-        "error: https://…@host/set is far away and a folder is checked; name the one it was copied from, or a copy"
+        "error: https://…@host/set is remote, and only local folders are checked; name the one it was copied from, or a"
     )
     assert message in capsys.readouterr().err

@@ -42,7 +42,7 @@ def start(code: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_cores_are_those_that_the_process_may_use():
+def test_available_cores_obey_affinity():
     code = """
 import os
 from dataio.workers import available_cores
@@ -66,8 +66,8 @@ def test_an_error_ends_all_workers_at_once():
 
 
 @pytest.mark.parametrize("delay", [0, 0.001, 0.005, 0.02])
-def test_ctrl_c_is_the_parents_alone_from_the_first_moment(delay):
-    """All processes of a terminal get it, also those that have just been forked."""
+def test_workers_never_see_ctrl_c(delay):
+    """A terminal sends it to all processes, also to those that have just been forked."""
     command = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED],
         stdin=subprocess.PIPE,
@@ -84,8 +84,8 @@ def test_ctrl_c_is_the_parents_alone_from_the_first_moment(delay):
     assert command.communicate() == ("interrupted\n", "")
 
 
-def test_workers_hold_the_locks_of_their_parent(tmp_path):
-    """A lock is free when the last of them has ended, so that none writes where another command goes on."""
+def test_workers_inherit_the_locks_of_their_parent(tmp_path):
+    """A lock is free when the last of them has ended, so that none still writes when another command resumes."""
     path = tmp_path / "lock"
     code = STARTED.replace(
         "with worker_pool", f"lock = open({str(path)!r}, 'w'); fcntl.flock(lock, 2)\nwith worker_pool"

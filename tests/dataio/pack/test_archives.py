@@ -1,4 +1,4 @@
-"""Members of zip and tar files that real tools wrote, read by their places."""
+"""Reading members of zip and tar files that common tools wrote, by their locators."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def test_tar_files_of_all_formats(format, photos, tmp_path):
     assert {file.removeprefix("./"): data for file, data in read.items()} == contents(tmp_path / "source")
 
 
-def test_the_command_tar(photos, tmp_path):
+def test_tar_files_written_by_gnu_tar(photos, tmp_path):
     """A second name of the same file is a hard link inside the archive."""
     source = shutil.copytree(photos, tmp_path / "source")
     os.link(source / "cat" / "00.jpg", source / "cat" / "linked.jpg")
@@ -64,8 +64,8 @@ def test_zip_files(method, photos, tmp_path):
     assert read_all(reader, members) == contents(photos)
 
 
-def test_zip_written_to_a_pipe(photos, tmp_path):
-    """Sizes and checksums then stand behind the members, and in the directory at the end."""
+def test_zip_file_written_to_a_pipe(photos, tmp_path):
+    """Sizes and checksums follow the members then, and are repeated in the directory at the end."""
     with open(tmp_path / "a.zip", "wb") as out:
         writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=out)
         with zipfile.ZipFile(writer.stdin, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -85,7 +85,7 @@ def test_zip_members_that_cannot_be_read(photos, tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_damage_in_a_zip_file(method, photos, tmp_path):
+def test_damaged_zip_member_is_an_error(method, photos, tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.write(photos / "cat" / "00.jpg", "cat/00.jpg")
     data = bytearray((tmp_path / "a.zip").read_bytes())
@@ -97,7 +97,7 @@ def test_damage_in_a_zip_file(method, photos, tmp_path):
         reader.read(member.bytes, member.locator)
 
 
-def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
+def test_zip_member_larger_than_its_header_says(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("cat/00.jpg", bytes(50_000_000))
     reader = ZipReader(tmp_path / "a.zip")
@@ -110,7 +110,7 @@ def test_a_zip_member_that_is_larger_than_it_says(tmp_path):
 
 
 @pytest.mark.parametrize("size", [2**33, 2**62])
-def test_a_zip_member_that_says_it_is_larger_than_the_archive(tmp_path, size):
+def test_zip_member_larger_than_its_archive(tmp_path, size):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("cat/00.jpg", bytes(1000))
         archive.filelist[0].compress_size = size
@@ -144,7 +144,7 @@ def test_truncated_archives(photos, tmp_path):
         list(ZipReader(zipped).members())
 
 
-def test_no_archive(tmp_path):
+def test_file_that_is_not_an_archive(tmp_path):
     (tmp_path / "a.tar").write_text("no archive")
     with pytest.raises(ValueError, match=r"a.tar is no whole tar file \(.*\); copy it again"):
         list(TarReader((tmp_path / "a.tar",)).members(0))

@@ -1,4 +1,4 @@
-"""The real images, and what is said where they cannot be had."""
+"""Fashion-MNIST as class folders, and the error where it cannot be downloaded."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def images():
     return load_fashion_mnist()
 
 
-def test_all_photographs_are_there(images):
+def test_all_images_are_loaded(images):
     for part, per_class in (("train", 6000), ("val", 1000)):
         pixels, classes = images[part].pixels, images[part].classes
         assert pixels.shape == (10 * per_class, 28, 28)
@@ -25,8 +25,8 @@ def test_all_photographs_are_there(images):
         assert set(names) >= {"T-shirt_top", "Ankle_boot", "Sneaker"}
 
 
-def test_labels_belong_to_their_photographs(images):
-    """The nearest class mean names two thirds of the images rightly; by chance it would be a tenth."""
+def test_labels_match_their_images(images):
+    """The nearest class mean is right for two thirds of the images; by chance it would be for a tenth."""
     train, val = images["train"], images["val"]
     names = sorted(set(train.classes))
     labels = np.array(train.classes)
@@ -36,7 +36,7 @@ def test_labels_belong_to_their_photographs(images):
     assert np.mean(np.array(names)[nearest] == np.array(val.classes)) > 0.6
 
 
-def test_files_hold_the_pixels(images, tmp_path):
+def test_files_contain_the_pixels(images, tmp_path):
     some = LabeledImages(images["val"].pixels[:50], images["val"].classes[:50])
     write_images(tmp_path, some, first=100)
     files = sorted(tmp_path.glob("*/*.png"), key=lambda file: file.name)
@@ -64,7 +64,7 @@ def test_the_command_writes_all_and_keeps_what_is_complete(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {target} exists already; delete it or name another folder\n"
 
 
-def test_neither_package_nor_download(tmp_path, monkeypatch, capsys):
+def test_neither_package_nor_download_is_an_error(tmp_path, monkeypatch, capsys):
     """Without Debian's files, and with a download address at which nothing answers."""
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "none")
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])

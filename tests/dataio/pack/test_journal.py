@@ -1,4 +1,4 @@
-"""The journal of a pack that was stopped: what is kept, what is removed, and what is said of it."""
+"""The journal of an unfinished pack: which shards are kept, which are removed, and which changes are named."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from dataio.pack.shard_writer import ShardTask, WrittenShard, write_shard
 from dataio.pack.source import find_images
 from dataio.workers import worker_pool
 
-REQUEST = {"seed": 1, "check": "decode"}
+SETTINGS = {"seed": 1, "check": "decode"}
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def written(photos, folder, pool) -> list[WrittenShard]:
-    """Four shards, finished; the third has broken images only, and so no file."""
+    """Four finished shards; all images of the third are broken, so that it has no file."""
     found = find_images(photos)
     all_written = []
-    with Journal(folder, REQUEST, pool) as journal:
+    with Journal(folder, SETTINGS, pool) as journal:
         assert (journal.shards, journal.changed) == ([], [])
         for number in range(4):
             images = found.images[6 * number : 6 * number + 6]
@@ -47,10 +47,10 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_finished_shards_are_found_again(written, folder, pool):
+def test_finished_shards_are_kept(written, folder, pool):
     (folder.parent / "4.new").write_bytes(b"half a shard")
-    (folder / "shard-000003.tar").write_bytes(b"renamed, not noted")
-    with Journal(folder, REQUEST, pool) as journal:
+    (folder / "shard-000003.tar").write_bytes(b"renamed, not recorded")
+    with Journal(folder, SETTINGS, pool) as journal:
         assert journal.changed == []
         names = [finished.shard and finished.shard.name for finished in journal.shards]
         assert names == ["shard-000000.tar", "shard-000001.tar", None, "shard-000002.tar"]
@@ -65,36 +65,36 @@ def test_finished_shards_are_found_again(written, folder, pool):
     assert files(folder.parent) == ["content", "journal"]
 
 
-def test_another_request(written, folder, pool):
-    with Journal(folder, REQUEST | {"check": "none", "resize": 256}, pool) as journal:
+def test_other_settings_remove_all_shards(written, folder, pool):
+    with Journal(folder, SETTINGS | {"check": "none", "resize": 256}, pool) as journal:
         assert (journal.shards, journal.changed) == ([], ["check", "resize"])
     assert files(folder) == []
-    with Journal(folder, REQUEST | {"check": "none", "resize": 256}, pool) as journal:
+    with Journal(folder, SETTINGS | {"check": "none", "resize": 256}, pool) as journal:
         assert (journal.shards, journal.changed) == ([], [])
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
 @pytest.mark.parametrize(("name", "kept"), [("shard-000000.tar", 0), ("shard-000001.idx", 1), ("shard-000002.tar", 3)])
-def test_shards_up_to_a_spoiled_one_are_kept(spoil, name, kept, written, folder, pool):
-    spoil(folder / name)
-    with Journal(folder, REQUEST, pool) as journal:
+def test_shards_up_to_a_damaged_one_are_kept(damage, name, kept, written, folder, pool):
+    damage(folder / name)
+    with Journal(folder, SETTINGS, pool) as journal:
         assert len(journal.shards) == kept
     assert len(files(folder)) == 2 * min(kept, 2)
-    with Journal(folder, REQUEST, pool) as journal:
+    with Journal(folder, SETTINGS, pool) as journal:
         assert len(journal.shards) == kept
 
 
 @pytest.mark.parametrize("lost", [1, 50])
-def test_a_line_that_was_cut(lost, written, folder, pool):
-    """Without its line end it is whole, without more it is not."""
+def test_truncated_last_line(lost, written, folder, pool):
+    """It is complete without its line end, but not without more."""
     journal = folder.parent / "journal"
     journal.write_bytes(journal.read_bytes()[:-lost])
-    with Journal(folder, REQUEST, pool) as journal:
+    with Journal(folder, SETTINGS, pool) as journal:
         assert len(journal.shards) == (4 if lost == 1 else 3)
 
 
-def test_no_journal(written, folder, pool):
+def test_file_that_is_not_a_journal(written, folder, pool):
     (folder.parent / "journal").write_bytes(b"not a journal\n")
-    with Journal(folder, REQUEST, pool) as journal:
+    with Journal(folder, SETTINGS, pool) as journal:
         assert (journal.shards, journal.changed) == ([], [])
     assert files(folder) == []

@@ -1,4 +1,4 @@
-"""Parts and classes of data sets, in folders and archives, by the names that people give them."""
+"""Splits and classes of data sets in folders and archives, by their usual names."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from dataio.pack.source import find_images
 
 
 def lay(root: Path, photos: Path, folders: list[str]) -> Path:
-    """Puts an image into each of these folders; into those whose name ends with / none."""
+    """Put an image into each of these folders, but not into those whose name ends with /."""
     root.mkdir()
     for number, folder in enumerate(folders):
         (root / folder).mkdir(parents=True)
@@ -75,7 +75,7 @@ def test_layouts(case, kind, photos, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_parts_that_are_archives(kind, photos, tmp_path):
+def test_splits_that_are_archives(kind, photos, tmp_path):
     root = lay(tmp_path / "set", photos, [])
     for part in ("Train", "test"):
         lay(tmp_path / part, photos, each("images"))
@@ -109,26 +109,26 @@ def test_a_folder_in_an_archive_gives_its_bytes(photos, tmp_path):
     ("folders", "message"),
     [
         (each("train", "Train", "val"), "holds Train and train; rename one of them"),
-        (each("val", "test"), "holds val, test and nothing to train on; call that part train"),
+        (each("val", "test"), "holds val, test and nothing to train on; call that split train"),
     ],
 )
-def test_layouts_that_cannot_be(folders, message, photos, tmp_path):
+def test_ambiguous_layouts_are_errors(folders, message, photos, tmp_path):
     with pytest.raises(ValueError, match=message):
         find_layout(lay(tmp_path / "set", photos, folders))
 
 
-def test_what_packing_says_of_parts_can_be_typed(photos, tmp_path, capsys):
+def test_suggested_commands_for_splits_run(photos, tmp_path, capsys):
     root = lay(tmp_path / "it's #1", photos, each("training", "test"))
     assert main([str(root), str(tmp_path / "target")]) == 2
     said = capsys.readouterr().err
-    assert "holds training and test, which are parts of a data set and no classes; pack each by itself: " in said
+    assert "holds training and test, which are splits of a data set and no classes; pack each by itself: " in said
     command = said.partition("by itself: ")[2].strip().replace(" and python", " && python")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     subprocess.run(command.replace("TARGET", "packed"), shell=True, cwd=tmp_path, env=environ, check=True)
     assert [len(load_manifest(tmp_path / "packed" / part)) for part in ("train", "val")] == [2, 2]
 
 
-def test_a_link_back_to_a_folder_above(photos, tmp_path):
+def test_symlink_to_a_parent_folder(photos, tmp_path):
     root = lay(tmp_path / "set", photos, ["cat/one", "dog/one"])
     (root / "cat" / "0up").symlink_to("..")
     assert pack(root, tmp_path / "target").classes == ("cat", "dog")

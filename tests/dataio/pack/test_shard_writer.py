@@ -1,4 +1,4 @@
-"""Tar files byte for byte as tarfile writes them, and images that change or vanish while they are packed."""
+"""Tar files byte for byte as tarfile writes them, and images that change or vanish during packing."""
 
 import hashlib
 import io
@@ -29,7 +29,7 @@ def by_tarfile(members: list[tuple[str, bytes]]) -> bytes:
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(NAMES, CONTENTS), max_size=30))
-def test_tar_files_are_those_of_tarfile(members):
+def test_tar_files_equal_those_of_tarfile(members):
     out = io.BytesIO()
     writer = TarWriter(out)
     offsets = [offset for member in members for offset in writer.add(member)]
@@ -42,7 +42,7 @@ def test_tar_files_are_those_of_tarfile(members):
 
 
 @given(st.tuples(NAMES, CONTENTS))
-def test_bytes_of_a_member(member):
+def test_member_bytes(member):
     out = io.BytesIO()
     TarWriter(out).add(member)
     assert len(out.getvalue()) == member_bytes(len(member[1]))
@@ -55,7 +55,7 @@ def task_of(source: Path, folder: Path, **options) -> ShardTask:
 
 
 @pytest.mark.parametrize("change", [lambda data: data + b"more", lambda data: data[:-1]])
-def test_an_image_that_changes_meanwhile(change, source, tmp_path):
+def test_image_that_changes_while_packing_is_an_error(change, source, tmp_path):
     task = task_of(source, tmp_path)
     image = source / "cat" / "00.jpg"
     data = image.read_bytes()
@@ -66,7 +66,7 @@ def test_an_image_that_changes_meanwhile(change, source, tmp_path):
         write_shard(task)
 
 
-def test_an_image_that_vanishes_meanwhile(source, tmp_path):
+def test_image_that_vanishes_while_packing_is_broken(source, tmp_path):
     tasks = [task_of(source, tmp_path, skip_broken=skip) for skip in (False, True)]
     (source / "cat" / "00.jpg").unlink()
     with pytest.raises(BrokenImageError, match=re.escape("it cannot be read: No such file or directory")) as error:
@@ -76,7 +76,7 @@ def test_an_image_that_vanishes_meanwhile(source, tmp_path):
     assert (error.value.broken.file, len(written.rows)) == ("cat/00.jpg", 47)
 
 
-def test_an_image_that_is_too_large(source, tmp_path):
+def test_image_file_above_2_gib_is_broken(source, tmp_path):
     with open(source / "cat" / "huge.jpg", "wb") as file:
         file.truncate(2**31)
     written = write_shard(task_of(source, tmp_path, skip_broken=True))

@@ -18,7 +18,7 @@ from dataio.pack.source import Source, find_images, read_names
 
 
 def read(found: Source) -> dict[tuple[str, str], bytes]:
-    """(class, path) of each image, and its bytes."""
+    """Return the bytes of each image, by (class, path)."""
     return {
         (found.classes[image.label], image.path): found.reader.read(image.bytes, image.locator)
         for image in found.images
@@ -28,8 +28,8 @@ def read(found: Source) -> dict[tuple[str, str], bytes]:
 # Class folders
 
 
-def test_a_folder_that_may_not_be_read(source, tmp_path):
-    """Asked as a user without rights, since root has all of them."""
+def test_folder_without_read_permission_is_an_error(source, tmp_path):
+    """Tried as a user without privileges, since root may read everything."""
     source.chmod(0o755)
     (source / "cat").chmod(0o700)
     said = tmp_path / "said"
@@ -53,7 +53,7 @@ def test_a_folder_that_may_not_be_read(source, tmp_path):
 
 
 def test_nested_linked_and_hidden_files(source):
-    """Sub-folders and links belong to their class, hidden files and files beside the classes to none."""
+    """Subfolders and links belong to their class; hidden files and files beside the classes are ignored."""
     before = len(list(source.glob("*/*")))
     nested = source / "cat" / "indoors" / "old"
     nested.mkdir(parents=True)
@@ -76,12 +76,12 @@ def test_nested_linked_and_hidden_files(source):
     }
 
 
-def test_images_without_class_folders(photos):
+def test_images_without_class_folders_are_an_error(photos):
     with pytest.raises(ValueError, match="cat holds no class folders; put the images of each class into a folder"):
         find_images(photos / "cat")
 
 
-def test_empty_class(source):
+def test_empty_class_is_an_error(source):
     (source / "dog").mkdir()
     with pytest.raises(ValueError, match='class "dog" has no images; add some to .*/dog, remove that folder, or name'):
         find_images(source)
@@ -94,7 +94,7 @@ def test_empty_class(source):
 ODD_NAMES = ["10", "9", "100", "09", "b2", "b10", "B1", "a", "A", "Z", "b", "x-1.5", "x-1.25", "é", "٣", "1 a", "1b"]
 
 
-def test_classes_are_ordered_as_timm_does(photos, tmp_path):
+def test_class_order_equals_timms(photos, tmp_path):
     for name in ODD_NAMES:
         (tmp_path / name).mkdir()
         shutil.copy(photos / "cat" / "00.jpg", tmp_path / name)
@@ -105,8 +105,8 @@ def test_classes_are_ordered_as_timm_does(photos, tmp_path):
     assert found.natural_order
 
 
-def test_a_file_gives_the_order_of_folders(source, tmp_path):
-    """And further classes, without images. Windows ends lines and begins files in its own way."""
+def test_classes_file_gives_the_order_of_folders(source, tmp_path):
+    """It may name further classes without images, and have Windows' line endings and byte order mark."""
     names = tmp_path / "names.txt"
     names.write_bytes("\ufeffrocket\r\ncoffee\r\ntea\r\ncat\r\nastronaut\r\n".encode())
     found = find_images(source, read_names(names))
@@ -127,8 +127,8 @@ def test_a_file_gives_the_order_of_folders(source, tmp_path):
         find_images(source, ["tea", "milk"])
 
 
-def test_accents_that_are_written_in_two_ways(source):
-    """By macOS in two characters, by others in one."""
+def test_composed_and_decomposed_accents(source):
+    """macOS writes accents as two characters, other systems as one."""
     composed, apart = "caf\u00e9", "cafe\u0301"
     (source / "coffee").rename(source / apart)
     found = find_images(source)
@@ -155,7 +155,7 @@ def test_files_of_systems_and_viewers_are_ignored(place, source):
 
 
 def test_other_files_in_a_class(source):
-    """Texts and tables are counted, images that DALI does not decode and everything else are broken."""
+    """Text files and tables are counted; images that DALI does not decode and all other files are broken."""
     for name in ("notes.txt", "00.JSON", "00.xml", "labels.csv", "a.gif", "b.HEIC", "movie.mp4", "no_ending"):
         (source / "cat" / name).write_bytes(b"")
     for name in ("c.jfif", "d.JPE", "e.JPEG", "f.Jpg"):
@@ -169,8 +169,8 @@ def test_other_files_in_a_class(source):
     assert reasons["cat/movie.mp4"].startswith("its name ends with none of .bmp")
 
 
-def test_a_class_that_is_a_link(source, tmp_path):
-    """One that leads nowhere would be a class less."""
+def test_class_folder_that_is_a_symlink(source, tmp_path):
+    """A dangling one is an error, not a missing class."""
     (source / "cat").rename(tmp_path / "elsewhere")
     (source / "cat").symlink_to(tmp_path / "elsewhere")
     (source / "rocket" / "itself.jpg").symlink_to("itself.jpg")
@@ -182,14 +182,14 @@ def test_a_class_that_is_a_link(source, tmp_path):
     assert [(file.file, file.reason[:20]) for file in find_images(source).broken] == [("cat", "it is a link to noth")]
 
 
-def test_a_class_with_a_line_break(source):
+def test_class_name_with_a_line_break(source):
     (source / "cat").rename(source / "c\nat")
     with pytest.raises(ValueError, match=r"the name of class 'c\\nat' in .* has a line break; rename the folder"):
         find_images(source)
 
 
-def test_the_stamp_tells_changes(source):
-    """Of names, sizes and times; but not where the folder lies."""
+def test_fingerprint_changes_with_the_source(source):
+    """With names, sizes and modification times, but not with the location of the folder."""
     stamps = [find_images(source).fingerprint]
     moved = source.rename(source.with_name("moved"))
     assert find_images(moved).fingerprint == stamps[0]
@@ -221,8 +221,8 @@ def write_tar(path: Path, source: Path, above: str) -> None:
 
 @pytest.mark.parametrize("above", ["", "photos/", "data/of/photos/"])
 @pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_archives_are_like_the_folder(write, above, source, tmp_path):
-    """Also if folders lie around it, and with a Mac's files."""
+def test_archives_equal_their_folder(write, above, source, tmp_path):
+    """Also below other folders, and with the files that macOS adds."""
     (source / "cat" / "indoors").mkdir()
     (source / "cat" / "03.jpg").rename(source / "cat" / "indoors" / "photo.jpg")
     (source / "stray.jpg").write_bytes(b"image")
@@ -260,7 +260,7 @@ def test_an_archive_of_one_class(source, tmp_path):
     assert (found.classes, len(found.images)) == (("cat",), 12)
 
 
-def test_a_member_that_is_there_twice(photos, tmp_path):
+def test_duplicate_member_is_an_error(photos, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for _ in range(2):
             archive.add(photos / "cat" / "00.jpg", "cat/00.jpg")
@@ -274,7 +274,7 @@ def test_a_compressed_tar_file(photos, tmp_path):
         find_images(tmp_path / "a.tar.gz")
 
 
-def test_nothing_there(tmp_path):
+def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="none is not there; name a folder that holds a folder of images for each"):
         find_images(tmp_path / "none")
 
@@ -303,7 +303,7 @@ def images_of(found: Source) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("way", ["folder", "pattern", "file"])
-def test_a_webdataset_with_class_names(way, samples, tmp_path):
+def test_webdataset_with_class_names(way, samples, tmp_path):
     write_shards(tmp_path / "s-%03d.tar", [{"jpg": data, "cls": name, "json": {"a": 1}} for name, data in samples])
     if way == "file":
         (tmp_path / "s-001.tar").unlink()
@@ -315,8 +315,8 @@ def test_a_webdataset_with_class_names(way, samples, tmp_path):
     assert found.images[0].path == "s-000.tar/000000.jpg"
 
 
-def test_a_webdataset_with_numbers(samples, tmp_path):
-    """Classes without samples keep their place."""
+def test_webdataset_with_numeric_labels(samples, tmp_path):
+    """Classes without samples keep their labels."""
     numbers = {"rocket": 0, "cat": 2, "coffee": 3, "astronaut": 5}
     write_shards(tmp_path / "%03d.tar", [{"jpeg": data, "cls": numbers[name]} for name, data in samples])
     found = find_images(tmp_path)
@@ -337,7 +337,7 @@ def test_named_classes_are_in_natural_order(samples, tmp_path):
     assert images_of(found) == [(names[name], data) for name, data in samples]
 
 
-def test_names_decide_the_order_of_named_classes(samples, tmp_path):
+def test_classes_file_orders_named_labels(samples, tmp_path):
     write_shards(tmp_path / "%03d.tar", [{"png": data, "cls": name} for name, data in samples])
     (tmp_path / "names").write_text("cat\nrocket\ncoffee\nastronaut\n")
     found = find_images(tmp_path, read_names(tmp_path / "names"))
@@ -345,8 +345,8 @@ def test_names_decide_the_order_of_named_classes(samples, tmp_path):
     assert images_of(found) == samples
 
 
-def test_our_own_shards(shards, photos):
-    """Their manifest has the names."""
+def test_packed_shards_as_a_source(shards, photos):
+    """Their manifest has the names of the classes."""
     found, manifest = find_images(shards), load_manifest(shards)
     assert found.classes == manifest.classes
     assert [image.label for image in found.images] == manifest.samples["label"].tolist()
@@ -372,7 +372,7 @@ def write_tar_of(path: Path, members: list[tuple[str, bytes]]) -> None:
         (["notes.txt", "a.cls.txt", "b.cls", "b.jpg", "b.txt", "a.JPEG"], r"sample a has no .cls"),
     ],
 )
-def test_samples_that_are_not_whole(members, message, photos, tmp_path):
+def test_incomplete_samples_are_errors(members, message, photos, tmp_path):
     data = (photos / "cat" / "00.jpg").read_bytes()
     contents = {"cls": b"cat", "jpg": data, "png": data}
     write_tar_of(
@@ -383,7 +383,7 @@ def test_samples_that_are_not_whole(members, message, photos, tmp_path):
         find_images(tmp_path)
 
 
-def test_the_same_keys_in_other_folders_and_shards(photos, tmp_path):
+def test_equal_keys_in_other_folders_and_shards(photos, tmp_path):
     data = (photos / "cat" / "00.jpg").read_bytes()
     members = [("x/1.jpg", data), ("x/1.cls", b"3"), ("y/1.cls", b"4\n"), ("y/1.jpg", data)]
     for name in ("a.tar", "b.tar"):
@@ -395,7 +395,7 @@ def test_the_same_keys_in_other_folders_and_shards(photos, tmp_path):
 
 
 def test_keys_with_dots(photos, tmp_path):
-    """Of two images with a common beginning, and beside fields of several endings."""
+    """Keys that differ after a dot, beside fields with several extensions."""
     data = (photos / "cat" / "00.jpg").read_bytes()
     names = [
         "2.5.jpg",
@@ -422,7 +422,7 @@ def test_keys_with_dots(photos, tmp_path):
         ("dog", "cat\ndog\ncat\n", r'names: line 3 is "cat", empty or there twice'),
     ],
 )
-def test_classes_that_do_not_fit(label, names, message, photos, tmp_path):
+def test_labels_that_do_not_match_the_classes(label, names, message, photos, tmp_path):
     write_tar_of(tmp_path / "a.tar", [("1.jpg", (photos / "cat" / "00.jpg").read_bytes()), ("1.cls", label.encode())])
     if names is not None:
         (tmp_path / "names").write_text(names)
@@ -437,13 +437,13 @@ def test_classes_that_do_not_fit(label, names, message, photos, tmp_path):
         ("{000..002.tar", r"is no brace pattern \(.*\); write it like 'shard-\{000000..000041\}.tar'"),
     ],
 )
-def test_patterns_that_do_not_fit(pattern, message, shards, tmp_path):
+def test_brace_patterns_that_do_not_match(pattern, message, shards, tmp_path):
     shutil.copy(shards / "shard-000000.tar", tmp_path / "000.tar")
     with pytest.raises(ValueError, match=message):
         find_images(tmp_path / pattern)
 
 
-def test_shards_without_samples(photos, tmp_path):
+def test_shards_without_samples_are_an_error(photos, tmp_path):
     write_tar_of(tmp_path / "a.tar", [("cat/1.json", b"{}")])
     with pytest.raises(ValueError, match=r"holds no samples: no member of its tar files ends with .cls"):
         find_images(tmp_path)

@@ -1,4 +1,4 @@
-"""The folder that processes share: room, locks, what others left or damaged in it. Real processes, real servers."""
+"""The cache folder shared by processes: space, locks, stale and damaged files; with real processes and servers."""
 
 import fcntl
 import os
@@ -18,7 +18,7 @@ from dataio.remote.prefetch import RemoteShards
 from dataio.shards import open_dataset
 
 FOREVER = 7200  # seconds, longer than a test may take
-PATIENT = RetryPolicy(
+NO_TIMEOUTS = RetryPolicy(
     max_attempts=3,
     initial_backoff_seconds=0.01,
     read_timeout_seconds=FOREVER,
@@ -26,28 +26,30 @@ PATIENT = RetryPolicy(
     file_timeout_seconds=FOREVER,
     batch_timeout_seconds=FOREVER,
 )
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+pytestmark = pytest.mark.usefixtures("no_shard_thread_left")
 
 
 @pytest.fixture
 def cache(tmp_path) -> CacheOptions:
-    return CacheOptions(tmp_path / "cache", 2**30, PATIENT)
+    return CacheOptions(tmp_path / "cache", 2**30, NO_TIMEOUTS)
 
 
 def names(shards: list[int]) -> set[str]:
     return {f"shard-{shard:06d}.tar" for shard in shards}
 
 
-def test_the_longest_unused_are_evicted_first_and_none_in_use(http_server, far, local, tmp_path, cached, hold_and_read):
+def test_least_recently_used_shards_are_evicted_and_none_in_use(
+    http_server, served, local, tmp_path, cached, prefetch_and_read
+):
     table = (local.folder / SAMPLES_NAME).stat().st_size
     limit = table + 5 * max(shard.bytes for shard in local.shards)
-    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", limit, PATIENT))
+    manifest = open_dataset(http_server(served).url, CacheOptions(tmp_path / "cache", limit, NO_TIMEOUTS))
     one, other = RemoteShards(manifest), RemoteShards(manifest)
-    hold_and_read(one, manifest, [0])
+    prefetch_and_read(one, manifest, [0])
     for shard in (1, 2, 3):
-        hold_and_read(other, manifest, [shard])
-    hold_and_read(other, manifest, [1, 4])  # now 2 and 3 are the longest unused, and 0 is in use
-    hold_and_read(other, manifest, [5, 6])
+        prefetch_and_read(other, manifest, [shard])
+    prefetch_and_read(other, manifest, [1, 4])  # now 2 and 3 are the longest unused, and 0 is in use
+    prefetch_and_read(other, manifest, [5, 6])
     held = {name for name in cached(manifest.remote.cache) if name.endswith(".tar")}
     assert names([0, 5, 6]) <= held
     assert held <= names([0, 1, 4, 5, 6])
@@ -55,25 +57,25 @@ def test_the_longest_unused_are_evicted_first_and_none_in_use(http_server, far, 
     other.close()
 
 
-def test_a_cache_full_of_shards_in_use(http_server, far, local, tmp_path, hold_and_read):
-    """Another process holds them all; when it lets go, the same batch can be had."""
+def test_cache_full_of_shards_in_use(http_server, served, local, tmp_path, prefetch_and_read):
+    """Another process uses them all; once it closes them, the same batch can be read."""
     table = (local.folder / SAMPLES_NAME).stat().st_size
     limit = table + sum(shard.bytes for shard in local.shards[:4])
-    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", limit, replace(PATIENT)))
+    manifest = open_dataset(http_server(served).url, CacheOptions(tmp_path / "cache", limit, replace(NO_TIMEOUTS)))
     holder, other = RemoteShards(manifest), RemoteShards(manifest)
-    hold_and_read(holder, manifest, [0, 1, 2, 3])
+    prefetch_and_read(holder, manifest, [0, 1, 2, 3])
     fault = r"no room for .*shard-000009.tar: all of the .* there is in use, .* raise data"
-    with hasty(manifest), pytest.raises(RuntimeError, match=fault):
-        hold_and_read(other, manifest, [9])
-    hold_and_read(other, manifest, [0, 3])
+    with short_timeouts(manifest), pytest.raises(RuntimeError, match=fault):
+        prefetch_and_read(other, manifest, [9])
+    prefetch_and_read(other, manifest, [0, 3])
     holder.close()
-    hold_and_read(other, manifest, [0, 9])
+    prefetch_and_read(other, manifest, [0, 9])
     other.close()
 
 
 @contextmanager
-def hasty(manifest: Manifest) -> Iterator[None]:
-    """Inside, room and locks are waited for a moment only: too short for a slow machine where they must be had."""
+def short_timeouts(manifest: Manifest) -> Iterator[None]:
+    """Wait for space and locks for a moment only, too short for a slow machine where they must be had."""
     retry_policy = manifest.remote.cache.retry_policy
     object.__setattr__(retry_policy, "eviction_timeout_seconds", 0.2)
     yield
@@ -87,53 +89,53 @@ def in_time(manifest: Manifest, file_timeout_seconds: float) -> Manifest:
     return replace(manifest, remote=replace(manifest.remote, cache=replace(cache, retry_policy=retry_policy)))
 
 
-def test_another_process_that_stands_still_while_it_fetches(http_server, far, local, cache, hold_and_read):
-    """It was stopped, and has its lock: an error when the shard's time is over; when it is ended, the shard."""
-    manifest = open_dataset(http_server(far).url, cache)
-    hasty, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
+def test_another_process_stopped_while_fetching(http_server, served, local, cache, prefetch_and_read):
+    """It keeps its lock: an error at the file's deadline; once it has ended, the shard is fetched."""
+    manifest = open_dataset(http_server(served).url, cache)
+    impatient, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
     fault = "^another process is fetching .*shard-000000.tar, and has not got it after 0.2 s; end it if it was stopped,"
     claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
-    with standing_still(claim):
+    with stopped_process(claim):
         with pytest.raises(RuntimeError, match=fault):
-            hold_and_read(hasty, manifest, [0])
+            prefetch_and_read(impatient, manifest, [0])
         patient.prefetch([0])
-    hold_and_read(patient, manifest, [0])
-    hasty.close()
+    prefetch_and_read(patient, manifest, [0])
+    impatient.close()
     patient.close()
 
 
 @pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
-def test_another_process_that_was_stopped_with_a_lock(http_server, far, local, tmp_path, name, hold_and_read):
-    """Of those that are held for a moment."""
-    manifest = open_dataset(http_server(far).url, CacheOptions(tmp_path / "cache", 2**30, replace(PATIENT)))
+def test_another_process_stopped_while_holding_a_lock(http_server, served, local, tmp_path, name, prefetch_and_read):
+    """One of the locks that are held for a moment only."""
+    manifest = open_dataset(http_server(served).url, CacheOptions(tmp_path / "cache", 2**30, replace(NO_TIMEOUTS)))
     shards = RemoteShards(manifest)
-    hold_and_read(shards, manifest, [0])
+    prefetch_and_read(shards, manifest, [0])
     shards.prefetch([])
     path = tmp_path / "cache" / name if name == "lock" else manifest.folder / name
     fault = f"^another process holds a lock on {path}; end it"
-    with standing_still(path), hasty(manifest), pytest.raises(RuntimeError, match=fault):
-        hold_and_read(shards, manifest, [1 if name == "lock" else 0])
-    hold_and_read(shards, manifest, [0, 1])
+    with stopped_process(path), short_timeouts(manifest), pytest.raises(RuntimeError, match=fault):
+        prefetch_and_read(shards, manifest, [1 if name == "lock" else 0])
+    prefetch_and_read(shards, manifest, [0, 1])
     shards.close()
 
 
-def test_no_lock_is_waited_for_longer_than_for_its_shard(http_server, far, cache, await_their_end):
-    manifest = open_dataset(http_server(far).url, cache)
-    with standing_still(cache.folder / "lock"):
-        patient, hasty = RemoteShards(manifest), RemoteShards(in_time(manifest, 0.2))
-        hasty.prefetch([0])
+def test_waiting_for_a_lock_ends_at_the_files_deadline(http_server, served, cache, await_shard_threads):
+    manifest = open_dataset(http_server(served).url, cache)
+    with stopped_process(cache.folder / "lock"):
+        patient, impatient = RemoteShards(manifest), RemoteShards(in_time(manifest, 0.2))
+        impatient.prefetch([0])
         patient.prefetch([0])
         with pytest.raises(RuntimeError, match="another process holds a lock on .*lock; end it if it was stopped"):
-            hasty.read(0)
-        hasty.close()
+            impatient.read(0)
+        impatient.close()
         patient.close()
-        await_their_end()
+        await_shard_threads()
 
 
 @contextmanager
-def standing_still(locked: Path) -> Iterator[None]:
-    """A process that holds a lock, and does nothing more."""
-    command = [sys.executable, "-c", STANDING_STILL, locked]
+def stopped_process(locked: Path) -> Iterator[None]:
+    """Start a process that locks a file and then does nothing."""
+    command = [sys.executable, "-c", HOLD_LOCK, locked]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout.readline() == "locked\n"
@@ -142,7 +144,7 @@ def standing_still(locked: Path) -> Iterator[None]:
             process.kill()
 
 
-STANDING_STILL = """
+HOLD_LOCK = """
 import fcntl, sys, time
 with open(sys.argv[1], "ab") as locked:
     fcntl.flock(locked, fcntl.LOCK_EX)
@@ -151,10 +153,10 @@ with open(sys.argv[1], "ab") as locked:
 """
 
 
-def test_a_disk_that_fills_up_while_a_shard_arrives(http_server, far, local, small_disk, cached):
-    """Its free space is taken between the look at it and the writing, by a limit that only writing meets."""
+def test_disk_fills_up_while_a_shard_arrives(http_server, served, local, small_disk, cached):
+    """Space is checked before, so that only a limit on the size of written files can fail later."""
     cache = CacheOptions(small_disk / "cache", 2**30)
-    url = http_server(far).url
+    url = http_server(served).url
     fetching = subprocess.run([sys.executable, "-c", LIMITED, url, str(cache.folder)], capture_output=True, text=True)
     assert fetching.returncode == 0, fetching.stderr
     assert (
@@ -170,7 +172,13 @@ from dataio.remote.prefetch import RemoteShards
 from dataio.shards import open_dataset
 from dataio.remote.options import CacheOptions, RetryPolicy
 
-retry_policy = RetryPolicy(max_attempts=2, initial_backoff_seconds=0.01, read_timeout_seconds=3600, file_timeout_seconds=3600, batch_timeout_seconds=3600)
+retry_policy = RetryPolicy(
+    max_attempts=2,
+    initial_backoff_seconds=0.01,
+    read_timeout_seconds=3600,
+    file_timeout_seconds=3600,
+    batch_timeout_seconds=3600,
+)
 manifest = open_dataset(sys.argv[1], CacheOptions(Path(sys.argv[2]), 2**30, retry_policy))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -183,16 +191,16 @@ except RuntimeError as error:
 """
 
 
-def test_a_folder_that_cannot_be_written(http_server, far, cache):
+def test_cache_folder_without_write_permission(http_server, served, cache):
     cache.folder.write_text("a file")
     with pytest.raises(
         RuntimeError, match="cannot keep .*samples.npy: Not a directory; make the folder writable, or na"
     ):
-        open_dataset(http_server(far).url, cache)
+        open_dataset(http_server(served).url, cache)
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far, cache, local, hold_and_read):
-    manifest = open_dataset(http_server(far).url, cache)
+def test_stale_files_of_killed_processes_are_removed(http_server, served, cache, local, prefetch_and_read):
+    manifest = open_dataset(http_server(served).url, cache)
     left, busy = (manifest.folder / f".{shard.name}.99.claim" for shard in local.shards[-2:])
     foreign = cache.folder / "photos" / "shard-000000.tar"
     foreign.parent.mkdir()
@@ -204,43 +212,43 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(http_server, far
         fcntl.flock(writer, fcntl.LOCK_EX)
         shards = RemoteShards(manifest)
         for shard in range(len(local.shards) // 2):
-            hold_and_read(shards, manifest, [shard])
+            prefetch_and_read(shards, manifest, [shard])
         shards.close()
         assert (left.exists(), busy.exists(), foreign.exists()) == (False, True, True)
         assert [partial.exists() for partial in (unclaimed, *partials)] == [False, False, True]
 
 
-def test_what_an_earlier_process_left_is_used_if_it_is_whole(http_server, far, cache, local, hold_and_read):
-    server = http_server(far)
+def test_cached_shards_are_used_if_their_hash_is_right(http_server, served, cache, local, prefetch_and_read):
+    server = http_server(served)
     manifest = open_dataset(server.url, cache)
     for shard, damage in ((0, 0), (1, 1)):
-        content = bytearray((far / local.shards[shard].name).read_bytes())
+        content = bytearray((served / local.shards[shard].name).read_bytes())
         content[600] ^= damage
         path = manifest.folder / local.shards[shard].name
         path.write_bytes(content)
         os.utime(path, (1e9, 1e9))
     shards = RemoteShards(manifest)
-    hold_and_read(shards, manifest, [0, 1])
+    prefetch_and_read(shards, manifest, [0, 1])
     shards.close()
     assert [name for name in server.requests if name.endswith(".tar")] == ["shard-000001.tar"]
     content = (manifest.folder / "shard-000001.tar").read_bytes()
-    assert content == (far / "shard-000001.tar").read_bytes()
+    assert content == (served / "shard-000001.tar").read_bytes()
 
 
-def test_what_is_written_to_in_place_is_fetched_again(http_server, far, local, tmp_path, hold_and_read):
-    """By whatever process, after this one has read it; the size stays."""
-    server = http_server(far)
-    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
+def test_shard_overwritten_in_the_cache_is_fetched_again(http_server, served, local, tmp_path, prefetch_and_read):
+    """By any process, after this one has read it; its size does not change."""
+    server = http_server(served)
+    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, NO_TIMEOUTS))
     shards = RemoteShards(manifest)
-    hold_and_read(shards, manifest, [0, 1])
+    prefetch_and_read(shards, manifest, [0, 1])
     with open(manifest.folder / "shard-000000.tar", "r+b") as file:
         file.seek(600)
         file.write(b"no photograph")
-    hold_and_read(shards, manifest, [1])
-    hold_and_read(shards, manifest, [0, 1])
+    prefetch_and_read(shards, manifest, [1])
+    prefetch_and_read(shards, manifest, [0, 1])
     shards.close()
     assert (server.requests.count("shard-000000.tar"), server.requests.count("shard-000001.tar")) == (2, 1)
-    assert (manifest.folder / "shard-000000.tar").read_bytes() == (far / "shard-000000.tar").read_bytes()
+    assert (manifest.folder / "shard-000000.tar").read_bytes() == (served / "shard-000000.tar").read_bytes()
 
 
 READING = """
@@ -266,12 +274,14 @@ shards.close()
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch, hold_and_read, damaged):
-    """The slower one removes nothing that the faster one has fetched meanwhile, or found to be whole."""
-    server = http_server(far)
-    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, PATIENT))
+def test_two_processes_verify_the_same_shard(
+    http_server, served, local, tmp_path, monkeypatch, prefetch_and_read, damaged
+):
+    """The slower one removes nothing that the faster one has fetched again, or verified, in the meantime."""
+    server = http_server(served)
+    manifest = open_dataset(server.url, CacheOptions(tmp_path / "cache", 2**30, NO_TIMEOUTS))
     faster, slower = RemoteShards(manifest), RemoteShards(manifest)
-    hold_and_read(faster, manifest, [0])
+    prefetch_and_read(faster, manifest, [0])
     faster.prefetch([])
     path = manifest.folder / "shard-000000.tar"
     path.write_bytes(path.read_bytes()[:: -1 if damaged else 1])
@@ -279,22 +289,22 @@ def test_two_that_verify_a_shard(http_server, far, local, tmp_path, monkeypatch,
     def hash_and_be_overtaken(file: int) -> str:
         digest = sha256_of(file)
         monkeypatch.undo()
-        hold_and_read(faster, manifest, [0])
+        prefetch_and_read(faster, manifest, [0])
         return digest
 
-    monkeypatch.setattr("dataio.cache_folder.sha256_of", hash_and_be_overtaken)
-    hold_and_read(slower, manifest, [0])
+    monkeypatch.setattr("dataio.remote.cache_folder.sha256_of", hash_and_be_overtaken)
+    prefetch_and_read(slower, manifest, [0])
     assert server.requests.count(path.name) == (2 if damaged else 1)
     assert sha256_of(path) == local.shards[0].sha256
     faster.close()
     slower.close()
 
 
-def test_a_later_process_reads_what_it_needs_of_an_earlier_ones_shards(far, local, tmp_path):
-    """And not the rest, unless somebody has touched them: what that one verified is not hashed again."""
+def test_verified_shards_are_not_hashed_again(served, local, tmp_path):
+    """A later process reads only the samples that it needs, unless a shard's modification time has changed."""
 
     def bytes_read() -> int:
-        command = [sys.executable, "-c", READING, far.as_uri(), str(tmp_path / "cache")]
+        command = [sys.executable, "-c", READING, served.as_uri(), str(tmp_path / "cache")]
         return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
     whole = sum(shard.bytes for shard in local.shards)
