@@ -1,11 +1,16 @@
-"""Which images, in which order: WebDataset shards → batches on the training device.
+"""Data loading: images → WebDataset shards → DALI batches on the training device, the same on any number of ranks.
 
-fashion_mnist.py writes a class folder to start with. pack.py makes shards of any: source.py finds the images in
-folders, archives (archives.py) and WebDatasets, image_checks.py looks at each, shard_writer.py writes a shard, journal.py
-knows which are finished. verify.py checks them, show.py draws them. index.py knows what they hold and in which order
-it is seen, shards.py reads them; fetch.py fetches them from far away, prefetch.py says which, cache_folder.py keeps
-them. params.py says how each image is looked at, with policies.py's operations; pipeline.py is the graph that does it
-and dali_ops.py a part of that (these two alone import DALI), decode.py feeds it, loader.py hands out batches,
-augment.py mixes them; parity.py sets the recipes beside timm's. files.py writes files and folders that are whole or
-absent, workers.py spreads a command's work over processes, progress.py shows how far it is.
+What a batch passes through, in order:
+
+- manifest.py: what a packed folder holds, its shards, classes and table of samples.
+- sampler.py: shuffled order, from a position in the run to a sample and its random draws.
+- shards.py: encoded images of local shards, each checked against the manifest.
+- remote/: the same for shards at a URL, which it fetches ahead into a cache on the local disk.
+- augment/: everything that changes pixels: crops, flips and ops of single images, mixup and cutmix of batches.
+- pipeline.py, decode.py: the DALI graph, and the batches that go through it.
+- bad_samples.py: diagnosis, substitutes and budget of undecodable images.
+- loader.py: the batches of one rank, in training and in evaluation, and the state to resume from.
+
+Commands: pack/ (`python -m dataio.pack`) writes shards from images, verify.py checks them, show.py draws batches.
+Shared: options.py (base of all options), files.py, urls.py, pil.py, workers.py (processes), progress.py.
 """

@@ -252,7 +252,7 @@ def _check_tables(folder: Path, shards: tuple[Shard, ...], classes: tuple[str, .
     if len(samples) == 0:
         raise ValueError(f"{folder} holds no samples; pack a folder with images")
     counts = [shard.samples for shard in shards]
-    # Shard after shard: Sampler and verify.py find a shard's samples by counting.
+    # Shard after shard: ShuffledSampler and verify.py find a shard's samples by counting.
     if sum(counts) != len(samples) or (samples["shard"] != np.repeat(np.arange(len(shards)), counts)).any():
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
     sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from dataio.manifest import Manifest
 from dataio.pack.packer import PackOptions, pack
-from dataio.sampler import Sampler
+from dataio.sampler import ShuffledSampler
 from launch import checkpoint, train
 from launch.config import load_config, parse_config
 from launch.engine import build_model
@@ -315,7 +315,7 @@ def test_an_image_that_breaks_after_packing_ends_all_ranks(forked, fashion, tmp_
 def test_broken_images_are_named_and_counted_up_to_the_limit(forked, fashion, few, tmp_path, every_steps):
     """Two ranks meet three, of which both together may replace two: the run ends with the first epoch at the latest."""
     manifest = pack(fashion, tmp_path / "train", replace(KEPT, val_percent=55))
-    order = Sampler(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
+    order = ShuffledSampler(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
     order, next_epoch = order[: len(manifest)], order[len(manifest) :]  # which the sixth step reaches into
     once = [sample for sample in order.tolist() if sample not in next_epoch]
     broken = [once[3], once[40], once[-1]]  # the third in the last step of the epoch
