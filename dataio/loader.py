@@ -66,9 +66,10 @@ class LoaderOptions:
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks; use 0 to {self.world_size - 1}")
-        share = self.world_size * self.gradient_accumulation_steps
-        if self.global_batch_size % share:
-            below, above = self.global_batch_size // share * share, -(-self.global_batch_size // share) * share
+        micro_batches = self.world_size * self.gradient_accumulation_steps
+        if self.global_batch_size % micro_batches:
+            below = self.global_batch_size // micro_batches * micro_batches
+            above = below + micro_batches
             remedy = f"use {below} or {above}" if below else f"use {above}"
             raise ValueError(
                 f"global batch {self.global_batch_size} is not divisible by"

@@ -78,7 +78,7 @@ def _warp(images: DataNode, stage: Stage, fill: list[int], interpolation: DALIIn
 
 
 def _color(images: DataNode, stage: Stage) -> DataNode:
-    """Blend with gray, as (image + gray · (1 / factor - 1)) · factor.
+    """Blend with grey, as (image + grey · (1 / factor - 1)) · factor.
 
     So `brightness` converts to uint8, where most of the time goes, and does it fastest.
     """

@@ -26,23 +26,23 @@ class Op(IntEnum):
     ROTATE = 1  # degrees, counter-clockwise
     SHEAR_X = 2  # pixels to the left for each row downwards
     SHEAR_Y = 3  # pixels upwards for each column to the right
-    TRANSLATE_X = 4  # share of the width, to the left
-    TRANSLATE_Y = 5  # share of the height, upwards
-    COLOR = 6  # factor above 0: 1 as it was, 2 twice as colourful
+    TRANSLATE_X = 4  # fraction of the width, to the left
+    TRANSLATE_Y = 5  # fraction of the height, upwards
+    COLOR = 6  # factor above 0: 1 leaves the image unchanged, 2 doubles its saturation
     CONTRAST = 7  # factor: 0 is the mean's grey
     BRIGHTNESS = 8  # factor: 0 is black
     SHARPNESS = 9  # factor: 0 is smoothed
     AUTO_CONTRAST = 10
     EQUALIZE = 11
-    POSTERIZE = 12  # bits of each value that stay; 0 is black
+    POSTERIZE = 12  # bits kept of each value; 0 is black
     INVERT = 13
-    SOLARIZE = 14  # threshold: values from it on are inverted
+    SOLARIZE = 14  # threshold from which on values are inverted
     SOLARIZE_ADD = 15  # levels added to values below 128
     GAUSSIAN_BLUR = 16  # standard deviation of a Gaussian in pixels
     GRAYSCALE = 17
 
 
-#: The ops that move pixels.
+#: Ops that move pixels, by an affine map.
 AFFINE = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
 
 #: Ops of which each stage of a policy draws one, uniformly. 3-Augment has one stage; colour jitter has three stages,
@@ -103,21 +103,21 @@ def level_to_args(
 
     signs: -1 or 1, for the ops whose argument is signed. All of one shape, which the result has too.
     """
-    share = levels / _MAX_LEVEL
-    enhanced = np.maximum(0.1, 1 + signs * 0.9 * share)
+    fraction = levels / _MAX_LEVEL
+    enhanced = np.maximum(0.1, 1 + signs * 0.9 * fraction)
     args_by_op = {
-        Op.ROTATE: signs * 30 * share,
-        Op.SHEAR_X: signs * 0.3 * share,
-        Op.SHEAR_Y: signs * 0.3 * share,
-        Op.TRANSLATE_X: signs * 0.45 * share,
-        Op.TRANSLATE_Y: signs * 0.45 * share,
+        Op.ROTATE: signs * 30 * fraction,
+        Op.SHEAR_X: signs * 0.3 * fraction,
+        Op.SHEAR_Y: signs * 0.3 * fraction,
+        Op.TRANSLATE_X: signs * 0.45 * fraction,
+        Op.TRANSLATE_Y: signs * 0.45 * fraction,
         Op.COLOR: enhanced,
         Op.CONTRAST: enhanced,
         Op.BRIGHTNESS: enhanced,
         Op.SHARPNESS: enhanced,
-        Op.POSTERIZE: 4 - np.floor(4 * share),
-        Op.SOLARIZE: 256 - np.floor(256 * share),
-        Op.SOLARIZE_ADD: np.floor(110 * share),
+        Op.POSTERIZE: 4 - np.floor(4 * fraction),
+        Op.SOLARIZE: 256 - np.floor(256 * fraction),
+        Op.SOLARIZE_ADD: np.floor(110 * fraction),
     }
     return np.select([ops == op for op in args_by_op], list(args_by_op.values()), default=0.0)
 

@@ -38,7 +38,7 @@ class Resizer:
         """Raise RuntimeError if a resize failed, which is the host's fault and not the image's."""
         if self._fault:
             raise RuntimeError(
-                f"cannot scale images on the CPU: {self._fault}; free some memory, or use fewer threads (data.threads,"
+                f"cannot resize images on the CPU: {self._fault}; free some memory, or use fewer threads (data.threads,"
                 " --threads)"
             )
 

@@ -219,15 +219,13 @@ def test_a_failed_resize_is_not_taken_for_a_bad_sample(shards, monkeypatch, fail
 
     def fail(*arguments: object) -> np.ndarray:
         if 8 <= next(calls) < 8 + failures:
-            raise MemoryError("no memory for a window")
+            raise MemoryError("no memory for a crop")
         return resize(*arguments)
 
     monkeypatch.setattr(Resizer, "_resize", fail)
     loader_options = LoaderOptions(seed=0, global_batch_size=8, max_bad_samples=99)
     loader = TrainLoader(load_manifest(shards), SMALL, loader_options, CPU)
-    with pytest.raises(
-        RuntimeError, match="^cannot scale images on the CPU: MemoryError: no memory for a window; free"
-    ):
+    with pytest.raises(RuntimeError, match="^cannot resize images on the CPU: MemoryError: no memory for a crop; free"):
         list(itertools.islice(loader, 5))
     assert loader.bad_samples == 0
 
@@ -292,6 +290,6 @@ def test_an_image_too_large_for_memory_is_not_taken_for_a_bad_sample(tmp_path, s
     faults = (
         r"cannot decode sample \d \(.*\), nor a blank image of its size \(.*\)",
         "DALI failed on a batch, and on none of its images alone",
-        "cannot scale images on the CPU",
+        "cannot resize images on the CPU",
     )
     assert re.match(f"({'|'.join(faults)}).*; free some memory", run.stdout), run.stdout + run.stderr

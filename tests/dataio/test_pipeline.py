@@ -215,7 +215,7 @@ def test_a_batch_outlives_its_pipeline_and_may_be_overwritten(manifest, device):
 
 
 def test_flipping_mirrors_the_same_pixels(manifest):
-    plain, flipped = (ImageOptions(image_size=64, augmentation="simple", hflip=share) for share in (0, 1))
+    plain, flipped = (ImageOptions(image_size=64, augmentation="simple", hflip=probability) for probability in (0, 1))
     images, mirrored = (decode(manifest, options, draw_params(manifest, options)) for options in (plain, flipped))
     assert torch.equal(images.flip(3), mirrored)
 

@@ -41,15 +41,15 @@ def assert_same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "settings"),
+    ("config_str", "settings"),
     [
         ("rand-m9-mstd0.5-inc1", RandAugment()),
         ("rand-m5-n3-p0.8-mstd2-inc1", RandAugment(magnitude=5, magnitude_std=2, num_layers=3, prob=0.8)),
         ("rand-m10-n1-p1-inc1", RandAugment(magnitude=10, magnitude_std=0, num_layers=1, prob=1)),
     ],
 )
-def test_rand_augment_is_distributed_as_timm_s(recipe, settings):
-    ours, theirs = our_draws(settings, COUNT), timm_draws(recipe, COUNT)
+def test_rand_augment_is_distributed_as_timm_s(config_str, settings):
+    ours, theirs = our_draws(settings, COUNT), timm_draws(config_str, COUNT)
     assert_same_counts(*(np.array([len(applied) for applied in part]) for part in (ours, theirs)))
     for layer in range(settings.num_layers):
         ops = [np.array([applied[layer][0] for applied in part if len(applied) > layer]) for part in (ours, theirs)]
