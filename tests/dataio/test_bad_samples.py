@@ -69,8 +69,8 @@ def samples_of_shard(manifest: Manifest, shard: int) -> range:
 def test_next_sample_of_the_shard_substitutes_for_a_bad_one(damaged, overwrite, truncate, ranks, shuffle_window_shards):
     """Three in one batch of the first step, one whose next one is bad too, and the last one of a shard.
 
-    Whatever the number of ranks, all other pixels are unchanged, and the substitute has the transform parameters' draws
-    of the bad sample.
+    Whatever the number of ranks, all other pixels are unchanged, and a substitute is transformed by the draws of its
+    position, as the bad sample would have been.
     """
     ends = [samples_of_shard(damaged, shard)[-1] for shard in range(len(damaged.shards))]
     (first,) = next_steps(loaders(damaged, 1, shuffle_window_shards=shuffle_window_shards), 1)
