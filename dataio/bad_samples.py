@@ -1,19 +1,21 @@
-"""Bad samples: which images of a batch cannot be decoded and why, what takes their place, and how many may be bad.
+"""Bad samples: diagnosis of undecodable images, their substitutes, and the budget of a rank and of all ranks.
 
-DALI does not say which image of a batch it failed on, nor whether the image was at fault or memory was short. So each
-is decoded alone, and one that fails is compared with a blank image of its size; PIL gives the reason.
+DALI fails on a whole batch, and says neither which image it failed on, nor whether that is damaged or memory ran out.
+So each image is decoded alone, and one that fails is compared with a blank image of its size; PIL gives the reason.
+decode.py calls this for batches that fail, loader.py counts what was substituted.
 
 B: images of a batch.
 """
 
 import io
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import Pipeline
+from nvidia.dali.pipeline import Pipeline
 from PIL import Image, UnidentifiedImageError
 
 from dataio.augment.params import ImageOptions, TransformParams, eval_params
@@ -22,7 +24,7 @@ from dataio.pil import pil_without_limits
 from dataio.pipeline import DALI_ERRORS, build_pipeline, make_resizer, pipeline_inputs
 from dataio.shards import BadSampleError, EncodedImages
 
-_NAMED = 5  # bad samples in a message
+_MAX_NAMED_SAMPLES = 5  # in a message
 _MAX_SUBSTITUTE_TRIES = 100
 _MAX_JPEG_SIDE = 65500  # pixels
 
@@ -30,7 +32,7 @@ Encoded = npt.NDArray[np.uint8]
 
 
 class SubstitutedSample(NamedTuple):
-    """A bad sample: its index in the batch, its row of the manifest, what is wrong, and the row that replaces it."""
+    """Bad sample of a batch: its index there, its manifest row, the reason, and the row that substitutes for it."""
 
     batch_index: int
     sample: int
@@ -39,33 +41,34 @@ class SubstitutedSample(NamedTuple):
 
 
 class BadSampleBudget:
-    """Counts the substituted samples of each epoch. Raises RuntimeError, naming them, when there are over `limit`."""
+    """Counter of the samples that a rank substitutes in each epoch, of which `limit` are allowed."""
 
     def __init__(self, manifest: Manifest, limit: int) -> None:
         self._manifest, self._limit = manifest, limit
-        self._by_epoch: dict[int, list[SubstitutedSample]] = {}
+        self._reasons: defaultdict[int, dict[int, str]] = defaultdict(dict)  # by epoch, then by sample: one occurrence
 
     def add(self, position: int, substituted: Iterable[SubstitutedSample]) -> None:
-        """Counts those of a batch that begins at this position of the run; the same one again counts once."""
+        """Count the substituted samples of a batch that begins at `position`; a batch that is met again counts once.
+
+        Raises RuntimeError, naming the epoch's bad samples, if they exceed the limit.
+        """
         for bad in substituted:
             epoch = (position + bad.batch_index) // len(self._manifest)
-            counted = self._by_epoch.setdefault(epoch, [])
-            if bad not in counted:
-                counted.append(bad)
-            if len(counted) > self._limit:
-                named = name_samples(self._manifest, {each.sample: each.reason for each in counted})
+            reasons = self._reasons[epoch]
+            reasons[bad.sample] = bad.reason
+            if len(reasons) > self._limit:
                 raise RuntimeError(
-                    f"more than {self._limit} broken images in epoch {epoch}: {named}; {self._manifest.remedy},"
-                    " or raise data.max_bad_samples"
+                    f"more than {self._limit} broken images in epoch {epoch}: {name_samples(self._manifest, reasons)};"
+                    f" {self._manifest.remedy}, or raise data.max_bad_samples"
                 )
 
     def count(self, epoch: int) -> int:
-        """Substituted samples of an epoch so far, on this rank."""
-        return len(self._by_epoch.get(epoch, []))
+        """Return how many samples of an epoch were substituted so far, on this rank."""
+        return len(self._reasons[epoch])
 
 
 def describe_excess(count: int, limit: int, step: int) -> str:
-    """The message for a run whose ranks together substituted more samples of an epoch than are allowed."""
+    """Format the error of a run whose ranks together substituted more samples in an epoch than are allowed."""
     return (
         f"{count} broken images in this epoch at step {step}, data.max_bad_samples allows {limit}; check the shards"
         " with python -m dataio.verify, or raise it"
@@ -73,15 +76,15 @@ def describe_excess(count: int, limit: int, step: int) -> str:
 
 
 def name_samples(manifest: Manifest, reasons: dict[int, str]) -> str:
-    """Samples and what is wrong with them, for messages: the first few in full."""
+    """Format bad samples, manifest rows with their reasons, for messages: the first few, and how many more."""
     named = [f"{manifest.describe(sample)}: {reason}" for sample, reason in reasons.items()]
-    if len(named) > _NAMED:
-        named[_NAMED:] = [f"and {len(named) - _NAMED} more"]
+    if len(named) > _MAX_NAMED_SAMPLES:
+        named[_MAX_NAMED_SAMPLES:] = [f"and {len(named) - _MAX_NAMED_SAMPLES} more"]
     return ", ".join(named)
 
 
 class BadSampleFinder:
-    """Finds the undecodable images of a batch, and substitutes for them."""
+    """Diagnosis of batches that DALI fails on, and choice of substitutes for their bad samples."""
 
     def __init__(self, manifest: Manifest, shards: EncodedImages, options: ImageOptions, device: torch.device) -> None:
         self._manifest, self._shards = manifest, shards
@@ -89,22 +92,22 @@ class BadSampleFinder:
         self._decoder = _SingleImageDecoder(self._options, device)
 
     def find(self, samples: npt.NDArray[np.int64], encoded: list[Encoded], params: TransformParams) -> dict[int, str]:
-        """What is wrong with each undecodable image, by index in the batch; most often nothing.
+        """Find the undecodable images of a batch: the reason of each, by index in the batch.
 
-        Raises RuntimeError if one cannot be decoded for want of memory.
+        Raises RuntimeError if one cannot be decoded because memory is short.
         """
-        params = params._replace(ops=params.ops[:, :0], op_args=params.op_args[:, :0])  # which fail on no image
+        params = params.without_ops  # ops fail on no image
         reasons = {}
         for index, sample in enumerate(samples.tolist()):
-            reason = self._diagnose(sample, encoded[index], select_params(params, [index]))
+            reason = self._diagnose(sample, encoded[index], params.select([index]))
             if reason:
                 reasons[index] = reason
         return reasons
 
     def substitute(self, sample: int, reason: str) -> tuple[int, Encoded]:
-        """(row, encoded image) of the next decodable sample of the same shard, from its start again after its end.
+        """Return manifest row and encoded image of the next decodable sample of the same shard, which is cyclic.
 
-        It depends on the bad sample alone, so that every rank and every resumed run chooses the same.
+        The choice depends on the bad sample alone, so it is the same on every rank and after a resume.
         Raises RuntimeError if there is none.
         """
         rows = self._manifest.samples
@@ -120,18 +123,18 @@ class BadSampleFinder:
         raise self.error({sample: f"{reason}, and no sample after it can stand for it"})
 
     def error(self, reasons: dict[int, str]) -> RuntimeError:
-        """The error about these samples, by row of the manifest."""
+        """Create the error that names these samples, manifest rows with their reasons."""
         return RuntimeError(
             f"cannot decode {name_samples(self._manifest, reasons)}; {self._manifest.remedy} and pack it again without"
             " broken images"
         )
 
     def _diagnose(self, sample: int, encoded: Encoded, params: TransformParams) -> str | None:
-        """What is wrong with an image; None if it can be decoded.
+        """Find out why an image cannot be decoded; None if it can.
 
-        Without memory DALI and PIL fail with the same words as on a damaged image. So, unless its header is wrong, an
-        image is at fault only if it fails twice, and a blank image of its size does not fail in between.
-        Raises RuntimeError if that one does.
+        When memory is short, DALI and PIL raise the same errors as for a damaged image. So, unless its header is
+        wrong, an image counts as bad only if it fails twice, and a blank image of its size does not fail in between.
+        Raises RuntimeError if the blank one does.
         """
         row = self._manifest.samples[sample]
         size = (int(row["width"]), int(row["height"]))
@@ -157,20 +160,19 @@ class BadSampleFinder:
 
 
 class _SingleImageDecoder:
-    """Decodes images by DALI, one at a time. Its pipeline takes 15 ms to build on the CPU, and ends with an error."""
+    """DALI graph for one image at a time, rebuilt after each failure, which takes 15 ms on the CPU."""
 
     def __init__(self, options: ImageOptions, device: torch.device) -> None:
         self._options, self._device = options, device
-        self._inputs: list[tuple[Any, ...]] = []  # DALI keeps the function that feeds it: it must not know this object
+        self._inputs: list[tuple[Any, ...]] = []  # of one batch; DALI keeps the list, and must not keep this object
         self._pipeline: Pipeline | None = None
 
     def find_failure(self, encoded: Encoded, params: TransformParams, size: tuple[int, int]) -> str | None:
-        """What DALI says of an image that it does not decode to this width and height. params: of this image alone."""
+        """Decode an image of this (width, height) with its parameters; return DALI's error, None if it succeeds."""
         self._inputs[:] = [([encoded], *pipeline_inputs(params, self._options))]
         if self._pipeline is None:
-            self._resizer = make_resizer(self._options, self._device)
-            feed = self._inputs.__getitem__
-            self._pipeline = build_pipeline(self._options, lambda: feed(0), 1, self._device, self._resizer)
+            inputs, self._resizer = self._inputs, make_resizer(self._options, self._device)
+            self._pipeline = build_pipeline(self._options, lambda: inputs[0], 1, self._device, self._resizer)
         try:
             _, sizes = self._pipeline.run()
         except DALI_ERRORS as error:
@@ -184,24 +186,19 @@ class _SingleImageDecoder:
         return None if (width, height) == size else "another size"
 
 
-def select_params(params: TransformParams, indices: slice | list[int]) -> TransformParams:
-    """The parameters of some images of a batch."""
-    return TransformParams(*(field[indices] for field in params))
-
-
 def as_array(encoded: bytes) -> Encoded:
-    """The bytes as DALI takes them, not copied."""
+    """View the bytes of an encoded image as the uint8 array that DALI takes."""
     return np.frombuffer(encoded, dtype=np.uint8)
 
 
 def _find_header_fault(encoded: Encoded, size: tuple[int, int]) -> str | None:
-    """What an image's header says that is wrong: no image, or another width and height."""
+    """Compare an image's header with its (width, height) in the manifest; return what is wrong, None if nothing."""
     try:
         with pil_without_limits():
             found = Image.open(io.BytesIO(encoded.tobytes())).size
     except UnidentifiedImageError:
         return "not an image"
-    except Exception:  # PIL raises whatever its plugins raise, for want of memory too
+    except Exception:  # PIL raises whatever its plugins raise, when memory is short too
         return None
     if found == size:
         return None
@@ -209,7 +206,7 @@ def _find_header_fault(encoded: Encoded, size: tuple[int, int]) -> str | None:
 
 
 def _find_pil_failure(encoded: Encoded) -> str | None:
-    """What PIL says of an image that it does not decode."""
+    """Decode an image by PIL; return its error, None if it succeeds."""
     try:
         with pil_without_limits():
             Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
@@ -219,8 +216,8 @@ def _find_pil_failure(encoded: Encoded) -> str | None:
 
 
 def _encode_blank(size: tuple[int, int]) -> Encoded:
-    """A blank image. As progressive JPEG, where that can be so large, it takes more memory to decode than most."""
+    """Encode a blank image, progressive if JPEG allows its size: decoding that takes more memory than most images."""
     file = io.BytesIO()
-    kind = "JPEG" if max(size) <= _MAX_JPEG_SIDE else "PNG"
-    Image.new("RGB", size).save(file, kind, progressive=True, subsampling=0)
+    image_format = "JPEG" if max(size) <= _MAX_JPEG_SIDE else "PNG"
+    Image.new("RGB", size).save(file, image_format, progressive=True, subsampling=0)
     return as_array(file.getvalue())

@@ -1,9 +1,9 @@
-"""Decodes batches: reads the encoded images of each request, feeds them to the DALI pipeline, returns tensors.
+"""Batch decoding: encoded images from the shards, through the DALI pipeline, to tensors on the training device.
 
-loader.py says which samples, augment/params.py how each is transformed. A batch that DALI fails on is repaired by
-bad_samples.py and decoded again.
+loader.py requests batches: samples, and the transform parameters of each. If DALI fails on a batch, bad_samples.py
+finds the images at fault and substitutes for them, and the batch is decoded again.
 
-B: images of a batch, S: the side of the decoded ones.
+B: images of a batch, S: their side.
 """
 
 from collections import deque
@@ -26,9 +26,10 @@ from dataio.shards import BadSampleError, EncodedImages, open_shards
 
 
 class BatchRequest(NamedTuple):
-    """A batch to decode: the position of its first sample, (B,) rows of the manifest, and their transforms.
+    """Batch to decode: the position of its first sample, (B,) manifest rows, and their transform parameters.
 
-    shards: needed for it and soon after, in that order; prefetched where the data set is remote.
+    shards: those needed for this batch and soon after, in order, to prefetch from a remote data set.
+    substituted: bad samples, whose substitutes `samples` holds.
     """
 
     position: int
@@ -38,7 +39,7 @@ class BatchRequest(NamedTuple):
     substituted: tuple[SubstitutedSample, ...] = ()
 
 
-#: (a request, what is to be substituted in it) → the request with other samples and their transforms.
+#: (request, bad samples of it) → the request with their substitutes, and the parameters of these.
 SubstituteFn = Callable[[BatchRequest, list[SubstitutedSample]], BatchRequest]
 
 
@@ -46,19 +47,20 @@ def decode_batches(
     manifest: Manifest,
     options: ImageOptions,
     requests: Iterator[BatchRequest],
-    max_batch: int,
+    max_batch_size: int,
     device: torch.device,
     substitute: SubstituteFn | None = None,
 ) -> Iterator[tuple[BatchRequest, torch.Tensor]]:
-    """Each request with its images: (B, 3, S, S) float32, normalised, channels_last, on `device`.
+    """Yield each request with its images: (B, 3, S, S) float32, normalised, channels_last, on `device`.
 
     nvJPEG decodes on a CUDA device, libjpeg on the CPU. While the caller has a batch, `prefetch_batches` more are
-    in flight. A request holds 1 to `max_batch` samples. With `substitute`, an undecodable image is replaced by the next
-    decodable sample of its shard, and the request that comes back says so. `requests` must not refer to what holds
-    this iterator: DALI keeps them, where Python cannot see that both are garbage. Raises RuntimeError, naming the
-    sample, if an image cannot be read, or cannot be decoded and may not be substituted; no batch follows then.
+    in flight. A request holds 1 to `max_batch_size` samples. With `substitute`, the next decodable sample of its shard
+    substitutes for an undecodable one, and the request that is yielded says so. `requests` must not refer to the owner
+    of this iterator: DALI holds them where Python's garbage collector cannot see the cycle.
+    Raises RuntimeError, naming the sample, if an image cannot be read, or cannot be decoded and may not be
+    substituted; the iterator ends then.
     """
-    Image.init()  # a format that PIL cannot load later, for want of memory, would be "not an image"
+    Image.init()  # loads PIL's plugins: one that cannot be loaded later, when memory is short, makes "not an image"
     with closing(open_shards(manifest)) as shards:
         decoder = _BatchDecoder(
             manifest, shards, options, device, BadSampleFinder(manifest, shards, options, device), substitute
@@ -68,39 +70,40 @@ def decode_batches(
         while True:
             in_flight: deque[_EncodedBatch] = deque()  # oldest first; DALI returns them in this order
             try:
-                yield from _decode(decoder, chain(retry, batches), in_flight, max_batch)
+                yield from _decode(decoder, chain(retry, batches), in_flight, max_batch_size)
                 return
-            except _DecodingError as error:  # the pipeline cannot be used any more
+            except _DecodingError as error:  # no further batch comes from this pipeline
                 retry = decoder.repair(in_flight, error)
 
 
 class _EncodedBatch(NamedTuple):
-    """A request and its encoded images."""
+    """Request with its encoded images."""
 
     request: BatchRequest
     encoded: list[Encoded]
 
 
 class _DecodingError(Exception):
-    """DALI's: it does not say which image of a batch it failed on."""
+    """Failure of DALI on a batch; which image caused it is not known."""
 
 
 def _decode(
-    decoder: "_BatchDecoder", batches: Iterator[_EncodedBatch], in_flight: deque[_EncodedBatch], max_batch: int
+    decoder: "_BatchDecoder", batches: Iterator[_EncodedBatch], in_flight: deque[_EncodedBatch], max_batch_size: int
 ) -> Iterator[tuple[BatchRequest, torch.Tensor]]:
-    """Each batch, decoded by one pipeline. Those that were fed and not returned yet are in `in_flight`."""
+    """Yield each batch, decoded by one pipeline. Batches that were fed and not yet returned are kept in `in_flight`."""
 
     def feed() -> tuple[Any, ...]:
-        in_flight.append(next(batches))  # DALI takes its StopIteration for the end
+        in_flight.append(next(batches))  # its StopIteration ends DALI's input
         request, encoded = in_flight[-1]
         return encoded, *pipeline_inputs(request.params, decoder.options)
 
     resizer = make_resizer(decoder.options, decoder.device)
-    pipeline = build_pipeline(decoder.options, feed, max_batch, decoder.device, resizer)
-    pipeline.schedule_run()  # feeds and starts the first `prefetch_batches`; every later call, the next one
+    pipeline = build_pipeline(decoder.options, feed, max_batch_size, decoder.device, resizer)
+    # Feeds and starts the first `prefetch_batches`; every later call, the next one.
+    pipeline.schedule_run()  # type: ignore[no-untyped-call]  # DALI has no annotations, here and below
     while in_flight:
         try:
-            output, sizes = pipeline.share_outputs()
+            output, sizes = pipeline.share_outputs()  # type: ignore[no-untyped-call]
         except DALI_ERRORS as error:
             if resizer:
                 resizer.check()
@@ -108,15 +111,15 @@ def _decode(
         if not decoder.sizes_match(in_flight[0].request.samples, sizes):
             raise _DecodingError("an image has another size than it was packed with")
         images = to_torch(output, decoder.device)
-        pipeline.release_outputs()
+        pipeline.release_outputs()  # type: ignore[no-untyped-call]
         request = in_flight.popleft().request
-        pipeline.schedule_run()
+        pipeline.schedule_run()  # type: ignore[no-untyped-call]
         yield request, images
 
 
 @dataclass(frozen=True)
 class _BatchDecoder:
-    """Loads the encoded images of a batch, and repairs batches that DALI fails on."""
+    """Loader of encoded batches, which it repairs where they have bad samples."""
 
     manifest: Manifest
     shards: EncodedImages
@@ -126,11 +129,12 @@ class _BatchDecoder:
     substitute: SubstituteFn | None
 
     def load(self, request: BatchRequest) -> _EncodedBatch:
-        """A request with its images as they lie in the shards."""
+        """Read the encoded images of a request from the shards, with substitutes for those that fail their checks."""
         self.shards.prefetch(request.shards)
-        self.shards.read_ahead(request.samples)
+        samples = request.samples.tolist()
+        self.shards.read_ahead(samples)
         encoded, reasons = [], {}
-        for index, sample in enumerate(request.samples):
+        for index, sample in enumerate(samples):
             try:
                 encoded.append(as_array(self.shards.read(sample)))
             except BadSampleError as error:
@@ -140,12 +144,12 @@ class _BatchDecoder:
         return self._with_substitutes(reasons, batch) if reasons else batch
 
     def repair(self, in_flight: Iterable[_EncodedBatch], error: Exception) -> list[_EncodedBatch]:
-        """The batches to decode again, the first that DALI fails on without its undecodable images.
+        """Return the batches to decode again, with substitutes in the first that has undecodable images.
 
-        Raises RuntimeError if none has one, or it may not be substituted.
+        Raises RuntimeError if none has any, or they may not be substituted.
         """
         batches = list(in_flight)
-        for number, batch in enumerate(batches):  # DALI returns them in order: as a rule it is the first
+        for number, batch in enumerate(batches):  # mostly it is the first, as DALI returns them in order
             reasons = self.finder.find(batch.request.samples, batch.encoded, batch.request.params)
             if reasons:
                 batches[number] = self._with_substitutes(reasons, batch)
@@ -156,7 +160,7 @@ class _BatchDecoder:
         ) from error
 
     def _with_substitutes(self, reasons: dict[int, str], batch: _EncodedBatch) -> _EncodedBatch:
-        """The batch with substitutes for the images at these indices. Raises RuntimeError where there may be none."""
+        """Substitute for the images at these indices. Raises RuntimeError if that is not allowed."""
         request, encoded = batch
         if self.substitute is None:
             raise self.finder.error({int(request.samples[index]): reason for index, reason in reasons.items()})
@@ -168,6 +172,6 @@ class _BatchDecoder:
         return _EncodedBatch(self.substitute(request, substituted), encoded)
 
     def sizes_match(self, samples: npt.NDArray[np.int64], sizes: Any) -> bool:
-        """Whether these heights and widths, (B, 2), are the packed ones."""
+        """Whether these heights and widths, DALI's (B, 2), are those in the manifest."""
         rows = self.manifest.samples[samples]
         return np.array_equal(np.array(sizes.as_tensor()), np.stack([rows["height"], rows["width"]], axis=1))

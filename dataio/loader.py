@@ -1,56 +1,57 @@
-"""Batches on the training device: which samples each rank gets, in every step, and after a resume.
+"""Data loaders for training and evaluation: the batches of one rank, on its device.
 
 sampler.py orders the samples, decode.py decodes them. A run is one sequence of positions, epoch after epoch without a
-gap, of which each step takes the next `global_batch_size`, on any number of ranks. So the position is all the state of
-a loader, and a run may resume with another number of ranks.
+gap, of which each step takes the next `global_batch_size`, whatever the number of ranks. So the position is a loader's
+whole state, and a run may resume with another number of ranks.
 
-In training the next decodable sample of the same shard substitutes for one that cannot be decoded, with its own label;
-in evaluation that is an error.
+In training the next decodable sample of the same shard substitutes, with its own label, for one that cannot be
+decoded; in evaluation a bad sample is an error.
+
+B: images of a batch, S: their side.
 """
 
 import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dataio.augment.params import ImageOptions, eval_params, train_params
 from dataio.bad_samples import BadSampleBudget, SubstitutedSample
 from dataio.decode import BatchRequest, SubstituteFn, decode_batches
 from dataio.manifest import Manifest
-from dataio.sampler import Sampler, draws_at
-
-_BROKEN_SHOWN = 5
+from dataio.sampler import ShuffledSampler, draws_at
 
 
 class Batch(NamedTuple):
-    """The images of one rank in one micro-step, or one evaluation step. B images of S×S pixels.
+    """Images and labels of one rank in one micro-step of training, or one step of evaluation.
 
-    position: of the first sample in the run (training) or in the manifest (evaluation). substituted: bad samples, which
-    `samples` and `labels` do not name, but their substitutes.
+    position: that of the first sample in the run (training), or its row of the manifest (evaluation). substituted: bad
+    samples of the batch, whose substitutes are in `samples` and `labels`.
     """
 
     images: torch.Tensor  # (B, 3, S, S) float32, normalised, channels_last, on the device
     labels: torch.Tensor  # (B,) int64, on the device
-    samples: np.ndarray  # (B,) int64, rows of the manifest, on the host
+    samples: npt.NDArray[np.int64]  # (B,) rows of the manifest, on the host
     position: int
     substituted: tuple[SubstitutedSample, ...] = ()
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """Which samples of a run this rank gets.
+    """Options of training's loader: the order of the run's samples, and this rank's share of each step.
 
-    shuffle_window_shards: None shuffles the whole data set, a number within windows of so many shards, see Sampler.
-    max_bad_samples: how many of an epoch this rank may substitute.
+    shuffle_window_shards: None shuffles the whole data set; a number, within windows of so many shards, see
+    ShuffledSampler. max_bad_samples: how many samples of an epoch this rank may substitute.
     Raises ValueError if the global batch is not divisible by ranks and micro-steps.
     """
 
     seed: int
-    global_batch_size: int  # samples of one optimizer step, over all ranks and micro-steps
+    global_batch_size: int  # samples of a step, over all ranks and micro-steps
     gradient_accumulation_steps: int = 1  # micro-steps of a step
     rank: int = 0
     world_size: int = 1
@@ -65,9 +66,10 @@ class LoaderOptions:
             )
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} is not one of {self.world_size} ranks; use 0 to {self.world_size - 1}")
-        share = self.world_size * self.gradient_accumulation_steps
-        if self.global_batch_size % share:
-            below, above = self.global_batch_size // share * share, -(-self.global_batch_size // share) * share
+        micro_batches = self.world_size * self.gradient_accumulation_steps
+        if self.global_batch_size % micro_batches:
+            below = self.global_batch_size // micro_batches * micro_batches
+            above = below + micro_batches
             remedy = f"use {below} or {above}" if below else f"use {above}"
             raise ValueError(
                 f"global batch {self.global_batch_size} is not divisible by"
@@ -79,58 +81,58 @@ class LoaderOptions:
         """Images of one rank in one micro-step."""
         return self.global_batch_size // (self.world_size * self.gradient_accumulation_steps)
 
-    def sampler(self, manifest: Manifest) -> Sampler:
-        """The order of the run's samples."""
-        return Sampler(self.seed, manifest.shard_samples, self.shuffle_window_shards)
+    def sampler(self, manifest: Manifest) -> ShuffledSampler:
+        """Create the sampler of the run, the same on all ranks."""
+        return ShuffledSampler(self.seed, manifest.shard_samples, self.shuffle_window_shards)
 
     def required_cache_bytes(self, manifest: Manifest) -> int:
-        """Room that a cache of remote shards needs: for all that a step reads, and the window after it."""
+        """Bytes that a cache of remote shards must hold: all shards that a step reads, and the window after them."""
         return manifest.required_cache_bytes(self.sampler(manifest).max_prefetched_shards(self.global_batch_size))
 
     def step_position(self, micro_step: int) -> int:
-        """The position at which the step of a micro-step begins; micro-steps of the run count from 0."""
+        """Return the position at which the step of a micro-step begins; micro-steps count from 0 over the run."""
         return micro_step // self.gradient_accumulation_steps * self.global_batch_size
 
     def first_position(self, micro_step: int) -> int:
-        """The position of this rank's first sample in a micro-step."""
+        """Return the position of this rank's first sample in a micro-step."""
         micro_batch = micro_step % self.gradient_accumulation_steps * self.world_size + self.rank
         return self.step_position(micro_step) + micro_batch * self.micro_batch_size
 
     def micro_step_at(self, position: int) -> int:
-        """The first micro-step of the step that begins at a position."""
+        """Return the first micro-step of the step that begins at a position."""
         return position // self.global_batch_size * self.gradient_accumulation_steps
 
 
 @dataclass(frozen=True)
 class _TrainRequests:
-    """The batches that a rank asks decode.py for.
+    """Source of the batches that a rank requests of decode.py.
 
-    DALI keeps the iterator, so this must not know the loader, which would live as long as the pipeline.
+    DALI holds the iterator, so this must not refer to the loader, which would then live as long as the pipeline.
     """
 
     manifest: Manifest
     options: ImageOptions
     loader_options: LoaderOptions
-    sampler: Sampler
+    sampler: ShuffledSampler
 
     def from_micro_step(self, micro_step: int) -> Iterator[BatchRequest]:
-        """Requests from a micro-step on, without an end."""
+        """Yield requests from a micro-step on, without end."""
         options = self.loader_options
         for number in itertools.count(micro_step):
             first = options.first_position(number)
             samples = self.sampler.samples_at(np.arange(first, first + options.micro_batch_size))
             shards: tuple[int, ...] = ()
             if self.manifest.remote:
-                step = options.step_position(number)  # the same on all ranks, which share a cache
+                step = options.step_position(number)  # the same on all ranks, which may share a cache
                 shards = self.sampler.shards_to_prefetch(step, step + options.global_batch_size - 1)
             yield self._request(first, samples, shards)
 
-    def _request(self, first: int, samples: np.ndarray, shards: tuple[int, ...]) -> BatchRequest:
+    def _request(self, first: int, samples: npt.NDArray[np.int64], shards: tuple[int, ...]) -> BatchRequest:
         draws = draws_at(self.loader_options.seed, first, len(samples), self.options.draws_per_image)
         return BatchRequest(first, samples, train_params(self.manifest.samples[samples], draws, self.options), shards)
 
     def substitute(self, request: BatchRequest, substituted: list[SubstitutedSample]) -> BatchRequest:
-        """The request with substitutes, each transformed by the draws of its position."""
+        """Return the request with substitutes, each transformed by the draws of its position."""
         samples = request.samples.copy()
         for bad in substituted:
             samples[bad.batch_index] = bad.substitute
@@ -139,10 +141,10 @@ class _TrainRequests:
 
 
 class TrainLoader:
-    """An endless iterator of this rank's batches, which can be set to any step of the run at no cost.
+    """Endless iterator of this rank's batches, which moves to any step of the run at no cost.
 
-    Raises ValueError if the cache is too small for a remote data set, RuntimeError from `next` if an image cannot be
-    read, or more than max_bad_samples of this epoch cannot be decoded; it names them.
+    Raises ValueError if the cache is too small for a remote data set. `next` raises RuntimeError, naming the samples,
+    if an image cannot be read, or more than max_bad_samples of an epoch cannot be decoded.
     """
 
     def __init__(
@@ -157,27 +159,36 @@ class TrainLoader:
         self._bad_samples = BadSampleBudget(manifest, loader_options.max_bad_samples)
 
     def __iter__(self) -> "TrainLoader":
+        """Return this loader, at its current position."""
         return self
 
     def __next__(self) -> Batch:
+        """Return the batch of the next micro-step."""
         if self._batches is None:
             requests = _TrainRequests(self.manifest, self.options, self.loader_options, self._sampler)
             substitute = requests.substitute if self.loader_options.max_bad_samples else None
-            coming = requests.from_micro_step(self._micro_step)
             self._batches = _batches(
-                self.manifest, self.options, coming, self.loader_options.micro_batch_size, self.device, substitute
+                self.manifest,
+                self.options,
+                requests.from_micro_step(self._micro_step),
+                self.loader_options.micro_batch_size,
+                self.device,
+                substitute,
             )
         try:
             batch = next(self._batches)
             self._bad_samples.add(batch.position, batch.substituted)
-        except BaseException:  # the generator is dead; a further next() starts anew from the same batch
+        except BaseException:  # the generator has ended; the next call starts another from the same batch
             self._batches = None
             raise
         self._micro_step += 1
         return batch
 
-    def state(self) -> dict[str, int | str]:
-        """Where the run is, for JSON. `samples_seen` counts the whole steps handed out, over all ranks."""
+    def state(self) -> dict[str, Any]:
+        """Return the position of the run, for JSON, with what must be the same to resume there.
+
+        `samples_seen` counts the samples of completed steps, over all ranks.
+        """
         return {
             "seed": self.loader_options.seed,
             "samples_seen": self.loader_options.step_position(self._micro_step),
@@ -188,31 +199,31 @@ class TrainLoader:
 
     @property
     def bad_samples(self) -> int:
-        """Samples that this rank has substituted in the epoch in which its last step began."""
+        """Samples that this rank substituted in the epoch in which its last step began."""
         position = self.loader_options.step_position(max(0, self._micro_step - 1))
         return self._bad_samples.count(position // len(self.manifest))
 
     def close(self) -> None:
-        """Closes shards and pipeline; a further next() continues with the same batch."""
+        """Close shards and pipeline; a further `next` opens them again and continues at the same position."""
         self._batches = None
 
-    def restore(self, state: dict[str, int | str]) -> None:
-        """Goes to where `state` was taken, at no cost; ranks and accumulation may differ.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Move to the position of `state`, at no cost; world size and gradient accumulation may differ.
 
         Raises ValueError if data set, order, global batch or seed differ.
         """
-        here = self.state()
-        state = {"order": "full", **state}  # the only one before states named it
-        if state["manifest_hash"] != here["manifest_hash"]:
+        own = self.state()
+        state = {"order": "full", **state}  # the only order when states did not have it yet
+        if state["manifest_hash"] != own["manifest_hash"]:
             raise ValueError(
                 f"the run began on a data set with manifest {state['manifest_hash'][:12]},"
-                f" {self.manifest.location} has {here['manifest_hash'][:12]};"
+                f" {self.manifest.location} has {own['manifest_hash'][:12]};"
                 f" give it the folder it began with, or start a new run"
             )
         for name, words in (("global_batch", "global batch"), ("seed", "seed"), ("order", "order")):
-            if state[name] != here[name]:
+            if state[name] != own[name]:
                 raise ValueError(
-                    f"the run began with {words} {state[name]}, this is {words} {here[name]};"
+                    f"the run began with {words} {state[name]}, this is {words} {own[name]};"
                     f" set it back to {state[name]}, or start a new run"
                 )
         self._micro_step = self.loader_options.micro_step_at(state["samples_seen"])
@@ -221,12 +232,13 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every sample once over all ranks, in stored order; can be iterated again and again.
+    """Iterable of this rank's batches of an evaluation: every sample once over all ranks, in stored order.
 
-    Each rank has one contiguous share, equal to the others within one sample. Its last batch may be shorter, and
-    it has no batch at all if there are fewer samples than ranks. label_map: of `map_labels`, where batches are to have
-    other labels than were packed. Raises RuntimeError as TrainLoader does, ValueError if the cache is too small for a
-    remote data set even where no other rank shares it.
+    Each rank has one contiguous share, equal to the others within one sample. Its last batch may be shorter, and some
+    ranks have no batch if there are fewer samples than ranks. It can be iterated again and again.
+    label_map: of `map_labels`, if batches are to have other labels than those packed.
+    Raises ValueError if the cache is too small for a remote data set even if no other rank shares it. Iteration raises
+    RuntimeError, naming the sample, if an image cannot be read or decoded.
     """
 
     def __init__(
@@ -237,7 +249,7 @@ class EvalLoader:
         rank: int,
         world_size: int,
         device: torch.device,
-        label_map: np.ndarray | None = None,
+        label_map: npt.NDArray[np.int64] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"the evaluation batch is {batch_size}; use at least 1")
@@ -252,15 +264,16 @@ class EvalLoader:
 
     @staticmethod
     def required_cache_bytes(manifest: Manifest, batch_size: int, local_world_size: int = 1) -> int:
-        """Room that a cache of remote shards needs: for a batch of each rank that shares it, and the shard after it."""
-        touched = 1 + -(-(batch_size - 1) // min(manifest.shard_samples))
-        return manifest.required_cache_bytes(local_world_size * (touched + 1))
+        """Bytes that a cache of remote shards must hold: for each rank on it, those of a batch and the next one."""
+        shards_of_batch = 1 + -(-(batch_size - 1) // min(manifest.shard_samples))
+        return manifest.required_cache_bytes(local_world_size * (shards_of_batch + 1))
 
     def __len__(self) -> int:
-        """Batches of this rank."""
+        """Return the number of this rank's batches."""
         return -(-len(self._share) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        """Yield this rank's batches from its first sample on."""
         for batch in _batches(self.manifest, self.options, self._requests(), self.batch_size, self.device):
             yield batch if self._label_map is None else batch._replace(labels=self._label_map[batch.labels])
 
@@ -277,18 +290,18 @@ def _batches(
     manifest: Manifest,
     options: ImageOptions,
     requests: Iterator[BatchRequest],
-    max_batch: int,
+    max_batch_size: int,
     device: torch.device,
     substitute: SubstituteFn | None = None,
 ) -> Iterator[Batch]:
-    for request, images in decode_batches(manifest, options, requests, max_batch, device, substitute):
+    for request, images in decode_batches(manifest, options, requests, max_batch_size, device, substitute):
         labels = torch.from_numpy(manifest.samples["label"][request.samples].astype(np.int64))
         labels = labels.to(device, non_blocking=True)
         yield Batch(images, labels, request.samples, request.position, request.substituted)
 
 
 def check_labels(manifest: Manifest, num_classes: int) -> None:
-    """Raises ValueError if a class of the data set has no output in a model of `num_classes`."""
+    """Raise ValueError if the data set has more classes than the model has outputs, `num_classes`."""
     classes = len(manifest.classes)
     if classes > num_classes:
         raise ValueError(
@@ -297,11 +310,12 @@ def check_labels(manifest: Manifest, num_classes: int) -> None:
         )
 
 
-def map_labels(val: Manifest, classes: tuple[str, ...], source: str) -> np.ndarray:
-    """(classes of `val`,) int64: for each its label among `classes`, those of training or of weights at `source`.
+def map_labels(val: Manifest, classes: tuple[str, ...], source: str) -> npt.NDArray[np.int64]:
+    """Map the labels of `val` by class name to those of a model: (classes of `val`,) int64.
 
-    Names decide, so `val` may have fewer classes, in any order. A class without images may have any name.
-    Raises ValueError, naming the first, if it has images of a class that is not among them.
+    classes: the model's, which come from `source`, a training set or weights. `val` may have fewer of them, in any
+    order; a class without images may have any name, and maps to -1 if it is unknown.
+    Raises ValueError, naming the first, if `val` has images of a class that is not among `classes`.
     """
     labels = {name: label for label, name in enumerate(classes)}
     for name in (val.classes[label] for label in np.unique(val.samples["label"])):
@@ -315,5 +329,5 @@ def map_labels(val: Manifest, classes: tuple[str, ...], source: str) -> np.ndarr
 
 
 def count_classes(manifest: Manifest) -> int:
-    """How many classes have images in a data set."""
+    """Count the classes of a data set that have images."""
     return len(np.unique(manifest.samples["label"]))

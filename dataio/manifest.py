@@ -266,7 +266,7 @@ def _check_tables(
     if len(samples) == 0:
         raise ValueError(f"{folder} holds no samples; pack a folder with images")
     counts = [shard.samples for shard in shards]
-    # Samples are sorted by shard: Sampler and verify.py find a shard's samples by counting.
+    # Samples are sorted by shard: ShuffledSampler and verify.py find a shard's samples by counting.
     if sum(counts) != len(samples) or (samples["shard"] != np.repeat(np.arange(len(shards)), counts)).any():
         raise ValueError(f"{folder / SAMPLES_NAME} does not fit the manifest's shards; pack the folder again")
     sizes = np.array([shard.bytes for shard in shards], dtype=np.uint64)[samples["shard"]]

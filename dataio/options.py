@@ -1,8 +1,9 @@
-"""Base of dataio's options: validated when they are made, frozen, and nested as they are in the schema of a run."""
+"""Base class and constrained types of dataio's options: pydantic models, which launch/config.py's schema nests."""
 
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -13,12 +14,12 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Options(BaseModel):
-    """Options that cannot be changed. Raises pydantic's ValidationError, a ValueError, where one has no meaning."""
+    """Immutable options, validated when made. Raises pydantic's ValidationError, a ValueError, for an invalid one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, validated."""
+        """Return a copy with these values changed, validated like a new one."""
         return type(self)(**dict(self) | changes)
 
 
@@ -26,15 +27,15 @@ _Options = TypeVar("_Options", bound=Options)
 
 
 def parse_options(options: type[_Options], **values: Any) -> _Options:
-    """Options from values that a user gave. Raises ValueError with one line for each fault."""
+    """Build options from values that a user gave. Raises ValueError with one line for each invalid one."""
     try:
         return options(**values)
     except ValidationError as error:
-        raise ValueError("\n".join(describe_fault(fault) for fault in error.errors())) from error
+        raise ValueError("\n".join(_describe_fault(fault) for fault in error.errors())) from error
 
 
-def describe_fault(fault: Any) -> str:
-    """One line about an entry of `ValidationError.errors()`: the option, its value, what is allowed."""
+def _describe_fault(fault: ErrorDetails) -> str:
+    """Format an entry of `ValidationError.errors()` in one line: the option, its value, what is allowed."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     name = ".".join(str(part) for part in fault["loc"])

@@ -1,22 +1,24 @@
-"""The DALI graph, from encoded images to normalised pixels on the training device; and what goes in and comes out.
+"""The DALI graph from encoded images to normalised pixels on the training device, with its inputs and outputs.
 
-params.py says how each image is looked at, and DALI does the work: decode a window, resize it (on the CPU with the help
-of resize.py), change its pixels by the operations of policies.py, cut out the crop, mirror, normalise. DALI draws
-nothing by itself: every number comes in with the batch, so that the pixels of a sample are a pure function of its view.
-decode.py feeds the graph. Only this file and dali_ops.py import DALI.
+It decodes a crop box, resizes it (on the CPU through augment/resize.py), applies the ops (augment/dali_ops.py), takes
+the S×S crop, mirrors and normalises. All parameters come in with the batch, from augment/params.py, and DALI draws no
+random number. So the pixels of a sample are a pure function of its parameters. decode.py feeds the graph.
 
-Axes: B images of a batch, S the side of the square images that come out, L stages of operations.
+Axes: B images of a batch, S the side of the square output images, L stages of ops.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 import torch
-from nvidia.dali import Pipeline, pipeline_def
 from nvidia.dali.data_node import DataNode
-from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.pipeline import Pipeline, pipeline_def
+from nvidia.dali.plugin.pytorch.torch_utils import feed_ndarray
+from nvidia.dali.types import DALIDataType
+from torch.utils.dlpack import from_dlpack
 
 from dataio.augment import policies
 from dataio.augment.dali_ops import INTERPOLATIONS, Stage, apply_stage
@@ -24,64 +26,76 @@ from dataio.augment.params import ImageOptions, TransformParams
 from dataio.augment.policies import SampledOps
 from dataio.augment.resize import Resizer
 
-DALI_ERRORS = (RuntimeError, MemoryError)  # as which DALI's errors come
+Feed = Callable[[], tuple[Any, ...]]
+
+DALI_ERRORS = (RuntimeError, MemoryError)  # the types that DALI raises
 
 
-def pipeline_inputs(params: TransformParams, options: ImageOptions) -> tuple[np.ndarray, ...]:
-    """What the graph takes beside the encoded images, in its order."""
-    # DALI wants the crop's place as a share of the free margin, and rounds that back to whole pixels.
+def pipeline_inputs(params: TransformParams, options: ImageOptions) -> tuple[npt.NDArray[Any], ...]:
+    """Convert parameters to the graph's inputs, in its order, which follow the encoded images."""
+    # DALI takes a crop's offset as a fraction of the margin, and rounds that back to whole pixels.
     margins = np.maximum(params.resize_to - options.image_size, 1)
-    places = (params.crop_offsets / margins).astype(np.float32)
+    crop_positions = (params.crop_offsets / margins).astype(np.float32)
     return (
         np.ascontiguousarray(params.crop_boxes[:, 1::-1]),
         np.ascontiguousarray(params.crop_boxes[:, :1:-1]),
         params.resize_to.astype(np.float32),
-        np.ascontiguousarray(places[:, 0]),
-        np.ascontiguousarray(places[:, 1]),
+        np.ascontiguousarray(crop_positions[:, 0]),
+        np.ascontiguousarray(crop_positions[:, 1]),
         params.flips.astype(np.int32),
         *_stage_inputs(params, options),
     )
 
 
-def _stage_inputs(params: TransformParams, options: ImageOptions) -> Iterator[np.ndarray]:
-    """Op, op_arg and, where there is use for it, matrix of one stage after the other."""
-    of_stages = policies.op_matrices(SampledOps(params.ops, params.op_args), options.image_size, params.flips)
-    for number, ops in enumerate(options.stages):
-        yield np.ascontiguousarray(params.ops[:, number])
-        yield np.ascontiguousarray(params.op_args[:, number])
+def _stage_inputs(params: TransformParams, options: ImageOptions) -> Iterator[npt.NDArray[Any]]:
+    """Yield op, argument and, where an op may need it, matrix of one stage after the other."""
+    matrices = policies.op_matrices(SampledOps(params.ops, params.op_args), options.image_size, params.flips)
+    for stage, ops in enumerate(options.stages):
+        yield np.ascontiguousarray(params.ops[:, stage])
+        yield np.ascontiguousarray(params.op_args[:, stage])
         if policies.need_matrices(ops):
-            yield np.ascontiguousarray(of_stages[:, number])
+            yield np.ascontiguousarray(matrices[:, stage])
 
 
-def _input_types(options: ImageOptions) -> list[tuple[types.DALIDataType, int]]:
-    """Type and number of dimensions of all that the graph takes."""
+def _input_types(options: ImageOptions) -> list[tuple[DALIDataType, int]]:
+    """List type and number of dimensions of each input of the graph, encoded images included."""
     result = [
-        *((types.UINT8, 1), (types.INT32, 1), (types.INT32, 1), (types.FLOAT, 1)),
-        *((types.FLOAT, 0), (types.FLOAT, 0), (types.INT32, 0)),
+        (DALIDataType.UINT8, 1),  # encoded image
+        (DALIDataType.INT32, 1),  # crop box: top, left
+        (DALIDataType.INT32, 1),  # crop box: height, width
+        (DALIDataType.FLOAT, 1),  # resize to: height, width
+        (DALIDataType.FLOAT, 0),  # crop position: top
+        (DALIDataType.FLOAT, 0),  # crop position: left
+        (DALIDataType.INT32, 0),  # flip
     ]
     for ops in options.stages:
-        result += [(types.INT32, 0), (types.FLOAT, 0)] + [(types.FLOAT, 2)] * policies.need_matrices(ops)
+        result += [(DALIDataType.INT32, 0), (DALIDataType.FLOAT, 0)]
+        result += [(DALIDataType.FLOAT, 2)] * policies.need_matrices(ops)
     return result
 
 
 def make_resizer(options: ImageOptions, device: torch.device) -> Resizer | None:
-    """What scales on the CPU; on a GPU DALI does."""
+    """Create the resizer of a graph on the CPU; None on a GPU, where DALI resizes."""
     return Resizer(options.interpolation, options.threads) if device.type == "cpu" else None
 
 
 def build_pipeline(
-    options: ImageOptions, feed: Callable[[], tuple], max_batch: int, device: torch.device, resizer: Resizer | None
+    options: ImageOptions, feed: Feed, max_batch_size: int, device: torch.device, resizer: Resizer | None
 ) -> Pipeline:
-    """One graph for both kinds of device. `feed` gives a batch's inputs, or StopIteration after the last."""
+    """Build the graph for a device, CPU or GPU.
+
+    feed: returns a batch's encoded images and `pipeline_inputs`; raises StopIteration after the last batch.
+    resizer: of `make_resizer`.
+    """
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
-    return _pipeline(
+    return _decode_pipeline(
         options,
         feed,
         _input_types(options),
         resizer,
-        batch_size=max_batch,
+        batch_size=max_batch_size,
         num_threads=options.threads,
         device_id=device_id,
         prefetch_queue_depth=options.prefetch_batches,
@@ -90,25 +104,25 @@ def build_pipeline(
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(
+def _decode_pipeline(
     options: ImageOptions,
-    feed: Callable[[], tuple],
-    inputs: list[tuple[types.DALIDataType, int]],
+    feed: Feed,
+    inputs: list[tuple[DALIDataType, int]],
     resizer: Resizer | None,
 ) -> tuple[DataNode, DataNode]:
-    """(images, their whole height and width). resizer: on the CPU; None for DALI's own on a GPU."""
-    encoded, starts, shapes, resize_to, tops, lefts, flips, *operations = fn.external_source(
+    """Define the graph: (images, height and width of the stored images). inputs: of `_input_types`."""
+    encoded, starts, shapes, resize_to, tops, lefts, flips, *stage_inputs = fn.external_source(
         feed,
         num_outputs=len(inputs),
         dtype=[dtype for dtype, _ in inputs],
         ndim=[dimensions for _, dimensions in inputs],
     )
-    images, sizes = _decode_crops(encoded, starts, shapes, "cpu" if resizer else "mixed")
+    crops, sizes = _decode_crops(encoded, starts, shapes, "cpu" if resizer else "mixed")
     if resizer:
-        images = fn.python_function(images, resize_to, function=resizer, batch_processing=True, output_layouts="HWC")
+        images = fn.python_function(crops, resize_to, function=resizer, batch_processing=True, output_layouts="HWC")
     else:
-        images = fn.resize(
-            images,
+        images = fn.resize(  # type: ignore[assignment]  # DALI's type has all results that any input could lead to
+            crops,
             size=resize_to,
             interp_type=INTERPOLATIONS[options.interpolation],
             antialias=True,
@@ -118,54 +132,54 @@ def _pipeline(
     fill = [round(value) for value in mean]
     for ops in options.stages:
         count = 2 + policies.need_matrices(ops)
-        stage, operations = Stage(*operations[:count]), operations[count:]
+        stage, stage_inputs = Stage(*stage_inputs[:count]), stage_inputs[count:]
         images = apply_stage(images, stage, ops, fill, INTERPOLATIONS[options.interpolation])
     images = fn.crop_mirror_normalize(
         images,
         crop=(options.image_size, options.image_size),
         crop_pos_y=tops,
         crop_pos_x=lefts,
-        mirror=flips,  # free here; `matrices` has turned the operations accordingly
+        mirror=flips,  # at no cost here; op_matrices accounts for it
         mean=mean,
         std=[255 * value for value in options.std],
-        dtype=types.FLOAT,
+        dtype=DALIDataType.FLOAT,
         output_layout="HWC",
     )
     return images, sizes
 
 
 def _decode_crops(encoded: DataNode, starts: DataNode, shapes: DataNode, device: str) -> tuple[DataNode, DataNode]:
-    """(the crop_boxes, whole height and width of their images). starts, shapes: height, width."""
-    # What has no proper header fails here. The decoder (2.4.0) does not wait for its threads when it finds that, or
-    # a window beyond the image, and the process dies.
+    """Decode crop boxes: (crops, height and width of the stored images). starts, shapes: height, width."""
+    # An image without a valid header fails here. In the decoder (2.4.0), which does not wait for its threads then, the
+    # process would crash, as for a crop box beyond the image.
     sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
     fits = starts + shapes <= sizes
-    crop_boxes = fn.decoders.image_slice(
+    crops = fn.decoders.image_slice(
         encoded,
         device=device,
         start=starts * fits,
         shape=shapes * fits + (fits == 0),
         axis_names="HW",
         adjust_orientation=False,  # PIL does not turn images by their EXIF tag either
-        jpeg_fancy_upsampling=True,  # lets nvJPEG scale up chroma as libjpeg, and so PIL, does
-        hw_decoder_load=0.0,  # else a share of each batch is decoded by other means: pixels would depend on the batch
+        jpeg_fancy_upsampling=True,  # nvJPEG upsamples chroma as libjpeg, and so PIL, does
+        hw_decoder_load=0.0,  # the hardware decoder would take a part of each batch: pixels would depend on it
     )
-    return crop_boxes, sizes
+    return crops, sizes
 
 
-def to_torch(output: object, device: torch.device) -> torch.Tensor:
-    """DALI's (B, S, S, 3) output as (B, 3, S, S): its memory is channels_last as it stands.
+def to_torch(output: Any, device: torch.device) -> torch.Tensor:
+    """Convert DALI's (B, S, S, 3) output to (B, 3, S, S), whose memory is then channels_last.
 
     On the CPU the tensor is DALI's memory, handed over: DALI writes to it again only when the tensor is gone, and it
     outlives the pipeline. On a GPU DALI's memory would go back to it with the tensor, while PyTorch's stream may still
-    read from it, so the batch is copied. It is complete when share_outputs has returned it. The copy is queued on
+    read from it, so the batch is copied. Its memory is complete when share_outputs returns. The copy is queued on
     PyTorch's current stream, and copy_to_external makes DALI's stream wait for it before it writes to the buffer
     again. So release_outputs may follow at once, and whatever PyTorch queues after it on that stream sees the whole
     batch.
     """
     dense = output.as_tensor()
     if device.type == "cpu":
-        return torch.from_dlpack(dense).permute(0, 3, 1, 2)
+        return from_dlpack(dense).permute(0, 3, 1, 2)
     images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
     feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(device))
     return images.permute(0, 3, 1, 2)

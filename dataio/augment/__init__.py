@@ -1,1 +1,1 @@
-"""What changes pixels: crops and flips, the operations of RandAugment and 3-Augment, erasing, mixup and cutmix."""
+"""Augmentation: per-image crop, flip and RandAugment or 3-Augment ops; random erasing, mixup and cutmix of batches."""

@@ -1,9 +1,11 @@
-"""What is done to whole batches on the training device: random erasing, mixup, cutmix, label smoothing.
+"""Batch augmentation on the training device: random erasing, mixup, cutmix and label smoothing by timm's classes.
 
-timm's own classes do the work. They draw from the global generators of Python, NumPy and PyTorch, so these are
-seeded for the length of a call, and then put back: for erasing from (seed, position) of each image, for mixing from
-(seed, group), a group being `mixup_group_size` positions of the run. So images and targets are bit-identical on any number of
-ranks, whatever ran before. All this takes 2 ms for 64 images of 32² on one CPU core.
+timm draws from the global generators of Python, NumPy and PyTorch. So these are seeded for the length of a call and
+restored afterwards: for erasing from (seed, position) of each image, for mixing from (seed, group), where a group is
+`mixup_group_size` consecutive positions of the run. Images and targets are therefore bit-identical on any number of
+ranks, whatever ran before. A call takes 2 ms for 64 images of 32² on one CPU core.
+
+B: images of a batch, S: their side.
 """
 
 import random
@@ -25,49 +27,49 @@ if TYPE_CHECKING:
 
 
 class BatchAugmentOptions(Options):
-    """How whole batches are augmented; the defaults are the official recipe."""
+    """Options of batch augmentation; the defaults are the official recipe's."""
 
-    reprob: Fraction = 0.25  # probability of erasing a rectangle of an image
-    mixup: NonNegative = 0.8  # alpha of the Beta distribution of the shares; 0 turns mixup off
-    cutmix: NonNegative = 1.0  # likewise
+    reprob: Fraction = 0.25  # probability of random erasing, per image
+    mixup: NonNegative = 0.8  # alpha of the Beta distribution of lambda; 0 turns mixup off
+    cutmix: NonNegative = 1.0  # the same for cutmix
     mixup_prob: Fraction = 1.0  # probability of mixing a group of images
     mixup_switch_prob: Fraction = 0.5  # probability of cutmix for a mixed group, where both are on
-    mixup_group_size: Annotated[Count, Field(multiple_of=2)] = (
-        128  # images that share the draws of mixing, in pairs: the authors' batch per GPU
-    )
+    mixup_group_size: Annotated[Count, Field(multiple_of=2)] = 128  # images that share lambda: the authors' micro-batch
     label_smoothing: Fraction = 0.1
 
     @property
     def mixup_active(self) -> bool:
+        """Whether images are mixed at all, by mixup or cutmix."""
         return self.mixup > 0 or self.cutmix > 0
 
 
-def check_even_batch(options: BatchAugmentOptions, batch: int) -> None:
-    """Raises ValueError if images are to be mixed and `batch`, of a rank and micro-step, is odd."""
-    if options.mixup_active and batch % 2:
+def check_even_batch(options: BatchAugmentOptions, micro_batch_size: int) -> None:
+    """Raise ValueError if images are to be mixed in pairs and `micro_batch_size` is odd."""
+    if options.mixup_active and micro_batch_size % 2:
         raise ValueError(
-            f"a batch of {batch} images per rank cannot be mixed in pairs; use {batch + 1},"
+            f"a batch of {micro_batch_size} images per rank cannot be mixed in pairs; use {micro_batch_size + 1},"
             " or set mixup and cutmix to 0"
         )
 
 
 class BatchAugment:
-    """Call it with a batch for (images, targets). The images are the batch's, changed in place.
+    """Callable that maps a batch to (images, targets); the images are the batch's, changed in place.
 
-    Neighbours are mixed: the image at position 2p of the run with that at 2p + 1. timm takes the first and the last of
-    a batch, and so on; in random order any pairs are as good.
-    images: (B, 3, S, S) float32. targets: (B, num_classes) float32, rows sum to 1. `batch`: images per call.
-    Raises as `check_even_batch` does.
+    images: (B, 3, S, S) float32. targets: (B, num_classes) float32, rows sum to 1.
+    Neighbours are mixed: the image at position 2p of the run with that at 2p + 1. timm mixes the first of a batch with
+    the last, and so on; in random order any pairing is as good. Raises ValueError as `check_even_batch` does.
     """
 
     def __init__(
-        self, options: BatchAugmentOptions, num_classes: int, seed: int, batch: int, device: torch.device
+        self, options: BatchAugmentOptions, num_classes: int, seed: int, micro_batch_size: int, device: torch.device
     ) -> None:
-        check_even_batch(options, batch)
+        check_even_batch(options, micro_batch_size)
         self.options, self.num_classes, self.seed = options, num_classes, seed
-        self._erase = RandomErasing(1.0, mode="pixel", max_count=1, device=device)
-        self._erase_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])  # crops have draws of `seed`
-        self._mix = Mixup(
+        self._erase = RandomErasing(  # type: ignore[no-untyped-call]  # timm has no annotations
+            1.0, mode="pixel", max_count=1, device=device
+        )
+        self._erase_seed = int(np.random.SeedSequence((seed, 1)).generate_state(1)[0])  # `seed` itself draws the crops
+        self._mix = Mixup(  # type: ignore[no-untyped-call]  # timm has no annotations
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
             prob=options.mixup_prob,
@@ -77,48 +79,52 @@ class BatchAugment:
         )
 
     def __call__(self, batch: "Batch") -> tuple[torch.Tensor, torch.Tensor]:
-        chances = draws_at(self._erase_seed, batch.position, len(batch.images), 4)[:, 0]
+        """Augment a batch in place; return its images and soft targets."""
+        draws = draws_at(self._erase_seed, batch.position, len(batch.images), 4)[:, 0]
         with _preserved_rng_state(batch.images.device) as seed_rng:
-            for index in np.flatnonzero(chances < self.options.reprob):
+            for index in np.flatnonzero(draws < self.options.reprob):
                 seed_rng((self._erase_seed, batch.position + int(index)))
                 self._erase(batch.images[index])
             if self.options.mixup_active:
                 return batch.images, self._mix_groups(batch, seed_rng)
-        return batch.images, mixup_target(batch.labels, self.num_classes, smoothing=self.options.label_smoothing)
+        targets = mixup_target(  # type: ignore[no-untyped-call]  # timm has no annotations
+            batch.labels, self.num_classes, smoothing=self.options.label_smoothing
+        )
+        return batch.images, targets
 
     def _mix_groups(self, batch: "Batch", seed_rng: Callable[[tuple[int, int]], None]) -> torch.Tensor:
-        """Mixes the images in place; the targets. A batch may begin and end within a group."""
+        """Mix the images in place and return the targets. A batch may begin and end within a group."""
         targets = []
-        for group, places in _groups(batch.position, len(batch.images), self.options.mixup_group_size):
+        for group, indices in _groups(batch.position, len(batch.images), self.options.mixup_group_size):
             seed_rng((self.seed, group))
-            images = batch.images[places]
-            mixed, mixed_targets = self._mix(_pair_neighbours(images), _pair_neighbours(batch.labels[places]))
+            images = batch.images[indices]
+            mixed, mixed_targets = self._mix(_pair_neighbours(images), _pair_neighbours(batch.labels[indices]))
             images.copy_(_unpair_neighbours(mixed))
             targets.append(_unpair_neighbours(mixed_targets))
         return torch.cat(targets)
 
 
 def _groups(first: int, count: int, size: int) -> Iterator[tuple[int, slice]]:
-    """The groups of `size` positions that these positions lie in, each with their places in the batch."""
+    """Yield the groups of `size` positions that a batch from position `first` on overlaps, with their batch indices."""
     for group in range(first // size, (first + count - 1) // size + 1):
         yield group, slice(max(group * size - first, 0), min((group + 1) * size - first, count))
 
 
 def _pair_neighbours(rows: torch.Tensor) -> torch.Tensor:
-    """Neighbours where timm mixup_active them: the first of each pair from the start on, the second from the end."""
+    """Reorder rows so that timm mixes neighbours: the first of each pair from the start on, the second from the end."""
     return torch.cat([rows[0::2], rows[1::2].flip(0)])
 
 
 def _unpair_neighbours(rows: torch.Tensor) -> torch.Tensor:
-    """What `_pair_neighbours` was given."""
+    """Invert `_pair_neighbours`."""
     return torch.stack([rows[: len(rows) // 2], rows[len(rows) // 2 :].flip(0)], dim=1).flatten(0, 1)
 
 
 @contextmanager
 def _preserved_rng_state(device: torch.device) -> Iterator[Callable[[tuple[int, int]], None]]:
-    """Inside, the function that this gives seeds the global generators; afterwards they are as they were.
+    """Context that yields a function to seed the global generators, and restores them at its end.
 
-    Nothing here waits for the device: the state of a CUDA generator is kept on the host.
+    No synchronization with the device: the state of a CUDA generator is kept on the host.
     """
     on_gpu = device.type == "cuda"
     torch_generator = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator

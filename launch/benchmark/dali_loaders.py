@@ -19,7 +19,7 @@ from dataio.augment.params import train_params
 from dataio.decode import BatchRequest, decode_batches
 from dataio.loader import EvalLoader
 from dataio.manifest import Manifest, load_manifest
-from dataio.sampler import Sampler, draws_at
+from dataio.sampler import ShuffledSampler, draws_at
 from dataio.shards import open_shards
 from launch.benchmark.loaders import EXTENSIONS, SEED, SHUFFLE_BUFFER, LoadedBatch, LoaderConfig, grid_of
 from launch.config import DataSection
@@ -124,7 +124,7 @@ class DataioDecodeLoader:
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
     """An epoch's batches: (position of the first sample, samples)."""
-    order = Sampler(SEED, manifest.shard_samples)
+    order = ShuffledSampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
         yield position, order.samples_at(np.arange(position, min(position + batch, end)))

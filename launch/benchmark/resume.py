@@ -30,7 +30,7 @@ import torch
 from dataio.augment.params import ImageOptions
 from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
-from dataio.sampler import Sampler
+from dataio.sampler import ShuffledSampler
 from dataio.workers import available_cores, sigint_blocked
 from launch.benchmark.measure import quantiles
 from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
@@ -101,7 +101,7 @@ def correlations(manifest: Manifest) -> dict[str, float]:
     largest = {}
     stored = np.arange(len(manifest))
     for window in (None, _WINDOW_SHARDS):
-        orders = [Sampler(seed, manifest.shard_samples, window) for seed in range(_SHUFFLED_SEEDS)]
+        orders = [ShuffledSampler(seed, manifest.shard_samples, window) for seed in range(_SHUFFLED_SEEDS)]
         seen = (order.samples_at(epoch * len(stored) + stored) for order in orders for epoch in range(_SHUFFLED_EPOCHS))
         largest[str(orders[0])] = max(abs(float(np.corrcoef(stored, samples)[0, 1])) for samples in seen)
     return largest

@@ -88,7 +88,10 @@ def test_long_class_names_are_shortened(source, tmp_path):
     ("options", "message"),
     [
         (["--count", "0", "--out", "grid.png"], "--count is 0; use 1 or more"),
-        (["--augmented", "--size", "0", "--out", "grid.png"], "image_size is 0; use at least 1"),
+        (
+            ["--augmented", "--size", "0", "--out", "grid.png"],
+            "image_size is 0: input should be greater than or equal to 1",
+        ),
         (["--seed", "-1", "--out", "grid.png"], "seed is -1; use a number from 0 to 2**63 - 1"),
         (["--count", "2", "--out", "grid.xyz"], "Format 'xyz' is not supported"),
         (["--count", "2", "--out", "none/grid.png"], "[Errno 2] No such file or directory: "),

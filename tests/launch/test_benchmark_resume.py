@@ -9,7 +9,7 @@ import torch
 from dataio.augment.params import ImageOptions
 from dataio.loader import TrainLoader
 from dataio.manifest import load_manifest
-from dataio.sampler import Sampler
+from dataio.sampler import ShuffledSampler
 from dataio.shards import LocalShards
 from launch.benchmark import resume
 from launch.benchmark.sample_images import pack_images
@@ -67,7 +67,7 @@ def test_correlations_are_those_of_the_orders(many):
     stored, found = np.arange(1680), []
     for seed in range(3):
         for epoch in range(5):
-            seen = Sampler(seed, (3,) * 560).samples_at(epoch * 1680 + stored)
+            seen = ShuffledSampler(seed, (3,) * 560).samples_at(epoch * 1680 + stored)
             found.append(abs(((seen - 839.5) * (stored - 839.5)).sum() / ((stored - 839.5) ** 2).sum()))
     assert resume.correlations(many)["full"] == pytest.approx(max(found))
 

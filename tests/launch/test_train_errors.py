@@ -11,7 +11,7 @@ import pytest
 
 from dataio.manifest import Manifest
 from dataio.pack.packer import PackOptions, pack
-from dataio.sampler import Sampler
+from dataio.sampler import ShuffledSampler
 
 ROOT = Path(__file__).parents[2]
 RUN_IN_OWN_FOLDER = str(Path(__file__).with_name("run_in_own_folder.py"))
@@ -52,7 +52,7 @@ def test_bad_samples_are_reported_and_counted_up_to_the_limit(
 ):
     """Two ranks decode three, of which they may substitute two: the run ends with the first epoch at the latest."""
     manifest = pack(fashion, tmp_path / "train", replace(SUBSET, val_percent=55))
-    order = Sampler(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
+    order = ShuffledSampler(0, manifest.shard_samples).samples_at(np.arange(6 * 32))
     order, next_epoch = order[: len(manifest)], order[len(manifest) :]  # which the sixth step reaches into
     once = [sample for sample in order.tolist() if sample not in next_epoch]
     broken = [once[3], once[40], once[-1]]  # the third in the last step of the epoch

@@ -1,4 +1,4 @@
-"""Augmentation repeats to the bit whatever ran before, and its targets say what is in the images."""
+"""Batch augmentation is bit-identical whatever ran before, and its targets match what is in the images."""
 
 import random
 
@@ -27,22 +27,22 @@ POSITIONS = range(0, 40 * 16, 16)
 
 @pytest.fixture(scope="module")
 def photographs(shards) -> Batch:
-    plan = LoaderOptions(seed=0, global_batch_size=16)
-    return next(TrainLoader(load_manifest(shards), ImageOptions(image_size=32, threads=2), plan, torch.device("cpu")))
+    options, loader_options = ImageOptions(image_size=32, threads=2), LoaderOptions(seed=0, global_batch_size=16)
+    return next(TrainLoader(load_manifest(shards), options, loader_options, torch.device("cpu")))
 
 
 def at(batch: Batch, position: int, device: str = "cpu") -> Batch:
-    """The same images as a batch of another position, in memory of their own."""
+    """A copy of the batch, at another position."""
     images = batch.images.to(device, copy=True)
     return batch._replace(images=images, labels=batch.labels.to(device), position=position)
 
 
-def augment(options: BatchAugmentOptions, seed: int = 3, device: str = "cpu", batch: int = 16) -> BatchAugment:
-    return BatchAugment(options, CLASSES, seed, batch, torch.device(device))
+def augment(options: BatchAugmentOptions, seed: int = 3, device: str = "cpu", batch_size: int = 16) -> BatchAugment:
+    return BatchAugment(options, CLASSES, seed, batch_size, torch.device(device))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_the_same_batch_is_augmented_to_the_same_bits_whatever_ran_before(photographs, device):
+def test_augmentation_is_bit_identical_whatever_ran_before(photographs, device):
     first = augment(BatchAugmentOptions(), device=device)
     expected = [first(at(photographs, position, device)) for position in POSITIONS]
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
@@ -54,7 +54,7 @@ def test_the_same_batch_is_augmented_to_the_same_bits_whatever_ran_before(photog
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_the_global_generators_go_on_as_if_nothing_had_been_drawn(photographs, device):
+def test_the_global_generators_continue_as_if_nothing_had_been_drawn(photographs, device):
     def drawn() -> list[float]:
         return [random.random(), np.random.rand(), torch.rand(1).item(), torch.rand(1, device=device).item()]
 
@@ -68,7 +68,7 @@ def test_the_global_generators_go_on_as_if_nothing_had_been_drawn(photographs, d
     assert drawn() == expected
 
 
-def test_the_global_generators_are_put_back_after_an_error(photographs):
+def test_the_global_generators_are_restored_after_an_error(photographs):
     state = np.random.get_state()[1].tolist()
     odd = Batch(photographs.images[:5].clone(), photographs.labels[:5], photographs.samples[:5], 0)
     with pytest.raises(AssertionError, match="even"):  # timm's own
@@ -76,7 +76,7 @@ def test_the_global_generators_are_put_back_after_an_error(photographs):
     assert np.random.get_state()[1].tolist() == state
 
 
-def test_other_positions_and_seeds_give_others(photographs):
+def test_other_positions_and_seeds_have_other_draws(photographs):
     images = [
         augment(BatchAugmentOptions(), seed)(at(photographs, position))[0]
         for seed, position in ((3, 0), (3, 16), (4, 0))
@@ -86,18 +86,18 @@ def test_other_positions_and_seeds_give_others(photographs):
 
 
 def partners(rows: torch.Tensor) -> torch.Tensor:
-    """Of each its neighbour: the second of the first pair, the first of it, the second of the second pair …"""
+    """The rows with the two of each pair exchanged: 1, 0, 3, 2, …"""
     return rows.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
-def share_of(targets: torch.Tensor, labels: torch.Tensor, smoothing: float) -> float:
-    """How much of each image is its own, read off the targets of a pair with different labels."""
+def lambda_of(targets: torch.Tensor, labels: torch.Tensor, smoothing: float) -> float:
+    """The weight of each image itself, from the targets of a pair with different labels."""
     pair = int((labels != partners(labels)).nonzero()[0])
     return float((targets[pair, labels[pair]] - smoothing / CLASSES) / (1 - smoothing))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_mixup_and_cutmix_both_occur_and_the_targets_say_in_which_shares(photographs, device):
+def test_mixup_and_cutmix_both_occur_and_targets_have_their_lambda(photographs, device):
     plain, labels = photographs.images.to(device), photographs.labels.to(device)
     partner = partners(plain)
     cut = 0
@@ -106,19 +106,19 @@ def test_mixup_and_cutmix_both_occur_and_the_targets_say_in_which_shares(photogr
         assert targets.dtype == torch.float32
         assert targets.shape == (16, CLASSES)
         assert torch.allclose(targets.sum(dim=1), torch.ones(16, device=device))
-        share = share_of(targets, labels, 0.1)
+        weight = lambda_of(targets, labels, 0.1)
         if ((images == plain) | (images == partner)).all():
             cut += 1
             own = (images == plain).all(dim=(0, 1)).float().mean().item()
-            assert own == pytest.approx(share, abs=1e-4)
+            assert own == pytest.approx(weight, abs=1e-4)
         else:
-            assert torch.allclose(images, share * plain + (1 - share) * partner, atol=1e-4)
+            assert torch.allclose(images, weight * plain + (1 - weight) * partner, atol=1e-4)
     assert 10 <= cut <= 30, "cutmix and mixup are equally likely"
 
 
 def test_without_mixing_the_targets_are_smoothed_and_the_images_untouched(photographs):
     odd = Batch(photographs.images[:5], photographs.labels[:5], photographs.samples[:5], 0)
-    images, targets = augment(OFF, batch=5)(odd)
+    images, targets = augment(OFF, batch_size=5)(odd)
     assert torch.equal(images, photographs.images[:5])
     expected = torch.nn.functional.one_hot(odd.labels, CLASSES) * 0.9 + 0.01
     assert torch.allclose(targets, expected)
@@ -134,14 +134,14 @@ def test_without_mixing_the_targets_are_smoothed_and_the_images_untouched(photog
         ({"mixup_switch_prob": 0}, False),
     ],
 )
-def test_each_kind_of_mixing_can_be_had_alone(photographs, options, cuts):
+def test_mixup_and_cutmix_can_be_used_alone(photographs, options, cuts):
     partner = partners(photographs.images)
     for position in POSITIONS[:10]:
         images, _ = augment(ONLY_MIX.replace(**options))(at(photographs, position))
         assert ((images == photographs.images) | (images == partner)).all().item() == cuts
 
 
-def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
+def test_smoothing_and_the_fraction_of_mixed_batches_are_as_configured(photographs):
     options = ONLY_MIX.replace(mixup_prob=0.3, label_smoothing=0.4)
     untouched = torch.nn.functional.one_hot(photographs.labels, CLASSES) * 0.6 + 0.04
     mixed = 0
@@ -155,41 +155,41 @@ def test_smoothing_and_the_share_of_mixed_batches_are_as_asked(photographs):
 
 def test_an_odd_batch_cannot_be_mixed():
     with pytest.raises(ValueError, match="batch of 7 images per rank .* in pairs; use 8, or set mixup and cutmix to 0"):
-        augment(BatchAugmentOptions(), batch=7)
+        augment(BatchAugmentOptions(), batch_size=7)
 
 
 @pytest.mark.parametrize("group", [-2, 0, 1, 15])
-def test_images_of_a_group_can_be_paired(group):
+def test_a_mixup_group_has_an_even_size(group):
     with pytest.raises(ValueError, match="mixup_group_size\n  Input should be (a multiple of 2|greater than)"):
         BatchAugmentOptions(mixup_group_size=group)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
-def test_images_and_targets_are_the_same_bits_on_any_number_of_ranks(photographs, device, ranks):
-    """In steps of 48 images. No rank's batch is a group of 10; some begin or end within one, some hold several."""
+def test_images_and_targets_are_bit_identical_on_any_number_of_ranks(photographs, device, ranks):
+    """In steps of 48 images. No batch of a rank is a group of 10; some begin or end within one, some hold several."""
     images, labels = (torch.cat([field] * 3).to(device) for field in (photographs.images, photographs.labels))
-    options, share = BatchAugmentOptions(mixup_group_size=10), 48 // ranks
+    options, size = BatchAugmentOptions(mixup_group_size=10), 48 // ranks
     for first in range(0, 20 * 48, 48):
         got = [
-            augment(options, device=device, batch=share)(
-                Batch(images[place : place + share].clone(), labels[place : place + share], None, first + place)
+            augment(options, device=device, batch_size=size)(
+                Batch(images[start : start + size].clone(), labels[start : start + size], None, first + start)
             )
-            for place in range(0, 48, share)
+            for start in range(0, 48, size)
         ]
         of_pairs = [
-            augment(options, device=device, batch=2)(
-                Batch(images[place : place + 2].clone(), labels[place : place + 2], None, first + place)
+            augment(options, device=device, batch_size=2)(
+                Batch(images[start : start + 2].clone(), labels[start : start + 2], None, first + start)
             )
-            for place in range(0, 48, 2)
+            for start in range(0, 48, 2)
         ]
         for of_ranks, expected in zip(zip(*got, strict=True), zip(*of_pairs, strict=True), strict=True):
             assert torch.equal(torch.cat(of_ranks), torch.cat(expected))
 
 
 def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
-    """Of 8 images, so that a batch has two groups. Mixup's shares are of any size, boxes of cutmix may be equal."""
-    mixup, shares = augment(ONLY_MIX.replace(cutmix=0, mixup_group_size=8)), []
+    """Groups of 8 images, two in a batch. Only mixup: its lambdas all differ, while boxes of cutmix may be equal."""
+    mixup, lambdas = augment(ONLY_MIX.replace(cutmix=0, mixup_group_size=8)), []
     for position in POSITIONS:
         _, targets = mixup(at(photographs, position))
         for group in (slice(0, 8), slice(8, 16)):
@@ -197,11 +197,11 @@ def test_a_group_shares_its_draws_and_others_have_their_own(photographs):
             own = targets[group].gather(1, photographs.labels[group, None])[pairs]
             assert len(own) > 0
             assert (own == own[0]).all()
-            shares.append(own[0].item())
-    assert len(set(shares)) == len(shares)
+            lambdas.append(own[0].item())
+    assert len(set(lambdas)) == len(lambdas)
 
 
-def test_a_quarter_of_the_images_loses_a_rectangle_to_noise(photographs):
+def test_random_erasing_fills_a_rectangle_of_a_quarter_of_the_images_with_noise(photographs):
     options = BatchAugmentOptions(mixup=0, cutmix=0)
     areas = []
     for position in POSITIONS:

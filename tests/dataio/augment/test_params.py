@@ -1,4 +1,4 @@
-"""Crops against torchvision's own, flips, and options without meaning."""
+"""Crop boxes against torchvision's, flips, and invalid options."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (400, 120), (90, 333)])
-def test_crops_are_distributed_as_torchvision_s(width, height):
+def test_crop_boxes_are_distributed_as_torchvision_s(width, height):
     count = 4000
     draws = draws_at(0, 0, count, CROP_DRAWS)
     ours = random_resized_crops(draws, np.full(count, width), np.full(count, height), SCALE, RATIO)
@@ -27,22 +27,22 @@ def test_crops_are_distributed_as_torchvision_s(width, height):
     limit = 1.95 * (2 / count) ** 0.5  # exceeded by chance once in 1000 times
     for number, name in enumerate(("left", "top", "width", "height")):
         assert ks_statistic(ours[:, number], theirs[:, number]) < limit, name
-    shapes = [crop_boxes[:, 2] / crop_boxes[:, 3] for crop_boxes in (ours, theirs)]
+    ratios = [crop_boxes[:, 2] / crop_boxes[:, 3] for crop_boxes in (ours, theirs)]
     areas = [crop_boxes[:, 2] * crop_boxes[:, 3] for crop_boxes in (ours, theirs)]
-    assert ks_statistic(*shapes) < limit
+    assert ks_statistic(*ratios) < limit
     assert ks_statistic(*areas) < limit
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 40), (41, 1000), (1001, 333)])
-def test_an_image_into_which_no_try_fits_is_cut_at_its_centre_as_torchvision_does(width, height):
-    whole = (1.0, 1.0)  # no window of the full area fits, whatever the draws
+def test_an_image_into_which_no_try_fits_has_torchvision_s_central_crop(width, height):
+    whole = (1.0, 1.0)  # no crop box of the full area fits, whatever the draws
     ours = random_resized_crops(draws_at(0, 0, 3, CROP_DRAWS), np.full(3, width), np.full(3, height), whole, RATIO)
     top, left, cut_height, cut_width = RandomResizedCrop.get_params(torch.empty(3, height, width), whole, RATIO)
     assert ours.tolist() == [[left, top, cut_width, cut_height]] * 3
 
 
 @pytest.mark.parametrize(("draw", "at_the_end"), [(0.0, False), (1 - 2**-53, True)])
-def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
+def test_crop_boxes_reach_all_edges_of_the_image(draw, at_the_end):
     draws = draws_at(0, 0, 100, CROP_DRAWS)
     draws[:, 20:] = draw
     left, top, width, height = random_resized_crops(draws, np.full(100, 500), np.full(100, 375), SCALE, RATIO).T
@@ -56,12 +56,12 @@ def test_windows_reach_all_edges_of_the_image(draw, at_the_end):
     st.integers(1, 5000),
     st.lists(st.floats(0, 1 - 2**-53), min_size=CROP_DRAWS, max_size=CROP_DRAWS),
 )
-def test_windows_lie_inside_the_image(width, height, draws):
-    window = random_resized_crops(np.array([draws]), np.array([width]), np.array([height]), SCALE, RATIO)[0]
-    assert window.min() >= 0
-    assert window[2:].min() >= 1
-    assert window[0] + window[2] <= width
-    assert window[1] + window[3] <= height
+def test_crop_boxes_lie_inside_the_image(width, height, draws):
+    box = random_resized_crops(np.array([draws]), np.array([width]), np.array([height]), SCALE, RATIO)[0]
+    assert box.min() >= 0
+    assert box[2:].min() >= 1
+    assert box[0] + box[2] <= width
+    assert box[1] + box[3] <= height
 
 
 def test_half_of_the_images_are_flipped(shards):
@@ -95,6 +95,6 @@ def test_half_of_the_images_are_flipped(shards):
         ({"prefetch_batches": 0}, "prefetch_batches is 0: input should be greater than or equal to 1"),
     ],
 )
-def test_options_without_meaning_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         parse_options(ImageOptions, **options)

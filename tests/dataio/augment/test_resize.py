@@ -1,4 +1,4 @@
-"""Scaling bytes with PyTorch against PIL, in the threads that a graph keeps for it."""
+"""Resize of uint8 images by PyTorch against PIL, and the threads it runs in."""
 
 import gc
 import threading
@@ -33,30 +33,30 @@ def photograph(height: int, width: int) -> np.ndarray:
         (1, 1, (32, 32)),
     ],
 )
-def test_images_are_scaled_as_in_pil(interpolation, height, width, to):
+def test_resize_matches_pil(interpolation, height, width, to):
     image = photograph(height, width)
-    (scaled,) = Resizer(interpolation, 1)([image], [np.array(to, dtype=np.float32)])
-    filtering = FILTERS[interpolation]
-    along_rows = Image.fromarray(image).resize((to[1], height), filtering)  # Pillow 13 may take columns first
-    expected = along_rows.resize(to[::-1], filtering)
-    assert scaled.dtype == np.uint8
-    assert scaled.flags.c_contiguous
-    differences = np.abs(scaled.astype(int) - np.asarray(expected))
+    (resized,) = Resizer(interpolation, 1)([image], [np.array(to, dtype=np.float32)])
+    resample = FILTERS[interpolation]
+    rows_resized = Image.fromarray(image).resize((to[1], height), resample)  # Pillow 13 may take columns first
+    expected = rows_resized.resize(to[::-1], resample)
+    assert resized.dtype == np.uint8
+    assert resized.flags.c_contiguous
+    differences = np.abs(resized.astype(int) - np.asarray(expected))
     assert differences.max() <= 2
     assert differences.mean() <= 0.01
 
 
-def test_each_image_of_a_batch_has_its_size_and_its_place():
+def test_each_image_of_a_batch_has_its_own_size():
     images = [photograph(60 + 7 * number, 90 - 5 * number) for number in range(9)]
     sizes = [np.array([32 + number, 64 - number], dtype=np.float32) for number in range(9)]
     resizer = Resizer("bicubic", 3)
     together = resizer(images, sizes)
-    assert [scaled.shape[:2] for scaled in together] == [tuple(size) for size in sizes]
-    for scaled, image, size in zip(together, images, sizes, strict=True):
-        assert np.array_equal(scaled, *resizer([image], [size]))
+    assert [resized.shape[:2] for resized in together] == [tuple(size) for size in sizes]
+    for resized, image, size in zip(together, images, sizes, strict=True):
+        assert np.array_equal(resized, *resizer([image], [size]))
 
 
-def test_what_cannot_be_scaled_raises_in_the_caller():
+def test_an_impossible_resize_raises_in_the_caller():
     with pytest.raises(RuntimeError, match="greater than 0"):
         Resizer("bicubic", 2)([photograph(8, 8)] * 3, [np.array(size) for size in ((4, 4), (0, 4), (4, 4))])
 
