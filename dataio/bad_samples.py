@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image, UnidentifiedImageError
 
 from dataio.augment.params import ImageOptions, TransformParams, eval_params
@@ -165,7 +164,7 @@ class _SingleImageDecoder:
     def __init__(self, options: ImageOptions, device: torch.device) -> None:
         self._options, self._device = options, device
         self._inputs: list[tuple[Any, ...]] = []  # of one batch; DALI keeps the list, and must not keep this object
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Any = None  # a DALI Pipeline
 
     def find_failure(self, encoded: Encoded, params: TransformParams, size: tuple[int, int]) -> str | None:
         """Decode an image of this (width, height) with its parameters; return DALI's error, None if it succeeds."""
