@@ -165,7 +165,7 @@ class PolaFormerPP(nn.Module):
         self.reset_classifier(num_classes)
         self.apply(_initialise)
         # torch leaves this function unannotated
-        self.register_load_state_dict_pre_hook(weights.remap_official_hook)
+        self.register_load_state_dict_pre_hook(weights.remap_official_hook)  # type: ignore[no-untyped-call]
         if device is not None or dtype is not None:
             self.to(device, dtype)
 
@@ -182,7 +182,7 @@ class PolaFormerPP(nn.Module):
         x = self.stem(_channels_last(x))
         for stage in self.stages:
             # torch's stub: attributes of modules may be tensors
-            x = stage.downsample(stage(x))
+            x = stage.downsample(stage(x))  # type: ignore[operator]
         return x
 
     def forward_intermediates(
@@ -210,7 +210,7 @@ class PolaFormerPP(nn.Module):
                 intermediates.append(x)
             if number < len(stages) - 1:
                 # torch's stub: attributes of modules may be tensors
-                x = stage.downsample(x)
+                x = stage.downsample(x)  # type: ignore[operator]
         return intermediates if intermediates_only else (x, intermediates)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -262,7 +262,7 @@ class PolaFormerPP(nn.Module):
         """Save only the inputs of blocks for backward and recompute the rest."""
         for stage in self.stages:
             # torch's stub: attributes of modules are tensors or modules
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
 
 def _initialise(module: nn.Module) -> None:
@@ -315,7 +315,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> PolaFormerPP:
     )
     if kwargs.get("features_only"):
         # torch leaves this function unannotated
-        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)
+        model.register_load_state_dict_pre_hook(weights.remap_features_only_hook)  # type: ignore[no-untyped-call]
     return model
 
 
