@@ -1,6 +1,6 @@
 """The data benchmark's loaders that need DALI: ours, and DALI's own WebDataset reader.
 
-loaders.py has the others, and says what a loader has to do.
+loaders.py has the others, and the interface.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from launch.benchmark.loaders import EXTENSIONS, SEED, SHUFFLE_BUFFER, LoadedBat
 from launch.config import DataSection
 from launch.plan import image_options
 
-_PREFETCH_QUEUE_DEPTH = 2  # batches under way, as ours has
+_PREFETCH_QUEUE_DEPTH = 2  # batches in flight, as in dataio
 
 
 class DataioLoader:
@@ -36,6 +36,7 @@ class DataioLoader:
         self._options, self._device = image_options(config.data()), torch.device(config.device)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         if self.config.workload == "read":
             return self._read(number)
         if self.config.workload == "evaluation":
@@ -53,7 +54,7 @@ class DataioLoader:
             yield LoadedBatch(batch.images, batch.labels, batch.samples)
 
     def _train(self, number: int) -> Iterator[LoadedBatch]:
-        """TrainLoader has no end, and would be decoding the next epoch when a baseline's turn begins."""
+        """TrainLoader's batches of one epoch: it has no end itself, and would decode ahead while others are timed."""
         requests = self._requests(number)
         for request, images in decode_batches(self.manifest, self._options, requests, self.config.batch, self._device):
             labels = torch.from_numpy(self.manifest.samples["label"][request.samples].astype(np.int64))
@@ -66,7 +67,7 @@ class DataioLoader:
 
 
 class DaliWebDatasetLoader:
-    """DALI alone: fn.readers.webdataset, decoding, cropping, normalising in one graph."""
+    """DALI alone: fn.readers.webdataset, decoding, cropping and normalising in one graph."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self._manifest = config, load_manifest(config.folder)
@@ -74,11 +75,10 @@ class DaliWebDatasetLoader:
         self._started = False
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         samples, batch = len(self._manifest), self.config.batch
         batches = -(-samples // batch)
-        for _ in range(
-            _PREFETCH_QUEUE_DEPTH if self._started else 1
-        ):  # the first call starts `_PREFETCH_QUEUE_DEPTH` batches
+        for _ in range(_PREFETCH_QUEUE_DEPTH if self._started else 1):  # the first call fills the queue by itself
             self._pipeline.schedule_run()
         self._started = True
         for place in range(batches):
@@ -91,18 +91,19 @@ class DaliWebDatasetLoader:
                 None if self.config.shuffled else np.arange(first, first + count),
             )
             self._pipeline.release_outputs()
-            if place + _PREFETCH_QUEUE_DEPTH < batches:  # none of the next epoch while others have their turn
+            if place + _PREFETCH_QUEUE_DEPTH < batches:  # nothing of the next epoch while others are timed
                 self._pipeline.schedule_run()
             yield loaded
 
 
 class DataioDecodeLoader:
-    """Our shards' reader and DALI's decoder, in the order of a file: training never decodes whole images."""
+    """dataio's reader of shards and DALI's decoder, in stored order: training never decodes whole images."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self._manifest = config, load_manifest(config.folder)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         samples, batch = len(self._manifest), self.config.batch
         requests = (np.arange(first, min(first + batch, samples)) for first in range(0, samples, batch))
         in_flight: list[np.ndarray] = []
@@ -124,7 +125,7 @@ class DataioDecodeLoader:
 
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """An epoch's batches: (position of the first sample, samples)."""
+    """An epoch's batches in training order: (position of the first sample, samples)."""
     order = Sampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
@@ -171,12 +172,12 @@ def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
 
 
 def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> DataNode:
-    """The evaluation's or the training's images, with DALI's own random numbers."""
+    """Evaluation or training images, with DALI's own random numbers."""
     decoding = {"device": _decoder(config), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
     if config.workload == "evaluation":
         images, side, mirror = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct), 0
         margin = max(1, side - config.size)
-        place = round(margin / 2) / margin  # half to even, as PIL's users have it; DALI's own default rounds up
+        place = round(margin / 2) / margin  # half to even, as in PIL; DALI's own default rounds up
     else:
         images = fn.decoders.image_random_crop(
             encoded, random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **decoding
@@ -200,7 +201,7 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
 
 
 def _rand_augment(images: DataNode, data: DataSection) -> DataNode:
-    """One of DALI's own 13 operations; they are nearly timm's 15, of the same strength on average."""
+    """One of DALI's own 13 operations, nearly timm's 15, of the same strength on average."""
     settings = data.rand_augment
     if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):
         images = rand_augment(
@@ -219,7 +220,7 @@ def _decoder(config: LoaderConfig) -> str:
 
 
 def _to_output(output: Any, config: LoaderConfig) -> Any:
-    """What the consumer gets of a batch."""
+    """The images of a batch as `LoadedBatch` has them."""
     if config.workload == "read":
         return [output.at(place).tobytes() for place in range(len(output))]
     if config.workload == "decode":

@@ -1,7 +1,7 @@
-"""What the data benchmark's loaders have to do, and those that read with webdataset and decode with PIL.
+"""The interface of the data benchmark's loaders, and those that read with webdataset and decode with PIL.
 
-Each is an object made for one config, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
-ours among them; loader_processes.py runs each in a process of its own.
+A loader is made for one config; its `epoch` yields all images once. dali_loaders.py has the loaders that need DALI, ours
+among them; loader_processes.py runs each in a process of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,8 @@ from dataio.manifest import Manifest, load_manifest
 from launch.config import DataSection
 
 AUGMENTATIONS = get_args(DataSection.model_fields["augmentation"].annotation)
-#: What is done to the images.
-WORKLOADS = ("read", "decode", "evaluation", *reversed(AUGMENTATIONS))  # from least to most
-GRID = 8  # decoded images are handed over as so many pixels a side, taken from all over them
+WORKLOADS = ("read", "decode", "evaluation", *reversed(AUGMENTATIONS))  # from the least work to the most
+GRID = 8  # pixels a side, taken from all over a decoded image, that are delivered of it
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 SHUFFLE_BUFFER = 1000  # encoded images in a baseline's buffer
 SEED = 0
@@ -30,28 +29,28 @@ SEED = 0
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """What is to be loaded, and with how much. `cores`: threads or worker processes."""
+    """The images, what is done to them, and the size of the batches. `cores`: threads or worker processes."""
 
     workload: str  # of WORKLOADS
     folder: Path  # packed
     batch: int
     size: int  # pixels, of the normalised images
     cores: int
-    device: str  # where batches are handed over
+    device: str  # of the batches
 
     @property
     def shuffled(self) -> bool:
-        """In another order each epoch; otherwise in stored order, so that pixels can be compared."""
+        """Whether each epoch has another order; otherwise it is the stored one, so that pixels can be compared."""
         return self.workload not in ("decode", "evaluation")
 
     def data(self) -> DataSection:
-        """The configuration by which images are prepared."""
+        """The configuration of decoding and augmentation."""
         augmentation = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
         return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **augmentation)
 
 
 class LoadedBatch(NamedTuple):
-    """A batch. `rows`: of the manifest, None where the loader does not know and nobody asks.
+    """A batch. `rows`: of the manifest, None where the loader does not know them and they are not needed.
 
     images: B encoded images; (B, GRID, GRID, 3) uint8; or (B, 3, S, S) float32, normalised, on the device.
     """
@@ -62,14 +61,14 @@ class LoadedBatch(NamedTuple):
 
 
 class Loader(Protocol):
-    """A contestant."""
+    """What is timed."""
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
-        """Every image once."""
+        """Every image once, in batches."""
 
 
 def rows_by_key(manifest: Manifest) -> dict[str, int]:
-    """Keys of samples in their shards, as webdataset calls them → rows of the manifest."""
+    """Rows of the manifest by the samples' webdataset keys."""
     rows: dict[str, int] = {}
     for shard in manifest.shards:
         for line in (manifest.folder / shard.idx_name).read_text().splitlines()[1:]:
@@ -87,10 +86,9 @@ class WebDataset:
         manifest = load_manifest(config.folder)
         self._rows = rows_by_key(manifest)
         urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
-        # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do.
-        workers = min(config.cores, len(urls)) * (
-            config.workload != "read"
-        )  # bytes are read faster than workers hand them on
+        # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do. Bytes
+        # are read faster without workers than they can pass them on.
+        workers = min(config.cores, len(urls)) if config.workload != "read" else 0
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if config.shuffled else False, seed=SEED)
         if config.shuffled:
             dataset = dataset.shuffle(SHUFFLE_BUFFER)
@@ -110,6 +108,7 @@ class WebDataset:
         return image if self._transform is None else self._transform(image)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         for names, images, labels in self._loader:
             if isinstance(images, Tensor):
                 images = images.to(self.config.device, non_blocking=True)
@@ -123,12 +122,12 @@ def grid_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def pil_grid(image: Image.Image) -> np.ndarray:
-    """The whole image decoded, and its grid."""
+    """The grid of an image, which is decoded as a whole."""
     return grid_of(np.asarray(image))
 
 
 def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """torchvision's evaluation or training transform, for PIL images."""
+    """torchvision's evaluation or training transform of PIL images, to (3, S, S) float32."""
     data, bicubic = config.data(), InterpolationMode.BICUBIC
     if config.workload == "evaluation":
         side = int(config.size / data.crop_pct)
@@ -143,7 +142,7 @@ def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tenso
 
 
 def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """timm's, likewise; its names for the augmentations are beside ours."""
+    """timm's evaluation or training transform of PIL images, to (3, S, S) float32."""
     from timm.data import auto_augment, create_transform
 
     # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
