@@ -23,7 +23,7 @@ USAGE_ERRORS: dict[type[Exception], int] = {ValueError: 2, RuntimeError: 2, OSEr
 
 
 def make_parser(name: str, doc: str, note: str = "") -> argparse.ArgumentParser:
-    """A parser for `python -m launch.benchmark` + `name`, described by a module's docstring."""
+    """Parser for `python -m launch.benchmark` + `name`, described by a module's docstring."""
     summary, _, examples = doc.partition("\n\n")
     return argparse.ArgumentParser(
         prog=f"python -m launch.benchmark{name}",
@@ -34,7 +34,7 @@ def make_parser(name: str, doc: str, note: str = "") -> argparse.ArgumentParser:
 
 
 def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace], Callable[[], int]]) -> int:
-    """Runs what `prepare` makes of the arguments and returns its exit status.
+    """Run what `prepare` makes of the arguments and returns its exit status.
 
     `prepare` checks the arguments; a ValueError, RuntimeError or OSError of its is printed, and the exit status is 2.
     """
@@ -47,7 +47,7 @@ def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace],
 
 
 def resolve_device(name: str | None, remedy: str = "use --device cpu") -> torch.device:
-    """The named device, or the default one. Raises RuntimeError if it is a GPU and there is none."""
+    """Named device, or the default one. Raises RuntimeError if it is a GPU and there is none."""
     device = torch.device(name or default_device_type())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"PyTorch sees no NVIDIA GPU; {remedy}")
@@ -55,7 +55,7 @@ def resolve_device(name: str | None, remedy: str = "use --device cpu") -> torch.
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError if one of these options was given a number that is not above 0."""
+    """Raise ValueError if one of these options was given a number that is not above 0."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not value > 0:
@@ -74,7 +74,7 @@ class Command:
     name: str
     doc: str  # the module's docstring: a summary, then examples
     add_options: Callable[[AddOption], None]
-    resolve: Callable[[argparse.Namespace], Callable[[Path], Report]]
+    resolve: Callable[[argparse.Namespace], Callable[..., Report]]
     show: Callable[[Report, bool], None]
     failures: Mapping[type[Exception], int] = field(default_factory=dict)
     describe_failure: Callable[[Exception], str] = str
@@ -83,7 +83,7 @@ class Command:
     needs_result: bool = False  # exit status 1 if every entry of the results was skipped
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """The arguments."""
+        """Arguments."""
         parser = make_parser(f" {self.name}", self.doc)
         add = parser.add_argument
         if self.device_help:
@@ -96,7 +96,7 @@ class Command:
         return parser.parse_args(argv)
 
     def main(self, argv: list[str] | None = None) -> int:
-        """Runs the command; its exit status."""
+        """Run the command; its exit status."""
         return start(self.parse(argv), self._prepare)
 
     def _prepare(self, arguments: argparse.Namespace) -> Callable[[], int]:
@@ -106,7 +106,7 @@ class Command:
         path = arguments.output or (default_path(self.name) if self.writes_by_default else None)
         return partial(self._measure, measure, path and prepare_output(path), arguments.markdown)
 
-    def _measure(self, measure: Callable[[Path], Report], path: Path | None, markdown: bool) -> int:
+    def _measure(self, measure: Callable[..., Report], path: Path | None, markdown: bool) -> int:
         try:
             report = measure(path)
         except tuple(self.failures) as error:

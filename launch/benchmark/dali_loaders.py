@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 import torch
-from nvidia.dali import pipeline_def
+from nvidia.dali import pipeline_def, types
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
@@ -125,7 +124,7 @@ class DataioDecodeLoader:
 
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """An epoch's batches in training order: (position of the first sample, samples)."""
+    """Epoch's batches in training order: (position of the first sample, samples)."""
     order = Sampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
@@ -145,7 +144,7 @@ def _pipeline_arguments(config: LoaderConfig) -> dict[str, Any]:
 
 @pipeline_def(enable_conditionals=True)
 def _webdataset_pipeline(config: LoaderConfig, manifest: Manifest) -> tuple[DataNode, DataNode]:
-    encoded, text = fn.readers.webdataset(
+    encoded, text = fn.readers.webdataset(  # type: ignore[misc]
         paths=[str(manifest.folder / shard.name) for shard in manifest.shards],
         index_paths=[str(manifest.folder / shard.idx_name) for shard in manifest.shards],
         ext=[";".join(EXTENSIONS), "cls"],
@@ -164,7 +163,7 @@ def _webdataset_pipeline(config: LoaderConfig, manifest: Manifest) -> tuple[Data
 
 @pipeline_def
 def _decode_pipeline(feed: Callable[[], list[np.ndarray]], config: LoaderConfig) -> DataNode:
-    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), config)
+    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), config)  # type: ignore[attr-defined]
 
 
 def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
@@ -172,10 +171,16 @@ def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
 
 
 def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> DataNode:
-    """Evaluation or training images, with DALI's own random numbers."""
-    decoding = {"device": _decoder(config), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    """Images for evaluation or training, with DALI's own random numbers."""
+    decoding: dict[str, Any] = {
+        "device": _decoder(config),
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    images: Any
+    mirror: Any = 0
     if config.workload == "evaluation":
-        images, side, mirror = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct), 0
+        images, side = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct)
         margin = max(1, side - config.size)
         place = round(margin / 2) / margin  # half to even, as in PIL; DALI's own default rounds up
     else:
@@ -183,7 +188,8 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
             encoded, random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **decoding
         )
         side, place, mirror = config.size, 0.5, fn.random.coin_flip(probability=data.hflip)
-    images = fn.resize(images, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
+    cubic = types.INTERP_CUBIC  # type: ignore[attr-defined]
+    images = fn.resize(images, size=(side, side), interp_type=cubic, antialias=True, subpixel_scale=False)
     if config.workload == "rand-augment":
         for _ in range(data.rand_augment.num_layers):
             images = _rand_augment(images, data)
@@ -195,7 +201,7 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
         mirror=mirror,
         mean=[255 * mean for mean in data.mean],
         std=[255 * std for std in data.std],
-        dtype=types.FLOAT,
+        dtype=types.FLOAT,  # type: ignore[attr-defined]
         output_layout="HWC",  # channels_last, as ours
     )
 
@@ -203,7 +209,7 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
 def _rand_augment(images: DataNode, data: DataSection) -> DataNode:
     """One of DALI's own 13 operations, nearly timm's 15, of the same strength on average."""
     settings = data.rand_augment
-    if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):
+    if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):  # type: ignore[attr-defined]
         images = rand_augment(
             images,
             n=1,
@@ -220,7 +226,7 @@ def _decoder(config: LoaderConfig) -> str:
 
 
 def _to_output(output: Any, config: LoaderConfig) -> Any:
-    """The images of a batch as `LoadedBatch` has them."""
+    """Images of a batch as `LoadedBatch` has them."""
     if config.workload == "read":
         return [output.at(place).tobytes() for place in range(len(output))]
     if config.workload == "decode":

@@ -81,12 +81,12 @@ class DataBenchmark:
     models: tuple[str, ...]  # whose data stalls are measured
 
     def loaders_for(self, workload: str) -> list[str]:
-        """The loaders that can do a workload."""
+        """Loaders that can do a workload."""
         return [name for name in self.loaders if workload in LOADERS[name]]
 
 
 def measure(benchmark: DataBenchmark, manifest: Manifest, description: str) -> Report:
-    """The whole report. Raises OutputMismatch if loaders deliver different outputs, RuntimeError if one fails."""
+    """Whole report. Raises OutputMismatch if loaders deliver different outputs, RuntimeError if one fails."""
     config, device = benchmark.config, torch.device(benchmark.config.device)
     report = describe_run("data", device)
     report["versions"] |= {name: importlib.metadata.version(name) for name in _LIBRARIES if _is_installed(name)}
@@ -121,7 +121,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 def describe(measured_by_loader: dict[str, Any], workload: str) -> list[dict[str, Any]]:
-    """The report's entries for a workload. Ratios are of trials of the same round."""
+    """Entries of the report for a workload. Ratios are of trials of the same round."""
     trials_by_loader = {name: measured["trials"] for name, measured in measured_by_loader.items()}
     entries = []
     for name, measured in measured_by_loader.items():
@@ -153,7 +153,7 @@ def decoding_shares(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def add_to(earlier: Report, report: Report) -> Report:
-    """The report with an earlier one's results of other workloads.
+    """Report with an earlier one's results of other workloads.
 
     Raises ValueError if that was measured under other circumstances.
     """
@@ -173,7 +173,7 @@ def add_to(earlier: Report, report: Report) -> Report:
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     data = report["data"]
     print(heading(report, [name for name, version in report["versions"].items() if version], workers="cores"))
     print(
@@ -211,7 +211,7 @@ _COLUMNS: dict[str, Column] = {
 
 
 def draw(report: Report, path: Path) -> None:
-    """Writes the bar chart: images/s of all loaders, workload by workload, with quantiles."""
+    """Write the bar chart: images/s of all loaders, workload by workload, with quantiles."""
     workloads = list(dict.fromkeys(entry["work"] for entry in report["results"]))
     columns = min(3, len(workloads))
     rows = -(-len(workloads) // columns)
@@ -236,7 +236,7 @@ def draw(report: Report, path: Path) -> None:
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     workloads, loaders = (f"of {', '.join(names)} (default: all)" for names in (WORKLOADS, LOADERS))
     add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD", help=workloads)
     add("--loaders", nargs="+", choices=LOADERS, default=list(LOADERS), metavar="NAME", help=loaders)
@@ -252,7 +252,7 @@ def add_options(add: AddOption) -> None:
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError, RuntimeError or OSError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError, RuntimeError or OSError."""
     device_type = resolve_device(arguments.device).type
     require_positive(arguments, "images", "batch", "size", "cores", "rounds")
     if arguments.size % 32:
@@ -275,7 +275,7 @@ def resolve(arguments: argparse.Namespace) -> partial[Report]:
 
 @contextmanager
 def images_to_load(arguments: argparse.Namespace, benchmark: DataBenchmark) -> Iterator[tuple[Manifest, str]]:
-    """The packed images and their description; images that were made for it are deleted after the block.
+    """Packed images and their description; images that were made for it are deleted after the block.
 
     Raises ValueError, FileNotFoundError or RuntimeError if there are none, or not enough.
     """

@@ -67,5 +67,6 @@ def measure_data_stalls(config: DataStallConfig, folder: Path, device: torch.dev
 
 
 def _batches(config: DataStallConfig, manifest: Manifest, device: torch.device) -> Iterator[Batch]:
-    data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, augmentation=config.recipe)
+    recipe: dict[str, Any] = {"augmentation": config.recipe}
+    data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, **recipe)
     return TrainLoader(manifest, image_options(data), LoaderOptions(_SEED, config.batch), device)

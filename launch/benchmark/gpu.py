@@ -52,7 +52,7 @@ def run_parts(
     archive: Path | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Runs the parts that fit into so many seconds; adds their entries to `report`, and writes it after each."""
+    """Run the parts that fit into so many seconds; adds their entries to `report`, and writes it after each."""
     began = clock()
     report["parts"] = []
     for part in parts:
@@ -77,11 +77,15 @@ def run_parts(
 
 
 def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]:
-    """Runs a part and returns the entry that part.json gets: outcome, result, and the headline of that."""
+    """Run a part and returns the entry that part.json gets: outcome, result, and the headline of that."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    entry = {"name": part.name, "command": list(part.command), "limit_seconds": round(timeout_seconds, 1)}
+    entry: dict[str, Any] = {
+        "name": part.name,
+        "command": list(part.command),
+        "limit_seconds": round(timeout_seconds, 1),
+    }
     write_report(folder / "part.json", entry | {"outcome": "running"})
     began = time.monotonic()
     with open(folder / LOG, "wb") as log:
@@ -102,7 +106,7 @@ def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]
 
 
 def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
-    """The part's exit status. If it exceeds the limit, it is ended with the processes that it started.
+    """Part's exit status. If it exceeds the limit, it is ended with the processes that it started.
 
     `timeout` sees to that, even if this process is killed meanwhile.
     """
@@ -146,7 +150,7 @@ def describe_gpu() -> dict[str, Any]:
 
 
 def format_summary(entries: Iterable[dict[str, Any]]) -> str:
-    """The table at the end: part, outcome, seconds, headline."""
+    """Table at the end: part, outcome, seconds, headline."""
     rows = [
         (entry["name"], entry["outcome"], f"{entry['seconds']:.0f}" if "seconds" in entry else "", entry["headline"])
         for entry in entries
@@ -156,7 +160,7 @@ def format_summary(entries: Iterable[dict[str, Any]]) -> str:
 
 
 def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
-    """The parts of these names, or all. Raises ValueError if there is no part of a name."""
+    """Parts of these names, or all. Raises ValueError if there is no part of a name."""
     known = [part.name for part in parts]
     for name in names or ():
         if name not in known:
@@ -165,7 +169,7 @@ def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Par
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Arguments."""
     listed = ", ".join(part.name for part in plan_parts(Path()))
     parser = make_parser(" gpu", __doc__, f"\nparts: {listed}")
     add = parser.add_argument
@@ -183,7 +187,7 @@ def _stop(_signal: int, _frame: Any) -> NoReturn:
 
 
 def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
-    """What runs the parts. Raises ValueError, RuntimeError or OSError if arguments or machine do not allow it."""
+    """Check the arguments and return what runs the parts. Raises ValueError, RuntimeError or OSError."""
     folder = (arguments.output or default_path("gpu").with_suffix("")).resolve()
     parts = choose_parts(plan_parts(folder), arguments.parts)
     if arguments.archive and folder in arguments.archive.resolve().parents:
@@ -208,7 +212,7 @@ def _run(parts: Sequence[Part], folder: Path, arguments: argparse.Namespace, dev
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the parts; the exit status."""
+    """Run the parts; the exit status."""
     return start(parse(argv), resolve)
 
 

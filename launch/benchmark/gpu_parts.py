@@ -10,7 +10,7 @@ import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,9 @@ def _plan_tools(folder: Path) -> list[Part]:
     memory = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *_CHECK, "tiny")
     races = ("--tool", "racecheck", "--error-exitcode", "9", *_CHECK, "tiny")
     return [
-        _tool_part("counters", "ncu", counters, 40, 120, parse_counters),
-        _tool_part("memcheck", "compute-sanitizer", memory, 45, 120, parse_sanitizer, environ=uncached),
-        _tool_part("racecheck", "compute-sanitizer", races, 45, 120, parse_sanitizer, environ=uncached),
+        _with_tool("ncu", Part("counters", counters, 40, 120, parse_counters)),
+        _with_tool("compute-sanitizer", Part("memcheck", memory, 45, 120, parse_sanitizer, environ=uncached)),
+        _with_tool("compute-sanitizer", Part("racecheck", races, 45, 120, parse_sanitizer, environ=uncached)),
     ]
 
 
@@ -128,15 +128,15 @@ def _pytest(folder: Path, *tests: str) -> tuple[str, ...]:
 
 
 def find_tool(name: str) -> str | None:
-    """The path of one of CUDA's tools, on the PATH or in the toolkit, or None."""
+    """Path of one of CUDA's tools, on the PATH or in the toolkit, or None."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{home}/bin")
 
 
-def _tool_part(name: str, tool: str, arguments: tuple[str, ...], *rest: Any, **options: Any) -> Part:
+def _with_tool(tool: str, part: Part) -> Part:
     path = find_tool(tool)
     missing = "" if path else f"{tool} is neither on the PATH nor in CUDA_HOME/bin"
-    return Part(name, (path or tool, *arguments), *rest, missing=missing, **options)
+    return replace(part, command=(path or tool, *part.command), missing=missing)
 
 
 def last_line(folder: Path) -> tuple[None, str]:
@@ -146,7 +146,7 @@ def last_line(folder: Path) -> tuple[None, str]:
 
 
 def parse_report(benchmark: str, headline: Callable[[dict[str, Any]], str], folder: Path) -> tuple[dict[str, Any], str]:
-    """The JSON that a part's benchmark wrote, and its headline."""
+    """JSON that a part's benchmark wrote, and its headline."""
     report = read_report(folder / REPORT, benchmark)
     return report, headline(report)
 
@@ -158,8 +158,8 @@ parse_steps = partial(parse_report, "step", step.headline)
 
 
 def parse_tests(folder: Path) -> tuple[dict[str, Any], str]:
-    """The counts of tests by outcome, and which failed, from pytest's junitxml."""
-    suite = ElementTree.parse(folder / TESTS).getroot().find("testsuite")
+    """Numbers of tests by outcome, and which failed, from pytest's junitxml."""
+    suite = next(ElementTree.parse(folder / TESTS).getroot().iter("testsuite"))
     counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
     counts["passed"] = counts["tests"] - counts["failures"] - counts["errors"] - counts["skipped"]
     bad = [case for case in suite.iter("testcase") if {child.tag for child in case} & {"failure", "error"}]
@@ -169,7 +169,7 @@ def parse_tests(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """The metrics of each launch, in order, from Nsight Compute's CSV: one line there for each launch and metric."""
+    """Metrics of each launch, in order, from Nsight Compute's CSV: one line there for each launch and metric."""
     launches: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(_skip_to_header((folder / COUNTERS).read_text())):
         launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "metrics": {}})
@@ -185,14 +185,14 @@ def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _skip_to_header(text: str) -> list[str]:
-    """The lines from the CSV's header on: lines of the profiler and of the program may come before."""
+    """Lines from the CSV's header on: lines of the profiler and of the program may come before."""
     lines = text.splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith('"ID",')]
     return [line for line in lines[starts[0] :] if line.startswith('"')] if starts else []
 
 
 def parse_sanitizer(folder: Path) -> tuple[dict[str, int], str]:
-    """The errors and hazards that compute-sanitizer's summary counts."""
+    """Errors and hazards that compute-sanitizer's summary counts."""
     log = (folder / LOG).read_text(errors="replace")
     [summary] = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log)
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (error|hazard|warning)", summary)}

@@ -49,7 +49,7 @@ _GROWTH_BATCH = {"cpu": 1, "cuda": 16}  # the fewest tokens already fill a GPU
 def measure(
     settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int], _path: Path
 ) -> Report:
-    """The whole report. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
+    """Whole report. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
 
     growth_sides: of square images, in tokens, on which ours alone is timed, from small to large.
     """
@@ -86,14 +86,18 @@ def _check(benchmark: KernelBenchmark, shape: Shape, dtype: torch.dtype) -> dict
 
 
 def describe(result: Result, results: Sequence[Result], peaks: DevicePeaks) -> dict[str, Any]:
-    """The report's entry for a result. results: all on the same shape, this one among them."""
-    entry = {"contender": result.implementation, "shape": str(result.shape), "tokens": result.shape.tokens}
+    """Entry of the report for a result. results: all on the same shape, this one among them."""
+    entry: dict[str, Any] = {
+        "contender": result.implementation,
+        "shape": str(result.shape),
+        "tokens": result.shape.tokens,
+    }
     entry |= {"dtype": dtype_name(result.dtype)}
-    if result.seconds is None:
+    if not result.seconds:
         return entry | {"skipped": result.skipped}
     others = {}
     for baseline in results:
-        if baseline.seconds is None or baseline is result:
+        if not baseline.seconds or baseline is result:
             continue
         if baseline.dtype == result.dtype:
             others[baseline.implementation] = baseline
@@ -146,7 +150,7 @@ def growth_ratios(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     rates = report["product_flops_per_second"]
     products = "".join(f", {dtype} products {rate['median'] / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items())
     checked = sum("errors" in entry for entry in report["checks"])
@@ -228,7 +232,7 @@ _BASELINE_COLUMNS: dict[str, Column] = {
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     dtypes = f"of {', '.join(_DTYPES)} (default: bfloat16 on a GPU, float32 bfloat16 on the CPU)"
     add("--dtype", nargs="+", choices=_DTYPES, metavar="DTYPE", help=dtypes)
     add("--resolutions", nargs="+", type=int, metavar="PIXELS", help="of b4's and b5's square images (default 224)")
@@ -245,7 +249,7 @@ def add_options(add: AddOption) -> None:
 
 
 def resolve_shapes(arguments: argparse.Namespace, device_type: str) -> list[Shape]:
-    """The shapes that the arguments name. Raises ValueError if they contradict each other or name none."""
+    """Shapes that the arguments name. Raises ValueError if they contradict each other or name none."""
     if arguments.shapes:
         if arguments.full or arguments.resolutions or arguments.batches:
             raise ValueError("--shapes says all; leave --full, --resolutions and --batches out")
@@ -261,7 +265,7 @@ def resolve_shapes(arguments: argparse.Namespace, device_type: str) -> list[Shap
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     device = resolve_device(arguments.device)
     require_positive(arguments, "seconds", "limit", "threads")
     if min(arguments.growth, default=1) < 1:

@@ -83,7 +83,7 @@ Case = tuple[str, str]  # shape, dtype
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, Any]:
-    """The report's entry for a shape: errors by image, tensor and size, those too large, and whether runs agree."""
+    """Entry of the report for a shape: errors by image, tensor and size, those too large, and whether runs agree."""
     shape, dtype = parse_shape(case[0]), getattr(torch, case[1])
     attention = get_implementation("ours")
     errors = {image: find_errors(attention, shape, dtype, device, image) for image in sorted({0, shape.batch - 1})}
@@ -147,7 +147,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def run_tiny(device: torch.device) -> int:
-    """Runs forward and backward of all tiny shapes. Raises RuntimeError if a result is not finite."""
+    """Run forward and backward of all tiny shapes. Raises RuntimeError if a result is not finite."""
     for text, dtype in TINY:
         for scale in (1.0, _OVERFLOWING):
             inputs = make_inputs(parse_shape(text), getattr(torch, dtype), device)
@@ -161,7 +161,7 @@ def run_tiny(device: torch.device) -> int:
 
 
 def run_profiled(device: torch.device) -> int:
-    """Runs forward and backward three times, the last time within cudaProfilerStart and cudaProfilerStop."""
+    """Run forward and backward three times, the last time within cudaProfilerStart and cudaProfilerStop."""
     call = call_ours(parse_shape(PROFILED[0]), getattr(torch, PROFILED[1]), device)
     for _ in range(2):
         call.both()
@@ -173,7 +173,7 @@ def run_profiled(device: torch.device) -> int:
 
 
 def find_fault() -> str:
-    """The reason for which the kernels that are there are none for this GPU, in one line; empty if they are.
+    """Reason for which the kernels that are there are none for this GPU, in one line; empty if they are.
 
     Prints how they ran.
     """
@@ -190,7 +190,7 @@ def find_fault() -> str:
 
 
 def build() -> int:
-    """Builds the kernels beside polaformer/ops.py, by setup.py, unless those that are there run; the exit status."""
+    """Build the kernels beside polaformer/ops.py, by setup.py, unless those that are there run; the exit status."""
     if not (fault := find_fault()):
         return 0
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -206,7 +206,7 @@ def build() -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Arguments."""
     parser = make_parser(".kernel_checks", __doc__)
     parser.add_argument("mode", choices=("build", "errors", "tiny", "profiled"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -216,7 +216,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
-    """What runs the mode. Raises RuntimeError if this machine does not allow it, OSError if no output can be there."""
+    """Check the arguments and return what runs the mode. Raises RuntimeError or OSError."""
     mode = arguments.mode
     if mode == "build":
         resolve_device("cuda", remedy="run this where nvidia-smi lists one")
@@ -235,7 +235,7 @@ def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a mode; its exit status."""
+    """Run a mode; its exit status."""
     return start(parse(argv), resolve)
 
 

@@ -5,7 +5,8 @@ C = H·D channels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from launch.benchmark.measure import (
 from launch.benchmark.shapes import Shape
 from polaformer import PRESETS, ops, reference
 
-Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+Attention = Callable[..., Tensor]  # of q, k, v, same logits, opposite logits, height, width
 IMPLEMENTATIONS = ("ours", "eager", "compiled", "sdpa")
 _SHARE_OF_FREE_MEMORY = 0.8
 
@@ -44,7 +45,7 @@ _SIZES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def model_shapes(resolutions: Sequence[int], batches: Sequence[int]) -> list[Shape]:
-    """The shapes of b4's and b5's stages with polarity attention (both have the same) at these square resolutions."""
+    """Shapes of b4's and b5's stages with polarity attention (both have the same) at these square resolutions."""
     preset = PRESETS["polaformerpp_b5"]
     shapes = []
     for resolution in resolutions:
@@ -55,12 +56,12 @@ def model_shapes(resolutions: Sequence[int], batches: Sequence[int]) -> list[Sha
 
 
 def implementation_of_ours(device: torch.device) -> str:
-    """What `ops.polarity_attention` runs on a device: "compiled kernel" or "reference"."""
+    """Kind of code that `ops.polarity_attention` runs on a device: "compiled kernel" or "reference"."""
     return "compiled kernel" if ops.has_compiled_kernels(device.type) else "reference"
 
 
 def get_implementation(name: str) -> Attention:
-    """The function of that name. "compiled" compiles for the first shape that it is called with, and for that alone."""
+    """Look up an implementation by name. "compiled" compiles for the first shape that it is called with."""
     if name == "compiled":
         return torch.compile(reference.eager_polarity_attention, dynamic=False, fullgraph=True)
     return {"ours": ops.polarity_attention, "eager": reference.eager_polarity_attention, "sdpa": _softmax_attention}[
@@ -91,7 +92,7 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Normally distributed inputs, from a fixed seed."""
+    """Draw normally distributed inputs from a fixed seed."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*sizes: int, dtype: torch.dtype) -> Tensor:
@@ -117,19 +118,19 @@ class AttentionCall:
     inputs: Inputs
 
     def forward(self) -> Tensor:
-        """The output, (B, H, N, D)."""
+        """Output, (B, H, N, D)."""
         return self.attention(*self.inputs.tensors, *self.inputs.size)
 
-    def backward(self, out: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of q, k, v and the logits, None for what is not used."""
+    def backward(self, out: Tensor) -> tuple[Any, ...]:
+        """Gradients of q, k, v and the logits, None for what is not used."""
         return torch.autograd.grad(out, self.inputs.tensors, self.inputs.grad_out, allow_unused=True)
 
-    def both(self) -> tuple[Tensor | None, ...]:
-        """The gradients, after a forward pass."""
+    def both(self) -> tuple[Any, ...]:
+        """Gradients, after a forward pass."""
         return self.backward(self.forward())
 
     def results(self) -> list[Tensor]:
-        """The output and the gradients."""
+        """Output and the gradients."""
         out = self.forward()
         return [out.detach(), *self.backward(out)]
 
@@ -161,7 +162,7 @@ class Errors:
 
 
 def check(attention: Attention, shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Errors]]:
-    """The errors of the last image, as `find_errors` returns them. Raises WrongResult if one is larger than allowed."""
+    """Errors of the last image, as `find_errors` returns them. Raises WrongResult if one is larger than allowed."""
     errors = find_errors(attention, shape, dtype, device)
     for name, sizes in errors.items():
         for size, found in sizes.items():
@@ -195,8 +196,8 @@ def find_errors(
     ours = [x[chosen] for x in ours[:4]] + ours[4:]  # the logits' gradients have no batch
     eager = AttentionCall(reference.eager_polarity_attention, alone).results()
     return {
-        name: {size: _errors(of, *tensors, factor) for size, of in _SIZES.items()}
-        for (name, factor), *tensors in zip(TOLERANCE_FACTORS.items(), ours, eager, _exact(alone), strict=True)
+        name: {size: _errors(of, own, other, exact, TOLERANCE_FACTORS[name]) for size, of in _SIZES.items()}
+        for name, own, other, exact in zip(TOLERANCE_FACTORS, ours, eager, _exact(alone), strict=True)
     }
 
 
@@ -204,8 +205,9 @@ def _exact(inputs: Inputs) -> list[Tensor]:
     """Output and gradients in float64, without autograd, which would keep a hundred times the inputs."""
     with torch.no_grad():
         q, k, v, same, opposite = tensors = tuple(x.double() for x in inputs.tensors)
-        out, *saved = reference.forward(q, k, v, same, opposite, *inputs.size)
-        return [out, *reference.backward(inputs.grad_out.double(), tensors, tuple(saved), *inputs.size)]
+        out, state, key_mean, key_shift = reference.forward(q, k, v, same, opposite, *inputs.size)
+        saved = state, key_mean, key_shift
+        return [out, *reference.backward(inputs.grad_out.double(), tensors, saved, *inputs.size)]
 
 
 def _errors(size: Callable[[Tensor], Tensor], ours: Tensor, eager: Tensor, exact: Tensor, factor: int) -> Errors:
@@ -247,8 +249,8 @@ class Result:
     shape: Shape
     dtype: torch.dtype
     skipped: str | None = None
-    seconds: dict[str, Quantiles] | None = None  # by pass
-    peak_extra_bytes: dict[str, int] | None = None  # of "forward" and "both"; outputs and gradients count
+    seconds: dict[str, Quantiles] = field(default_factory=dict)  # by pass
+    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # of "forward" and "both"; outputs count
 
 
 class _Skipped(Exception):
@@ -266,7 +268,7 @@ class KernelBenchmark:
         self._unchecked: dict[tuple[Shape, torch.dtype], str] = {}
 
     def check_ours(self, shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Errors]] | str:
-        """The errors of ours, or why they are not known; then `run` will not time it either.
+        """Errors of ours, or why they are not known; then `run` will not time it either.
 
         Raises WrongResult if ours is wrong.
         """
@@ -279,7 +281,7 @@ class KernelBenchmark:
         return reason
 
     def run(self, shape: Shape, implementations: Sequence[str]) -> list[Result]:
-        """A result for every implementation in every dtype."""
+        """Measure every implementation in every dtype."""
         torch.compiler.reset()  # or after some shapes it would run what it should compile
         if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -308,7 +310,7 @@ class KernelBenchmark:
         return results
 
     def _require_room(self, implementation: str, shape: Shape, dtype: torch.dtype) -> None:
-        """Raises _Skipped if an implementation must exceed the time limit, or the memory of a CPU's process."""
+        """Raise _Skipped if an implementation must exceed the time limit, or the memory of a CPU's process."""
         if implementation == "ours" and (shape, dtype) in self._unchecked:
             raise _Skipped(self._unchecked[shape, dtype])
         least, limit = flops(implementation, shape)["both"] / self.peaks.products[dtype].median, self.settings.limit
@@ -323,7 +325,7 @@ class KernelBenchmark:
     def _warm_up(
         self, implementation: str, shape: Shape, dtype: torch.dtype, inputs: list[Inputs]
     ) -> tuple[AttentionCall, float, dict[str, int]]:
-        """The call, ready; seconds of forward and backward; peak memory. Raises _Skipped if that is too long."""
+        """Call, ready; seconds of forward and backward; peak memory. Raises _Skipped if that is too long."""
         if not inputs:
             inputs.append(make_inputs(shape, dtype, self.settings.device))
         call = AttentionCall(get_implementation(implementation), inputs[0])
@@ -338,7 +340,7 @@ class KernelBenchmark:
 
 
 def _reason(implementation: str, error: Exception) -> str:
-    """The error in one line. Raises it if it is ours that failed, unless for memory: that is no reason to go on."""
+    """Error in one line. Raises it if it is ours that failed, unless for memory: that is no reason to go on."""
     if isinstance(error, _Skipped):
         return str(error)
     reason = describe_error(error)

@@ -37,7 +37,7 @@ LOADERS = {
     "dali": ("read", "decode", "evaluation", "simple", "rand-augment"),
 }
 _COMPARED = 32  # images
-#: Allowed differences from the first loader, in levels of 255: the mean, and a single value's. Filters round differently.
+#: Allowed differences from the first loader, in levels of 255: the mean, and a single value's. Their filters differ.
 _TOLERANCES = (0.5, 16.0)
 _SAMPLED_SECONDS = 0.02
 
@@ -66,7 +66,7 @@ class PeakMemory:
 
 
 def make_loader(name: str, config: LoaderConfig) -> Loader:
-    """The loader of that name. DALI is imported for its users alone, so that it takes no memory of the others."""
+    """Loader of that name. DALI is imported for its users alone, so that it takes no memory of the others."""
     if name in ("ours", "dali"):
         from launch.benchmark import dali_loaders
 
@@ -89,7 +89,7 @@ def run_trial(loader: Loader, config: LoaderConfig, number: int, classes: int) -
 
 
 def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int) -> OutputFingerprint:
-    """The fingerprint of one epoch. Raises OutputMismatch if its batches differ in shape or dtype."""
+    """Fingerprint of one epoch. Raises OutputMismatch if its batches differ in shape or dtype."""
     labels, digests, shapes = np.zeros(classes, dtype=np.int64), [], set()
     levels: dict[int, np.ndarray] = {}
     moments = []
@@ -110,7 +110,7 @@ def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int)
             continue
         if config.workload == "evaluation":
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-            images = 255 * (images * std + mean)
+            images = images.mul(std).add(mean).mul(255)
         levels |= {row: images[place].numpy() for place, row in enumerate(loaded.rows) if row < _COMPARED}
     if len(shapes) > 1:
         raise OutputMismatch(f"its batches differ: {sorted(shapes)}")
@@ -151,12 +151,12 @@ def _cpu_seconds() -> float:
 def compare(
     config: LoaderConfig, fingerprints: dict[str, OutputFingerprint], expected_labels: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
-    """The differences of each loader's images from the first loader's: by loader, by quantity.
+    """Differences of each loader's images from the first loader's: by loader, by quantity.
 
     Raises OutputMismatch if one delivers other labels, bytes, shapes or pixels.
     """
     first = next(iter(fingerprints))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, own in fingerprints.items():
         _require_labels(config, name, own.labels, expected_labels)
         if own.shape != fingerprints[first].shape or own.digest != fingerprints[first].digest:
@@ -182,7 +182,7 @@ def compare(
 
 
 def _statistics_tolerance(images: int) -> float:
-    """Allowed difference of channel means and deviations, in normalised units: chance, and that operations differ."""
+    """Tolerance of channel means and deviations, in normalised units: chance, and that operations differ."""
     return 0.1 + 4 / math.sqrt(images)
 
 
@@ -195,7 +195,7 @@ def _require_labels(config: LoaderConfig, name: str, labels: tuple[int, ...], ex
 
 
 def serve(connection: Connection, name: str, config: LoaderConfig, classes: int) -> None:
-    """The body of a loader's process: runs epochs on request until the connection is closed."""
+    """Body of a loader's process: runs epochs on request until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with suppress(EOFError, ConnectionError):  # the parent has closed it, or is gone
         try:
@@ -212,7 +212,7 @@ def serve(connection: Connection, name: str, config: LoaderConfig, classes: int)
 
 
 def _leave() -> None:
-    """Ends this process and its workers at once: torch waits 5 s for each worker whose images have run out."""
+    """End this process and its workers at once: torch waits 5 s for each worker whose images have run out."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -233,11 +233,11 @@ class LoaderProcess:
         self._epochs = 0
 
     def ready(self) -> None:
-        """Waits until the loader is made."""
+        """Wait until the loader is made."""
         self._answer()
 
     def run(self, act: Any) -> Any:
-        """The result of `fingerprint` or `run_trial` on the next epoch. Raises RuntimeError or OutputMismatch."""
+        """Call `fingerprint` or `run_trial` on the next epoch. Raises RuntimeError or OutputMismatch."""
         self._connection.send((act, self._epochs))
         self._epochs += 1
         return self._answer()
@@ -256,7 +256,7 @@ class LoaderProcess:
         return answer
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._connection.close()
         self.process.join(timeout=10)
         if self.process.is_alive():
@@ -265,7 +265,7 @@ class LoaderProcess:
 
 @contextmanager
 def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> Iterator[list[LoaderProcess]]:
-    """The loaders' processes, each with its loader made; they end with the block."""
+    """Loaders' processes, each with its loader made; they end with the block."""
     started: list[LoaderProcess] = []
     try:
         for name in names:
@@ -279,7 +279,7 @@ def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> It
 
 
 def watch_memory(worker: LoaderProcess) -> PeakMemory:
-    """The peak memory of one epoch."""
+    """Peak memory of one epoch."""
     process, peak, done = psutil.Process(worker.process.pid), PeakMemory(), threading.Event()
 
     def watch() -> None:
@@ -312,7 +312,7 @@ def _mapped_files(process: psutil.Process) -> int:
 
 
 def require_tools(names: Iterable[str]) -> None:
-    """Raises RuntimeError if a library that these loaders need is not installed."""
+    """Raise RuntimeError if a library that these loaders need is not installed."""
     if set(names) - {"ours", "dali"} and (missing := missing_modules("webdataset")):
         raise RuntimeError(f"{missing}; install it, or choose --loaders ours dali")
 
@@ -320,7 +320,7 @@ def require_tools(names: Iterable[str]) -> None:
 def benchmark_loaders(
     names: list[str], config: LoaderConfig, expected_labels: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
-    """The measurements by loader: its differences from the first one, peak memory and trials.
+    """Measurements by loader: its differences from the first one, peak memory and trials.
 
     Raises OutputMismatch if one does not deliver what the others do, RuntimeError if one fails.
     """

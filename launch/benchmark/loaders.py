@@ -1,7 +1,7 @@
 """The interface of the data benchmark's loaders, and those that read with webdataset and decode with PIL.
 
-A loader is made for one config; its `epoch` yields all images once. dali_loaders.py has the loaders that need DALI, ours
-among them; loader_processes.py runs each in a process of its own.
+A loader is made for one config; its `epoch` yields all images once. dali_loaders.py has the loaders that need DALI,
+ours among them; loader_processes.py runs each in a process of its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,8 +44,8 @@ class LoaderConfig:
         return self.workload not in ("decode", "evaluation")
 
     def data(self) -> DataSection:
-        """The configuration of decoding and augmentation."""
-        augmentation = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
+        """Configure decoding and augmentation."""
+        augmentation: dict[str, Any] = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
         return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **augmentation)
 
 
@@ -122,12 +122,12 @@ def grid_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def pil_grid(image: Image.Image) -> np.ndarray:
-    """The grid of an image, which is decoded as a whole."""
+    """Grid of an image, which is decoded as a whole."""
     return grid_of(np.asarray(image))
 
 
 def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """torchvision's evaluation or training transform of PIL images, to (3, S, S) float32."""
+    """Build torchvision's transform for evaluation or training, from PIL images to (3, S, S) float32."""
     data, bicubic = config.data(), InterpolationMode.BICUBIC
     if config.workload == "evaluation":
         side = int(config.size / data.crop_pct)
@@ -142,13 +142,13 @@ def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tenso
 
 
 def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """timm's evaluation or training transform of PIL images, to (3, S, S) float32."""
+    """Build timm's transform for evaluation or training, from PIL images to (3, S, S) float32."""
     from timm.data import auto_augment, create_transform
 
     # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
     data = config.data()
-    shared = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    shared: dict[str, Any] = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
     if config.workload == "evaluation":
         return create_transform(config.size, crop_pct=data.crop_pct, crop_mode="squash", **shared)
     return create_transform(
@@ -158,7 +158,7 @@ def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
         ratio=data.crop_ratio,
         hflip=data.hflip,
         auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[config.workload],
-        color_jitter=0.3 if config.workload == "three-augment" else None,  # DeiT III's, as ours
+        color_jitter=0.3 if config.workload == "three-augment" else None,  # type: ignore[arg-type]  # as DeiT III
         **shared,
     )
 

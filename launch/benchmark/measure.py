@@ -35,7 +35,7 @@ class Quantiles:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
-    """The quantiles of measured values."""
+    """Quantiles of measured values."""
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return Quantiles(median, low, high, len(values))
 
@@ -70,12 +70,12 @@ def times_faster_than(trials: Mapping[str, Sequence[Trial]], name: str) -> dict[
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype's name without "torch."."""
+    """Dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe_error(error: Exception) -> str:
-    """The error in one line of bounded length."""
+    """Error in one line of bounded length."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # advice for PyTorch's developers follows
@@ -87,10 +87,10 @@ class Benchmarked(Protocol):
     """A forward pass that keeps what its backward pass needs."""
 
     def forward(self) -> Tensor:
-        """The output."""
+        """Output."""
 
     def backward(self, out: Tensor) -> Any:
-        """The gradients."""
+        """Gradients."""
 
 
 class Clock:
@@ -160,13 +160,13 @@ class Clock:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a GPU has done what was launched on it."""
+    """Wait until a GPU has done what was launched on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def rounds_within(seconds: float, one_round: float) -> int:
-    """The number of rounds that take about so many seconds, within MIN_ROUNDS and MAX_ROUNDS."""
+    """Count the rounds that take about so many seconds, within MIN_ROUNDS and MAX_ROUNDS."""
     return int(min(max(seconds / one_round, MIN_ROUNDS), MAX_ROUNDS))
 
 
@@ -226,7 +226,7 @@ def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Quantiles:
 
 
 def free_bytes() -> int:
-    """Main memory that this process can still take: what the machine has left, or its control group, if less."""
+    """Memory that this process can still take: what the machine has left, or its control group, if less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     [free] = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     try:

@@ -66,7 +66,7 @@ COMMANDS: dict[str, Callable[[str, str, int], Sequence[str]]] = {
 
 
 def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
-    """Times a command that writes into the empty `folder`, and empties that again.
+    """Time a command that writes into the empty `folder`, and empties that again.
 
     Raises RuntimeError if it fails, or its output lacks images.
     """
@@ -84,7 +84,7 @@ def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
 
 
 def count_images(folder: Path) -> int:
-    """The images in a folder and in the tar files there."""
+    """Images in a folder and in the tar files there."""
     count = sum(1 for _ in folder.rglob("*.jpg"))
     for path in folder.rglob("*.tar"):
         with tarfile.open(path) as members:
@@ -93,13 +93,13 @@ def count_images(folder: Path) -> int:
 
 
 def file_system(folder: Path) -> str:
-    """The file system's type, as `stat` names it; "tmpfs" is no disk."""
+    """File system's type, as `stat` names it; "tmpfs" is no disk."""
     command = ("stat", "--file-system", "--format=%T", str(folder))
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def measure(images: int, workers: int, rounds: int, _path: Path) -> Report:
-    """The whole report. Raises RuntimeError if a command fails."""
+    """Whole report. Raises RuntimeError if a command fails."""
     report = describe_run("pack", torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         source, target = Path(folder, "photographs"), Path(folder, "target")
@@ -119,7 +119,7 @@ def measure(images: int, workers: int, rounds: int, _path: Path) -> Report:
 
 
 def describe(name: str, trials: dict[str, list[Trial]]) -> dict[str, Any]:
-    """The report's entry for a command. Ratios are of trials of the same round."""
+    """Entry of the report for a command. Ratios are of trials of the same round."""
     return {
         "contender": name,
         "seconds": asdict(quantiles([trial.seconds for trial in trials[name]])),
@@ -129,7 +129,7 @@ def describe(name: str, trials: dict[str, list[Trial]]) -> dict[str, Any]:
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     data = report["data"]
     print(
         f"{data['images']} images, {data['bytes'] / 1e9:.2f} GB, {report['workers']} processes of ours,"
@@ -152,14 +152,14 @@ _COLUMNS: dict[str, Column] = {
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     add("--images", type=int, default=_IMAGES, help=f"number of images to make (default {_IMAGES})")
     add("--workers", type=int, default=available_cores(), help="processes of dataio.pack (default: one per core)")
     add("--rounds", type=int, default=5, help="trials of each command (default 5)")
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     require_positive(arguments, "images", "workers", "rounds")
     if missing := missing_modules("webdataset"):
         raise RuntimeError(f"{missing}; install it")

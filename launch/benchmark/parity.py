@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -68,7 +69,7 @@ AppliedOps = list[list[tuple[Op, float]]]  # for each image its operations with 
 
 
 def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
-    """The image after an operation of timm's or a filter of PIL's."""
+    """Image after an operation of timm's or a filter of PIL's."""
     if op == Op.NONE:
         return image
     if op == Op.GRAYSCALE:
@@ -78,7 +79,8 @@ def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: st
     if op == Op.POSTERIZE and op_arg == 0:  # an error since Pillow 13, and black before
         return Image.new(image.mode, image.size)
     op_args = () if op in _WITHOUT_ARG else (int(op_arg),) if op in _WHOLE else (float(op_arg),)
-    return NAME_TO_OP[TIMM_NAMES[op]](image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
+    apply: Any = NAME_TO_OP[TIMM_NAMES[op]]
+    return apply(image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
 
 
 def read_photographs(paths: list[Path], size: int = _SIZE) -> list[Image.Image]:
@@ -101,13 +103,13 @@ def _skimage_images() -> list[Path]:
         import skimage  # not needed for images that are named
     except ImportError as error:
         raise RuntimeError("scikit-image is not installed; pip install scikit-image, or name images") from error
-    return [Path(skimage.data_dir, file) for file in _UNIQUE_IMAGES]
+    return [Path(skimage.__file__).with_name("data") / file for file in _UNIQUE_IMAGES]
 
 
 def differences(
     images: list[Image.Image], op: Op, ours: list[float], theirs: list[float], interpolation: str, device: str
 ) -> np.ndarray:
-    """Absolute differences of our operation and timm's with these op_args: (op_args × images, S, S, 3) int, in levels."""
+    """Absolute differences of our operation and timm's, in levels: (op_args × images, S, S, 3) int."""
     chosen = [image for _ in ours for image in images]
     op_args = np.repeat(np.array(ours, np.float32), len(images))[:, None]
     wanted = SampledOps(np.full(op_args.shape, op, np.int32), op_args)
@@ -117,7 +119,7 @@ def differences(
 
 
 def timm_level_args(op: Op, magnitude: float) -> list[float]:
-    """timm's op_args of an operation at a magnitude, with either sign: one or two numbers, the smaller first."""
+    """Arguments of timm's operation at a magnitude, with either sign: one or two numbers, the smaller first."""
     level_to_amount = LEVEL_TO_ARG[TIMM_NAMES[op]]
     if level_to_amount is None:
         return [0.0]
@@ -125,13 +127,13 @@ def timm_level_args(op: Op, magnitude: float) -> list[float]:
 
 
 def our_level_args(op: Op, magnitude: float) -> list[float]:
-    """Our op_args of an operation at a magnitude, as `timm_level_args` returns timm's."""
+    """Arguments of our operation at a magnitude, as `timm_level_args` returns timm's."""
     op_args = level_to_args(np.full(2, op), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
     return sorted(set(op_args.tolist()))
 
 
 def timm_draws(recipe: str, count: int) -> AppliedOps:
-    """The operations that timm's RandAugment draws for `count` images.
+    """Operations that timm's RandAugment draws for `count` images.
 
     Each "image" is the list of calls so far; timm's operations are replaced by functions that append to it.
     """
@@ -154,7 +156,7 @@ def timm_draws(recipe: str, count: int) -> AppliedOps:
 
 
 def our_draws(settings: RandAugment, count: int) -> AppliedOps:
-    """The operations that our RandAugment draws for `count` images."""
+    """Operations that our RandAugment draws for `count` images."""
     operations = sample_rand_augment(draws_at(_SEED, 0, count, DRAWS_PER_OP * settings.num_layers), settings)
     return [
         [(Op(op), float(op_arg)) for op, op_arg in zip(*of_image, strict=True) if op != Op.NONE]
@@ -163,19 +165,19 @@ def our_draws(settings: RandAugment, count: int) -> AppliedOps:
 
 
 def op_args_of(done: AppliedOps, op: Op) -> np.ndarray:
-    """The op_args of an operation in all images, to five digits: ours are float32."""
+    """Op_args of an operation in all images, to five digits: ours are float32."""
     return np.round([op_arg for operations in done for other, op_arg in operations if other == op], 5)
 
 
 def ks_statistic(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The two-sample Kolmogorov–Smirnov statistic: the largest distance of the empirical distribution functions."""
+    """Two-sample Kolmogorov–Smirnov statistic: the largest distance of the empirical distribution functions."""
     places = np.concatenate([ours, theirs])
     shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
     return float(np.abs(shares[0] - shares[1]).max())
 
 
 def chi_square(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
-    """The chi-square statistic of homogeneity for two samples of integers, and its degrees of freedom."""
+    """Chi-square statistic of homogeneity for two samples of integers, and its degrees of freedom."""
     values, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
     counts = np.stack([np.bincount(part, minlength=len(values)) for part in np.split(places, [len(ours)])])
     expected = counts.sum(axis=0) * counts.sum(axis=1, keepdims=True) / counts.sum()
@@ -193,7 +195,7 @@ class Row:
 
 
 def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
-    """A row for each operation of RandAugment, in the order of Op."""
+    """Row for each operation of RandAugment, in the order of Op."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     rows = []
     for op in RAND_AUGMENT_OPS:
@@ -208,7 +210,7 @@ def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
 
 
 def render(rows: list[Row]) -> str:
-    """The Markdown document: the table and its explanation."""
+    """Markdown document: the table and its explanation."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     lengths = [np.array([len(done) for done in part]) for part in (ours, theirs)]
     ops = [np.array([op for done in part for op, _ in done]) for part in (ours, theirs)]
@@ -254,7 +256,7 @@ timm by default chooses between bilinear and bicubic at random.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments."""
+    """Arguments."""
     parser = make_parser(" parity", __doc__)
     add = parser.add_argument
     add("images", metavar="IMAGE", type=user_path, nargs="*", help="default: scikit-image's")
@@ -264,7 +266,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
-    """What compares. Raises RuntimeError without scikit-image, OSError for files that are no images or cannot be."""
+    """Read the images and return what compares. Raises RuntimeError without scikit-image, OSError for bad files."""
     images = read_photographs(arguments.images)
     return partial(_run, images, arguments.device, prepare_output(arguments.output))
 
@@ -276,5 +278,5 @@ def _run(images: list[Image.Image], device: str, path: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the table; the exit status."""
+    """Write the table; the exit status."""
     return start(parse(argv), resolve)

@@ -84,7 +84,7 @@ class ColdCacheProfiler:
             raise RuntimeError("PyTorch's profiler sees no kernels; end other profilers of this GPU and run again")
 
     def profile(self, run: Callable[[], Any], runs: int) -> list[Run]:
-        """The runs, after some to warm up. Raises RuntimeError if the profiler did not see all of them."""
+        """Profile the runs, after some to warm up. Raises RuntimeError if the profiler did not see all of them."""
 
         def flushed_run() -> None:
             self._flush()
@@ -107,7 +107,7 @@ class ColdCacheProfiler:
         torch.amax(self._flushing, dim=1, out=self._largest)
 
     def _record(self, run: Callable[[], Any], repetitions: int) -> list[Any]:
-        """The device's events, by their start."""
+        """Device's events, by their start."""
         torch.cuda.synchronize()
         with quiet_profile([ProfilerActivity.CUDA]) as profiler:
             for _ in range(repetitions):
@@ -117,12 +117,12 @@ class ColdCacheProfiler:
 
 
 def device_events(events: Iterable[Any]) -> list[Any]:
-    """The GPU's kernels, copies and fills among a profile's events, without named ranges."""
+    """GPU's kernels, copies and fills among a profile's events, without named ranges."""
     return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
 def split_by_markers(events: Iterable[Any], markers: set[str]) -> list[list[Any]]:
-    """The events after each marker, up to the next one; what is before the first belongs to no run."""
+    """Events after each marker, up to the next one; what is before the first belongs to no run."""
     divided: list[list[Any]] = []
     for event in events:
         if event.name in markers:
@@ -133,7 +133,7 @@ def split_by_markers(events: Iterable[Any], markers: set[str]) -> list[list[Any]
 
 
 def profile_on_cpu(run: Callable[[], Any], runs: int) -> list[Run]:
-    """The runs' operators, after some runs to warm up; the caches are as the last run left them."""
+    """Profile the operators of the runs, after some to warm up; the caches are as the last run left them."""
     for _ in range(_WARM_UP_RUNS):
         run()
     with quiet_profile([ProfilerActivity.CPU]) as profiler:
@@ -156,7 +156,7 @@ def _descendants(event: Any) -> list[Any]:
 def profile_shape(
     shape: Shape, dtype: torch.dtype, device: torch.device, profile_runs: Callable[[Callable[[], Any]], list[Run]]
 ) -> dict[str, Any]:
-    """The kernels of forward and of backward, with their shares of both together."""
+    """Kernels of forward and of backward, with their shares of both together."""
     call = call_ours(shape, dtype, device)
     out, inputs = call.forward(), call.inputs
 
@@ -196,7 +196,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def short_name(signature: str) -> str:
-    """A kernel's name without namespaces, types and arguments; for PyTorch's generic kernels, with the functor.
+    """Kernel's name without namespaces, types and arguments; for PyTorch's generic kernels, with the functor.
 
     Names of operators, copies and fills stay as they are.
     """
@@ -211,7 +211,7 @@ def short_name(signature: str) -> str:
 
 
 def measure_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, runs: int, path: Path) -> Report:
-    """The report on polarity attention, written to `path` after each shape.
+    """Report on polarity attention, written to `path` after each shape.
 
     Raises RuntimeError if the profiler sees nothing.
     """
@@ -221,7 +221,7 @@ def measure_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.de
     profile_runs = partial(ColdCacheProfiler().profile if device.type == "cuda" else profile_on_cpu, runs=runs)
     for shape in shapes:
         print(f"profiling {shape}", file=sys.stderr)
-        entry = {"shape": str(shape)}
+        entry: dict[str, Any] = {"shape": str(shape)}
         try:
             entry |= profile_shape(shape, dtype, device, profile_runs)
             for numbers in entry["passes"].values():
@@ -243,7 +243,7 @@ def _start_report(device: torch.device) -> Report:
 
 
 def measure_model(name: str, batch: Batch, steps: int, _path: Path) -> Report:
-    """The report on a model's eager training step: its operators, the slowest first."""
+    """Report on a model's eager training step: its operators, the slowest first."""
     activities = [ProfilerActivity.CPU]
     if batch.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -297,7 +297,7 @@ def operators(events: Iterable[Any], device_type: str, steps: int) -> list[dict[
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     print(heading(report))
     if report["profiled"] == "model":
         _show_model(report, markdown)
@@ -336,7 +336,7 @@ def _show_model(report: Report, markdown: bool) -> None:
 
 
 def headline(report: Report) -> str:
-    """The time of forward and backward on every shape, or of a model's slowest operators, in a line."""
+    """Time of forward and backward on every shape, or of a model's slowest operators, in a line."""
     if report["profiled"] == "model":
         slowest = ", ".join(f"{one['name']} {100 * one['share']:.0f} %" for one in report["operators"][:3])
         return f"{report['model']}: {1000 * report['seconds']:.0f} ms a step; {slowest}"
@@ -372,7 +372,7 @@ _OPERATOR_COLUMNS: dict[str, Column] = {
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     add("--shapes", nargs="+", metavar="B,H,HEIGHTxWIDTH,D", help=f"default: {' '.join(_SHAPES)}")
     dtypes = f"of {', '.join(_DTYPES)} (default: bfloat16 on a GPU, float32 on the CPU)"
     add("--dtype", choices=_DTYPES, metavar="DTYPE", help=dtypes)
@@ -383,7 +383,7 @@ def add_options(add: AddOption) -> None:
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     device = resolve_device(arguments.device)
     require_positive(arguments, "runs")
     if arguments.model:

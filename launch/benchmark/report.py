@@ -22,7 +22,7 @@ Column = Callable[[dict[str, Any]], str]  # an entry of a report → its cell in
 
 
 def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
-    """The first keys of a report: date, commit, device, versions and threads."""
+    """First keys of a report: date, commit, device, versions and threads."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -34,12 +34,12 @@ def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
 
 
 def user_path(text: str) -> Path:
-    """The path that `text` names, ~ being the home folder; dataio.files has the same for what may import dataio."""
+    """Path that `text` names, ~ being the home folder; dataio.files has the same for what may import dataio."""
     return Path(text).expanduser()
 
 
 def commit() -> str | None:
-    """The commit of these sources, with "+changes" if files differ from it.
+    """Commit of these sources, with "+changes" if files differ from it.
 
     Outside a checkout, the commit that POLAFORMER_COMMIT names, or None.
     """
@@ -54,7 +54,7 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the vector instructions that PyTorch uses."""
+    """GPU's name, or the processor's with the vector instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -63,12 +63,12 @@ def device_name(device: torch.device) -> str:
 
 
 def default_path(benchmark: str) -> Path:
-    """A new file in runs/benchmark, named by the time."""
+    """Path of a new file in runs/benchmark, named by the time."""
     return Path("runs", "benchmark", f"{benchmark}-{datetime.now():%Y%m%d-%H%M%S}.json")
 
 
 def missing_modules(*modules: str) -> str:
-    """The modules among these that are not installed, in a sentence; empty if all are."""
+    """Modules among these that are not installed, in a sentence; empty if all are."""
     missing = [name for name in modules if not _is_installed(name)]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
@@ -89,7 +89,7 @@ def prepare_output(path: Path) -> Path:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes a report as JSON, atomically. NaN and infinite numbers, which JSON does not have, become text."""
+    """Write a report as JSON, atomically. NaN and infinite numbers, which JSON does not have, become text."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     unfinished.replace(path)
@@ -104,7 +104,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_report(path: Path, benchmark: str) -> dict[str, Any]:
-    """The report that an earlier run wrote. Raises OSError or ValueError if there is none of this benchmark."""
+    """Report that an earlier run wrote. Raises OSError or ValueError if there is none of this benchmark."""
     fault = f"{path} is no report of python -m launch.benchmark {benchmark}; name one"
     try:
         report = json.loads(path.read_text())
@@ -116,7 +116,7 @@ def read_report(path: Path, benchmark: str) -> dict[str, Any]:
 
 
 def heading(report: Mapping[str, Any], versions: Iterable[str] = ("torch",), workers: str = "threads") -> str:
-    """The first line of a printed report: device, versions, commit, date."""
+    """First line of a printed report: device, versions, commit, date."""
     named = "".join(f" {name} {report['versions'][name]}," for name in versions)
     return (
         f"{report['device']['name']}, {report[workers]} {workers},{named} commit {report['commit']}, {report['date']}\n"
@@ -124,7 +124,7 @@ def heading(report: Mapping[str, Any], versions: Iterable[str] = ("torch",), wor
 
 
 def format_quantiles(values: Mapping[str, float], form: Callable[[float], str], unit: float = 1) -> str:
-    """The median, and the other two quantiles in parentheses, each times `unit`."""
+    """Median, and the other two quantiles in parentheses, each times `unit`."""
     median, low, high = (form(unit * values[name]) for name in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 
@@ -132,7 +132,7 @@ def format_quantiles(values: Mapping[str, float], form: Callable[[float], str], 
 def tabulate(
     entries: Iterable[dict[str, Any]], columns: Mapping[str, Column], left: int = 1, markdown: bool = False
 ) -> str:
-    """A table with a row for each entry; one that was skipped has its first `left` cells and "skipped"."""
+    """Table with a row for each entry; one that was skipped has its first `left` cells and "skipped"."""
     cells = list(columns.values())
     rows = [
         [cell(entry) for cell in cells[:left]] + ["skipped"] if "skipped" in entry else [cell(entry) for cell in cells]
@@ -142,7 +142,7 @@ def tabulate(
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, markdown: bool = False) -> str:
-    """A table of aligned columns, the first `left` of them to the left. Rows may be shorter than the header."""
+    """Table of aligned columns, the first `left` of them to the left. Rows may be shorter than the header."""
     rows = [(*row, *(len(header) - len(row)) * ("",)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 

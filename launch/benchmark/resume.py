@@ -45,7 +45,7 @@ _WINDOW_SHARDS, _SHUFFLED_EPOCHS, _SHUFFLED_SEEDS = 16, 5, 3
 
 
 def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifest:
-    """Makes a packed folder of `samples` samples, or a few more, in 560 hard links to the one shard of another.
+    """Make a packed folder of `samples` samples, or a few more, in 560 hard links to the one shard of another.
 
     Each of its shards lists the same few samples again and again.
     """
@@ -68,7 +68,7 @@ def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifes
 
 
 def state_at(step: int, folder: Path) -> dict[str, int | str]:
-    """The loader's state in the checkpoint of a run after so many steps."""
+    """Loader's state in the checkpoint of a run after so many steps."""
     state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
     return state | {"samples_seen": step * _PLAN.global_batch_size}
 
@@ -91,12 +91,12 @@ def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.
 
 
 def _warm_up(device: torch.device) -> None:
-    """Imports this module in a new process, and starts the device."""
+    """Import this module in a new process, and starts the device."""
     torch.zeros(1, device=device)
 
 
 def correlations(manifest: Manifest) -> dict[str, float]:
-    """The largest absolute correlation of an epoch's order with the stored one, over epochs and seeds, by sampler."""
+    """Largest absolute correlation of an epoch's order with the stored one, over epochs and seeds, by sampler."""
     largest = {}
     stored = np.arange(len(manifest))
     for window in (None, _WINDOW_SHARDS):
@@ -107,7 +107,7 @@ def correlations(manifest: Manifest) -> dict[str, float]:
 
 
 def measure(samples: int, step: int, rounds: int, device: torch.device, _path: Path) -> Report:
-    """The whole report."""
+    """Whole report."""
     report = describe_run("resume", device)
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         print(f"making {_UNIQUE_IMAGES} images, and {samples} samples of them", file=sys.stderr)
@@ -134,7 +134,7 @@ def measure(samples: int, step: int, rounds: int, device: torch.device, _path: P
 
 
 def show(report: Report, _markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     fresh, resumed = (report["seconds"][name]["median"] for name in ("fresh", "resumed"))
     print(
         f"{report['data']['samples']:,} samples in {report['data']['shards']:,} shards; {report['device']['name']},"
@@ -147,14 +147,14 @@ def show(report: Report, _markdown: bool) -> None:
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     add("--samples", type=int, default=_SAMPLES, help=f"at least so many (default {_SAMPLES})")
     add("--step", type=int, default=1_000_000, help="of the run that is resumed (default 1000000)")
     add("--rounds", type=int, default=5, help="starts of each kind (default 5)")
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     for name, least in (("samples", _SHARDS), ("step", 1), ("rounds", 1)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; give {least} or more")

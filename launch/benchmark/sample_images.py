@@ -35,7 +35,7 @@ _LARGEST_SHARD = 15 * 2**20  # bytes; dataio.pack makes them no larger than 16 M
 
 
 def make_images(folder: Path, images: int, cores: int) -> None:
-    """Writes `images` JPEG files into a class folder, bit-identical every time.
+    """Write `images` JPEG files into a class folder, bit-identical every time.
 
     Raises RuntimeError if scikit-image is not installed.
     """
@@ -53,7 +53,8 @@ def pack_images(folder: Path, images: int, cores: int) -> Manifest:
     sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
     shards = cores * -(-sum(sizes) // (cores * _LARGEST_SHARD))  # each core gets as many
     equal_shards = max(1, (sum(sizes) / shards + max(sizes)) / 2**20)
-    return pack(source, folder / "packed", PackOptions(equal_shards, min(cores, available_cores()), check="none"))
+    options = PackOptions(equal_shards, min(cores, available_cores()), check="none")  # type: ignore[arg-type]  # MiB
+    return pack(source, folder / "packed", options)
 
 
 def _write(folder: Path, numbers: Iterable[int]) -> None:
@@ -68,17 +69,15 @@ def _open(file: str) -> Image.Image:
     try:
         import skimage  # a tool of the tests
     except ImportError as error:
-        raise RuntimeError(
-            "scikit-image, which ships photographs, is not installed; install it, or use --data"
-        ) from error
-    folders = Path(skimage.data_dir), Path(matplotlib.get_data_path(), "sample_data")
+        raise RuntimeError("scikit-image is not installed, which has the images; install it, or use --data") from error
+    folders = Path(skimage.__file__).with_name("data"), Path(matplotlib.get_data_path(), "sample_data")
     [path] = [folder / file for folder in folders if (folder / file).is_file()]
     with Image.open(path) as opened:
         return opened.convert("RGB")
 
 
 def _vary(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A window of the picture, 0.7 to 1 times as wide as it can be, in about 500×375 pixels and other colours."""
+    """Window of the picture, 0.7 to 1 times as wide as it can be, in about 500×375 pixels and other colours."""
     width, height = (round(side * rng.uniform(0.85, 1.15)) for side in (_WIDTH, _HEIGHT))
     largest = min(picture.width / width, picture.height / height)
     scale = largest * rng.uniform(0.7, 1)

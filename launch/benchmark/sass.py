@@ -42,7 +42,7 @@ from launch.benchmark.machine_code import (
     read_kernels,
 )
 from launch.benchmark.report import Column, describe_run, format_table, tabulate, user_path
-from launch.benchmark.shapes import Shape, parse_shape
+from launch.benchmark.shapes import MIN_TRAFFIC_ELEMENTS, Shape, parse_shape
 
 BYTES_PER_ELEMENT = 2  # bf16
 LAUNCH_SECONDS = 3e-6
@@ -94,7 +94,7 @@ PASSES = {
 
 
 def require_counted(shape: Shape) -> Shape:
-    """The same shape. Raises ValueError if the kernels for aligned bf16 do not take it."""
+    """Return the same shape. Raises ValueError if the kernels for aligned bf16 do not take it."""
     if shape.head_dim % 16 or shape.head_dim > max(PADDED_HEAD_DIMS):
         raise ValueError(
             f"shape {shape} has head dimension {shape.head_dim}, which the kernels counted here do not take;"
@@ -113,7 +113,7 @@ def _tiles(shape: Shape) -> int:
 
 
 def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float]:
-    """The lower bounds of a kernel's seconds, by limit. rows: of D elements that it moves for each token."""
+    """Lower bounds of a kernel's seconds, by limit. rows: of D elements that it moves for each token."""
     counts = cost.classes
     clocks = {
         "issue": cost.instructions / gpu.issue,
@@ -130,22 +130,23 @@ def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float
 
 def predict(costs: dict[str, Cost], gpu: GpuSpec, shape: Shape) -> dict[str, Any]:
     """Bounds and time of each kernel, time and share of copy bandwidth of each pass. costs: by kernel, at its width."""
-    kernels = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for name, each in costs.items():
         least = bounds(each, WORK[name].rows, gpu, shape)
         taken = {bound: seconds / EFFICIENCY.get(bound, DEFAULT_EFFICIENCY) for bound, seconds in least.items()}
-        binding = max(taken, key=taken.get)
+        binding = max(taken, key=lambda bound: taken[bound])
         kernels[name] = {"bounds": least, "binding": binding, "seconds": taken[binding]}
     passes = {}
-    for name, each in PASSES.items():
-        seconds = sum(kernels[kernel]["seconds"] for kernel in each.kernels) + each.launches * LAUNCH_SECONDS
+    for name, declared in PASSES.items():
+        in_kernels = sum(kernels[kernel]["seconds"] for kernel in declared.kernels)
+        seconds = in_kernels + declared.launches * LAUNCH_SECONDS
         floor = MIN_TRAFFIC_ELEMENTS[name] * _row_bytes(shape) / gpu.copy_bytes_per_second
         passes[name] = {"seconds": seconds, "floor_seconds": floor, "share_of_copy_rate": floor / seconds}
     return {"kernels": kernels, "passes": passes}
 
 
 def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
-    """The report's entry for a kernel."""
+    """Entry of the report for a kernel."""
     return {
         "kernel": kernel.name,
         "architecture": kernel.architecture,
@@ -165,7 +166,7 @@ def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
 
 
 def measure(extension: Path, gpu_name: str, shape: Shape, _path: Path | None) -> Report:
-    """The whole report. Raises RuntimeError if the extension lacks a kernel, or code for the GPU."""
+    """Whole report. Raises RuntimeError if the extension lacks a kernel, or code for the GPU."""
     gpu = GPU_SPECS[gpu_name]
     architectures = set()
 
@@ -201,7 +202,7 @@ def measure(extension: Path, gpu_name: str, shape: Shape, _path: Path | None) ->
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     title = "### {}\n" if markdown else "{}"
     for name in WORK:
         entries = [entry for entry in report["kernels"] if entry["kernel"] == name]
@@ -252,14 +253,14 @@ def _count_table(entries: list[dict[str, Any]], markdown: bool) -> str:
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     add("--extension", type=user_path, metavar="FILE.so", help="default: polaformer/_cuda*.so, as built in place")
     add("--gpu", default="h100", help=f"of {', '.join(GPU_SPECS)} (default h100)")
     add("--shape", default="128,1,56x56,96", metavar="B,H,HEIGHTxWIDTH,D", help="default: 128,1,56x56,96")
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What counts. Raises ValueError or RuntimeError if something asked for is not there."""
+    """Check the arguments and return what counts. Raises ValueError or RuntimeError."""
     name = arguments.gpu.lower()
     if name not in GPU_SPECS:
         raise ValueError(f"GPU {name!r} is unknown; name one of {', '.join(GPU_SPECS)}")

@@ -77,7 +77,7 @@ class Training:
 
     def __init__(self, model: nn.Module, device: torch.device, mode: str = "eager") -> None:
         self._device = device
-        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._forward = torch.compile(self.model, dynamic=False) if mode == "compiled" else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
@@ -92,13 +92,14 @@ class Training:
 
 
 def create_model(name: str, resolution: int) -> nn.Module:
-    """timm's model with fresh weights; one whose parameters depend on the image's size is made for this one."""
-    options = {"img_size": resolution} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    """Model of timm's with fresh weights; one whose parameters depend on the image's size is made for this one."""
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {"img_size": resolution} if config and config.fixed_input_size else {}
     return timm.create_model(name, num_classes=_CLASSES, drop_path_rate=_DROP_PATH_RATE, **options)
 
 
 def train_on_noise(name: str, mode: str, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model, and its training step on one batch of noise that stays on the device."""
+    """Model, and its training step on one batch of noise that stays on the device."""
     torch.manual_seed(0)
     training = Training(create_model(name, batch.resolution), batch.device, mode)
     return training.model, partial(training.step, *batch.draw())
@@ -129,7 +130,7 @@ def _convolution_backward_flops(
 
 
 def measure(models: Sequence[str], modes: Sequence[str], batch: Batch, seconds: float, path: Path) -> Report:
-    """The whole report, written to `path` after each model and mode."""
+    """Whole report, written to `path` after each model and mode."""
     report = describe_run("step", batch.device)
     report["versions"]["timm"] = timm.__version__
     report["implementation_of_ours"] = implementation_of_ours(batch.device)
@@ -189,7 +190,7 @@ def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Quan
 
 
 def show(report: Report, markdown: bool) -> None:
-    """Prints a report."""
+    """Print a report."""
     print(
         f"{heading(report, ('torch', 'timm'))}\n"
         f"training steps of {report['batch']} images of {report['resolution']} × {report['resolution']} pixels in"
@@ -222,7 +223,7 @@ def headline(report: Report) -> str:
 
 
 def add_options(add: AddOption) -> None:
-    """Declares the options."""
+    """Declare the options."""
     models = f"of timm's, ours among them, in the order of measuring (default: {' '.join(_MODELS)})"
     add("--models", nargs="+", default=list(_MODELS), metavar="NAME", help=models)
     modes = f"of {', '.join(MODES)}; all models in the first, then all in the second (default: both)"
@@ -234,7 +235,7 @@ def add_options(add: AddOption) -> None:
 
 
 def resolve_batch(arguments: argparse.Namespace, models: Sequence[str]) -> Batch:
-    """The batch of --device, --batch and --resolution.
+    """Batch of --device, --batch and --resolution.
 
     Raises RuntimeError without that device; ValueError for too few images, a model that timm does not know, or a
     size that a model does not take.
@@ -250,7 +251,7 @@ def resolve_batch(arguments: argparse.Namespace, models: Sequence[str]) -> Batch
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
-    """What measures. Raises ValueError or RuntimeError if the arguments, or this machine, do not allow it."""
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     batch = resolve_batch(arguments, arguments.models)
     require_positive(arguments, "seconds")
     models, modes = dict.fromkeys(arguments.models), dict.fromkeys(arguments.modes)
