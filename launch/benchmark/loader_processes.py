@@ -110,7 +110,7 @@ def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int)
             continue
         if config.workload == "evaluation":
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-            images = images.mul(std).add(mean).mul(255)
+            images = 255 * (images * std + mean)
         levels |= {row: images[place].numpy() for place, row in enumerate(loaded.rows) if row < _COMPARED}
     if len(shapes) > 1:
         raise OutputMismatch(f"its batches differ: {sorted(shapes)}")
@@ -131,10 +131,10 @@ def _count_labels(loaded: LoadedBatch, classes: int) -> np.ndarray:
 
 
 def _statistics(moments: list[tuple[int, torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Channel means, then standard deviations, of batches with (images, channel means, means of squares)."""
     counts = np.array([count for count, _, _ in moments])[:, None]
-    mean, square = (
-        (counts * np.stack([moment[place].numpy() for moment in moments])).sum(0) / counts.sum() for place in (1, 2)
-    )
+    mean = (counts * np.stack([mean.numpy() for _, mean, _ in moments])).sum(0) / counts.sum()
+    square = (counts * np.stack([square.numpy() for _, _, square in moments])).sum(0) / counts.sum()
     return np.concatenate([mean, np.sqrt(square - mean**2)])
 
 

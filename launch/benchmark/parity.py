@@ -238,9 +238,9 @@ _TEXT = """# Our augmentation beside timm's
 
 Written by `python -m launch.benchmark parity --output launch/benchmark/results/parity.md`; a test computes it again.
 
-Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on images of {size}×{size} pixels,
-bicubic, with timm's op_args for four magnitudes and both signs: **mean · largest difference** in levels of 255. Then
-{drawn:,} images drawn by each: how often each operation was drawn, and the largest distance of the distribution
+Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on images of {size}×{size}
+pixels, bicubic, with timm's op_args for four magnitudes and both signs: **mean · largest difference** in levels of 255.
+Then {drawn:,} images drawn by each: how often each operation was drawn, and the largest distance of the distribution
 functions of its op_args (Kolmogorov–Smirnov; chance alone exceeds {limit:.3f} once in a thousand times).
 
 {table}
