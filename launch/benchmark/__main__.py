@@ -21,7 +21,7 @@ _MODULES = {"profile": "profiling"}  # a profile.py here would hide Python's own
 
 
 def main(argv: list[str]) -> int:
-    """Run a command, or prints help; the exit status."""
+    """Run a command, or print help; returns the exit status."""
     if argv and argv[0] in COMMANDS:
         try:
             return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])

@@ -34,7 +34,7 @@ def make_parser(name: str, doc: str, note: str = "") -> argparse.ArgumentParser:
 
 
 def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace], Callable[[], int]]) -> int:
-    """Run what `prepare` makes of the arguments and returns its exit status.
+    """Run what `prepare` makes of the arguments and return its exit status.
 
     `prepare` checks the arguments; a ValueError, RuntimeError or OSError of its is printed, and the exit status is 2.
     """
@@ -47,7 +47,7 @@ def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace],
 
 
 def resolve_device(name: str | None, remedy: str = "use --device cpu") -> torch.device:
-    """Named device, or the default one. Raises RuntimeError if it is a GPU and there is none."""
+    """Return the named or the default device. Raises RuntimeError if it is a GPU and there is none."""
     device = torch.device(name or default_device_type())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"PyTorch sees no NVIDIA GPU; {remedy}")
@@ -83,7 +83,7 @@ class Command:
     needs_result: bool = False  # exit status 1 if every entry of the results was skipped
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
-        """Arguments."""
+        """Parse the arguments; --help and errors exit."""
         parser = make_parser(f" {self.name}", self.doc)
         add = parser.add_argument
         if self.device_help:
@@ -96,7 +96,7 @@ class Command:
         return parser.parse_args(argv)
 
     def main(self, argv: list[str] | None = None) -> int:
-        """Run the command; its exit status."""
+        """Run the command; returns its exit status."""
         return start(self.parse(argv), self._prepare)
 
     def _prepare(self, arguments: argparse.Namespace) -> Callable[[], int]:

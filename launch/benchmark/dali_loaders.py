@@ -53,7 +53,7 @@ class DataioLoader:
             yield LoadedBatch(batch.images, batch.labels, batch.samples)
 
     def _train(self, number: int) -> Iterator[LoadedBatch]:
-        """TrainLoader's batches of one epoch: it has no end itself, and would decode ahead while others are timed."""
+        """TrainLoader's batches of one epoch; itself it never ends, and would decode ahead while others are timed."""
         requests = self._requests(number)
         for request, images in decode_batches(self.manifest, self._options, requests, self.config.batch, self._device):
             labels = torch.from_numpy(self.manifest.samples["label"][request.samples].astype(np.int64))
@@ -124,7 +124,7 @@ class DataioDecodeLoader:
 
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Epoch's batches in training order: (position of the first sample, samples)."""
+    """Batches of an epoch in training order: (position of the first sample, samples)."""
     order = Sampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
@@ -226,7 +226,7 @@ def _decoder(config: LoaderConfig) -> str:
 
 
 def _to_output(output: Any, config: LoaderConfig) -> Any:
-    """Images of a batch as `LoadedBatch` has them."""
+    """Convert the images of a batch to what `LoadedBatch` has."""
     if config.workload == "read":
         return [output.at(place).tobytes() for place in range(len(output))]
     if config.workload == "decode":

@@ -86,7 +86,7 @@ class DataBenchmark:
 
 
 def measure(benchmark: DataBenchmark, manifest: Manifest, description: str) -> Report:
-    """Whole report. Raises OutputMismatch if loaders deliver different outputs, RuntimeError if one fails."""
+    """Measure everything. Raises OutputMismatch if loaders deliver different outputs, RuntimeError if one fails."""
     config, device = benchmark.config, torch.device(benchmark.config.device)
     report = describe_run("data", device)
     report["versions"] |= {name: importlib.metadata.version(name) for name in _LIBRARIES if _is_installed(name)}
@@ -145,7 +145,7 @@ def describe(measured_by_loader: dict[str, Any], workload: str) -> list[dict[str
 
 
 def decoding_shares(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Time of ours for decoding whole images, by nvJPEG on a GPU, as a share of its time for each other workload."""
+    """Share of decoding whole images (by nvJPEG on a GPU) in the time of each other workload of ours."""
     rates = {entry["work"]: entry["images_per_second"]["median"] for entry in results if entry["contender"] == "ours"}
     if "decode" not in rates:
         return {}
@@ -153,7 +153,7 @@ def decoding_shares(results: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def add_to(earlier: Report, report: Report) -> Report:
-    """Report with an earlier one's results of other workloads.
+    """Merge a report with an earlier one's results of other workloads.
 
     Raises ValueError if that was measured under other circumstances.
     """

@@ -52,7 +52,7 @@ def run_parts(
     archive: Path | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Run the parts that fit into so many seconds; adds their entries to `report`, and writes it after each."""
+    """Run the parts that fit into so many seconds; add their entries to `report`, and write it after each."""
     began = clock()
     report["parts"] = []
     for part in parts:
@@ -77,7 +77,7 @@ def run_parts(
 
 
 def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]:
-    """Run a part and returns the entry that part.json gets: outcome, result, and the headline of that."""
+    """Run a part and return the entry that part.json gets: outcome, result, and the headline of that."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
@@ -106,7 +106,7 @@ def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]
 
 
 def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
-    """Part's exit status. If it exceeds the limit, it is ended with the processes that it started.
+    """Run a part and return its exit status. If it exceeds the limit, it is ended with the processes that it started.
 
     `timeout` sees to that, even if this process is killed meanwhile.
     """
@@ -150,7 +150,7 @@ def describe_gpu() -> dict[str, Any]:
 
 
 def format_summary(entries: Iterable[dict[str, Any]]) -> str:
-    """Table at the end: part, outcome, seconds, headline."""
+    """Table of the parts: part, outcome, seconds, headline."""
     rows = [
         (entry["name"], entry["outcome"], f"{entry['seconds']:.0f}" if "seconds" in entry else "", entry["headline"])
         for entry in entries
@@ -169,7 +169,7 @@ def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Par
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments."""
+    """Parse the arguments; --help and errors exit."""
     listed = ", ".join(part.name for part in plan_parts(Path()))
     parser = make_parser(" gpu", __doc__, f"\nparts: {listed}")
     add = parser.add_argument
@@ -212,7 +212,7 @@ def _run(parts: Sequence[Part], folder: Path, arguments: argparse.Namespace, dev
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the parts; the exit status."""
+    """Run the parts; returns the exit status."""
     return start(parse(argv), resolve)
 
 

@@ -140,13 +140,13 @@ def _with_tool(tool: str, part: Part) -> Part:
 
 
 def last_line(folder: Path) -> tuple[None, str]:
-    """No result, and the log's last line as the headline, or the last before PyTorch's advice on CUDA errors."""
+    """Take the log's last line before PyTorch's advice on CUDA errors as the headline, and no result."""
     lines = (folder / LOG).read_text(errors="replace").split("\n")
     return None, next((line.strip() for line in reversed(lines) if line.strip() and not _ADVICE.match(line)), "")
 
 
 def parse_report(benchmark: str, headline: Callable[[dict[str, Any]], str], folder: Path) -> tuple[dict[str, Any], str]:
-    """JSON that a part's benchmark wrote, and its headline."""
+    """Read the JSON that a part's benchmark wrote, and make its headline."""
     report = read_report(folder / REPORT, benchmark)
     return report, headline(report)
 
@@ -185,7 +185,7 @@ def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _skip_to_header(text: str) -> list[str]:
-    """Lines from the CSV's header on: lines of the profiler and of the program may come before."""
+    """Keep the lines from the CSV's header on; lines of the profiler and of the program may come before."""
     lines = text.splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith('"ID",')]
     return [line for line in lines[starts[0] :] if line.startswith('"')] if starts else []

@@ -49,7 +49,7 @@ _GROWTH_BATCH = {"cpu": 1, "cuda": 16}  # the fewest tokens already fill a GPU
 def measure(
     settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int], _path: Path
 ) -> Report:
-    """Whole report. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
+    """Measure everything. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
 
     growth_sides: of square images, in tokens, on which ours alone is timed, from small to large.
     """

@@ -107,7 +107,7 @@ def check_case(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def check_all(cases: tuple[Case, ...], device: torch.device, output: Path | None) -> int:
-    """Exit status 1 if one is wrong; prints a line for each case, and writes the report after each."""
+    """Check all cases, printing a line and writing the report after each; exit status 1 if one is wrong."""
     report = describe_run("check_kernels", device) | {"checks": []}
     for case in cases:
         try:
@@ -127,7 +127,7 @@ def is_right(entry: dict[str, Any]) -> bool:
 
 
 def headline(report: Report) -> str:
-    """How many cases are right, and which are wrong, in a line."""
+    """Summarize in a line how many cases are right, and which are wrong."""
     wrong = [f"{entry['shape']} {entry['dtype']}" for entry in report["checks"] if not is_right(entry)]
     right = f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} right and bit-identical"
     return right + (f"; wrong: {'; '.join(wrong)}" if wrong else "")
@@ -173,7 +173,7 @@ def run_profiled(device: torch.device) -> int:
 
 
 def find_fault() -> str:
-    """Reason for which the kernels that are there are none for this GPU, in one line; empty if they are.
+    """Try the built kernels; the reason why they do not suit this GPU, in one line, or "".
 
     Prints how they ran.
     """
@@ -190,7 +190,7 @@ def find_fault() -> str:
 
 
 def build() -> int:
-    """Build the kernels beside polaformer/ops.py, by setup.py, unless those that are there run; the exit status."""
+    """Build the kernels in place with setup.py, unless the present ones run; returns the exit status."""
     if not (fault := find_fault()):
         return 0
     architecture = "{}.{}".format(*torch.cuda.get_device_capability())
@@ -206,7 +206,7 @@ def build() -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments."""
+    """Parse the arguments; --help and errors exit."""
     parser = make_parser(".kernel_checks", __doc__)
     parser.add_argument("mode", choices=("build", "errors", "tiny", "profiled"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -235,7 +235,7 @@ def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a mode; its exit status."""
+    """Run a mode; returns its exit status."""
     return start(parse(argv), resolve)
 
 

@@ -20,7 +20,7 @@ TILE_TOKENS = 16  # that costs are counted for
 
 @dataclass(frozen=True)
 class LoopNest:
-    """A loop of the source and those in it. trips: of one run of what is around it, by padded width."""
+    """A loop of the source with the loops in it. trips: for one iteration of the loop around it, by padded width."""
 
     name: str
     trips: Callable[[int], int | Fraction]
@@ -41,7 +41,7 @@ class LoopNest:
 
 @dataclass(frozen=True)
 class Work:
-    """What a bf16 kernel does with 16 tokens of one head, by padded width W.
+    """Declared work of a bf16 kernel for 16 tokens of one head, by padded width W.
 
     rows: of D elements that it reads and writes for each token. warps: that share the 16 tokens and run `loop`, of all
     blocks that do. loop: that over tokens, which runs so often for 16 of them. products: HMMA.16816 that the
@@ -140,7 +140,7 @@ def cost(kernel: Kernel, work: Work | None = None) -> Cost:
 
 
 def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:
-    """Loop over tokens, and how often it and each loop in it runs per 16 tokens, by address."""
+    """Find the loop over tokens, and the trips of it and of each loop in it per 16 tokens, by address."""
     loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
     needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
     found: dict[
@@ -168,21 +168,21 @@ def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction
 
 
 def _multiply_out(loop: Loop, inner: Mapping[int, int], trips: dict[int, Fraction]) -> None:
-    """Fill in the trips of the loops in `loop`, from those of each in one run of what is around it."""
+    """Fill in the trips of the loops in `loop`, from those for one iteration of the loop around each."""
     for each in loop.inner:
         trips[each.begin] = trips[loop.begin] * inner[each.begin]
         _multiply_out(each, inner, trips)
 
 
 def _readings(loop: Loop, nest: LoopNest, width: int) -> Iterator[tuple[int, dict[int, int]]]:
-    """Ways to take the loops in `loop` for such in `nest`: changes by the compiler, and trips by address."""
+    """Ways to match the loops in `loop` with those in `nest`: number of compiler changes, and trips by address."""
     for choice in product(*(_readings_of_one(each, loop, nest, width) for each in loop.inner)):
         trips = {address: count for _, some in choice for address, count in some.items()}
         yield sum(changes for changes, _ in choice), trips
 
 
 def _readings_of_one(loop: Loop, around: Loop, nest: LoopNest, width: int) -> list[tuple[int, dict[int, int]]]:
-    """Likewise for `loop` itself, which may be unrolled in part or have its first or last run outside of it."""
+    """Ways to match `loop` itself, which may be partly unrolled or have its first or last iteration peeled."""
     found = []
     for candidate in nest.nested():
         declared = int(candidate.trips(width))

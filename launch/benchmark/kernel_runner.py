@@ -118,25 +118,25 @@ class AttentionCall:
     inputs: Inputs
 
     def forward(self) -> Tensor:
-        """Output, (B, H, N, D)."""
+        """Compute the output, (B, H, N, D)."""
         return self.attention(*self.inputs.tensors, *self.inputs.size)
 
     def backward(self, out: Tensor) -> tuple[Any, ...]:
-        """Gradients of q, k, v and the logits, None for what is not used."""
+        """Compute the gradients of q, k, v and the logits, None for what is not used."""
         return torch.autograd.grad(out, self.inputs.tensors, self.inputs.grad_out, allow_unused=True)
 
     def both(self) -> tuple[Any, ...]:
-        """Gradients, after a forward pass."""
+        """Compute the gradients, after a forward pass."""
         return self.backward(self.forward())
 
     def results(self) -> list[Tensor]:
-        """Output and the gradients."""
+        """Compute the output and the gradients."""
         out = self.forward()
         return [out.detach(), *self.backward(out)]
 
 
 def call_ours(shape: Shape, dtype: torch.dtype, device: torch.device) -> AttentionCall:
-    """Ours on `make_inputs`."""
+    """Bind ours to the inputs of `make_inputs`."""
     return AttentionCall(get_implementation("ours"), make_inputs(shape, dtype, device))
 
 
@@ -268,7 +268,7 @@ class KernelBenchmark:
         self._unchecked: dict[tuple[Shape, torch.dtype], str] = {}
 
     def check_ours(self, shape: Shape, dtype: torch.dtype) -> dict[str, dict[str, Errors]] | str:
-        """Errors of ours, or why they are not known; then `run` will not time it either.
+        """Compute the errors of ours, or the reason why they are unknown; then `run` will not time it either.
 
         Raises WrongResult if ours is wrong.
         """
@@ -310,7 +310,7 @@ class KernelBenchmark:
         return results
 
     def _require_room(self, implementation: str, shape: Shape, dtype: torch.dtype) -> None:
-        """Raise _Skipped if an implementation must exceed the time limit, or the memory of a CPU's process."""
+        """Raise _Skipped if an implementation is bound to exceed the time limit, or main memory on the CPU."""
         if implementation == "ours" and (shape, dtype) in self._unchecked:
             raise _Skipped(self._unchecked[shape, dtype])
         least, limit = flops(implementation, shape)["both"] / self.peaks.products[dtype].median, self.settings.limit
@@ -325,7 +325,7 @@ class KernelBenchmark:
     def _warm_up(
         self, implementation: str, shape: Shape, dtype: torch.dtype, inputs: list[Inputs]
     ) -> tuple[AttentionCall, float, dict[str, int]]:
-        """Call, ready; seconds of forward and backward; peak memory. Raises _Skipped if that is too long."""
+        """Return a warm call, its seconds and its peak memory. Raises _Skipped if it takes too long."""
         if not inputs:
             inputs.append(make_inputs(shape, dtype, self.settings.device))
         call = AttentionCall(get_implementation(implementation), inputs[0])
@@ -340,7 +340,7 @@ class KernelBenchmark:
 
 
 def _reason(implementation: str, error: Exception) -> str:
-    """Error in one line. Raises it if it is ours that failed, unless for memory: that is no reason to go on."""
+    """Describe the error in one line. Raises it instead if ours failed, unless for lack of memory."""
     if isinstance(error, _Skipped):
         return str(error)
     reason = describe_error(error)

@@ -66,7 +66,7 @@ class PeakMemory:
 
 
 def make_loader(name: str, config: LoaderConfig) -> Loader:
-    """Loader of that name. DALI is imported for its users alone, so that it takes no memory of the others."""
+    """Make the loader of that name. DALI is imported for its users alone: it would take memory of the others."""
     if name in ("ours", "dali"):
         from launch.benchmark import dali_loaders
 
@@ -79,7 +79,7 @@ def make_loader(name: str, config: LoaderConfig) -> Loader:
 
 
 def run_trial(loader: Loader, config: LoaderConfig, number: int, classes: int) -> Trial:
-    """One timed epoch, whose consumer counts labels and does nothing else."""
+    """Time one epoch, whose consumer counts labels and does nothing else."""
     labels = np.zeros(classes, dtype=np.int64)
     cpu, began = _cpu_seconds(), time.perf_counter()
     for loaded in loader.epoch(number):
@@ -89,7 +89,7 @@ def run_trial(loader: Loader, config: LoaderConfig, number: int, classes: int) -
 
 
 def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int) -> OutputFingerprint:
-    """Fingerprint of one epoch. Raises OutputMismatch if its batches differ in shape or dtype."""
+    """Take the fingerprint of one epoch. Raises OutputMismatch if its batches differ in shape or dtype."""
     labels, digests, shapes = np.zeros(classes, dtype=np.int64), [], set()
     levels: dict[int, np.ndarray] = {}
     moments = []
@@ -151,7 +151,7 @@ def _cpu_seconds() -> float:
 def compare(
     config: LoaderConfig, fingerprints: dict[str, OutputFingerprint], expected_labels: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
-    """Differences of each loader's images from the first loader's: by loader, by quantity.
+    """Compute the differences of each loader's images from the first one's: by loader, by quantity.
 
     Raises OutputMismatch if one delivers other labels, bytes, shapes or pixels.
     """
@@ -265,7 +265,7 @@ class LoaderProcess:
 
 @contextmanager
 def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> Iterator[list[LoaderProcess]]:
-    """Loaders' processes, each with its loader made; they end with the block."""
+    """Start a process for each loader, and wait until the loaders are made; they end with the block."""
     started: list[LoaderProcess] = []
     try:
         for name in names:
@@ -279,7 +279,7 @@ def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> It
 
 
 def watch_memory(worker: LoaderProcess) -> PeakMemory:
-    """Peak memory of one epoch."""
+    """Measure the peak memory of one epoch."""
     process, peak, done = psutil.Process(worker.process.pid), PeakMemory(), threading.Event()
 
     def watch() -> None:
@@ -320,7 +320,7 @@ def require_tools(names: Iterable[str]) -> None:
 def benchmark_loaders(
     names: list[str], config: LoaderConfig, expected_labels: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
-    """Measurements by loader: its differences from the first one, peak memory and trials.
+    """Measure by loader: its differences from the first one, peak memory and trials.
 
     Raises OutputMismatch if one does not deliver what the others do, RuntimeError if one fails.
     """

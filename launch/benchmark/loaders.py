@@ -61,7 +61,7 @@ class LoadedBatch(NamedTuple):
 
 
 class Loader(Protocol):
-    """What is timed."""
+    """Interface of the loaders."""
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
         """Every image once, in batches."""
@@ -77,7 +77,7 @@ def rows_by_key(manifest: Manifest) -> dict[str, int]:
 
 
 class WebDataset:
-    """webdataset's reader in torch's worker processes, which decode with PIL; `transform` does the rest there."""
+    """Loader of webdataset: torch's worker processes read, decode with PIL and apply `transform`."""
 
     def __init__(self, config: LoaderConfig, transform: Callable[[Image.Image], Any] | None = None) -> None:
         import webdataset

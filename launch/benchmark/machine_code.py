@@ -155,7 +155,7 @@ class Kernel:
         return Counter(instruction.opcode for instruction in self.code)
 
     def count(self, opcode: str) -> int:
-        """Instructions whose name is `opcode` or goes on from it with a dot."""
+        """Count the instructions whose name is `opcode`, with or without modifiers."""
         return sum(n for name, n in self.opcodes.items() if name == opcode or name.startswith(opcode + "."))
 
     @cached_property
@@ -188,7 +188,7 @@ def find_cuobjdump() -> Path:
 
 
 def find_extension() -> Path:
-    """Extension that was built in place. Raises RuntimeError if there is none."""
+    """Path of the extension that was built in place. Raises RuntimeError if there is none."""
     found = sorted(ROOT.glob("polaformer/_cuda*.so"))
     if not found:
         raise RuntimeError("polaformer/_cuda*.so is not built; run: pip install --no-build-isolation -e .")
@@ -218,7 +218,7 @@ def identify(symbol: str) -> tuple[str, str, int]:
 
 
 def read_kernels(extension: Path, wanted: Callable[[Kernel], bool] = lambda kernel: True) -> list[Kernel]:
-    """Kernels of an extension or object file for which `wanted` holds; it is asked before code is read.
+    """Read the kernels of an extension or object file for which `wanted`, called before code is read, holds.
 
     Raises RuntimeError if there is no cuobjdump, or no kernel in the file.
     """
@@ -278,7 +278,7 @@ def _read_code(extension: Path, kernels: Mapping[tuple[str, str], Kernel]) -> No
 
 
 def find_loops(code: Sequence[Instruction]) -> list[Loop]:
-    """Outermost natural loops (Aho et al., "Compilers", 9.6): a back edge leads to a block that dominates its source.
+    """Outermost natural loops (Aho et al., "Compilers", 9.6): edges back to a block that dominates their source.
 
     So neither a cold path that the compiler put behind a loop, nor a jump back from there into it, misleads.
     """
@@ -323,7 +323,7 @@ def _split_into_blocks(code: Sequence[Instruction]) -> tuple[list[Sequence[Instr
 
 
 def _nest(bodies: Mapping[int, Collection[int]], blocks: Sequence[Sequence[Instruction]]) -> list[Loop]:
-    """Loops within each other; of each block the innermost that it is in has the instructions."""
+    """Nest the loops; a block's instructions belong to the innermost loop that it is in."""
     loops = {head: Loop(blocks[head][0].address) for head in sorted(bodies)}
     outermost: list[Loop] = []
     for head, loop in loops.items():

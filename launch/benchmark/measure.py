@@ -56,7 +56,7 @@ def cpu_seconds() -> float:
 
 
 def rotate_order(names: Sequence[Any], first: int) -> list[Any]:
-    """`names` beginning with number `first`, so that in some round each one is first."""
+    """Rotate `names` so that number `first` comes first; over the rounds each one does."""
     return [*names[first:], *names[:first]]
 
 
@@ -70,12 +70,12 @@ def times_faster_than(trials: Mapping[str, Sequence[Trial]], name: str) -> dict[
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Dtype's name without "torch."."""
+    """Name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def describe_error(error: Exception) -> str:
-    """Error in one line of bounded length."""
+    """Describe an error in one line of bounded length."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return "out of memory"
     message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # advice for PyTorch's developers follows
@@ -87,10 +87,10 @@ class Benchmarked(Protocol):
     """A forward pass that keeps what its backward pass needs."""
 
     def forward(self) -> Tensor:
-        """Output."""
+        """Compute the output."""
 
     def backward(self, out: Tensor) -> Any:
-        """Gradients."""
+        """Compute the gradients."""
 
 
 class Clock:
@@ -111,7 +111,7 @@ class Clock:
         return self._seconds(intervals)
 
     def time_back_to_back(self, run: Callable[[], Any], repetitions: int) -> list[float]:
-        """Seconds of each repetition, without a gap between them: a GPU's waits for the host count."""
+        """Seconds of each repetition, one right after the other; a GPU's waits for the host count."""
         marks = [self._mark()]
         for _ in range(repetitions):
             run()

@@ -93,13 +93,13 @@ def count_images(folder: Path) -> int:
 
 
 def file_system(folder: Path) -> str:
-    """File system's type, as `stat` names it; "tmpfs" is no disk."""
+    """Type of the file system, as `stat` names it; "tmpfs" is no disk."""
     command = ("stat", "--file-system", "--format=%T", str(folder))
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def measure(images: int, workers: int, rounds: int, _path: Path) -> Report:
-    """Whole report. Raises RuntimeError if a command fails."""
+    """Measure everything and return the report. Raises RuntimeError if a command fails."""
     report = describe_run("pack", torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         source, target = Path(folder, "photographs"), Path(folder, "target")

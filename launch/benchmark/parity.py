@@ -69,7 +69,7 @@ AppliedOps = list[list[tuple[Op, float]]]  # for each image its operations with 
 
 
 def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
-    """Image after an operation of timm's or a filter of PIL's."""
+    """Apply timm's function or PIL's filter to an image."""
     if op == Op.NONE:
         return image
     if op == Op.GRAYSCALE:
@@ -165,7 +165,7 @@ def our_draws(settings: RandAugment, count: int) -> AppliedOps:
 
 
 def op_args_of(done: AppliedOps, op: Op) -> np.ndarray:
-    """Op_args of an operation in all images, to five digits: ours are float32."""
+    """Arguments of an operation in all images, to five digits: ours are float32."""
     return np.round([op_arg for operations in done for other, op_arg in operations if other == op], 5)
 
 
@@ -195,7 +195,7 @@ class Row:
 
 
 def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
-    """Row for each operation of RandAugment, in the order of Op."""
+    """Compare each operation of RandAugment, in the order of Op."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     rows = []
     for op in RAND_AUGMENT_OPS:
@@ -256,7 +256,7 @@ timm by default chooses between bilinear and bicubic at random.
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments."""
+    """Parse the arguments; --help and errors exit."""
     parser = make_parser(" parity", __doc__)
     add = parser.add_argument
     add("images", metavar="IMAGE", type=user_path, nargs="*", help="default: scikit-image's")
@@ -278,5 +278,5 @@ def _run(images: list[Image.Image], device: str, path: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the table; the exit status."""
+    """Write the table; returns the exit status."""
     return start(parse(argv), resolve)

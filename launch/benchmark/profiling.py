@@ -107,7 +107,7 @@ class ColdCacheProfiler:
         torch.amax(self._flushing, dim=1, out=self._largest)
 
     def _record(self, run: Callable[[], Any], repetitions: int) -> list[Any]:
-        """Device's events, by their start."""
+        """Record the device's events, by their start."""
         torch.cuda.synchronize()
         with quiet_profile([ProfilerActivity.CUDA]) as profiler:
             for _ in range(repetitions):
@@ -117,12 +117,12 @@ class ColdCacheProfiler:
 
 
 def device_events(events: Iterable[Any]) -> list[Any]:
-    """GPU's kernels, copies and fills among a profile's events, without named ranges."""
+    """Select the GPU's kernels, copies and fills from a profile's events, without named ranges."""
     return [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
 
 
 def split_by_markers(events: Iterable[Any], markers: set[str]) -> list[list[Any]]:
-    """Events after each marker, up to the next one; what is before the first belongs to no run."""
+    """Split events at the markers; those before the first one belong to no run."""
     divided: list[list[Any]] = []
     for event in events:
         if event.name in markers:
@@ -156,7 +156,7 @@ def _descendants(event: Any) -> list[Any]:
 def profile_shape(
     shape: Shape, dtype: torch.dtype, device: torch.device, profile_runs: Callable[[Callable[[], Any]], list[Run]]
 ) -> dict[str, Any]:
-    """Kernels of forward and of backward, with their shares of both together."""
+    """Profile the kernels of forward and backward, with their shares of both together."""
     call = call_ours(shape, dtype, device)
     out, inputs = call.forward(), call.inputs
 
@@ -196,7 +196,7 @@ def summarize(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def short_name(signature: str) -> str:
-    """Kernel's name without namespaces, types and arguments; for PyTorch's generic kernels, with the functor.
+    """Name of a kernel without namespaces, types and arguments; for PyTorch's generic kernels, with the functor.
 
     Names of operators, copies and fills stay as they are.
     """
@@ -211,7 +211,7 @@ def short_name(signature: str) -> str:
 
 
 def measure_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device, runs: int, path: Path) -> Report:
-    """Report on polarity attention, written to `path` after each shape.
+    """Profile polarity attention; the report is written to `path` after each shape.
 
     Raises RuntimeError if the profiler sees nothing.
     """
@@ -243,7 +243,7 @@ def _start_report(device: torch.device) -> Report:
 
 
 def measure_model(name: str, batch: Batch, steps: int, _path: Path) -> Report:
-    """Report on a model's eager training step: its operators, the slowest first."""
+    """Profile a model's eager training step: its operators, the slowest first."""
     activities = [ProfilerActivity.CPU]
     if batch.device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -54,7 +54,7 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """GPU's name, or the processor's with the vector instructions that PyTorch uses."""
+    """Name of the GPU, or of the processor with the vector instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -68,7 +68,7 @@ def default_path(benchmark: str) -> Path:
 
 
 def missing_modules(*modules: str) -> str:
-    """Modules among these that are not installed, in a sentence; empty if all are."""
+    """Name those of the modules that are not installed, in a sentence; empty if all are."""
     missing = [name for name in modules if not _is_installed(name)]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
@@ -81,7 +81,7 @@ def _is_installed(module: str) -> bool:
 
 
 def prepare_output(path: Path) -> Path:
-    """`path`, after making the folder that it is in. Raises OSError if no file can be there."""
+    """Make the folder of `path` and return `path`. Raises OSError if no file can be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
@@ -104,7 +104,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_report(path: Path, benchmark: str) -> dict[str, Any]:
-    """Report that an earlier run wrote. Raises OSError or ValueError if there is none of this benchmark."""
+    """Read the report that an earlier run wrote. Raises OSError or ValueError if there is none of this benchmark."""
     fault = f"{path} is no report of python -m launch.benchmark {benchmark}; name one"
     try:
         report = json.loads(path.read_text())
@@ -116,7 +116,7 @@ def read_report(path: Path, benchmark: str) -> dict[str, Any]:
 
 
 def heading(report: Mapping[str, Any], versions: Iterable[str] = ("torch",), workers: str = "threads") -> str:
-    """First line of a printed report: device, versions, commit, date."""
+    """Format the first line of a printed report: device, versions, commit, date."""
     named = "".join(f" {name} {report['versions'][name]}," for name in versions)
     return (
         f"{report['device']['name']}, {report[workers]} {workers},{named} commit {report['commit']}, {report['date']}\n"
@@ -124,7 +124,7 @@ def heading(report: Mapping[str, Any], versions: Iterable[str] = ("torch",), wor
 
 
 def format_quantiles(values: Mapping[str, float], form: Callable[[float], str], unit: float = 1) -> str:
-    """Median, and the other two quantiles in parentheses, each times `unit`."""
+    """Format the median, and the other two quantiles in parentheses, each times `unit`."""
     median, low, high = (form(unit * values[name]) for name in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 

@@ -68,7 +68,7 @@ def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifes
 
 
 def state_at(step: int, folder: Path) -> dict[str, int | str]:
-    """Loader's state in the checkpoint of a run after so many steps."""
+    """State of the loader in the checkpoint of a run after so many steps."""
     state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
     return state | {"samples_seen": step * _PLAN.global_batch_size}
 
@@ -91,7 +91,7 @@ def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.
 
 
 def _warm_up(device: torch.device) -> None:
-    """Import this module in a new process, and starts the device."""
+    """Import this module in a new process, and start the device."""
     torch.zeros(1, device=device)
 
 
@@ -107,7 +107,7 @@ def correlations(manifest: Manifest) -> dict[str, float]:
 
 
 def measure(samples: int, step: int, rounds: int, device: torch.device, _path: Path) -> Report:
-    """Whole report."""
+    """Measure everything and return the report."""
     report = describe_run("resume", device)
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         print(f"making {_UNIQUE_IMAGES} images, and {samples} samples of them", file=sys.stderr)

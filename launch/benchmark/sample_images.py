@@ -47,7 +47,7 @@ def make_images(folder: Path, images: int, cores: int) -> None:
 
 
 def pack_images(folder: Path, images: int, cores: int) -> Manifest:
-    """Packs that many generated images into `folder`/packed. Raises as `make_images` does."""
+    """Pack that many generated images into `folder`/packed. Raises as `make_images` does."""
     source = folder / "photographs"
     make_images(source, images, cores)
     sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
@@ -77,7 +77,7 @@ def _open(file: str) -> Image.Image:
 
 
 def _vary(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """Window of the picture, 0.7 to 1 times as wide as it can be, in about 500×375 pixels and other colours."""
+    """Cut a window of the picture, 0.7 to 1 times as wide as it can be, in about 500×375 pixels and other colours."""
     width, height = (round(side * rng.uniform(0.85, 1.15)) for side in (_WIDTH, _HEIGHT))
     largest = min(picture.width / width, picture.height / height)
     scale = largest * rng.uniform(0.7, 1)

@@ -166,7 +166,7 @@ def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
 
 
 def measure(extension: Path, gpu_name: str, shape: Shape, _path: Path | None) -> Report:
-    """Whole report. Raises RuntimeError if the extension lacks a kernel, or code for the GPU."""
+    """Count everything. Raises RuntimeError if the extension lacks a kernel, or code for the GPU."""
     gpu = GPU_SPECS[gpu_name]
     architectures = set()
 

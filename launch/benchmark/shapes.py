@@ -36,7 +36,7 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """Shape that `text` writes. Raises ValueError if it is not of the form B,H,HEIGHTxWIDTH,D or D is odd."""
+    """Parse a shape. Raises ValueError if it is not of the form B,H,HEIGHTxWIDTH,D or D is odd."""
     if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*x[1-9]\d*,[1-9]\d*", text):
         raise ValueError(f"shape {text!r} is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96")
     shape = Shape(*(int(number) for number in re.split("[,x]", text)))

@@ -82,7 +82,7 @@ class Training:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Trains on a batch; returns the loss before the step."""
+        """Train on a batch; returns the loss before the step."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             loss = F.cross_entropy(self._forward(images), labels)
         loss.backward()
@@ -92,14 +92,14 @@ class Training:
 
 
 def create_model(name: str, resolution: int) -> nn.Module:
-    """Model of timm's with fresh weights; one whose parameters depend on the image's size is made for this one."""
+    """Create a model of timm's with fresh weights, for this resolution if its parameters depend on it."""
     config = timm.get_pretrained_cfg(name)
     options: dict[str, Any] = {"img_size": resolution} if config and config.fixed_input_size else {}
     return timm.create_model(name, num_classes=_CLASSES, drop_path_rate=_DROP_PATH_RATE, **options)
 
 
 def train_on_noise(name: str, mode: str, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Model, and its training step on one batch of noise that stays on the device."""
+    """Create a model, and return it with its training step on one batch of noise that stays on the device."""
     torch.manual_seed(0)
     training = Training(create_model(name, batch.resolution), batch.device, mode)
     return training.model, partial(training.step, *batch.draw())
@@ -125,12 +125,12 @@ def _convolution_backward_flops(
     grad: Any, x: Any, weight: Any, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
     _output_padding: Any, _groups: int, needed: Sequence[bool], **_: Any,
 ) -> int:  # fmt: skip
-    """As many as forward for each of the two gradients. PyTorch's own formula takes grouped ones for dense."""
+    """Count as many as forward for each of the two gradients; PyTorch's own formula takes grouped ones for dense."""
     return sum(needed[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
 
 
 def measure(models: Sequence[str], modes: Sequence[str], batch: Batch, seconds: float, path: Path) -> Report:
-    """Whole report, written to `path` after each model and mode."""
+    """Measure everything and return the report, written to `path` after each model and mode."""
     report = describe_run("step", batch.device)
     report["versions"]["timm"] = timm.__version__
     report["implementation_of_ours"] = implementation_of_ours(batch.device)
@@ -235,7 +235,7 @@ def add_options(add: AddOption) -> None:
 
 
 def resolve_batch(arguments: argparse.Namespace, models: Sequence[str]) -> Batch:
-    """Batch of --device, --batch and --resolution.
+    """Make the batch that --device, --batch and --resolution describe.
 
     Raises RuntimeError without that device; ValueError for too few images, a model that timm does not know, or a
     size that a model does not take.
