@@ -143,9 +143,7 @@ def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction
     """Find the loop over tokens, and the trips of it and of each loop in it per 16 tokens, by address."""
     loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
     needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
-    found: dict[
-        tuple[int, int], list[dict[int, Fraction]]
-    ] = {}  # what the compiler must have changed: ways to read the code so
+    found: dict[tuple[int, int], list[dict[int, Fraction]]] = {}  # by tiles and compiler changes: possible trips
     for tiles in (1, 2, 4):  # of the source's loop over tokens in one of the code's
         for changes, inner in _readings(loop, work.loop, kernel.width):
             trips = {loop.begin: Fraction(work.loop.trips(kernel.width)) / tiles}

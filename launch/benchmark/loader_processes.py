@@ -9,9 +9,8 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -236,10 +235,15 @@ class LoaderProcess:
         """Wait until the loader is made."""
         self._answer()
 
-    def run(self, act: Any) -> Any:
-        """Call `fingerprint` or `run_trial` on the next epoch. Raises RuntimeError or OutputMismatch."""
+    def run(self, act: Any, meanwhile: Callable[[], None] | None = None) -> Any:
+        """Call `fingerprint` or `run_trial` on the next epoch, and `meanwhile` every 20 ms until it returns.
+
+        Raises RuntimeError or OutputMismatch if it fails.
+        """
         self._connection.send((act, self._epochs))
         self._epochs += 1
+        while meanwhile and not self._connection.poll(_SAMPLED_SECONDS):
+            meanwhile()
         return self._answer()
 
     def _answer(self) -> Any:
@@ -280,20 +284,9 @@ def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> It
 
 def watch_memory(worker: LoaderProcess) -> PeakMemory:
     """Measure the peak memory of one epoch."""
-    process, peak, done = psutil.Process(worker.process.pid), PeakMemory(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_SAMPLED_SECONDS):
-            _sample(process, peak)
-
-    watcher = threading.Thread(target=watch)
-    _sample(process, peak)  # an epoch may be shorter than the watcher's first step
-    watcher.start()
-    try:
-        worker.run(run_trial)
-    finally:
-        done.set()
-        watcher.join()
+    process, peak = psutil.Process(worker.process.pid), PeakMemory()
+    _sample(process, peak)  # an epoch may be shorter than the first wait
+    worker.run(run_trial, meanwhile=lambda: _sample(process, peak))
     return peak
 
 
