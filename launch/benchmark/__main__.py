@@ -1,4 +1,4 @@
-"""python -m launch.benchmark COMMAND …: hands over to that command's module, which is imported only then."""
+"""The command `python -m launch.benchmark COMMAND …`: imports that command's module alone and runs it."""
 
 import argparse
 import sys
@@ -7,19 +7,21 @@ from importlib import import_module
 from launch.interrupt import EXIT_INTERRUPTED
 
 COMMANDS = {
-    "kernel": "polarity attention against eager, compiled eager and softmax attention",
-    "data": "shards to batches: ours against webdataset with torchvision or timm, and DALI's own reader",
-    "pack": "dataio.pack against cp -r, tar and webdataset's ShardWriter",
-    "resume": "the first batch after a resume against that after a fresh start; how well an epoch is shuffled",
+    "kernel": "polarity attention beside eager, compiled eager and softmax attention",
+    "data": "shards to batches: ours, webdataset with torchvision or timm, and DALI's own reader",
+    "pack": "dataio.pack beside cp -r, tar and webdataset's ShardWriter",
+    "resume": "the first batch after a resume beside that after a fresh start; the quality of the shuffle",
+    "parity": "our RandAugment beside timm's, in pixels and in draws",
     "gpu": "on a machine with a GPU: checks, tests, benchmarks, counters, sanitizers, into one folder",
     "step": "whole training steps of b5 and b4 beside ViT-B, ConvNeXt-B and CAFormer-M36 of timm",
-    "profile": "the time of every kernel of polarity attention, or of every operator of a training step",
-    "sass": "what the compiler made of the CUDA kernels: instructions, bounds, predicted times; needs no GPU",
+    "profile": "every kernel of polarity attention, or every operator of a training step",
+    "sass": "instruction counts of the compiled CUDA kernels, bounds and predicted times; needs no GPU",
 }
 _MODULES = {"profile": "profiling"}  # a profile.py here would hide Python's own from `python launch/benchmark …`
 
 
 def main(argv: list[str]) -> int:
+    """Run a command, or print help; returns the exit status."""
     if argv and argv[0] in COMMANDS:
         try:
             return import_module(f"launch.benchmark.{_MODULES.get(argv[0], argv[0])}").main(argv[1:])
@@ -29,11 +31,11 @@ def main(argv: list[str]) -> int:
     listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark",
-        description=f"commands:\n{listed}\n\npython -m launch.benchmark COMMAND --help tells the rest.",
+        description=f"commands:\n{listed}\n\npython -m launch.benchmark COMMAND --help describes one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=tuple(COMMANDS), metavar="COMMAND")
-    parser.parse_args(argv)  # leaves with the help, or with what is wrong
+    parser.parse_args(argv)  # exits with the help or an error
     return 2
 
 

@@ -1,6 +1,6 @@
 """The data benchmark's loaders that need DALI: ours, and DALI's own WebDataset reader.
 
-loaders.py has the others, and says what a loader has to do.
+loaders.py has the others, and the interface.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 import torch
-from nvidia.dali import pipeline_def
+from nvidia.dali import pipeline_def, types
 from nvidia.dali.auto_aug.rand_augment import rand_augment
 from nvidia.dali.data_node import DataNode
 
@@ -24,7 +23,7 @@ from dataio.shards import open_shards
 from launch.benchmark.loaders import EXTENSIONS, SEED, SHUFFLE_BUFFER, LoadedBatch, LoaderConfig, grid_of
 from launch.config import DataSection
 
-_PREFETCH_QUEUE_DEPTH = 2  # batches under way, as ours has
+_PREFETCH_QUEUE_DEPTH = 2  # batches in flight, as in dataio
 
 
 class DataioLoader:
@@ -35,6 +34,7 @@ class DataioLoader:
         self._options, self._device = config.data(), torch.device(config.device)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         if self.config.workload == "read":
             return self._read(number)
         if self.config.workload == "evaluation":
@@ -52,7 +52,7 @@ class DataioLoader:
             yield LoadedBatch(batch.images, batch.labels, batch.samples)
 
     def _train(self, number: int) -> Iterator[LoadedBatch]:
-        """TrainLoader has no end, and would be decoding the next epoch when a baseline's turn begins."""
+        """TrainLoader's batches of one epoch; itself it never ends, and would decode ahead while others are timed."""
         requests = self._requests(number)
         for request, images in decode_batches(self.manifest, self._options, requests, self.config.batch, self._device):
             labels = torch.from_numpy(self.manifest.samples["label"][request.samples].astype(np.int64))
@@ -65,7 +65,7 @@ class DataioLoader:
 
 
 class DaliWebDatasetLoader:
-    """DALI alone: fn.readers.webdataset, decoding, cropping, normalising in one graph."""
+    """DALI alone: fn.readers.webdataset, decoding, cropping and normalising in one graph."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self._manifest = config, load_manifest(config.folder)
@@ -73,11 +73,10 @@ class DaliWebDatasetLoader:
         self._started = False
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         samples, batch = len(self._manifest), self.config.batch
         batches = -(-samples // batch)
-        for _ in range(
-            _PREFETCH_QUEUE_DEPTH if self._started else 1
-        ):  # the first call starts `_PREFETCH_QUEUE_DEPTH` batches
+        for _ in range(_PREFETCH_QUEUE_DEPTH if self._started else 1):  # the first call fills the queue by itself
             self._pipeline.schedule_run()
         self._started = True
         for place in range(batches):
@@ -90,18 +89,19 @@ class DaliWebDatasetLoader:
                 None if self.config.shuffled else np.arange(first, first + count),
             )
             self._pipeline.release_outputs()
-            if place + _PREFETCH_QUEUE_DEPTH < batches:  # none of the next epoch while others have their turn
+            if place + _PREFETCH_QUEUE_DEPTH < batches:  # nothing of the next epoch while others are timed
                 self._pipeline.schedule_run()
             yield loaded
 
 
 class DataioDecodeLoader:
-    """Our shards' reader and DALI's decoder, in the order of a file: training never decodes whole images."""
+    """dataio's reader of shards and DALI's decoder, in stored order: training never decodes whole images."""
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self._manifest = config, load_manifest(config.folder)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         samples, batch = len(self._manifest), self.config.batch
         requests = (np.arange(first, min(first + batch, samples)) for first in range(0, samples, batch))
         in_flight: list[np.ndarray] = []
@@ -123,7 +123,7 @@ class DataioDecodeLoader:
 
 
 def _training_order(manifest: Manifest, epoch: int, batch: int) -> Iterator[tuple[int, np.ndarray]]:
-    """An epoch's batches: (position of the first sample, samples)."""
+    """Batches of an epoch in training order: (position of the first sample, samples)."""
     order = ShuffledSampler(SEED, manifest.shard_samples)
     first, end = epoch * len(manifest), (epoch + 1) * len(manifest)
     for position in range(first, end, batch):
@@ -143,7 +143,7 @@ def _pipeline_arguments(config: LoaderConfig) -> dict[str, Any]:
 
 @pipeline_def(enable_conditionals=True)
 def _webdataset_pipeline(config: LoaderConfig, manifest: Manifest) -> tuple[DataNode, DataNode]:
-    encoded, text = fn.readers.webdataset(
+    encoded, text = fn.readers.webdataset(  # type: ignore[misc]
         paths=[str(manifest.folder / shard.name) for shard in manifest.shards],
         index_paths=[str(manifest.folder / shard.idx_name) for shard in manifest.shards],
         ext=[";".join(EXTENSIONS), "cls"],
@@ -162,7 +162,7 @@ def _webdataset_pipeline(config: LoaderConfig, manifest: Manifest) -> tuple[Data
 
 @pipeline_def
 def _decode_pipeline(feed: Callable[[], list[np.ndarray]], config: LoaderConfig) -> DataNode:
-    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), config)
+    return _decode(fn.external_source(feed, ndim=1, dtype=types.UINT8), config)  # type: ignore[attr-defined]
 
 
 def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
@@ -170,18 +170,25 @@ def _decode(encoded: DataNode, config: LoaderConfig) -> DataNode:
 
 
 def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> DataNode:
-    """The evaluation's or the training's images, with DALI's own random numbers."""
-    decoding = {"device": _decoder(config), "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+    """Images for evaluation or training, with DALI's own random numbers."""
+    decoding: dict[str, Any] = {
+        "device": _decoder(config),
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    images: Any
+    mirror: Any = 0
     if config.workload == "evaluation":
-        images, side, mirror = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct), 0
+        images, side = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct)
         margin = max(1, side - config.size)
-        place = round(margin / 2) / margin  # half to even, as PIL's users have it; DALI's own default rounds up
+        place = round(margin / 2) / margin  # half to even, as in PIL; DALI's own default rounds up
     else:
         images = fn.decoders.image_random_crop(
             encoded, random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **decoding
         )
         side, place, mirror = config.size, 0.5, fn.random.coin_flip(probability=data.hflip)
-    images = fn.resize(images, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
+    cubic = types.INTERP_CUBIC  # type: ignore[attr-defined]
+    images = fn.resize(images, size=(side, side), interp_type=cubic, antialias=True, subpixel_scale=False)
     if config.workload == "rand-augment":
         for _ in range(data.rand_augment.num_layers):
             images = _rand_augment(images, data)
@@ -193,15 +200,15 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
         mirror=mirror,
         mean=[255 * mean for mean in data.mean],
         std=[255 * std for std in data.std],
-        dtype=types.FLOAT,
+        dtype=types.FLOAT,  # type: ignore[attr-defined]
         output_layout="HWC",  # channels_last, as ours
     )
 
 
 def _rand_augment(images: DataNode, data: DataSection) -> DataNode:
-    """One of DALI's own 13 operations; they are nearly timm's 15, of the same strength on average."""
+    """One of DALI's own 13 operations, nearly timm's 15, of the same strength on average."""
     settings = data.rand_augment
-    if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):
+    if fn.random.coin_flip(probability=settings.prob, dtype=types.BOOL):  # type: ignore[attr-defined]
         images = rand_augment(
             images,
             n=1,
@@ -218,7 +225,7 @@ def _decoder(config: LoaderConfig) -> str:
 
 
 def _to_output(output: Any, config: LoaderConfig) -> Any:
-    """What the consumer gets of a batch."""
+    """Convert the images of a batch to what `LoadedBatch` has."""
     if config.workload == "read":
         return [output.at(place).tobytes() for place in range(len(output))]
     if config.workload == "decode":

@@ -1,6 +1,7 @@
-"""Whether a loader keeps a model busy: training steps on one batch that lies ready, and on batches of our loader.
+"""Data stalls of a model: training steps on one batch that is already on the device, and on batches of our loader.
 
-data.py asks for it, on a GPU for b4 and b5. The step is plain PyTorch's: forward, loss, backward, AdamW.
+Mohan et al., "Analyzing and Mitigating Data Stalls in DNN Training" (VLDB 2021). data.py runs it, on a GPU for b4 and
+b5 by default.
 """
 
 import time
@@ -11,12 +12,11 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 
-import polaformer  # noqa: F401  registers the models
 from dataio.loader import Batch, LoaderOptions, TrainLoader
 from dataio.manifest import Manifest, load_manifest
-from launch.benchmark.measure import MIN_ROUNDS, quantiles
+from launch.benchmark.measure import MIN_ROUNDS, quantiles, synchronize
+from launch.benchmark.step import Training
 from launch.config import DataSection
 
 _WARM_UP_STEPS = 3
@@ -25,7 +25,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class DataStallConfig:
-    """What is to be fed: `steps` of a model at a time, in turns with and without the loader."""
+    """The model and the batches; each round runs `steps` training steps without the loader, and as many with it."""
 
     model: str
     recipe: str
@@ -36,17 +36,28 @@ class DataStallConfig:
 
 
 def measure_data_stalls(config: DataStallConfig, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Rates of the model alone and of the model with our loader, in images/s, and their ratio."""
+    """Images per second of the model alone and of the model with our loader, and their ratio."""
     manifest = load_manifest(folder)
     batches = _batches(config, manifest, device)
-    step = _make_step(config, len(manifest.classes), device)
+    torch.manual_seed(_SEED)
+    training = Training(timm.create_model(config.model, num_classes=len(manifest.classes)), device)
     ready = next(batches)
     for _ in range(_WARM_UP_STEPS):
-        step(ready)
+        training.step(ready.images, ready.labels)
+
+    def rate(take: Callable[[], Batch]) -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(config.steps):
+            batch = take()
+            training.step(batch.images, batch.labels)
+        synchronize(device)
+        return config.steps * config.batch / (time.perf_counter() - began)
+
     alone, fed = [], []
     for _ in range(MIN_ROUNDS):
-        alone.append(_rate(config, step, lambda: ready, device))
-        fed.append(_rate(config, step, lambda: next(batches), device))
+        alone.append(rate(lambda: ready))
+        fed.append(rate(lambda: next(batches)))
     return asdict(config) | {
         "step_images_per_second": asdict(quantiles(alone)),
         "fed_images_per_second": asdict(quantiles(fed)),
@@ -55,37 +66,6 @@ def measure_data_stalls(config: DataStallConfig, folder: Path, device: torch.dev
 
 
 def _batches(config: DataStallConfig, manifest: Manifest, device: torch.device) -> Iterator[Batch]:
-    data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, augmentation=config.recipe)
+    recipe: dict[str, Any] = {"augmentation": config.recipe}
+    data = DataSection(train="-", val="-", image_size=config.size, threads=config.cores, **recipe)
     return TrainLoader(manifest, data, LoaderOptions(_SEED, config.batch), device)
-
-
-def _make_step(config: DataStallConfig, classes: int, device: torch.device) -> Callable[[Batch], None]:
-    torch.manual_seed(_SEED)
-    model = timm.create_model(config.model, num_classes=classes).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-    def step(batch: Batch) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = F.cross_entropy(model(batch.images), batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def _rate(
-    config: DataStallConfig, step: Callable[[Batch], None], take: Callable[[], Batch], device: torch.device
-) -> float:
-    """Images per second over `config.steps` steps."""
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(config.steps):
-        step(take())
-    _wait(device)
-    return config.steps * config.batch / (time.perf_counter() - began)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

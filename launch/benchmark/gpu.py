@@ -4,17 +4,15 @@ python -m launch.benchmark gpu
 python -m launch.benchmark gpu --minutes 7 --output runs/gpu --archive runs/gpu.tar.gz
 python -m launch.benchmark gpu --parts check kernels
 
-Its parts run one after the other, those first that tell most; a part that fails or exceeds its time limit keeps none of
-the others from running, and makes the exit status 1. --minutes leaves out what would not fit any more. It needs torch,
-timm, pytest and hypothesis; a part that needs more is skipped, with its reason, where that is not installed.
+Its parts run one after the other, the most informative first. After a part that fails or exceeds its time limit the
+others still run, and the exit status is 1. --minutes leaves out what would not fit any more. The command needs torch,
+timm, pytest and hypothesis; a part that needs more is skipped with its reason where that is not installed.
 
-It writes one folder: for each part a folder with log.txt, part.json (what ran, how it ended, its result) and the
-command's own files, and summary.json of all parts, renewed after each, so that what was measured survives what comes
-next.
+It writes one folder: for each part a folder with log.txt, part.json (command, outcome, result) and the command's own
+files, and summary.json of all parts, rewritten after each part, so that a later crash loses nothing.
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -22,13 +20,23 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from launch.benchmark.cli import Report, make_parser, require_positive, resolve_device, start
 from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
-from launch.benchmark.report import ROOT, default_path, describe_run, format_table, prepare_output, user_path
+from launch.benchmark.report import (
+    ROOT,
+    default_path,
+    describe_run,
+    format_table,
+    prepare_output,
+    user_path,
+    write_report,
+)
 
 PASSED, FAILED, TIMED_OUT, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
 _KILL_AFTER_SECONDS = 5
@@ -40,11 +48,11 @@ def run_parts(
     parts: Sequence[Part],
     folder: Path,
     seconds: float,
-    report: dict[str, Any],
+    report: Report,
     archive: Path | None,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Runs what fits into so many seconds; adds an entry for each part to `report`, and writes that after each."""
+    """Run the parts that fit into so many seconds; add their entries to `report`, and write it after each."""
     began = clock()
     report["parts"] = []
     for part in parts:
@@ -63,18 +71,22 @@ def run_parts(
             entry.pop("result")  # part.json has it
         print(f"{part.name}: {entry['outcome']}, {entry['headline']}", flush=True)
         report["parts"].append(entry)
-        _write(folder / "summary.json", report)
+        write_report(folder / "summary.json", report)
         if archive:
             _archive(folder, archive)
 
 
 def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]:
-    """What part.json says of a part that was run: how it ended, its result, and the headline of that."""
+    """Run a part and return the entry that part.json gets: outcome, result, and the headline of that."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)  # of an earlier run
-    entry = {"name": part.name, "command": list(part.command), "limit_seconds": round(timeout_seconds, 1)}
-    _write(folder / "part.json", entry | {"outcome": "running"})
+    entry: dict[str, Any] = {
+        "name": part.name,
+        "command": list(part.command),
+        "limit_seconds": round(timeout_seconds, 1),
+    }
+    write_report(folder / "part.json", entry | {"outcome": "running"})
     began = time.monotonic()
     with open(folder / LOG, "wb") as log:
         status = _run_within(timeout_seconds, part, log)
@@ -89,12 +101,12 @@ def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]
         if status == 0:
             entry["outcome"] = FAILED
             entry["headline"] = f"no result: {type(error).__name__}: {error}"
-    _write(folder / "part.json", entry)
+    write_report(folder / "part.json", entry)
     return entry
 
 
 def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
-    """Its exit status. If it exceeds the limit, it is ended with the processes that it started.
+    """Run a part and return its exit status. If it exceeds the limit, it is ended with the processes that it started.
 
     `timeout` sees to that, even if this process is killed meanwhile.
     """
@@ -112,13 +124,6 @@ def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
             process.wait()
 
 
-def _write(path: Path, entry: dict[str, Any]) -> None:
-    """Writes JSON so that no half-written file is ever seen. NaN and infinite numbers may occur."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(entry, indent=1, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
-
-
 def _archive(folder: Path, path: Path) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     with tarfile.open(unfinished, "w:gz") as archive:
@@ -127,7 +132,7 @@ def _archive(folder: Path, path: Path) -> None:
 
 
 def describe_gpu() -> dict[str, Any]:
-    """What tells one card and its state from another of the same name."""
+    """Properties, clocks and power limit of the GPU, which tell it from another one of the same name."""
     properties = torch.cuda.get_device_properties()
     asked = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
     command = ("nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", "--id=0")
@@ -145,7 +150,7 @@ def describe_gpu() -> dict[str, Any]:
 
 
 def format_summary(entries: Iterable[dict[str, Any]]) -> str:
-    """The table at the end: part, outcome, seconds, headline."""
+    """Table of the parts: part, outcome, seconds, headline."""
     rows = [
         (entry["name"], entry["outcome"], f"{entry['seconds']:.0f}" if "seconds" in entry else "", entry["headline"])
         for entry in entries
@@ -155,7 +160,7 @@ def format_summary(entries: Iterable[dict[str, Any]]) -> str:
 
 
 def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
-    """Those of these names, or all. Raises ValueError if there is no part of a name."""
+    """Parts of these names, or all. Raises ValueError if there is no part of a name."""
     known = [part.name for part in parts]
     for name in names or ():
         if name not in known:
@@ -164,26 +169,16 @@ def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Par
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
+    """Parse the arguments; --help and errors exit."""
     listed = ", ".join(part.name for part in plan_parts(Path()))
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark gpu",
-        description=summary,
-        epilog=f"examples:\n{rest}\nparts: {listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(" gpu", __doc__, f"\nparts: {listed}")
     add = parser.add_argument
     add("--output", type=user_path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
-    add(
-        "--minutes",
-        type=float,
-        metavar="MINUTES",
-        help="total time; parts that no longer fit are left out (default: run all, over an hour)",
-    )
+    minutes = "total time; parts that no longer fit are left out (default: run all, over an hour)"
+    add("--minutes", type=float, metavar="MINUTES", help=minutes)
     add("--parts", nargs="+", metavar="PART", help="only these; one that cannot run is an error then")
-    add(
-        "--archive", type=user_path, metavar="FILE.tar.gz", help="also pack the folder into this file, after every part"
-    )
+    archive = "also pack the folder into this file, after every part"
+    add("--archive", type=user_path, metavar="FILE.tar.gz", help=archive)
     return parser.parse_args(argv)
 
 
@@ -191,31 +186,34 @@ def _stop(_signal: int, _frame: Any) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
+def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Check the arguments and return what runs the parts. Raises ValueError, RuntimeError or OSError."""
     folder = (arguments.output or default_path("gpu").with_suffix("")).resolve()
-    try:
-        parts = choose_parts(plan_parts(folder), arguments.parts)
-        if arguments.archive and folder in arguments.archive.resolve().parents:
-            raise ValueError(f"--archive {arguments.archive} is in the folder that it packs; put it elsewhere")
-        if arguments.minutes is not None and not arguments.minutes > 0:
-            raise ValueError(f"--minutes is {arguments.minutes}; give a number above 0")
-        if not torch.cuda.is_available():
-            raise ValueError("PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one")
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments.archive:
-            prepare_output(arguments.archive)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parts = choose_parts(plan_parts(folder), arguments.parts)
+    if arguments.archive and folder in arguments.archive.resolve().parents:
+        raise ValueError(f"--archive {arguments.archive} is in the folder that it packs; put it elsewhere")
+    require_positive(arguments, "minutes")
+    device = resolve_device("cuda", remedy="run this where nvidia-smi lists one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.archive:
+        prepare_output(arguments.archive)
+    return partial(_run, parts, folder, arguments, device)
+
+
+def _run(parts: Sequence[Part], folder: Path, arguments: argparse.Namespace, device: torch.device) -> int:
     signal.signal(signal.SIGTERM, _stop)  # a part's command is ended, too
-    report = describe_run("gpu", torch.device("cuda")) | {"minutes": arguments.minutes}
+    report = describe_run("gpu", device) | {"minutes": arguments.minutes}
     report["device"] |= describe_gpu()
     seconds = 60 * arguments.minutes if arguments.minutes else float("inf")
     run_parts(parts, folder, seconds, report, arguments.archive)
     print(f"\n{format_summary(report['parts'])}\nwritten to {folder}")
     bad = (FAILED, TIMED_OUT, SKIPPED) if arguments.parts else (FAILED, TIMED_OUT)
     return int(any(entry["outcome"] in bad for entry in report["parts"]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts; returns the exit status."""
+    return start(parse(argv), resolve)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Warp instructions that 16 tokens of one head cost in each CUDA kernel for bf16, from its machine code.
+"""Cost of 16 tokens of one head in each bf16 CUDA kernel, in warp instructions, from its machine code.
 
-`cost` weights every instruction by how often its loops run for 16 tokens, by all warps that share these tokens. How
-often that is stands in WORK, written as the source is; it is checked against the code, in which the HMMA instructions
-must come to as many as the mathematics takes.
+`cost` weights every instruction by the trips of its loops for 16 tokens, over all warps that share these tokens. WORK
+declares the loops' trips as the source has them. They are checked against the code: its HMMA instructions must come to
+as many as the mathematics needs.
 
-Assumed: every warp takes every branch (a copy made by one warp of six counts six times). What is before and after the
-loop over tokens, such as loading S, belongs to a block and is not counted.
+Every warp is assumed to take every branch (a copy made by one warp of six counts six times). Code before and after the
+loop over tokens, such as loading S, is executed once a block and is not counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ TILE_TOKENS = 16  # that costs are counted for
 
 @dataclass(frozen=True)
 class LoopNest:
-    """A loop of the source and those in it. trips: of one run of what is around it, by padded width."""
+    """A loop of the source with the loops in it. trips: for one iteration of the loop around it, by padded width."""
 
     name: str
     trips: Callable[[int], int | Fraction]
@@ -34,13 +34,14 @@ class LoopNest:
             yield from nest.nested()
 
     def describe(self, width: int) -> str:
+        """Names and trips of the loops, for messages."""
         inside = f" ({', '.join(nest.describe(width) for nest in self.inner)})" if self.inner else ""
         return f"{self.name} × {self.trips(width)}{inside}"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a bf16 kernel does with 16 tokens of one head, by padded width W.
+    """Declared work of a bf16 kernel for 16 tokens of one head, by padded width W.
 
     rows: of D elements that it reads and writes for each token. warps: that share the 16 tokens and run `loop`, of all
     blocks that do. loop: that over tokens, which runs so often for 16 of them. products: HMMA.16816 that the
@@ -54,6 +55,7 @@ class Work:
     extra: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
 
     def all_products(self, width: int) -> int:
+        """HMMA instructions with the extra ones."""
         return self.products(width) + sum(count(width) for count in self.extra.values())
 
 
@@ -120,11 +122,12 @@ class Cost:
 
     @property
     def instructions(self) -> float:
+        """Warp instructions of all classes."""
         return sum(self.classes.values())
 
 
 def cost(kernel: Kernel, work: Work | None = None) -> Cost:
-    """What 16 tokens cost in one of WORK's kernels. Raises UnmatchedLoops if its code contradicts WORK."""
+    """Cost of 16 tokens in one of WORK's kernels. Raises UnmatchedLoops if its code contradicts WORK."""
     work = work or WORK[kernel.name]
     loop, trips = _resolve_trips(kernel, work)
     warps = work.warps(kernel.width)
@@ -137,10 +140,10 @@ def cost(kernel: Kernel, work: Work | None = None) -> Cost:
 
 
 def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:
-    """The loop over tokens, and how often it and each loop in it runs per 16 tokens, by address."""
+    """Find the loop over tokens, and the trips of it and of each loop in it per 16 tokens, by address."""
     loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
     needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
-    found = {}  # what the compiler must have changed: ways to read the code so
+    found: dict[tuple[int, int], list[dict[int, Fraction]]] = {}  # by tiles and compiler changes: possible trips
     for tiles in (1, 2, 4):  # of the source's loop over tokens in one of the code's
         for changes, inner in _readings(loop, work.loop, kernel.width):
             trips = {loop.begin: Fraction(work.loop.trips(kernel.width)) / tiles}
@@ -163,24 +166,24 @@ def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction
 
 
 def _multiply_out(loop: Loop, inner: Mapping[int, int], trips: dict[int, Fraction]) -> None:
-    """Fills in the trips of the loops in `loop`, from those of each in one run of what is around it."""
+    """Fill in the trips of the loops in `loop`, from those for one iteration of the loop around each."""
     for each in loop.inner:
         trips[each.begin] = trips[loop.begin] * inner[each.begin]
         _multiply_out(each, inner, trips)
 
 
 def _readings(loop: Loop, nest: LoopNest, width: int) -> Iterator[tuple[int, dict[int, int]]]:
-    """The ways to take the loops in `loop` for such in `nest`: changes by the compiler, and trips by address."""
+    """Ways to match the loops in `loop` with those in `nest`: number of compiler changes, and trips by address."""
     for choice in product(*(_readings_of_one(each, loop, nest, width) for each in loop.inner)):
         trips = {address: count for _, some in choice for address, count in some.items()}
         yield sum(changes for changes, _ in choice), trips
 
 
 def _readings_of_one(loop: Loop, around: Loop, nest: LoopNest, width: int) -> list[tuple[int, dict[int, int]]]:
-    """Likewise for `loop` itself, which may be unrolled in part or have its first or last run outside of it."""
+    """Ways to match `loop` itself, which may be partly unrolled or have its first or last iteration peeled."""
     found = []
     for candidate in nest.nested():
-        declared = candidate.trips(width)
+        declared = int(candidate.trips(width))
         for unrolled in range(1, declared + 1):
             if declared % unrolled or candidate.multiplies != loop.multiplies:
                 continue

@@ -1,18 +1,16 @@
-"""The data benchmark's contest: each loader in a process of its own, which waits until it is its trial.
+"""Processes of the data benchmark's loaders: comparison of their outputs, peak memory, timed epochs.
 
-loaders.py and dali_loaders.py say who takes part; data.py asks and reports. A trial is one epoch, from the first
-request to the last batch handed over, so that nobody decodes ahead while others are timed. The first epoch of each is
-looked at: nothing is timed unless all hand over the same. In the second the memory is watched; then they take trials.
+Each loader has a process of its own, which waits until it is asked. A trial is one epoch, from the first request to the
+last batch delivered, so that nobody decodes ahead while others are timed. The first epoch's outputs are compared:
+nothing is timed unless all loaders deliver the same. The second is for peak memory; then trials are timed in turn.
 """
 
-import importlib.util
 import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,8 +24,10 @@ import torch
 from dataio.workers import sigint_blocked
 from launch.benchmark import loaders
 from launch.benchmark.loaders import AUGMENTATIONS, LoadedBatch, Loader, LoaderConfig
+from launch.benchmark.measure import Trial, cpu_seconds, describe_error, rotate_order, synchronize
+from launch.benchmark.report import missing_modules
 
-#: Who can do what.
+#: The workloads of each loader.
 LOADERS = {
     "ours": ("read", "decode", "evaluation", *AUGMENTATIONS),
     "webdataset": ("read", "decode"),
@@ -36,45 +36,36 @@ LOADERS = {
     "dali": ("read", "decode", "evaluation", "simple", "rand-augment"),
 }
 _COMPARED = 32  # images
-#: Largest differences to the first contender's, in levels of 255: the mean and one value's. Filters round differently.
+#: Allowed differences from the first loader, in levels of 255: the mean, and a single value's. Their filters differ.
 _TOLERANCES = (0.5, 16.0)
 _SAMPLED_SECONDS = 0.02
 
 
 class OutputMismatch(Exception):
-    """A loader does not hand over what the others do; its time would mean nothing."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One epoch of a loader. labels: images of each class."""
-
-    seconds: float
-    cpu_seconds: float  # of the process with its threads and workers
-    labels: tuple[int, ...]
+    """A loader does not deliver what the others do, so that its time would mean nothing."""
 
 
 @dataclass(frozen=True)
 class OutputFingerprint:
-    """What a loader hands over, as far as it can be compared."""
+    """The comparable part of an epoch's output."""
 
     labels: tuple[int, ...]
     shape: tuple[int, ...] = ()  # of an image, where all have one
     digest: str = ""  # of all labels with their images (read) or rows (decode, evaluation), in whatever order
     levels: np.ndarray | None = None  # decode, evaluation: of the first rows, as float32 in [0, 255]
-    statistics: np.ndarray | None = None  # recipes: each channel's mean, then their deviations
+    statistics: np.ndarray | None = None  # augmented: the channels' means, then their standard deviations
 
 
 @dataclass
 class PeakMemory:
-    """Memory in bytes. resident: of the process, and what its workers do not share; own: without mapped files."""
+    """Peak memory in bytes. resident: of the process, and what its workers do not share; own: without mapped files."""
 
     resident: int = 0
     own: int = 0
 
 
 def make_loader(name: str, config: LoaderConfig) -> Loader:
-    """Imports DALI only for those that use it, so that it is in nobody else's memory."""
+    """Make the loader of that name. DALI is imported for its users alone: it would take memory of the others."""
     if name in ("ours", "dali"):
         from launch.benchmark import dali_loaders
 
@@ -87,18 +78,17 @@ def make_loader(name: str, config: LoaderConfig) -> Loader:
 
 
 def run_trial(loader: Loader, config: LoaderConfig, number: int, classes: int) -> Trial:
-    """One epoch, timed. The consumer counts labels and does nothing else with what it gets."""
+    """Time one epoch, whose consumer counts labels and does nothing else."""
     labels = np.zeros(classes, dtype=np.int64)
     cpu, began = _cpu_seconds(), time.perf_counter()
     for loaded in loader.epoch(number):
         labels += _count_labels(loaded, classes)
-    if config.device != "cpu":
-        torch.cuda.synchronize()
+    synchronize(torch.device(config.device))
     return Trial(time.perf_counter() - began, _cpu_seconds() - cpu, tuple(labels.tolist()))
 
 
 def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int) -> OutputFingerprint:
-    """One epoch, for `compare`."""
+    """Take the fingerprint of one epoch. Raises OutputMismatch if its batches differ in shape or dtype."""
     labels, digests, shapes = np.zeros(classes, dtype=np.int64), [], set()
     levels: dict[int, np.ndarray] = {}
     moments = []
@@ -140,17 +130,16 @@ def _count_labels(loaded: LoadedBatch, classes: int) -> np.ndarray:
 
 
 def _statistics(moments: list[tuple[int, torch.Tensor, torch.Tensor]]) -> np.ndarray:
+    """Channel means, then standard deviations, of batches with (images, channel means, means of squares)."""
     counts = np.array([count for count, _, _ in moments])[:, None]
-    mean, square = (
-        (counts * np.stack([moment[place].numpy() for moment in moments])).sum(0) / counts.sum() for place in (1, 2)
-    )
+    mean = (counts * np.stack([mean.numpy() for _, mean, _ in moments])).sum(0) / counts.sum()
+    square = (counts * np.stack([square.numpy() for _, _, square in moments])).sum(0) / counts.sum()
     return np.concatenate([mean, np.sqrt(square - mean**2)])
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers so far, in ticks of 10 ms."""
-    times = os.times()
-    spent = times.user + times.system + times.children_user + times.children_system
+    """CPU time so far of this process and its workers, running ones included; theirs in ticks of 10 ms."""
+    spent = cpu_seconds()
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             own = child.cpu_times()
@@ -161,51 +150,51 @@ def _cpu_seconds() -> float:
 def compare(
     config: LoaderConfig, fingerprints: dict[str, OutputFingerprint], expected_labels: tuple[int, ...]
 ) -> dict[str, dict[str, float]]:
-    """How far each contender's images are from the first one's: by contender, by quantity.
+    """Compute the differences of each loader's images from the first one's: by loader, by quantity.
 
-    Raises OutputMismatch if one hands over other labels, bytes, shapes or pixels.
+    Raises OutputMismatch if one delivers other labels, bytes, shapes or pixels.
     """
     first = next(iter(fingerprints))
-    found = {}
-    for name, found_output in fingerprints.items():
-        _require_labels(config, name, found_output.labels, expected_labels)
-        if found_output.shape != fingerprints[first].shape or found_output.digest != fingerprints[first].digest:
-            fault = f"images of {found_output.shape}, not {fingerprints[first].shape},"
-            if found_output.shape == fingerprints[first].shape:
+    found: dict[str, dict[str, float]] = {}
+    for name, own in fingerprints.items():
+        _require_labels(config, name, own.labels, expected_labels)
+        if own.shape != fingerprints[first].shape or own.digest != fingerprints[first].digest:
+            fault = f"images of {own.shape}, not {fingerprints[first].shape},"
+            if own.shape == fingerprints[first].shape:
                 fault = "bytes" if config.workload == "read" else "labels of the same images"
-            raise OutputMismatch(f"{config.workload}: {name} hands over other {fault} than {first}; nothing was timed")
+            raise OutputMismatch(f"{config.workload}: {name} delivers other {fault} than {first}; nothing was timed")
         found[name] = {}
-        if found_output.levels is not None:
-            difference = np.abs(found_output.levels - fingerprints[first].levels)
+        if own.levels is not None:
+            difference = np.abs(own.levels - fingerprints[first].levels)
             found[name] = {"mean_levels": float(difference.mean()), "largest_levels": float(difference.max())}
             allowed = dict(zip(found[name], _TOLERANCES, strict=True))
-        elif found_output.statistics is not None:
-            found[name] = {"statistics": float(np.abs(found_output.statistics - fingerprints[first].statistics).max())}
+        elif own.statistics is not None:
+            found[name] = {"statistics": float(np.abs(own.statistics - fingerprints[first].statistics).max())}
             allowed = {"statistics": _statistics_tolerance(sum(expected_labels))}
         for quantity, value in found[name].items():
             if not value <= allowed[quantity]:
                 raise OutputMismatch(
-                    f"{config.workload}: {name} hands over other pixels than {first}: {quantity} {value:.3g}, allowed"
+                    f"{config.workload}: {name} delivers other pixels than {first}: {quantity} {value:.3g}, allowed"
                     f" {allowed[quantity]:g}; nothing was timed"
                 )
     return found
 
 
 def _statistics_tolerance(images: int) -> float:
-    """For random images' channel means and deviations, in normalised units: chance, and other operations' effect."""
+    """Tolerance of channel means and deviations, in normalised units: chance, and that operations differ."""
     return 0.1 + 4 / math.sqrt(images)
 
 
 def _require_labels(config: LoaderConfig, name: str, labels: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if labels != expected:
         raise OutputMismatch(
-            f"{config.workload}: {name} hands over {sum(labels)} images, {labels} of each class, where {sum(expected)},"
+            f"{config.workload}: {name} delivers {sum(labels)} images, {labels} of each class, where {sum(expected)},"
             f" {expected}, are packed; its time would mean nothing"
         )
 
 
 def serve(connection: Connection, name: str, config: LoaderConfig, classes: int) -> None:
-    """A contender's process: epochs as they are asked for, until the connection is closed."""
+    """Body of a loader's process: runs epochs on request until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with suppress(EOFError, ConnectionError):  # the parent has closed it, or is gone
         try:
@@ -216,28 +205,24 @@ def serve(connection: Connection, name: str, config: LoaderConfig, classes: int)
                 connection.send(act(loader, config, number, classes))
         except (EOFError, ConnectionError):
             raise
-        except Exception as error:  # whatever libraries raise; one line of it tells the parent enough
-            connection.send(error if isinstance(error, OutputMismatch) else RuntimeError(_in_one_line(error)))
+        except Exception as error:  # whatever libraries raise, as one line
+            connection.send(error if isinstance(error, OutputMismatch) else RuntimeError(describe_error(error)))
     _leave()
 
 
 def _leave() -> None:
-    """Ends this process and its workers at once: torch waits 5 s for each worker whose images have run out."""
+    """End this process and its workers at once: torch waits 5 s for each worker whose images have run out."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a worker that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(0)
 
 
-def _in_one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 class LoaderProcess:
-    """A contender's process, started by `loader_processes`."""
+    """The parent's side of a loader's process."""
 
     def __init__(self, name: str, config: LoaderConfig, classes: int) -> None:
-        self.name, self._task = name, config
+        self.name, self._config = name, config
         context = multiprocessing.get_context("spawn")  # with nothing of this process, DALI's threads least of all
         self._connection, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, name, config, classes))
@@ -247,13 +232,18 @@ class LoaderProcess:
         self._epochs = 0
 
     def ready(self) -> None:
-        """Waits until its loader is made."""
+        """Wait until the loader is made."""
         self._answer()
 
-    def run(self, act: Any) -> Any:
-        """What `fingerprint` or `run_trial` returns for its next epoch. Raises RuntimeError or OutputMismatch if it fails."""
+    def run(self, act: Any, meanwhile: Callable[[], None] | None = None) -> Any:
+        """Call `fingerprint` or `run_trial` on the next epoch, and `meanwhile` every 20 ms until it returns.
+
+        Raises RuntimeError or OutputMismatch if it fails.
+        """
         self._connection.send((act, self._epochs))
         self._epochs += 1
+        while meanwhile and not self._connection.poll(_SAMPLED_SECONDS):
+            meanwhile()
         return self._answer()
 
     def _answer(self) -> Any:
@@ -262,14 +252,15 @@ class LoaderProcess:
         except (EOFError, ConnectionResetError) as error:
             self.process.join()
             raise RuntimeError(
-                f"{self._task.workload}: {self.name}'s process ended with status {self.process.exitcode};"
+                f"{self._config.workload}: {self.name}'s process ended with status {self.process.exitcode};"
                 " free some memory, or leave it out with --loaders"
             ) from error
         if isinstance(answer, Exception):
-            raise type(answer)(f"{self._task.workload}: {self.name} failed: {answer}")
+            raise type(answer)(f"{self._config.workload}: {self.name} failed: {answer}")
         return answer
 
     def close(self) -> None:
+        """End the process."""
         self._connection.close()
         self.process.join(timeout=10)
         if self.process.is_alive():
@@ -278,7 +269,7 @@ class LoaderProcess:
 
 @contextmanager
 def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> Iterator[list[LoaderProcess]]:
-    """Their processes, each with its loader made; they end with the block."""
+    """Start a process for each loader, and wait until the loaders are made; they end with the block."""
     started: list[LoaderProcess] = []
     try:
         for name in names:
@@ -292,21 +283,10 @@ def loader_processes(names: list[str], config: LoaderConfig, classes: int) -> It
 
 
 def watch_memory(worker: LoaderProcess) -> PeakMemory:
-    """The peak of one epoch."""
-    process, peak, done = psutil.Process(worker.process.pid), PeakMemory(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_SAMPLED_SECONDS):
-            _sample(process, peak)
-
-    watcher = threading.Thread(target=watch)
-    _sample(process, peak)  # an epoch may be shorter than the watcher's first step
-    watcher.start()
-    try:
-        worker.run(run_trial)
-    finally:
-        done.set()
-        watcher.join()
+    """Measure the peak memory of one epoch."""
+    process, peak = psutil.Process(worker.process.pid), PeakMemory()
+    _sample(process, peak)  # an epoch may be shorter than the first wait
+    worker.run(run_trial, meanwhile=lambda: _sample(process, peak))
     return peak
 
 
@@ -324,18 +304,18 @@ def _mapped_files(process: psutil.Process) -> int:
     return 1024 * int(line.split()[1])
 
 
-def require_tools(names: list[str]) -> None:
-    """Raises RuntimeError if a library that contenders need is not installed."""
-    if set(names) - {"ours", "dali"} and importlib.util.find_spec("webdataset") is None:
-        raise RuntimeError("webdataset is not installed; install it, or choose --loaders ours dali")
+def require_tools(names: Iterable[str]) -> None:
+    """Raise RuntimeError if a library that these loaders need is not installed."""
+    if set(names) - {"ours", "dali"} and (missing := missing_modules("webdataset")):
+        raise RuntimeError(f"{missing}; install it, or choose --loaders ours dali")
 
 
 def benchmark_loaders(
     names: list[str], config: LoaderConfig, expected_labels: tuple[int, ...], rounds: int
 ) -> dict[str, Any]:
-    """What was measured: by contender, its differences to the first one, peak memory and trials.
+    """Measure by loader: its differences from the first one, peak memory and trials.
 
-    Raises OutputMismatch if one does not hand over what the others do, RuntimeError if one fails.
+    Raises OutputMismatch if one does not deliver what the others do, RuntimeError if one fails.
     """
     with loader_processes(names, config, len(expected_labels)) as workers:
         fingerprints = {worker.name: worker.run(fingerprint) for worker in workers}
@@ -343,8 +323,7 @@ def benchmark_loaders(
         peaks = {worker.name: watch_memory(worker) for worker in workers}
         trials: dict[str, list[Trial]] = {worker.name: [] for worker in workers}
         for number in range(rounds):
-            shift = number % len(workers)
-            for worker in workers[shift:] + workers[:shift]:  # everybody is first once
+            for worker in rotate_order(workers, number % len(workers)):
                 trials[worker.name].append(worker.run(run_trial))
     for name, own in trials.items():
         for trial in own:

@@ -1,6 +1,6 @@
-"""What the data benchmark's loaders have to do, and those that read with webdataset and decode with PIL.
+"""The interface of the data benchmark's loaders, and those that read with webdataset and decode with PIL.
 
-Each is an object made for one config, whose `epoch` hands out all images once. dali_loaders.py has those that need DALI,
+A loader is made for one config; its `epoch` yields all images once. dali_loaders.py has the loaders that need DALI,
 ours among them; loader_processes.py runs each in a process of its own.
 """
 
@@ -20,9 +20,8 @@ from dataio.manifest import Manifest, load_manifest
 from launch.config import DataSection
 
 AUGMENTATIONS = get_args(DataSection.model_fields["augmentation"].annotation)
-#: What is done to the images.
-WORKLOADS = ("read", "decode", "evaluation", *reversed(AUGMENTATIONS))  # from least to most
-GRID = 8  # decoded images are handed over as so many pixels a side, taken from all over them
+WORKLOADS = ("read", "decode", "evaluation", *reversed(AUGMENTATIONS))  # from the least work to the most
+GRID = 8  # pixels a side, taken from all over a decoded image, that are delivered of it
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 SHUFFLE_BUFFER = 1000  # encoded images in a baseline's buffer
 SEED = 0
@@ -30,28 +29,28 @@ SEED = 0
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """What is to be loaded, and with how much. `cores`: threads or worker processes."""
+    """The images, what is done to them, and the size of the batches. `cores`: threads or worker processes."""
 
     workload: str  # of WORKLOADS
     folder: Path  # packed
     batch: int
     size: int  # pixels, of the normalised images
     cores: int
-    device: str  # where batches are handed over
+    device: str  # of the batches
 
     @property
     def shuffled(self) -> bool:
-        """In another order each epoch; otherwise in stored order, so that pixels can be compared."""
+        """Whether each epoch has another order; otherwise it is the stored one, so that pixels can be compared."""
         return self.workload not in ("decode", "evaluation")
 
     def data(self) -> DataSection:
-        """The configuration by which images are prepared."""
-        augmentation = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
+        """Configure decoding and augmentation."""
+        augmentation: dict[str, Any] = {"augmentation": self.workload} if self.workload in AUGMENTATIONS else {}
         return DataSection(train="-", val="-", image_size=self.size, threads=max(1, self.cores), **augmentation)
 
 
 class LoadedBatch(NamedTuple):
-    """A batch. `rows`: of the manifest, None where the loader does not know and nobody asks.
+    """A batch. `rows`: of the manifest, None where the loader does not know them and they are not needed.
 
     images: B encoded images; (B, GRID, GRID, 3) uint8; or (B, 3, S, S) float32, normalised, on the device.
     """
@@ -62,14 +61,14 @@ class LoadedBatch(NamedTuple):
 
 
 class Loader(Protocol):
-    """A contestant."""
+    """Interface of the loaders."""
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
-        """Every image once."""
+        """Every image once, in batches."""
 
 
 def rows_by_key(manifest: Manifest) -> dict[str, int]:
-    """Keys of samples in their shards, as webdataset calls them → rows of the manifest."""
+    """Rows of the manifest by the samples' webdataset keys."""
     rows: dict[str, int] = {}
     for shard in manifest.shards:
         for line in (manifest.folder / shard.idx_name).read_text().splitlines()[1:]:
@@ -78,7 +77,7 @@ def rows_by_key(manifest: Manifest) -> dict[str, int]:
 
 
 class WebDataset:
-    """webdataset's reader in torch's worker processes, which decode with PIL; `transform` does the rest there."""
+    """Loader of webdataset: torch's worker processes read, decode with PIL and apply `transform`."""
 
     def __init__(self, config: LoaderConfig, transform: Callable[[Image.Image], Any] | None = None) -> None:
         import webdataset
@@ -87,10 +86,9 @@ class WebDataset:
         manifest = load_manifest(config.folder)
         self._rows = rows_by_key(manifest)
         urls = [str(manifest.folder / shard.name) for shard in manifest.shards]
-        # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do.
-        workers = min(config.cores, len(urls)) * (
-            config.workload != "read"
-        )  # bytes are read faster than workers hand them on
+        # webdataset deals whole shards to workers: with more workers than shards, some would have nothing to do. Bytes
+        # are read faster without workers than they can pass them on.
+        workers = min(config.cores, len(urls)) if config.workload != "read" else 0
         dataset = webdataset.WebDataset(urls, shardshuffle=len(urls) if config.shuffled else False, seed=SEED)
         if config.shuffled:
             dataset = dataset.shuffle(SHUFFLE_BUFFER)
@@ -110,6 +108,7 @@ class WebDataset:
         return image if self._transform is None else self._transform(image)
 
     def epoch(self, number: int) -> Iterator[LoadedBatch]:
+        """Every image once, in batches."""
         for names, images, labels in self._loader:
             if isinstance(images, Tensor):
                 images = images.to(self.config.device, non_blocking=True)
@@ -123,12 +122,12 @@ def grid_of(pixels: np.ndarray) -> np.ndarray:
 
 
 def pil_grid(image: Image.Image) -> np.ndarray:
-    """The whole image decoded, and its grid."""
+    """Grid of an image, which is decoded as a whole."""
     return grid_of(np.asarray(image))
 
 
 def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """torchvision's evaluation or training transform, for PIL images."""
+    """Build torchvision's transform for evaluation or training, from PIL images to (3, S, S) float32."""
     data, bicubic = config.data(), InterpolationMode.BICUBIC
     if config.workload == "evaluation":
         side = int(config.size / data.crop_pct)
@@ -143,13 +142,13 @@ def torchvision_transform(config: LoaderConfig) -> Callable[[Image.Image], Tenso
 
 
 def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
-    """timm's, likewise; its names for the augmentations are beside ours."""
+    """Build timm's transform for evaluation or training, from PIL images to (3, S, S) float32."""
     from timm.data import auto_augment, create_transform
 
     # Pillow 13 refuses to keep 0 bits, which this operation asks for now and then; before, that gave black.
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = _posterize
     data = config.data()
-    shared = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    shared: dict[str, Any] = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
     if config.workload == "evaluation":
         return create_transform(config.size, crop_pct=data.crop_pct, crop_mode="squash", **shared)
     return create_transform(
@@ -159,7 +158,7 @@ def timm_transform(config: LoaderConfig) -> Callable[[Image.Image], Tensor]:
         ratio=data.crop_ratio,
         hflip=data.hflip,
         auto_augment={"rand-augment": "rand-m9-mstd0.5-inc1", "three-augment": "3a", "simple": None}[config.workload],
-        color_jitter=0.3 if config.workload == "three-augment" else None,  # DeiT III's, as ours
+        color_jitter=0.3 if config.workload == "three-augment" else None,  # type: ignore[arg-type]  # as DeiT III
         **shared,
     )
 

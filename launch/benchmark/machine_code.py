@@ -1,10 +1,10 @@
-"""The machine code of a built CUDA extension: its kernels, what they take, and their loops.
+"""Machine code (SASS) of a built CUDA extension: its kernels, their resource usage and their loops.
 
-cuobjdump prints the code (SASS); `read_kernels` makes `Kernel` objects of it, and `Kernel.loops` finds the loops by
-control flow. Left out are branches to slow paths, which are calls or, where warps diverge, BRA.DIV.
+`read_kernels` parses what cuobjdump prints into `Kernel` objects; `Kernel.loops` finds the loops by control flow.
+Branches to slow paths are not followed: calls and, where warps diverge, BRA.DIV.
 
-Uses the standard library alone. kernel_costs.py weights the instructions, sass.py prints,
-tests/polaformer/cuda/test_machine_code.py checks.
+kernel_costs.py weights the instructions by the loops' trips, sass.py prints the costs, and
+tests/polaformer/cuda/test_machine_code.py holds the code to a budget.
 """
 
 import os
@@ -20,7 +20,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+import networkx as nx
+
+from launch.benchmark.report import ROOT
+
 PADDED_HEAD_DIMS = (32, 64, 96, 128)  # that head dimensions are padded to
 
 
@@ -110,13 +113,14 @@ class Loop:
         return sum(instruction.kind == "HMMA" for instruction in self.instructions)
 
     def nested(self) -> Iterator["Loop"]:
-        """This loop and all in it."""
+        """Loops of this nest, itself first."""
         yield self
         for loop in self.inner:
             yield from loop.nested()
 
     @property
     def multiplies(self) -> bool:
+        """Whether there are HMMA instructions in it."""
         return any(loop.products for loop in self.nested())
 
     def __str__(self) -> str:
@@ -142,14 +146,16 @@ class Kernel:
 
     @property
     def identity(self) -> tuple[str, str, int]:
+        """Name, operand and width, which tell a kernel from the others of an architecture."""
         return self.name, self.operand, self.width
 
     @cached_property
-    def opcodes(self) -> Counter:
+    def opcodes(self) -> Counter[str]:
+        """Number of instructions by opcode."""
         return Counter(instruction.opcode for instruction in self.code)
 
     def count(self, opcode: str) -> int:
-        """Instructions whose name is `opcode` or goes on from it with a dot."""
+        """Count the instructions whose name is `opcode`, with or without modifiers."""
         return sum(n for name, n in self.opcodes.items() if name == opcode or name.startswith(opcode + "."))
 
     @cached_property
@@ -169,11 +175,11 @@ class Kernel:
 
 
 def find_cuobjdump() -> Path:
-    """That of the PATH, of CUDA_HOME, or the one inside triton. Raises RuntimeError if there is none."""
+    """Path of cuobjdump: on the PATH, in CUDA_HOME, or inside triton. Raises RuntimeError if there is none."""
     if found := shutil.which("cuobjdump"):
         return Path(found)
     candidates = [Path(os.environ["CUDA_HOME"], "bin/cuobjdump")] if os.environ.get("CUDA_HOME") else []
-    if triton := find_spec("triton"):
+    if (triton := find_spec("triton")) and triton.origin:
         candidates.append(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
     for candidate in candidates:
         if candidate.is_file():
@@ -182,7 +188,7 @@ def find_cuobjdump() -> Path:
 
 
 def find_extension() -> Path:
-    """The extension that was built in place. Raises RuntimeError if there is none."""
+    """Path of the extension that was built in place. Raises RuntimeError if there is none."""
     found = sorted(ROOT.glob("polaformer/_cuda*.so"))
     if not found:
         raise RuntimeError("polaformer/_cuda*.so is not built; run: pip install --no-build-isolation -e .")
@@ -212,7 +218,7 @@ def identify(symbol: str) -> tuple[str, str, int]:
 
 
 def read_kernels(extension: Path, wanted: Callable[[Kernel], bool] = lambda kernel: True) -> list[Kernel]:
-    """The kernels of an extension or object file for which `wanted` holds; it is asked before code is read.
+    """Read the kernels of an extension or object file for which `wanted`, called before code is read, holds.
 
     Raises RuntimeError if there is no cuobjdump, or no kernel in the file.
     """
@@ -272,27 +278,34 @@ def _read_code(extension: Path, kernels: Mapping[tuple[str, str], Kernel]) -> No
 
 
 def find_loops(code: Sequence[Instruction]) -> list[Loop]:
-    """The outermost natural loops: a branch back to an instruction that all ways to the branch lead through.
+    """Outermost natural loops (Aho et al., "Compilers", 9.6): edges back to a block that dominates their source.
 
     So neither a cold path that the compiler put behind a loop, nor a jump back from there into it, misleads.
     """
     blocks, successors = _split_into_blocks(code)
-    reached = _find_reached(successors)
-    predecessors = {block: [] for block in reached}
-    for block in reached:
-        for successor in successors[block]:
-            predecessors[successor].append(block)
-    dominators = _find_dominators(predecessors)
-    bodies = {}  # of each loop, by its first block; the same for several branches back to it
-    for block in reached:
-        for head in successors[block]:
-            if head in dominators[block]:
-                bodies.setdefault(head, {head}).update(_blocks_between(head, block, predecessors))
+    graph = nx.DiGraph((block, successor) for block, others in enumerate(successors) for successor in others)
+    graph.add_node(0)
+    graph = graph.subgraph({0} | nx.descendants(graph, 0))
+    parents = nx.immediate_dominators(graph, 0)
+    bodies: dict[int, set[int]] = {}  # of each loop, by its first block; the same for several back edges to it
+    for block, head in graph.edges:
+        if head in _dominators(block, parents):
+            without_head = graph.subgraph(set(graph) - {head})
+            before = nx.ancestors(without_head, block) | {block} if block != head else set()
+            bodies.setdefault(head, {head}).update(before)
     return _nest(bodies, blocks)
 
 
+def _dominators(block: int, parents: Mapping[int, int]) -> Iterator[int]:
+    """Yield the block and all blocks that every way to it leads through."""
+    yield block
+    while block:  # the first block is number 0
+        block = parents[block]
+        yield block
+
+
 def _split_into_blocks(code: Sequence[Instruction]) -> tuple[list[Sequence[Instruction]], list[list[int]]]:
-    """The basic blocks, and the numbers of those that may follow each."""
+    """Split code into basic blocks, with the numbers of those that may follow each."""
     ways = [instruction.successors() for instruction in code]
     targets = {target for _, target in ways if target is not None}
     starts = [0]
@@ -309,45 +322,10 @@ def _split_into_blocks(code: Sequence[Instruction]) -> tuple[list[Sequence[Instr
     return blocks, successors
 
 
-def _find_reached(successors: Sequence[Sequence[int]]) -> list[int]:
-    """The blocks that there is a way to from the first, in the order of the code, which is nearly that of the ways."""
-    reached, waiting = set(), [0]
-    while waiting:
-        block = waiting.pop()
-        if block not in reached:
-            reached.add(block)
-            waiting.extend(successors[block])
-    return sorted(reached)
-
-
-def _find_dominators(predecessors: Mapping[int, Sequence[int]]) -> dict[int, set[int]]:
-    """Of each block, the blocks that all ways to it lead through, itself among them."""
-    dominators = {block: set(predecessors) for block in predecessors} | {0: {0}}
-    changed = True
-    while changed:
-        changed = False
-        for block in sorted(predecessors)[1:]:
-            found = set.intersection(*(dominators[other] for other in predecessors[block])) | {block}
-            if found != dominators[block]:
-                dominators[block], changed = found, True
-    return dominators
-
-
-def _blocks_between(head: int, last: int, predecessors: Mapping[int, Sequence[int]]) -> set[int]:
-    """The blocks on all ways from `head` to `last`, where none avoids `head`."""
-    found, waiting = {head}, [last]
-    while waiting:
-        block = waiting.pop()
-        if block not in found:
-            found.add(block)
-            waiting.extend(predecessors[block])
-    return found
-
-
 def _nest(bodies: Mapping[int, Collection[int]], blocks: Sequence[Sequence[Instruction]]) -> list[Loop]:
-    """The loops within each other; of each block the innermost that it is in has the instructions."""
+    """Nest the loops; a block's instructions belong to the innermost loop that it is in."""
     loops = {head: Loop(blocks[head][0].address) for head in sorted(bodies)}
-    outermost = []
+    outermost: list[Loop] = []
     for head, loop in loops.items():
         around = [other for other in bodies if other != head and head in bodies[other]]
         parent = min(around, key=lambda other: len(bodies[other]), default=None)

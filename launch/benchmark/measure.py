@@ -1,11 +1,12 @@
-"""Time, memory and what the device can do at best; knows nothing of what is measured.
+"""Quantiles, timing, memory and a device's peak rates: the measuring types that all benchmarks share.
 
-Calls are timed in turn, so that a clock or a neighbour that changes meets all of them alike.
+Competing calls are timed in turn, so that a clock or a neighbour that changes affects all of them alike.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -20,11 +21,12 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 200
 _L2_FLUSH_BYTES = 1 << 30  # several times the L2 cache of any GPU, and read for longer than a launch takes the host
 _COPIED_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 _MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+_LONGEST_REASON = 400  # characters
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Median and the quantiles 0.2 and 0.8 of so many repetitions."""
+    """Median, and the quantiles 0.2 and 0.8, of a number of repetitions."""
 
     median: float
     low: float
@@ -33,20 +35,66 @@ class Quantiles:
 
 
 def quantiles(values: Sequence[float]) -> Quantiles:
+    """Quantiles of measured values."""
     low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
     return Quantiles(median, low, high, len(values))
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One timed run of a command or a loader."""
+
+    seconds: float
+    cpu_seconds: float  # of the process with its threads and the processes that it started
+    labels: tuple[int, ...] = ()  # of a loader's epoch: images of each class
+
+
+def cpu_seconds() -> float:
+    """CPU time so far of this process and of those of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def rotate_order(names: Sequence[Any], first: int) -> list[Any]:
+    """Rotate `names` so that number `first` comes first; over the rounds each one does."""
+    return [*names[first:], *names[:first]]
+
+
+def times_faster_than(trials: Mapping[str, Sequence[Trial]], name: str) -> dict[str, dict[str, float]]:
+    """By competitor of `name`: quantiles of the ratios of its seconds to those of `name` in the same round."""
+    return {
+        other: asdict(quantiles([a.seconds / b.seconds for a, b in zip(theirs, trials[name], strict=True)]))
+        for other, theirs in trials.items()
+        if other != name
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an error in one line of bounded length."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # advice for PyTorch's developers follows
+    line = " ".join(f"{type(error).__name__}: {message}".split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
+
+
 class Benchmarked(Protocol):
-    """Something with a forward pass that keeps what its backward pass needs."""
+    """A forward pass that keeps what its backward pass needs."""
 
-    def forward(self) -> Tensor: ...
+    def forward(self) -> Tensor:
+        """Compute the output."""
 
-    def backward(self, out: Tensor) -> None: ...
+    def backward(self, out: Tensor) -> Any:
+        """Compute the gradients."""
 
 
 class Clock:
-    """Times a device: its own events on a GPU, whose cache is flushed before each pass; wall time on the CPU."""
+    """Timer of a device: CUDA events on a GPU, wall time on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -54,7 +102,7 @@ class Clock:
         self._sum = torch.zeros((), device=device)
 
     def time(self, run: Callable[[], Any], repetitions: int) -> list[float]:
-        """Seconds of each repetition."""
+        """Seconds of each repetition, each with a cold L2 cache."""
         intervals = []
         for _ in range(repetitions):
             began = self._begin()
@@ -62,8 +110,16 @@ class Clock:
             intervals.append((began, self._mark()))
         return self._seconds(intervals)
 
+    def time_back_to_back(self, run: Callable[[], Any], repetitions: int) -> list[float]:
+        """Seconds of each repetition, one right after the other; a GPU's waits for the host count."""
+        marks = [self._mark()]
+        for _ in range(repetitions):
+            run()
+            marks.append(self._mark())
+        return self._seconds(list(zip(marks, marks[1:], strict=False)))
+
     def time_interleaved(self, calls: Sequence[Benchmarked], rounds: int) -> list[dict[str, list[float]]]:
-        """For each call the seconds of each round, by pass; in a round everybody has one turn."""
+        """For each call the seconds of each round, by pass; a round runs every call once, with a cold L2 cache."""
         intervals: list[list[tuple[Any, Any]]] = [[] for _ in calls]
         for _ in range(rounds):
             for call, own in zip(calls, intervals, strict=True):
@@ -103,13 +159,25 @@ class Clock:
         return [began.elapsed_time(ended) / 1000 for began, ended in intervals]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what was launched on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def rounds_within(seconds: float, one_round: float) -> int:
-    """How many rounds to run in about that time."""
+    """Count the rounds that take about so many seconds, within MIN_ROUNDS and MAX_ROUNDS."""
     return int(min(max(seconds / one_round, MIN_ROUNDS), MAX_ROUNDS))
 
 
+def quiet_profile(activities: Sequence[ProfilerActivity], **options: Any) -> profile:
+    """PyTorch's profiler without its complaints about a missing driver."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    return profile(activities=activities, acc_events=True, **options)
+
+
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
-    """By how much the memory of tensors, workspaces among them, exceeded that at the start while `run` ran.
+    """Peak memory of tensors and workspaces while `run` runs, beyond what was allocated at its start.
 
     On the CPU from the profiler's allocations: memory that a library takes past PyTorch's allocator is not seen.
     """
@@ -120,13 +188,20 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a driver it complains of that, loudly
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with quiet_profile([ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()  # what it returns lives until the profile ends
     del kept
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())  # stable: simultaneous ones stay in their order
     return int(np.cumsum([0, *(event.nbytes() for event in events)]).max())
+
+
+@dataclass(frozen=True)
+class DevicePeaks:
+    """Measured peak rates of a device: bytes per second of a copy, operations per second of matrix products."""
+
+    copy: Quantiles
+    products: dict[torch.dtype, Quantiles]
 
 
 def copy_bandwidth(clock: Clock, device: torch.device) -> Quantiles:
@@ -137,7 +212,7 @@ def copy_bandwidth(clock: Clock, device: torch.device) -> Quantiles:
 
 
 def matmul_throughput(clock: Clock, device: torch.device, dtype: torch.dtype) -> Quantiles:
-    """Operations per second of a large square matrix product, a multiply-add counted as two."""
+    """Operations per second of a large square matrix product; a multiply-add counts as two."""
     size = _MATMUL_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     target = torch.empty_like(a)
@@ -151,7 +226,7 @@ def _rate(clock: Clock, run: Callable[[], Any], amount: int) -> Quantiles:
 
 
 def free_bytes() -> int:
-    """Main memory that this process can still take: what the machine has left, or its control group, if less."""
+    """Memory that this process can still take: what the machine has left, or its control group, if less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     [free] = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     try:

@@ -1,18 +1,16 @@
-"""Times `python -m dataio.pack` on a class folder of photographs, against cp -r, tar and webdataset's ShardWriter.
+"""Times of `python -m dataio.pack` on a class folder of images, beside cp -r, tar and webdataset's ShardWriter.
 
 python -m launch.benchmark pack
 python -m launch.benchmark pack --images 36000 --output launch/benchmark/results/pack-cpu.json
 python -m launch.benchmark pack --show launch/benchmark/results/pack-cpu.json --markdown
 
-Whole commands, their start included, take trials, in each round in another order. Before each the disk writes all that
-it still has to, untimed; after it the images in what it made are counted. What dataio.pack has made is on disk when it
-ends. The others leave that for later, so that one of them is timed with it, too.
+Whole commands, their start included, run in turn, in another order each round. Before each, pending writes are flushed
+to disk, untimed; after it, the images in its output are counted. dataio.pack flushes its output to disk before it ends;
+the others do not, so cp -r is timed both without and with that.
 """
 
 import argparse
-import importlib.util
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,18 +18,17 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from dataio.workers import available_cores
-from launch.benchmark.measure import quantiles
-from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
+from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report, require_positive
+from launch.benchmark.measure import Trial, cpu_seconds, quantiles, rotate_order, times_faster_than
+from launch.benchmark.report import Column, describe_run, format_quantiles, missing_modules, tabulate
 from launch.benchmark.sample_images import DESCRIPTION, make_images
 
 _IMAGES = 6000
@@ -56,7 +53,7 @@ def _ours(check: str) -> Callable[[str, str, int], Sequence[str]]:
     )
 
 
-#: Name → (source, target, processes) → the command.
+#: Name → (source, target, processes) → command.
 COMMANDS: dict[str, Callable[[str, str, int], Sequence[str]]] = {
     "ours, --check none": _ours("none"),
     "ours, --check header": _ours("header"),
@@ -68,24 +65,16 @@ COMMANDS: dict[str, Callable[[str, str, int], Sequence[str]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A command, from its start to its end. cpu_seconds: with all processes that it started."""
-
-    seconds: float
-    cpu_seconds: float
-
-
 def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
-    """Runs a command into the empty `folder`, which is empty again afterwards.
+    """Time a command that writes into the empty `folder`, and empties that again.
 
-    Raises RuntimeError if it fails, or not all images are in what it made.
+    Raises RuntimeError if it fails, or its output lacks images.
     """
     command = COMMANDS[name](str(source), str(folder / "made"), workers)
     os.sync()
-    cpu, began = _cpu_seconds(), time.perf_counter()
+    cpu, began = cpu_seconds(), time.perf_counter()
     run = subprocess.run(command, capture_output=True, text=True)
-    trial = Trial(time.perf_counter() - began, _cpu_seconds() - cpu)
+    trial = Trial(time.perf_counter() - began, cpu_seconds() - cpu)
     made, expected = count_images(folder), count_images(source)
     if run.returncode or made != expected:
         raise RuntimeError(f"{name} made {made} of {expected} images and said: {run.stderr.strip()[-500:]}")
@@ -94,13 +83,8 @@ def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
     return trial
 
 
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
 def count_images(folder: Path) -> int:
-    """In the folder, and in tar files there."""
+    """Images in a folder and in the tar files there."""
     count = sum(1 for _ in folder.rglob("*.jpg"))
     for path in folder.rglob("*.tar"):
         with tarfile.open(path) as members:
@@ -109,22 +93,18 @@ def count_images(folder: Path) -> int:
 
 
 def file_system(folder: Path) -> str:
-    """Its type, as `stat` names it; "tmpfs" is no disk."""
+    """Type of the file system, as `stat` names it; "tmpfs" is no disk."""
     command = ("stat", "--file-system", "--format=%T", str(folder))
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def rotate_order(names: list[str], first: int) -> list[str]:
-    return names[first:] + names[:first]
-
-
-def measure(images: int, workers: int, rounds: int) -> dict[str, Any]:
-    """The whole report. Raises RuntimeError if a command fails."""
+def measure(images: int, workers: int, rounds: int, _path: Path) -> Report:
+    """Measure everything and return the report. Raises RuntimeError if a command fails."""
     report = describe_run("pack", torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
         source, target = Path(folder, "photographs"), Path(folder, "target")
         target.mkdir()
-        print(f"making {images} photographs", file=sys.stderr)
+        print(f"making {images} images", file=sys.stderr)
         make_images(source, images, workers)
         whole = sum(path.stat().st_size for path in source.rglob("*.jpg"))
         report["data"] = {"description": DESCRIPTION, "images": images, "bytes": whole}
@@ -139,78 +119,52 @@ def measure(images: int, workers: int, rounds: int) -> dict[str, Any]:
 
 
 def describe(name: str, trials: dict[str, list[Trial]]) -> dict[str, Any]:
-    """A contender's entry. Ratios are of trials of the same round."""
-    own = trials[name]
+    """Entry of the report for a command. Ratios are of trials of the same round."""
     return {
         "contender": name,
-        "seconds": asdict(quantiles([trial.seconds for trial in own])),
-        "cpu_seconds": asdict(quantiles([trial.cpu_seconds for trial in own])),
-        "times_faster_than": {
-            other: asdict(quantiles([a.seconds / b.seconds for a, b in zip(theirs, own, strict=True)]))
-            for other, theirs in trials.items()
-            if other != name
-        },
+        "seconds": asdict(quantiles([trial.seconds for trial in trials[name]])),
+        "cpu_seconds": asdict(quantiles([trial.cpu_seconds for trial in trials[name]])),
+        "times_faster_than": times_faster_than(trials, name),
     }
 
 
-def show(report: dict[str, Any], markdown: bool) -> None:
-    """Prints a report, for people."""
-    data, console = report["data"], Console(width=200)
-    console.print(
+def show(report: Report, markdown: bool) -> None:
+    """Print a report."""
+    data = report["data"]
+    print(
         f"{data['images']} images, {data['bytes'] / 1e9:.2f} GB, {report['workers']} processes of ours,"
-        f" {report['rounds']} rounds, {report['file_system']}; {report['device']['name']}, commit {report['commit']}",
-        highlight=False,
+        f" {report['rounds']} rounds, {report['file_system']}; {report['device']['name']}, commit {report['commit']}\n"
     )
-    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
-    for name in ("contender", "seconds: median (0.2–0.8)", "CPU seconds", f"times as fast as {_BASELINE}"):
-        table.add_column(name, no_wrap=True)
-    for entry in report["results"]:
-        seconds, ratio = entry["seconds"], entry["times_faster_than"].get(_BASELINE, {"median": 1, "low": 1, "high": 1})
-        table.add_row(
-            entry["contender"],
-            f"{seconds['median']:.2f} ({seconds['low']:.2f}–{seconds['high']:.2f})",
-            f"{entry['cpu_seconds']['median']:.2f}",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
-        )
-    console.print(table)
+    print(tabulate(report["results"], _COLUMNS, markdown=markdown))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark pack",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--images", type=int, default=_IMAGES, help=f"so many photographs are made (default {_IMAGES})")
+def _times_as_fast(entry: dict[str, Any]) -> str:
+    same = {"median": 1.0, "low": 1.0, "high": 1.0}
+    return format_quantiles(entry["times_faster_than"].get(_BASELINE, same), "{:.2f}".format)
+
+
+_COLUMNS: dict[str, Column] = {
+    "command": lambda entry: entry["contender"],
+    "seconds: median (0.2–0.8)": lambda entry: format_quantiles(entry["seconds"], "{:.2f}".format),
+    "CPU seconds": lambda entry: f"{entry['cpu_seconds']['median']:.2f}",
+    f"times as fast as {_BASELINE}": _times_as_fast,
+}
+
+
+def add_options(add: AddOption) -> None:
+    """Declare the options."""
+    add("--images", type=int, default=_IMAGES, help=f"number of images to make (default {_IMAGES})")
     add("--workers", type=int, default=available_cores(), help="processes of dataio.pack (default: one per core)")
-    add("--rounds", type=int, default=5, help="trials of each loader (default 5)")
-    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
-    add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
-    return parser.parse_args(argv)
+    add("--rounds", type=int, default=5, help="trials of each command (default 5)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        if arguments.show:
-            show(read_report(arguments.show, "pack"), arguments.markdown)
-            return 0
-        for name in ("images", "workers", "rounds"):
-            if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name} is {getattr(arguments, name)}; give a number above 0")
-        if importlib.util.find_spec("webdataset") is None:
-            raise RuntimeError("webdataset, a loader, is not installed; install it")
-        path = arguments.output or default_path("pack")
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
-        report = measure(arguments.images, arguments.workers, arguments.rounds)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_report(path, report)
-    show(report, arguments.markdown)
-    print(f"written to {path}", file=sys.stderr)
-    return 0
+def resolve(arguments: argparse.Namespace) -> partial[Report]:
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
+    require_positive(arguments, "images", "workers", "rounds")
+    if missing := missing_modules("webdataset"):
+        raise RuntimeError(f"{missing}; install it")
+    return partial(measure, arguments.images, arguments.workers, arguments.rounds)
+
+
+COMMAND = Command("pack", __doc__, add_options, resolve, show, failures=USAGE_ERRORS, device_help="")
+parse, main = COMMAND.parse, COMMAND.main

@@ -1,16 +1,20 @@
-"""How near our augmentation is to timm's, as a table: `python -m launch.benchmark.parity --out launch/benchmark/results/parity.md`.
+"""Differences of our RandAugment from timm's, in pixels and in draws, as a Markdown table.
 
-The operations of dali_ops.py are done to photographs, beside timm's own functions and PIL's filters; and the draws
-of policies.py are counted beside those of timm's RandAugment. timm and PIL are the oracle here, and nothing that
-training needs. The photographs are scikit-image's unless others are named.
+python -m launch.benchmark parity --output launch/benchmark/results/parity.md
+python -m launch.benchmark parity cat.jpg dog.jpg --output runs/parity.md
+
+The operations of dataio/augment/dali_ops.py are applied to images beside timm's functions and PIL's filters, and the
+draws of dataio/augment/policies.py are counted beside those of timm's RandAugment. timm and PIL are the oracle here;
+training needs neither. The images are scikit-image's unless others are named.
 """
 
 import argparse
 import random
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -28,6 +32,8 @@ from dataio.augment.policies import (
 )
 from dataio.files import user_path, write_file
 from dataio.sampler import draws_at
+from launch.benchmark.cli import make_parser, start
+from launch.benchmark.report import prepare_output
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 TIMM_NAMES = {
@@ -59,11 +65,11 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 _WHOLE = (Op.POSTERIZE, Op.SOLARIZE, Op.SOLARIZE_ADD)  # have integers for op_args
 _WITHOUT_ARG = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.INVERT)
 
-AppliedOps = list[list[tuple[Op, float]]]  # the operations done to each image, one after the other
+AppliedOps = list[list[tuple[Op, float]]]  # for each image its operations with their op_args, in order
 
 
 def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: str = "bicubic") -> Image.Image:
-    """The image after an operation, done by timm's function or PIL's filter."""
+    """Apply timm's function or PIL's filter to an image."""
     if op == Op.NONE:
         return image
     if op == Op.GRAYSCALE:
@@ -73,16 +79,17 @@ def apply_op_in_pil(image: Image.Image, op: Op, op_arg: float, interpolation: st
     if op == Op.POSTERIZE and op_arg == 0:  # an error since Pillow 13, and black before
         return Image.new(image.mode, image.size)
     op_args = () if op in _WITHOUT_ARG else (int(op_arg),) if op in _WHOLE else (float(op_arg),)
-    return NAME_TO_OP[TIMM_NAMES[op]](image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
+    apply: Any = NAME_TO_OP[TIMM_NAMES[op]]
+    return apply(image, *op_args, fillcolor=FILL, resample=_RESAMPLING[interpolation])
 
 
 def read_photographs(paths: list[Path], size: int = _SIZE) -> list[Image.Image]:
-    """RGB images of `size` × `size` pixels; of scikit-image's, if there is no path, four and two altered ones.
+    """RGB images of `size` × `size` pixels; without paths, four of scikit-image's and two altered ones.
 
     Raises RuntimeError without scikit-image, OSError if an image cannot be read.
     """
     images = []
-    for path in paths or _skimage_photographs():
+    for path in paths or _skimage_images():
         with Image.open(path) as opened:
             images.append(opened.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
     if not paths:
@@ -91,18 +98,18 @@ def read_photographs(paths: list[Path], size: int = _SIZE) -> list[Image.Image]:
     return images
 
 
-def _skimage_photographs() -> list[Path]:
+def _skimage_images() -> list[Path]:
     try:
-        import skimage  # only here: who names photographs does without
+        import skimage  # not needed for images that are named
     except ImportError as error:
-        raise RuntimeError("scikit-image is not installed; pip install scikit-image, or name photographs") from error
-    return [Path(skimage.data_dir, file) for file in _UNIQUE_IMAGES]
+        raise RuntimeError("scikit-image is not installed; pip install scikit-image, or name images") from error
+    return [Path(skimage.__file__).with_name("data") / file for file in _UNIQUE_IMAGES]
 
 
 def differences(
     images: list[Image.Image], op: Op, ours: list[float], theirs: list[float], interpolation: str, device: str
 ) -> np.ndarray:
-    """Levels between our operation and timm's, with our op_args and its: (op_args × images, S, S, 3) int."""
+    """Absolute differences of our operation and timm's, in levels: (op_args × images, S, S, 3) int."""
     chosen = [image for _ in ours for image in images]
     op_args = np.repeat(np.array(ours, np.float32), len(images))[:, None]
     wanted = SampledOps(np.full(op_args.shape, op, np.int32), op_args)
@@ -112,7 +119,7 @@ def differences(
 
 
 def timm_level_args(op: Op, magnitude: float) -> list[float]:
-    """What timm gives an operation at a magnitude, with either sign: one or two numbers, the smaller first."""
+    """Arguments of timm's operation at a magnitude, with either sign: one or two numbers, the smaller first."""
     level_to_amount = LEVEL_TO_ARG[TIMM_NAMES[op]]
     if level_to_amount is None:
         return [0.0]
@@ -120,20 +127,21 @@ def timm_level_args(op: Op, magnitude: float) -> list[float]:
 
 
 def our_level_args(op: Op, magnitude: float) -> list[float]:
-    """The same of ours."""
+    """Arguments of our operation at a magnitude, as `timm_level_args` returns timm's."""
     op_args = level_to_args(np.full(2, op), np.full(2, float(magnitude)), np.array([-1.0, 1.0]))
     return sorted(set(op_args.tolist()))
 
 
 def timm_draws(recipe: str, count: int) -> AppliedOps:
-    """What timm's RandAugment does to `count` images. Its operations note what they are called with, and hand the
-    notes on as the image.
+    """Operations that timm's RandAugment draws for `count` images.
+
+    Each "image" is the list of calls so far; timm's operations are replaced by functions that append to it.
     """
     transform = rand_augment_transform(recipe, {"translate_const": 100, "img_mean": FILL})
     ops = {name: op for op, name in TIMM_NAMES.items()}
 
-    def note(op: Op, notes: list, *op_args: float, **_: object) -> list:
-        return [*notes, (op, float(op_args[0]) if op_args else 0.0)]
+    def note(op: Op, calls: list[tuple[Op, float]], *op_args: float, **_: object) -> list[tuple[Op, float]]:
+        return [*calls, (op, float(op_args[0]) if op_args else 0.0)]
 
     for operation in transform.ops:
         operation.aug_fn = partial(note, ops[operation.name])
@@ -148,7 +156,7 @@ def timm_draws(recipe: str, count: int) -> AppliedOps:
 
 
 def our_draws(settings: RandAugment, count: int) -> AppliedOps:
-    """The same of ours."""
+    """Operations that our RandAugment draws for `count` images."""
     operations = sample_rand_augment(draws_at(_SEED, 0, count, DRAWS_PER_OP * settings.num_layers), settings)
     return [
         [(Op(op), float(op_arg)) for op, op_arg in zip(*of_image, strict=True) if op != Op.NONE]
@@ -157,19 +165,19 @@ def our_draws(settings: RandAugment, count: int) -> AppliedOps:
 
 
 def op_args_of(done: AppliedOps, op: Op) -> np.ndarray:
-    """The op_args of an operation wherever it was done, to five digits: ours are float32."""
+    """Arguments of an operation in all images, to five digits: ours are float32."""
     return np.round([op_arg for operations in done for other, op_arg in operations if other == op], 5)
 
 
 def ks_statistic(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Kolmogorov's and Smirnov's statistic: the largest distance of the two empirical distribution functions."""
+    """Two-sample Kolmogorov–Smirnov statistic: the largest distance of the empirical distribution functions."""
     places = np.concatenate([ours, theirs])
     shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
     return float(np.abs(shares[0] - shares[1]).max())
 
 
 def chi_square(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
-    """The statistic for two samples of whole numbers being of one distribution, and its degrees of freedom."""
+    """Chi-square statistic of homogeneity for two samples of integers, and its degrees of freedom."""
     values, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
     counts = np.stack([np.bincount(part, minlength=len(values)) for part in np.split(places, [len(ours)])])
     expected = counts.sum(axis=0) * counts.sum(axis=1, keepdims=True) / counts.sum()
@@ -178,7 +186,7 @@ def chi_square(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """What was found about one operation."""
+    """The comparison of one operation."""
 
     op: Op
     levels: tuple[tuple[float, int], ...]  # for each of MAGNITUDES: mean and largest difference, of 255
@@ -187,7 +195,7 @@ class Row:
 
 
 def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
-    """A row for each operation of RandAugment, in the order of Op."""
+    """Compare each operation of RandAugment, in the order of Op."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     rows = []
     for op in RAND_AUGMENT_OPS:
@@ -202,11 +210,11 @@ def measure(images: list[Image.Image], device: str = "cpu") -> list[Row]:
 
 
 def render(rows: list[Row]) -> str:
-    """The table, in Markdown, with what belongs to it."""
+    """Markdown document: the table and its explanation."""
     ours, theirs = our_draws(RandAugment(), DRAWN), timm_draws(RECIPE, DRAWN)
     lengths = [np.array([len(done) for done in part]) for part in (ours, theirs)]
     ops = [np.array([op for done in part for op, _ in done]) for part in (ours, theirs)]
-    head = ["operation", *(f"magnitude {magnitude}" for magnitude in MAGNITUDES), "done: ours · timm", "op_args apart"]
+    head = ["operation", *(f"magnitude {magnitude}" for magnitude in MAGNITUDES), "drawn: ours · timm", "op_args apart"]
     table = [head, ["---"] * len(head), *map(_cells, rows)]
     return _TEXT.format(
         recipe=RECIPE,
@@ -228,45 +236,47 @@ def _cells(row: Row) -> list[str]:
 
 _TEXT = """# Our augmentation beside timm's
 
-Written by `python -m launch.benchmark.parity --out launch/benchmark/results/parity.md`; a test computes it again.
+Written by `python -m launch.benchmark parity --output launch/benchmark/results/parity.md`; a test computes it again.
 
-Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on photographs of {size}×{size}
+Each operation of `{recipe}`, ours in the DALI graph on the CPU and timm's in PIL, on images of {size}×{size}
 pixels, bicubic, with timm's op_args for four magnitudes and both signs: **mean · largest difference** in levels of 255.
-Then {drawn:,} images drawn by each: how often each operation was done, and the largest distance of the distribution
-functions of its op_args (Kolmogorov and Smirnov; chance alone exceeds {limit:.3f} once in a thousand times).
+Then {drawn:,} images drawn by each: how often each operation was drawn, and the largest distance of the distribution
+functions of its op_args (Kolmogorov–Smirnov; chance alone exceeds {limit:.3f} once in a thousand times).
 
 {table}
 
-None, one, two operations were done to {lengths} images, ours · timm's: chi-square {of_lengths}.
-Which operations they were: chi-square {of_kinds}.
+Images with zero, one and two operations: {lengths}, ours · timm's: chi-square {of_lengths}.
+The distribution over operations: chi-square {of_kinds}.
 
-The large differences lie on lines one pixel wide: where a moved image ends, DALI blends with the fill colour and PIL
-does not; and PIL does not sharpen the outermost pixels. Posterizing to 0 bits (magnitude 10) gives black, as in PIL
-until version 13 made it an error. `data.interpolation` says how moved images are interpolated; timm's default is a
-choice between bilinear and bicubic at random.
+The large differences lie on lines one pixel wide: at the border of a rotated, sheared or translated image, DALI blends
+with the fill colour and PIL does not; and PIL does not sharpen the outermost pixels. Posterizing to 0 bits (magnitude
+10) gives black, as in PIL until version 13 made it an error. `data.interpolation` sets the interpolation of such moves;
+timm by default chooses between bilinear and bicubic at random.
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark.parity",
-        description="Compares each operation of RandAugment with timm's, in pixels and in draws, and writes a table.",
-    )
-    parser.add_argument(
-        "images", metavar="IMAGE", type=user_path, nargs="*", help="photographs (default: scikit-image's)"
-    )
-    parser.add_argument("--out", metavar="FILE", type=user_path, required=True, help="Markdown file to write")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="that does our operations")
-    arguments = parser.parse_args(argv)
-    try:
-        rows = measure(read_photographs(arguments.images), arguments.device)
-        write_file(arguments.out, render(rows).encode())
-    except (RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.out}")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse the arguments; --help and errors exit."""
+    parser = make_parser(" parity", __doc__)
+    add = parser.add_argument
+    add("images", metavar="IMAGE", type=user_path, nargs="*", help="default: scikit-image's")
+    add("--output", metavar="FILE.md", type=user_path, required=True, help="Markdown file to write")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="of our operations (default cpu)")
+    return parser.parse_args(argv)
+
+
+def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Read the images and return what compares. Raises RuntimeError without scikit-image, OSError for bad files."""
+    images = read_photographs(arguments.images)
+    return partial(_run, images, arguments.device, prepare_output(arguments.output))
+
+
+def _run(images: list[Image.Image], device: str, path: Path) -> int:
+    write_file(path, render(measure(images, device)).encode())
+    print(f"wrote {path}")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: list[str] | None = None) -> int:
+    """Write the table; returns the exit status."""
+    return start(parse(argv), resolve)

@@ -1,22 +1,28 @@
-"""What every benchmark's JSON begins with, the file it goes to, and tables for people."""
+"""The JSON report that every benchmark writes: its first keys, its file, and tables printed from it.
+
+Imports torch alone: some benchmarks run where nothing else is installed.
+"""
 
 import errno
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[2]
+Column = Callable[[dict[str, Any]], str]  # an entry of a report → its cell in a table
 
 
 def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
-    """When, from which commit, on which device, with which versions and how many threads a benchmark runs."""
+    """First keys of a report: date, commit, device, versions and threads."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -28,14 +34,14 @@ def describe_run(benchmark: str, device: torch.device) -> dict[str, Any]:
 
 
 def user_path(text: str) -> Path:
-    """dataio.files.user_path, for benchmarks that need nothing of dataio."""
+    """Path that `text` names, ~ being the home folder; dataio.files has the same for what may import dataio."""
     return Path(text).expanduser()
 
 
 def commit() -> str | None:
-    """The commit of these sources, with "+changes" if files differ from it.
+    """Commit of these sources, with "+changes" if files differ from it.
 
-    Outside a checkout, where they were copied without .git, the one that POLAFORMER_COMMIT names, or None.
+    Outside a checkout, the commit that POLAFORMER_COMMIT names, or None.
     """
     answers = []
     for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
@@ -48,7 +54,7 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The maker's name of the GPU, or of the processor with the vector units that PyTorch uses."""
+    """Name of the GPU, or of the processor with the vector instructions that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -57,12 +63,25 @@ def device_name(device: torch.device) -> str:
 
 
 def default_path(benchmark: str) -> Path:
-    """A new file below runs/benchmark, named by the time."""
+    """Path of a new file in runs/benchmark, named by the time."""
     return Path("runs", "benchmark", f"{benchmark}-{datetime.now():%Y%m%d-%H%M%S}.json")
 
 
+def missing_modules(*modules: str) -> str:
+    """Name those of the modules that are not installed, in a sentence; empty if all are."""
+    missing = [name for name in modules if not _is_installed(name)]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is part of
+        return False
+
+
 def prepare_output(path: Path) -> Path:
-    """`path`, after making the folder that it is in. Raises OSError if no file can be there."""
+    """Make the folder of `path` and return `path`. Raises OSError if no file can be there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
@@ -70,14 +89,22 @@ def prepare_output(path: Path) -> Path:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the JSON into an existing folder, so that no half-written file is ever seen."""
+    """Write a report as JSON, atomically. NaN and infinite numbers, which JSON does not have, become text."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    unfinished.write_text(json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_report(path: Path, benchmark: str) -> dict[str, Any]:
-    """What an earlier run wrote. Raises OSError or ValueError if there is no such thing at `path`."""
+    """Read the report that an earlier run wrote. Raises OSError or ValueError if there is none of this benchmark."""
     fault = f"{path} is no report of python -m launch.benchmark {benchmark}; name one"
     try:
         report = json.loads(path.read_text())
@@ -88,8 +115,34 @@ def read_report(path: Path, benchmark: str) -> dict[str, Any]:
     return report
 
 
+def heading(report: Mapping[str, Any], versions: Iterable[str] = ("torch",), workers: str = "threads") -> str:
+    """Format the first line of a printed report: device, versions, commit, date."""
+    named = "".join(f" {name} {report['versions'][name]}," for name in versions)
+    return (
+        f"{report['device']['name']}, {report[workers]} {workers},{named} commit {report['commit']}, {report['date']}\n"
+    )
+
+
+def format_quantiles(values: Mapping[str, float], form: Callable[[float], str], unit: float = 1) -> str:
+    """Format the median, and the other two quantiles in parentheses, each times `unit`."""
+    median, low, high = (form(unit * values[name]) for name in ("median", "low", "high"))
+    return f"{median} ({low}–{high})"
+
+
+def tabulate(
+    entries: Iterable[dict[str, Any]], columns: Mapping[str, Column], left: int = 1, markdown: bool = False
+) -> str:
+    """Table with a row for each entry; one that was skipped has its first `left` cells and "skipped"."""
+    cells = list(columns.values())
+    rows = [
+        [cell(entry) for cell in cells[:left]] + ["skipped"] if "skipped" in entry else [cell(entry) for cell in cells]
+        for entry in entries
+    ]
+    return format_table(list(columns), rows, left, markdown)
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, markdown: bool = False) -> str:
-    """Aligned columns, the first `left` of them to the left. Rows may be shorter than the header."""
+    """Table of aligned columns, the first `left` of them to the left. Rows may be shorter than the header."""
     rows = [(*row, *(len(header) - len(row)) * ("",)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 

@@ -1,13 +1,13 @@
-"""Times the first batch of a run after a fresh start and after a resume far away, on as many samples as ImageNet has.
+"""Times of the first batch after a fresh start and after a resume at a late step, on as many samples as ImageNet has.
 
 python -m launch.benchmark resume
 python -m launch.benchmark resume --step 5000000 --output launch/benchmark/results/resume-cpu.json
 python -m launch.benchmark resume --show launch/benchmark/results/resume-cpu.json
 
-The samples are a few photographs under many names, in as many shards as ImageNet would have. Each start has a process
-of its own that has imported everything and knows nothing of the data; its time goes from the manifest to the first
-batch on the device. How well a run is shuffled is a pure function of seed and counts: the largest correlation of an
-epoch's order with the stored one.
+The samples are a few images under many names, in as many shards as ImageNet would have. Each start has a process of its
+own, which has imported everything and read none of the data; its time goes from the manifest to the first batch on the
+device. The quality of the shuffle is a pure function of seed and counts: the largest correlation of an epoch's order
+with the stored one.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from dataio.loader import LoaderOptions, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
 from dataio.sampler import ShuffledSampler
 from dataio.workers import available_cores, sigint_blocked
-from launch.benchmark.measure import quantiles
-from launch.benchmark.report import default_path, describe_run, read_report, user_path, write_report
+from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report, resolve_device
+from launch.benchmark.measure import quantiles, synchronize
+from launch.benchmark.report import describe_run
 from launch.benchmark.sample_images import DESCRIPTION, pack_images
-from launch.distributed import default_device_type
 
 _UNIQUE_IMAGES = 128  # one shard of them
 _SAMPLES = 1_281_167  # of ImageNet-1k
@@ -45,9 +45,9 @@ _WINDOW_SHARDS, _SHUFFLED_EPOCHS, _SHUFFLED_SEEDS = 16, 5, 3
 
 
 def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifest:
-    """A packed folder with so many samples, or a few more, in 560 shards: another one's, as hard links.
+    """Make a packed folder of `samples` samples, or a few more, in 560 hard links to the one shard of another.
 
-    In each its samples are named again and again.
+    Each of its shards lists the same few samples again and again.
     """
     folder.mkdir()
     [shard] = manifest.shards
@@ -68,13 +68,13 @@ def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifes
 
 
 def state_at(step: int, folder: Path) -> dict[str, int | str]:
-    """What a checkpoint keeps of the loader of a run that has done so many steps."""
+    """State of the loader in the checkpoint of a run after so many steps."""
     state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
     return state | {"samples_seen": step * _PLAN.global_batch_size}
 
 
 def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.device) -> float:
-    """Seconds from the manifest to the first batch, of rank 0. state: None for a fresh start.
+    """Seconds from the manifest to rank 0's first batch. state: None for a fresh start.
 
     Raises RuntimeError if it is the batch of another step.
     """
@@ -83,8 +83,7 @@ def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.
     if state:
         loader.restore(state)
     batch = next(loader)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     seconds = time.perf_counter() - began
     if batch.position != (state["samples_seen"] if state else 0):
         raise RuntimeError(f"the first batch is that of position {batch.position}; its time would mean nothing")
@@ -92,12 +91,12 @@ def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.
 
 
 def _warm_up(device: torch.device) -> None:
-    """Imports all this, and starts the device."""
+    """Import this module in a new process, and start the device."""
     torch.zeros(1, device=device)
 
 
 def correlations(manifest: Manifest) -> dict[str, float]:
-    """By order: the largest, in absolute value, of an epoch's order with the stored one, over some epochs and seeds."""
+    """Largest absolute correlation of an epoch's order with the stored one, over epochs and seeds, by sampler."""
     largest = {}
     stored = np.arange(len(manifest))
     for window in (None, _WINDOW_SHARDS):
@@ -107,21 +106,17 @@ def correlations(manifest: Manifest) -> dict[str, float]:
     return largest
 
 
-def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """The whole report."""
+def measure(samples: int, step: int, rounds: int, device: torch.device, _path: Path) -> Report:
+    """Measure everything and return the report."""
     report = describe_run("resume", device)
     with tempfile.TemporaryDirectory(prefix="photographs-") as folder:
-        print(f"making {_UNIQUE_IMAGES} photographs, and {samples} samples of them", file=sys.stderr)
+        print(f"making {_UNIQUE_IMAGES} images, and {samples} samples of them", file=sys.stderr)
         few = pack_images(Path(folder), _UNIQUE_IMAGES, cores=1)
         many = replicate_samples(few, Path(folder, "many"), samples)
         report["data"] = {"description": DESCRIPTION, "samples": len(many), "shards": len(many.shards)}
         state = state_at(step, many.folder)
-        report |= {
-            "step": step,
-            "state_bytes": len(json.dumps(state)),
-            "batch": _PLAN.micro_batch_size,
-            "rounds": rounds,
-        }
+        report |= {"step": step, "state_bytes": len(json.dumps(state))}
+        report |= {"batch": _PLAN.micro_batch_size, "rounds": rounds}
         seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
@@ -138,8 +133,8 @@ def measure(samples: int, step: int, rounds: int, device: torch.device) -> dict[
     return report
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints a report, for people."""
+def show(report: Report, _markdown: bool) -> None:
+    """Print a report."""
     fresh, resumed = (report["seconds"][name]["median"] for name in ("fresh", "resumed"))
     print(
         f"{report['data']['samples']:,} samples in {report['data']['shards']:,} shards; {report['device']['name']},"
@@ -151,41 +146,24 @@ def show(report: dict[str, Any]) -> None:
         print(f"largest correlation of an epoch's order with the stored one, {name}: {value:.4f}")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark resume",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--device", choices=("cuda", "cpu"), help="where batches are handed over (default: a GPU where there is one)")
+def add_options(add: AddOption) -> None:
+    """Declare the options."""
     add("--samples", type=int, default=_SAMPLES, help=f"at least so many (default {_SAMPLES})")
     add("--step", type=int, default=1_000_000, help="of the run that is resumed (default 1000000)")
     add("--rounds", type=int, default=5, help="starts of each kind (default 5)")
-    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
-    add("--show", type=user_path, metavar="FILE.json", help="print what this file says and measure nothing")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        if arguments.show:
-            show(read_report(arguments.show, "resume"))
-            return 0
-        for name, least in (("samples", _SHARDS), ("step", 1), ("rounds", 1)):
-            if getattr(arguments, name) < least:
-                raise ValueError(f"--{name} is {getattr(arguments, name)}; give {least} or more")
-        device = torch.device(arguments.device or default_device_type())
-        path = arguments.output or default_path("resume")
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, if it cannot be
-        report = measure(arguments.samples, arguments.step, arguments.rounds, device)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    write_report(path, report)
-    show(report)
-    print(f"written to {path}", file=sys.stderr)
-    return 0
+def resolve(arguments: argparse.Namespace) -> partial[Report]:
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
+    for name, least in (("samples", _SHARDS), ("step", 1), ("rounds", 1)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name} is {getattr(arguments, name)}; give {least} or more")
+    device = resolve_device(arguments.device)
+    return partial(measure, arguments.samples, arguments.step, arguments.rounds, device)
+
+
+COMMAND = Command(
+    "resume", __doc__, add_options, resolve, show,
+    failures=USAGE_ERRORS, device_help="of the batches (default: a GPU where there is one)",
+)  # fmt: skip
+parse, main = COMMAND.parse, COMMAND.main

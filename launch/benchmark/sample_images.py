@@ -1,8 +1,7 @@
-"""Photographs to load, as many as are wanted: crops of a few real ones that installed packages bring along.
+"""Generated input images of the benchmarks: crops of a few photographs that scikit-image and Matplotlib ship.
 
-data.py and resume.py measure with them packed, pack.py with the files. scikit-image and Matplotlib ship the pictures;
-each is cut, scaled to about 500×375 pixels (ImageNet's most frequent size), mirrored and recoloured at random. They are
-packed by dataio.pack into shards of equal work.
+Each is cropped, scaled to about 500×375 pixels (ImageNet's most frequent size), mirrored and recoloured at random.
+data.py and resume.py use them packed into shards of equal work, pack.py uses the files.
 """
 
 import random
@@ -17,7 +16,7 @@ from dataio.manifest import Manifest
 from dataio.pack.packer import PackOptions, pack
 from dataio.workers import available_cores, worker_pool
 
-#: Class → file, in the folder of scikit-image's data or of Matplotlib's.
+#: Class → file, in scikit-image's data folder or in Matplotlib's.
 SOURCE_IMAGES = {
     "admiral": "grace_hopper.jpg",
     "astronaut": "astronaut.png",
@@ -36,7 +35,7 @@ _LARGEST_SHARD = 15 * 2**20  # bytes; dataio.pack makes them no larger than 16 M
 
 
 def make_images(folder: Path, images: int, cores: int) -> None:
-    """Writes so many photographs into a class folder; the same bytes every time.
+    """Write `images` JPEG files into a class folder, bit-identical every time.
 
     Raises RuntimeError if scikit-image is not installed.
     """
@@ -48,13 +47,14 @@ def make_images(folder: Path, images: int, cores: int) -> None:
 
 
 def pack_images(folder: Path, images: int, cores: int) -> Manifest:
-    """Packs so many photographs into `folder`/packed. Raises as `make_images` does."""
+    """Pack that many generated images into `folder`/packed. Raises as `make_images` does."""
     source = folder / "photographs"
     make_images(source, images, cores)
     sizes = [path.stat().st_size + 4 * tarfile.BLOCKSIZE for path in source.glob("*/*")]  # in a shard, at most
     shards = cores * -(-sum(sizes) // (cores * _LARGEST_SHARD))  # each core gets as many
     equal_shards = max(1, (sum(sizes) / shards + max(sizes)) / 2**20)
-    return pack(source, folder / "packed", PackOptions(equal_shards, min(cores, available_cores()), check="none"))
+    options = PackOptions(equal_shards, min(cores, available_cores()), check="none")  # type: ignore[arg-type]  # MiB
+    return pack(source, folder / "packed", options)
 
 
 def _write(folder: Path, numbers: Iterable[int]) -> None:
@@ -69,15 +69,15 @@ def _open(file: str) -> Image.Image:
     try:
         import skimage  # a tool of the tests
     except ImportError as error:
-        raise RuntimeError("scikit-image, which brings photographs, is missing; install it, or use --data") from error
-    folders = Path(skimage.data_dir), Path(matplotlib.get_data_path(), "sample_data")
+        raise RuntimeError("scikit-image is not installed, which has the images; install it, or use --data") from error
+    folders = Path(skimage.__file__).with_name("data"), Path(matplotlib.get_data_path(), "sample_data")
     [path] = [folder / file for folder in folders if (folder / file).is_file()]
     with Image.open(path) as opened:
         return opened.convert("RGB")
 
 
 def _vary(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """A window of it, 0.7 to 1 times as wide as it can be, as an image of about 500×375 pixels in other colours."""
+    """Cut a window of the picture, 0.7 to 1 times as wide as it can be, in about 500×375 pixels and other colours."""
     width, height = (round(side * rng.uniform(0.85, 1.15)) for side in (_WIDTH, _HEIGHT))
     largest = min(picture.width / width, picture.height / height)
     scale = largest * rng.uniform(0.7, 1)

@@ -1,11 +1,11 @@
-"""What the compiler made of the CUDA kernels for bf16: instructions, bounds, predicted times; needs no GPU.
+"""Instruction counts of the compiled bf16 CUDA kernels, and the bounds and times that follow; needs no GPU.
 
 python -m launch.benchmark sass
 python -m launch.benchmark sass --gpu a100 --shape 128,2,28x28,96 --markdown
 python -m launch.benchmark sass --extension build/_cuda.so --output runs/sass.json
 
-Counted are warp instructions for 16 tokens of one head, by all warps that share them (kernel_costs.py), of the code
-for the card's architecture. What follows for a shape is a model's prediction, not a measurement:
+Warp instructions are counted for 16 tokens of one head, over all warps that share them (kernel_costs.py), in the code
+for the GPU's architecture. What follows for a shape is a model's prediction, not a measurement:
 
   issue    4 warp instructions a clock and multiprocessor, of any kind
   FMA      FP32, packed 16-bit and IMAD: 4 a clock on an H100 (128 lanes), 2 on an A100 (64); IMAD alone 2
@@ -17,21 +17,21 @@ for the card's architecture. What follows for a shape is a model's prediction, n
 
 Lanes are from the CUDA C++ Programming Guide ("Throughput of Native Arithmetic Instructions", 8.0 and 9.0) and the
 white papers of A100 and H100, as are clocks (boost) and multiprocessors; pipes from Nsight Compute's documentation; the
-62 % from Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (2024). A kernel is said to take
-the longest of its bounds, each over the share of it that kernels attain: 90 % for memory, 60 % for all else, which is
-an assumption until a GPU confirms it. A launch takes 3 µs; kernels that only add up, or fill tables, no more than that.
-Loading S into each block is not counted, and there are to be enough tokens to fill the gpu.
+62 % from Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture" (2024). A kernel's time is the
+longest of its bounds, each divided by the share of it that kernels attain: 90 % for memory, 60 % for all else, which is
+an assumption until a GPU confirms it. A launch takes 3 µs, as do kernels that only add up or fill tables. Loading S
+into each block is not counted, and there must be enough tokens to fill the GPU.
 """
 
 import argparse
-import re
-import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report
 from launch.benchmark.kernel_costs import TILE_TOKENS, WORK, Cost, cost
 from launch.benchmark.machine_code import (
     CLASSES,
@@ -41,17 +41,18 @@ from launch.benchmark.machine_code import (
     find_extension,
     read_kernels,
 )
-from launch.benchmark.report import describe_run, format_table, prepare_output, user_path, write_report
+from launch.benchmark.report import Column, describe_run, format_table, tabulate, user_path
+from launch.benchmark.shapes import MIN_TRAFFIC_ELEMENTS, Shape, parse_shape
 
 BYTES_PER_ELEMENT = 2  # bf16
 LAUNCH_SECONDS = 3e-6
-EFFICIENCY = {"memory": 0.9}  # of each bound; of the others …
-DEFAULT_EFFICIENCY = 0.6
+EFFICIENCY = {"memory": 0.9}  # the share of a bound that kernels attain
+DEFAULT_EFFICIENCY = 0.6  # that of the other bounds
 
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """What a GPU does in a second, or a multiprocessor of it in a clock, in warp instructions."""
+    """Rates of a GPU; those of the pipes in warp instructions per clock and multiprocessor."""
 
     architecture: str
     multiprocessors: int
@@ -66,6 +67,7 @@ class GpuSpec:
 
     @property
     def copy_bytes_per_second(self) -> float:
+        """What a large copy attains of the memory bandwidth."""
         return 0.9 * self.memory_bytes_per_second
 
 
@@ -79,59 +81,39 @@ GPU_SPECS = {  # SXM modules
 
 @dataclass(frozen=True)
 class Pass:
-    """The kernels of WORK that take the time of a pass, and how many are launched with the others.
-
-    min_traffic_rows: of D elements that no implementation can leave unmoved, for each token.
-    """
+    """The kernels of WORK that take the time of a pass, and how many launches it has with all others."""
 
     kernels: tuple[str, ...]
     launches: int
-    min_traffic_rows: int
 
 
 PASSES = {
-    "forward": Pass(("sum_keys", "attend"), launches=5, min_traffic_rows=4),
-    "backward": Pass(("differentiate_queries", "sum_queries", "differentiate_keys"), launches=7, min_traffic_rows=7),
+    "forward": Pass(("sum_keys", "attend"), launches=5),
+    "backward": Pass(("differentiate_queries", "sum_queries", "differentiate_keys"), launches=7),
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Heads of all images, tokens of each, head dimension; as --shape B,H,HEIGHTxWIDTH,D writes it."""
-
-    heads: int
-    tokens: int
-    head_dim: int
-
-    @property
-    def padded_width(self) -> int:
-        return -(-self.head_dim // 32) * 32
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one row of D elements for each token."""
-        return self.heads * self.tokens * self.head_dim * BYTES_PER_ELEMENT
-
-    @property
-    def tiles(self) -> int:
-        return self.heads * -(-self.tokens // TILE_TOKENS)
-
-
-def parse_shape(text: str) -> Shape:
-    """Raises ValueError if `text` writes no shape that the kernels for aligned bf16 take."""
-    if not re.fullmatch(r"[1-9]\d*,[1-9]\d*,[1-9]\d*x[1-9]\d*,[1-9]\d*", text):
-        raise ValueError(f"shape {text!r} is not B,H,HEIGHTxWIDTH,D; write for example 128,1,56x56,96")
-    batch, heads, height, width, head_dim = map(int, re.split("[,x]", text))
-    if head_dim % 16 or head_dim > max(PADDED_HEAD_DIMS):
+def require_counted(shape: Shape) -> Shape:
+    """Return the same shape. Raises ValueError if the kernels for aligned bf16 do not take it."""
+    if shape.head_dim % 16 or shape.head_dim > max(PADDED_HEAD_DIMS):
         raise ValueError(
-            f"shape {text} has head dimension {head_dim}, which the kernels counted here do not take;"
+            f"shape {shape} has head dimension {shape.head_dim}, which the kernels counted here do not take;"
             f" give a multiple of 16 up to {max(PADDED_HEAD_DIMS)}"
         )
-    return Shape(batch * heads, height * width, head_dim)
+    return shape
+
+
+def _row_bytes(shape: Shape) -> int:
+    """Bytes of one row of D elements for each token of each head."""
+    return shape.elements * BYTES_PER_ELEMENT
+
+
+def _tiles(shape: Shape) -> int:
+    return shape.batch * shape.heads * -(-shape.tokens // TILE_TOKENS)
 
 
 def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float]:
-    """The least seconds of a kernel by each limit."""
+    """Lower bounds of a kernel's seconds, by limit. rows: of D elements that it moves for each token."""
     counts = cost.classes
     clocks = {
         "issue": cost.instructions / gpu.issue,
@@ -141,29 +123,30 @@ def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float
         "HMMA": counts["HMMA"] / gpu.hmma,
         "shared": cost.shared_clocks,
     }
-    per_clock = shape.tiles / (gpu.multiprocessors * gpu.clocks_per_second)
+    per_clock = _tiles(shape) / (gpu.multiprocessors * gpu.clocks_per_second)
     seconds = {name: count * per_clock for name, count in clocks.items()}
-    return seconds | {"memory": rows * shape.row_bytes / gpu.copy_bytes_per_second}
+    return seconds | {"memory": rows * _row_bytes(shape) / gpu.copy_bytes_per_second}
 
 
 def predict(costs: dict[str, Cost], gpu: GpuSpec, shape: Shape) -> dict[str, Any]:
     """Bounds and time of each kernel, time and share of copy bandwidth of each pass. costs: by kernel, at its width."""
-    kernels = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for name, each in costs.items():
         least = bounds(each, WORK[name].rows, gpu, shape)
         taken = {bound: seconds / EFFICIENCY.get(bound, DEFAULT_EFFICIENCY) for bound, seconds in least.items()}
-        binding = max(taken, key=taken.get)
+        binding = max(taken, key=lambda bound: taken[bound])
         kernels[name] = {"bounds": least, "binding": binding, "seconds": taken[binding]}
     passes = {}
-    for name, each in PASSES.items():
-        seconds = sum(kernels[kernel]["seconds"] for kernel in each.kernels) + each.launches * LAUNCH_SECONDS
-        floor = each.min_traffic_rows * shape.row_bytes / gpu.copy_bytes_per_second
+    for name, declared in PASSES.items():
+        in_kernels = sum(kernels[kernel]["seconds"] for kernel in declared.kernels)
+        seconds = in_kernels + declared.launches * LAUNCH_SECONDS
+        floor = MIN_TRAFFIC_ELEMENTS[name] * _row_bytes(shape) / gpu.copy_bytes_per_second
         passes[name] = {"seconds": seconds, "floor_seconds": floor, "share_of_copy_rate": floor / seconds}
     return {"kernels": kernels, "passes": passes}
 
 
 def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
-    """Of one kernel, what its table says."""
+    """Entry of the report for a kernel."""
     return {
         "kernel": kernel.name,
         "architecture": kernel.architecture,
@@ -182,12 +165,9 @@ def describe(kernel: Kernel, cost: Cost) -> dict[str, Any]:
     }
 
 
-def measure(extension: Path, gpu_name: str, shape_text: str) -> dict[str, Any]:
-    """The whole report. Raises ValueError or RuntimeError if something asked for is not there."""
-    gpu_name = gpu_name.lower()
-    if gpu_name not in GPU_SPECS:
-        raise ValueError(f"card {gpu_name!r} is unknown; name one of {', '.join(GPU_SPECS)}")
-    gpu, shape = GPU_SPECS[gpu_name], parse_shape(shape_text)
+def measure(extension: Path, gpu_name: str, shape: Shape, _path: Path | None) -> Report:
+    """Count everything. Raises RuntimeError if the extension lacks a kernel, or code for the GPU."""
+    gpu = GPU_SPECS[gpu_name]
     architectures = set()
 
     def is_wanted(kernel: Kernel) -> bool:
@@ -210,33 +190,50 @@ def measure(extension: Path, gpu_name: str, shape_text: str) -> dict[str, Any]:
         **{key: run[key] for key in ("benchmark", "date", "commit", "versions")},
         "extension": str(extension),
         "card": {"name": gpu_name, **asdict(gpu)},
-        "shape": shape_text,
+        "shape": str(shape),
         "assumptions": {
             "attained": {**EFFICIENCY, "otherwise": DEFAULT_EFFICIENCY},
             "launch_seconds": LAUNCH_SECONDS,
             "copy_bytes_per_second": gpu.copy_bytes_per_second,
         },
         "kernels": [describe(kernels[key], costs[key]) for key in order],
-        "prediction": predict({name: costs[name, shape.padded_width] for name in WORK}, gpu, shape),
+        "prediction": predict({name: costs[name, -(-shape.head_dim // 32) * 32] for name in WORK}, gpu, shape),
     }
 
 
-def show(report: dict[str, Any], markdown: bool) -> None:
-    """Prints the report's tables."""
+def show(report: Report, markdown: bool) -> None:
+    """Print a report."""
     title = "### {}\n" if markdown else "{}"
     for name in WORK:
         entries = [entry for entry in report["kernels"] if entry["kernel"] == name]
-        print(
-            title.format(
-                f"{name}, {entries[0]['architecture']}: warp instructions for {TILE_TOKENS} tokens of one head"
-            )
-        )
+        architecture = entries[0]["architecture"]
+        print(title.format(f"{name}, {architecture}: warp instructions for {TILE_TOKENS} tokens of one head"))
         print(_count_table(entries, markdown), end="\n\n")
     gpu, prediction = report["card"]["name"], report["prediction"]
     print(title.format(f"Lower bounds for {report['shape']} in bf16 on one {gpu.upper()}, µs: predicted, not measured"))
-    print(_bound_table(prediction["kernels"], markdown), end="\n\n")
+    kernels = [{"": name} | entry for name, entry in prediction["kernels"].items()]
+    columns: dict[str, Column] = {
+        "": lambda entry: entry[""],
+        **{bound: partial(_bound_cell, bound) for bound in kernels[0]["bounds"]},
+        "binds": lambda entry: entry["binding"],
+        "predicted": lambda entry: f"{1e6 * entry['seconds']:.1f}",
+    }
+    print(tabulate(kernels, columns, markdown=markdown), end="\n\n")
     print(title.format("Both passes: predicted, not measured"))
-    print(_pass_table(prediction["passes"], markdown))
+    passes = ({"": name} | entry for name, entry in prediction["passes"].items())
+    print(tabulate(passes, _PASS_COLUMNS, markdown=markdown))
+
+
+def _bound_cell(bound: str, entry: dict[str, Any]) -> str:
+    return f"{1e6 * entry['bounds'][bound]:.1f}"
+
+
+_PASS_COLUMNS: dict[str, Column] = {
+    "": lambda entry: entry[""],
+    "predicted µs": lambda entry: f"{1e6 * entry['seconds']:.1f}",
+    "of memory µs": lambda entry: f"{1e6 * entry['floor_seconds']:.1f}",
+    "share of copy bandwidth": lambda entry: f"{entry['share_of_copy_rate']:.0%}",
+}
 
 
 def _count_table(entries: list[dict[str, Any]], markdown: bool) -> str:
@@ -255,63 +252,24 @@ def _count_table(entries: list[dict[str, Any]], markdown: bool) -> str:
     return format_table(["", *(f"W = {entry['padded_width']}" for entry in entries)], rows, markdown=markdown)
 
 
-def _bound_table(kernels: dict[str, dict[str, Any]], markdown: bool) -> str:
-    names = list(next(iter(kernels.values()))["bounds"])
-    rows = [
-        [
-            name,
-            *(f"{1e6 * entry['bounds'][bound]:.1f}" for bound in names),
-            entry["binding"],
-            f"{1e6 * entry['seconds']:.1f}",
-        ]
-        for name, entry in kernels.items()
-    ]
-    return format_table(["", *names, "binds", "predicted"], rows, markdown=markdown)
-
-
-def _pass_table(passes: dict[str, dict[str, float]], markdown: bool) -> str:
-    rows = [
-        [
-            name,
-            f"{1e6 * each['seconds']:.1f}",
-            f"{1e6 * each['floor_seconds']:.1f}",
-            f"{each['share_of_copy_rate']:.0%}",
-        ]
-        for name, each in passes.items()
-    ]
-    return format_table(["", "predicted µs", "of memory µs", "share of copy bandwidth"], rows, markdown=markdown)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark sass",
-        description=summary,
-        epilog=f"examples:\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def add_options(add: AddOption) -> None:
+    """Declare the options."""
     add("--extension", type=user_path, metavar="FILE.so", help="default: polaformer/_cuda*.so, as built in place")
     add("--gpu", default="h100", help=f"of {', '.join(GPU_SPECS)} (default h100)")
     add("--shape", default="128,1,56x56,96", metavar="B,H,HEIGHTxWIDTH,D", help="default: 128,1,56x56,96")
-    add("--markdown", action="store_true", help="print the tables as Markdown")
-    add("--output", type=user_path, metavar="FILE.json", help="write all numbers there, too")
-    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        if arguments.output:
-            prepare_output(arguments.output)
-        report = measure(arguments.extension or find_extension(), arguments.gpu, arguments.shape)
-        if arguments.output:
-            write_report(arguments.output, report)
-    except UnmatchedLoops as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    show(report, arguments.markdown)
-    return 0
+def resolve(arguments: argparse.Namespace) -> partial[Report]:
+    """Check the arguments and return what counts. Raises ValueError or RuntimeError."""
+    name = arguments.gpu.lower()
+    if name not in GPU_SPECS:
+        raise ValueError(f"GPU {name!r} is unknown; name one of {', '.join(GPU_SPECS)}")
+    shape = require_counted(parse_shape(arguments.shape))
+    return partial(measure, arguments.extension or find_extension(), name, shape)
+
+
+COMMAND = Command(
+    "sass", __doc__, add_options, resolve, show,
+    failures={UnmatchedLoops: 1, **USAGE_ERRORS}, device_help="", writes_by_default=False,
+)  # fmt: skip
+parse, main = COMMAND.parse, COMMAND.main

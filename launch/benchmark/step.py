@@ -1,4 +1,4 @@
-"""Times whole training steps: PolaFormer++ b5 and b4 beside models of timm that are used at the same size.
+"""Times of whole training steps: PolaFormer++ b5 and b4 beside timm's models of the same size.
 
 python -m launch.benchmark step
 python -m launch.benchmark step --models polaformerpp_b5 vit_base_patch16_224 --modes eager --output step.json
@@ -8,15 +8,16 @@ python -m launch.benchmark step --show step.json --markdown
 A step is forward, cross-entropy, backward and fused AdamW on one batch of noise that stays on the device; on a GPU
 under bf16 autocast, on the CPU in float32. Every model drops residual branches with the same probability, 0.1. "MFU"
 compares the operations that a step must do with a large matrix product of the same dtype, measured on the same device.
-A model that does not run has an entry that says why. The file is written anew after each model, so that what was
-measured outlives what comes next.
+A model that does not run is skipped with its reason. The file is rewritten after each model, so that a later crash
+loses nothing.
 """
 
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,18 +29,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, aten, conv_flop_count
 
-from launch.benchmark.measure import Clock, Quantiles, matmul_throughput, quantiles, rounds_within
-from launch.benchmark.report import (
-    default_path,
-    describe_run,
-    format_table,
-    prepare_output,
-    read_report,
-    user_path,
-    write_report,
+from launch.benchmark.cli import AddOption, Command, Report, require_positive, resolve_device
+from launch.benchmark.kernel_runner import implementation_of_ours
+from launch.benchmark.measure import (
+    Clock,
+    Quantiles,
+    describe_error,
+    dtype_name,
+    matmul_throughput,
+    quantiles,
+    rounds_within,
+    synchronize,
 )
-from launch.distributed import default_device_type
-from polaformer import PRESETS, ops
+from launch.benchmark.report import Column, describe_run, format_quantiles, heading, tabulate, write_report
+from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 
 MODES = ("eager", "compiled")
@@ -47,12 +50,11 @@ _MODELS = ("polaformerpp_b5", "vit_base_patch16_224", "convnext_base", "polaform
 _CLASSES = 1000
 _DROP_PATH_RATE = 0.1
 _WARM_UP_STEPS = 3  # of which the first compiles and lets cuDNN choose
-_LONGEST_REASON = 400  # characters
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What every model is trained on: so many square images of so many pixels a side, on a device."""
+    """The size of a training batch: square images of `resolution` pixels a side, on a device."""
 
     images: int
     resolution: int
@@ -60,27 +62,29 @@ class Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the matrix products."""
+        """The dtype of the matrix products."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """(B, 3, S, S) float32 noise in channels_last, and B random labels."""
+        images = torch.randn(self.images, 3, self.resolution, self.resolution, device=self.device)
+        labels = torch.randint(_CLASSES, (self.images,), device=self.device)
+        return images.to(memory_format=torch.channels_last), labels
 
 
 class Training:
-    """A model in training with its optimizer and its batch; `step` is what is measured."""
+    """A model in training with its optimizer, fused AdamW; on a GPU under bf16 autocast."""
 
-    def __init__(self, name: str, mode: str, batch: Batch) -> None:
-        torch.manual_seed(0)
-        self._batch = batch
-        self.model = create_model(name, batch.resolution).to(batch.device, memory_format=torch.channels_last).train()
+    def __init__(self, model: nn.Module, device: torch.device, mode: str = "eager") -> None:
+        self._device = device
+        self.model = model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self._forward = torch.compile(self.model, dynamic=False) if mode == "compiled" else self.model
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        images = torch.randn(batch.images, 3, batch.resolution, batch.resolution, device=batch.device)
-        self._images = images.to(memory_format=torch.channels_last)
-        self._labels = torch.randint(_CLASSES, (batch.images,), device=batch.device)
 
-    def step(self) -> Tensor:
-        """The loss before the step."""
-        with torch.autocast(self._batch.device.type, torch.bfloat16, enabled=self._batch.dtype == torch.bfloat16):
-            loss = F.cross_entropy(self._forward(self._images), self._labels)
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Train on a batch; returns the loss before the step."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            loss = F.cross_entropy(self._forward(images), labels)
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -88,9 +92,17 @@ class Training:
 
 
 def create_model(name: str, resolution: int) -> nn.Module:
-    """timm's model with fresh weights; one whose parameters depend on the image's size is made for this one."""
-    options = {"img_size": resolution} if timm.get_pretrained_cfg(name).fixed_input_size else {}
+    """Create a model of timm's with fresh weights, for this resolution if its parameters depend on it."""
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {"img_size": resolution} if config and config.fixed_input_size else {}
     return timm.create_model(name, num_classes=_CLASSES, drop_path_rate=_DROP_PATH_RATE, **options)
+
+
+def train_on_noise(name: str, mode: str, batch: Batch) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """Create a model, and return it with its training step on one batch of noise that stays on the device."""
+    torch.manual_seed(0)
+    training = Training(create_model(name, batch.resolution), batch.device, mode)
+    return training.model, partial(training.step, *batch.draw())
 
 
 def count_flops(name: str, batch: Batch) -> int:
@@ -109,44 +121,21 @@ def count_flops(name: str, batch: Batch) -> int:
     return counter.get_total_flops()
 
 
-def _convolution_backward_flops(grad, x, weight, _bias, _stride, _padding, _dilation, transposed, *rest, **_) -> int:
-    """As many as forward for each of the two gradients. PyTorch's own formula takes grouped ones for dense."""
-    _output_padding, _groups, needed = rest
+def _convolution_backward_flops(
+    grad: Any, x: Any, weight: Any, _bias: Any, _stride: Any, _padding: Any, _dilation: Any, transposed: bool,
+    _output_padding: Any, _groups: int, needed: Sequence[bool], **_: Any,
+) -> int:  # fmt: skip
+    """Count as many as forward for each of the two gradients; PyTorch's own formula takes grouped ones for dense."""
     return sum(needed[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
 
 
-def time_steps(training: Training, device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each step, one right after the other, for about so long in all; waiting for the host counts."""
-
-    def run(steps: int) -> list[float]:
-        marks = [_mark(device)]
-        for _ in range(steps):
-            training.step()
-            marks.append(_mark(device))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            return [began.elapsed_time(ended) / 1000 for began, ended in zip(marks, marks[1:], strict=False)]
-        return [ended - began for began, ended in zip(marks, marks[1:], strict=False)]
-
-    return run(rounds_within(seconds, min(run(2))))
-
-
-def _mark(device: torch.device) -> Any:
-    if device.type == "cpu":
-        return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def measure(batch: Batch, models: Sequence[str], modes: Sequence[str], seconds: float, path: Path) -> dict[str, Any]:
-    """The whole report, written to `path` after each model and mode."""
+def measure(models: Sequence[str], modes: Sequence[str], batch: Batch, seconds: float, path: Path) -> Report:
+    """Measure everything and return the report, written to `path` after each model and mode."""
     report = describe_run("step", batch.device)
     report["versions"]["timm"] = timm.__version__
-    compiled = ops.has_compiled_kernels(batch.device.type)
-    report["implementation_of_ours"] = "compiled kernel" if compiled else "reference"
+    report["implementation_of_ours"] = implementation_of_ours(batch.device)
     report |= {"batch": batch.images, "resolution": batch.resolution, "drop_path_rate": _DROP_PATH_RATE}
-    report["dtype"] = str(batch.dtype).removeprefix("torch.")
+    report["dtype"] = dtype_name(batch.dtype)
     rate = matmul_throughput(Clock(batch.device), batch.device, batch.dtype)
     report["product_flops_per_second"] = asdict(rate)
     report["results"] = []
@@ -165,30 +154,31 @@ def measure(batch: Batch, models: Sequence[str], modes: Sequence[str], seconds: 
 
 def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Quantiles) -> dict[str, Any]:
     """Time, memory, size and operations of a model's steps. Raises whatever keeps it from running."""
-    device = batch.device
+    is_cuda = batch.device.type == "cuda"
     gc.collect()  # the last model
     torch.compiler.reset()
-    if device.type == "cuda":
+    if is_cuda:
         torch.cuda.empty_cache()
         torch.backends.cudnn.benchmark = True
     flops = count_flops(name, batch)
-    training = Training(name, mode, batch)
+    model, step = train_on_noise(name, mode, batch)
     began = perf_counter()
-    training.step().item()  # waits for a GPU
+    step().item()  # waits for a GPU
     first = perf_counter() - began
     for _ in range(_WARM_UP_STEPS - 1):
-        training.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        step()
+    synchronize(batch.device)
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    steps = time_steps(training, device, seconds)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-    loss = training.step().item()
+    clock = Clock(batch.device)
+    steps = clock.time_back_to_back(step, rounds_within(seconds, min(clock.time_back_to_back(step, 2))))
+    peak = torch.cuda.max_memory_allocated() if is_cuda else None
+    loss = step().item()
     if not torch.tensor(loss).isfinite():
         raise RuntimeError(f"the loss became {loss}")
     times = quantiles(steps)
     return {
-        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "flops": flops,
         "seconds": asdict(times),
         "images_per_second": asdict(quantiles([batch.images / step for step in steps])),
@@ -199,114 +189,74 @@ def measure_model(name: str, mode: str, batch: Batch, seconds: float, rate: Quan
     }
 
 
-def describe_error(error: Exception) -> str:
-    """One line, not too long."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory"
-    message = str(error).partition("Set TORCHDYNAMO_VERBOSE")[0]  # advice for PyTorch's developers follows
-    line = " ".join(f"{type(error).__name__}: {message}".split())
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
-
-
-def show(report: dict[str, Any], markdown: bool) -> None:
-    """Prints a report, for people."""
+def show(report: Report, markdown: bool) -> None:
+    """Print a report."""
     print(
-        f"{report['device']['name']}, {report['threads']} threads, torch {report['versions']['torch']},"
-        f" timm {report['versions']['timm']}, commit {report['commit']}, {report['date']}\n\n"
+        f"{heading(report, ('torch', 'timm'))}\n"
         f"training steps of {report['batch']} images of {report['resolution']} × {report['resolution']} pixels in"
         f" {report['dtype']}; measured: products {report['product_flops_per_second']['median'] / 1e12:.3g} TFLOP/s;"
         f" ours is the {report['implementation_of_ours']}; medians (quantiles 0.2–0.8)\n"
     )
-    columns = ("model", "mode", "images/s", "ms a step", "peak GiB", "M parameters", "GFLOP an image", "MFU %")
-    rows = [_row(entry, report["batch"]) for entry in report["results"]]
-    print(format_table(columns, rows, left=2, markdown=markdown))
+    columns: dict[str, Column] = {
+        "model": lambda entry: entry["model"],
+        "mode": lambda entry: entry["mode"],
+        "images/s": lambda entry: format_quantiles(entry["images_per_second"], "{:.1f}".format),
+        "ms a step": lambda entry: format_quantiles(entry["seconds"], "{:.1f}".format, 1000),
+        "peak GiB": lambda entry: "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 2**30:.1f}",
+        "M parameters": lambda entry: f"{entry['parameters'] / 1e6:.1f}",
+        "GFLOP an image": lambda entry: f"{entry['flops'] / report['batch'] / 1e9:.3g}",
+        "MFU %": lambda entry: f"{100 * entry['share_of_product_rate']:.1f}",
+    }
+    print(tabulate(report["results"], columns, left=2, markdown=markdown))
     for entry in report["results"]:
         if "skipped" in entry:
             print(f"\nskipped: {entry['model']}, {entry['mode']}: {entry['skipped']}")
 
 
-def _row(entry: dict[str, Any], images: int) -> tuple[str, ...]:
-    name = entry["model"], entry["mode"]
-    if "skipped" in entry:
-        return *name, "skipped"
-    peak = entry["peak_bytes"]
-    return (
-        *name,
-        _with_quantiles(entry["images_per_second"], 1),
-        _with_quantiles(entry["seconds"], 1000),
-        "" if peak is None else f"{peak / 2**30:.1f}",
-        f"{entry['parameters'] / 1e6:.1f}",
-        f"{entry['flops'] / images / 1e9:.3g}",
-        f"{100 * entry['share_of_product_rate']:.1f}",
+def headline(report: Report) -> str:
+    """Each model's images per second, in a line."""
+    rates = (
+        f"{entry['model']} " + (f"{entry['images_per_second']['median']:.0f}" if "seconds" in entry else "failed")
+        for entry in report["results"]
     )
+    return f"images/s: {', '.join(rates)}"
 
 
-def _with_quantiles(times: dict[str, float], unit: float) -> str:
-    median, low, high = (f"{unit * times[name]:.1f}" for name in ("median", "low", "high"))
-    return f"{median} ({low}–{high})"
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    summary, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.benchmark step",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    models = f"that timm knows, ours among them, in the order of measuring (default: {' '.join(_MODELS)})"
+def add_options(add: AddOption) -> None:
+    """Declare the options."""
+    models = f"of timm's, ours among them, in the order of measuring (default: {' '.join(_MODELS)})"
     add("--models", nargs="+", default=list(_MODELS), metavar="NAME", help=models)
     modes = f"of {', '.join(MODES)}; all models in the first, then all in the second (default: both)"
     add("--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=modes)
     add("--batch", type=int, default=128, metavar="IMAGES", help="default 128")
     add("--resolution", type=int, default=224, metavar="PIXELS", help="a side (default 224)")
-    add("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     seconds = "to time each model and mode, about; at least 5 steps; warming up comes on top (default 5)"
     add("--seconds", type=float, default=5, help=seconds)
-    add("--output", type=user_path, metavar="FILE.json", help="default: a new file below runs/benchmark")
-    add("--markdown", action="store_true", help="print the table as Markdown")
-    add("--show", type=user_path, metavar="FILE.json", help="print the table of this file and measure nothing")
-    return parser.parse_args(argv)
 
 
-def resolve_device(name: str | None) -> torch.device:
-    """Raises RuntimeError if it is not there."""
-    device = torch.device(name or default_device_type())
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("PyTorch sees no NVIDIA GPU; use --device cpu")
-    return device
+def resolve_batch(arguments: argparse.Namespace, models: Sequence[str]) -> Batch:
+    """Make the batch that --device, --batch and --resolution describe.
 
-
-def resolve_batch(models: Sequence[str], images: int, resolution: int, device: torch.device) -> Batch:
-    """Raises ValueError if timm does not know a model, or the images are too few, or not of a size that it takes."""
-    for name, value in (("batch", images), ("resolution", resolution)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}; give a number above 0")
+    Raises RuntimeError without that device; ValueError for too few images, a model that timm does not know, or a
+    size that a model does not take.
+    """
+    device = resolve_device(arguments.device)
+    require_positive(arguments, "batch", "resolution")
     for model in models:
         if not timm.is_model(model):
             raise ValueError(f"timm knows no model {model!r}; use one that timm.list_models() names, or {_MODELS[0]}")
-        if model in PRESETS and resolution % TOTAL_STRIDE:
-            raise ValueError(f"--resolution is {resolution}; {model} needs a multiple of {TOTAL_STRIDE}")
-    return Batch(images, resolution, device)
+        if model in PRESETS and arguments.resolution % TOTAL_STRIDE:
+            raise ValueError(f"--resolution is {arguments.resolution}; {model} needs a multiple of {TOTAL_STRIDE}")
+    return Batch(arguments.batch, arguments.resolution, device)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        if arguments.show:
-            show(read_report(arguments.show, "step"), arguments.markdown)
-            return 0
-        device = resolve_device(arguments.device)
-        batch = resolve_batch(arguments.models, arguments.batch, arguments.resolution, device)
-        if not arguments.seconds > 0:
-            raise ValueError(f"--seconds is {arguments.seconds}; give a number above 0")
-        path = prepare_output(arguments.output or default_path("step"))
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def resolve(arguments: argparse.Namespace) -> partial[Report]:
+    """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
+    batch = resolve_batch(arguments, arguments.models)
+    require_positive(arguments, "seconds")
     models, modes = dict.fromkeys(arguments.models), dict.fromkeys(arguments.modes)
-    report = measure(batch, list(models), list(modes), arguments.seconds, path)
-    show(report, arguments.markdown)
-    print(f"written to {path}", file=sys.stderr)
-    return int(all("skipped" in entry for entry in report["results"]))
+    return partial(measure, list(models), list(modes), batch, arguments.seconds)
+
+
+COMMAND = Command("step", __doc__, add_options, resolve, show, needs_result=True)
+parse, main = COMMAND.parse, COMMAND.main

@@ -1,6 +1,7 @@
 """Fixtures: commands as processes and as forks, a process group inside the test, and one small run for all tests."""
 
 import contextlib
+import io
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -211,3 +213,45 @@ def trained_run(small_config, forked, tmp_path_factory) -> Path:
     finished = forked(1, "launch/train.py", "--config", small_config, f"output={output}")
     assert finished.returncode == 0, finished.stderr
     return output
+
+
+# --- Benchmarks -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+        ),
+    ],
+)
+def device(request) -> str:
+    """The type of each device that a benchmark measures."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def small_peak_measurements() -> Iterator[None]:
+    """Benchmarks whose measurements of the device's peak rates need no gigabytes, and few rounds."""
+    from launch.benchmark import measure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
+        patch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128, "cuda": 1024})
+        patch.setattr(measure, "MAX_ROUNDS", 20)
+        yield
+
+
+@pytest.fixture(scope="session")
+def run_benchmark() -> Callable[..., tuple[int, dict | None, str, str]]:
+    """Returns a function: a benchmark's module, path of its output, arguments → (status, report, stdout, stderr)."""
+
+    def run(module: ModuleType, path: Path, *arguments: object) -> tuple[int, dict | None, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = module.main([*map(str, arguments), "--output", str(path)])
+        return status, json.loads(path.read_text()) if path.exists() else None, out.getvalue(), err.getvalue()
+
+    return run

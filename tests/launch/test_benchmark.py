@@ -1,62 +1,36 @@
-"""The kernel benchmark on tiny shapes: what it refuses, what it measures, that its numbers follow from each other."""
+"""The kernel benchmark on tiny shapes: its report, its check of correctness, what it skips, its memory figures."""
 
-import io
-import json
 import re
-import shlex
-from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
 import pytest
 import torch
 
-from launch.benchmark import __main__, data, gpu, implementations, kernel, measure
-from launch.benchmark.check import WrongResult, check
-from launch.benchmark.implementations import AttentionCall, Shape, make_inputs, model_shapes, parse_shape
+from launch.benchmark import kernel, kernel_runner, measure
+from launch.benchmark.kernel_runner import AttentionCall, WrongResult, check, make_inputs, model_shapes
+from launch.benchmark.shapes import Shape, parse_shape
 from polaformer import ops, reference
 
 CPU = torch.device("cpu")
 BRIEF = ("--seconds", "0.01", "--limit", "1e9")  # however long it takes: nobody is left out
 SMALL = ("--shapes", "2,2,5x7,16", "1,1,8x8,8", *BRIEF)
 BASELINES = ("eager", "sdpa")
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-    ),
-]
 
-
-@pytest.fixture(autouse=True, scope="module")
-def small_peak_measurements():
-    """Rates of the device need no gigabytes here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
-        patch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128, "cuda": 1024})
-        patch.setattr(measure, "MAX_ROUNDS", 20)
-        yield
-
-
-def run_into(folder, *arguments):
-    """(exit status, the JSON or None, standard output, standard error)"""
-    path, out, err = folder / "report" / "kernel.json", io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = kernel.main([*arguments, "--output", str(path)])
-    return status, json.loads(path.read_text()) if path.exists() else None, out.getvalue(), err.getvalue()
+pytestmark = pytest.mark.usefixtures("small_peak_measurements")
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Returns a function: arguments → what `run_into` returns."""
-    return partial(run_into, tmp_path)
+def run(run_benchmark, tmp_path):
+    """Returns a function: arguments → (exit status, report, stdout, stderr)."""
+    return partial(run_benchmark, kernel, tmp_path / "report" / "kernel.json")
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def measured(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def measured(device, run_benchmark, small_peak_measurements, tmp_path_factory):
     """(device, report, table) of ours and its baselines on two shapes in two dtypes, and of growth."""
-    folder, device = tmp_path_factory.mktemp("measured"), request.param
+    path = tmp_path_factory.mktemp("measured") / "new" / "kernel.json"
     options = ("--device", device, "--dtype", "float32", "bfloat16", "--growth", "8", "4")
-    status, report, table, _ = run_into(folder, *SMALL, *options, "--implementations", "ours", *BASELINES)
+    status, report, table, _ = run_benchmark(kernel, path, *SMALL, *options, "--implementations", "ours", *BASELINES)
     assert status == 0
     return device, report, table
 
@@ -108,7 +82,7 @@ def test_a_report(measured):
         assert re.search(rf"^ *{shape} +{dtype} +{name} +\d", table, re.MULTILINE)
 
 
-def test_numbers_follow_from_each_other(measured):
+def test_figures_are_consistent(measured):
     _, report, _ = measured
     by_key = {(entry["shape"], entry["dtype"], entry["contender"]): entry for entry in report["results"]}
     for (text, dtype, implementation), entry in by_key.items():
@@ -168,9 +142,8 @@ def test_a_saved_report_shows_the_same_table(run, capsys, tmp_path):
     assert report["growth"] == report["growth_ratios"] == []
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_right_passes_the_check(device, dtype):
+def test_correct_implementations_pass_the_check(device, dtype):
     shape = Shape(2, 2, 7, 9, 16)
     for attention in (ops.polarity_attention, reference.polarity_attention, reference.eager_polarity_attention):
         errors = check(attention, shape, dtype, torch.device(device))
@@ -191,7 +164,7 @@ def test_what_is_right_passes_the_check(device, dtype):
     ],
     ids=["all a little", "one token", "NaN", "one token without gradient", "no gradient", "height and width swapped"],
 )  # fmt: skip
-def test_what_is_wrong_does_not(attention, tensor, dtype):
+def test_wrong_implementations_fail_the_check(attention, tensor, dtype):
     message = f"^{tensor} of 2,2,7x9,16 in {str(dtype)[6:]} is wrong: .* error .*; nothing was timed, run the tests"
     with pytest.raises(WrongResult, match=message):
         check(attention, Shape(2, 2, 7, 9, 16), dtype, CPU)
@@ -199,7 +172,7 @@ def test_what_is_wrong_does_not(attention, tensor, dtype):
 
 def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
     wrong = perturbed(lambda out: 1.02 * out)
-    monkeypatch.setattr(implementations.ops, "polarity_attention", wrong)
+    monkeypatch.setattr(kernel_runner.ops, "polarity_attention", wrong)
     status, report, table, errors = run(*SMALL, "--dtype", "float32")
     assert (status, report, table) == (1, None, "")
     assert "error: out of 2,2,5x7,16 in float32 is wrong" in errors
@@ -207,7 +180,7 @@ def test_nothing_is_timed_if_ours_is_wrong(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_rest_is_measured(run):
+def test_without_a_compiler_other_implementations_are_measured(run):
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}):
@@ -222,18 +195,18 @@ def test_without_a_compiler_the_rest_is_measured(run):
     assert report["checks"] == report["growth"] == []  # ours does not take part
 
 
-def test_what_takes_too_long_is_skipped(run):
+def test_implementations_that_take_too_long_are_skipped(run):
     status, report, table, _ = run(*SMALL[:2], "--dtype", "float32", "--limit", "1e-9", "--growth", "--device", "cpu")
     assert status == 0
     reasons = {entry["contender"]: entry["skipped"] for entry in report["results"]}
-    assert set(reasons) == set(implementations.IMPLEMENTATIONS)
+    assert set(reasons) == set(kernel_runner.IMPLEMENTATIONS)
     assert all("products alone take" in reason and "more than --limit 1e-09" in reason for reason in reasons.values())
     assert reasons["ours"].startswith("not checked: ")
     assert report["checks"][0]["skipped"] == reasons["ours"]
     assert reasons["sdpa"] in table
 
 
-def test_what_has_no_room_is_skipped(run):
+def test_shapes_that_do_not_fit_into_memory_are_skipped(run):
     """Two terabytes of inputs alone."""
     status, report, _, _ = run("--shapes", "200000,1,128x128,96", "--dtype", "float32", "--limit", "1e9", "--growth",
                                "--device", "cpu")  # fmt: skip
@@ -243,16 +216,15 @@ def test_what_has_no_room_is_skipped(run):
         assert "GB of memory; " in entry["skipped"]
 
 
-@pytest.mark.parametrize("contender", ["ours", "eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["ours", "eager", "sdpa"])
 def test_predicted_memory(implementation):
     """From a piece of one image for a batch of whole ones; what does not grow with them is counted too often."""
     shape = Shape(3, 1, 160, 64, 32)
-    call = AttentionCall(implementations.get_implementation(implementation), make_inputs(shape, torch.float32, CPU))
+    call = AttentionCall(kernel_runner.get_implementation(implementation), make_inputs(shape, torch.float32, CPU))
     needed = measure.peak_bytes(call.both, CPU)
-    assert 0.95 * needed < implementations.predict_bytes(implementation, shape, torch.float32, CPU) < 2 * needed
+    assert 0.95 * needed < kernel_runner.predict_bytes(implementation, shape, torch.float32, CPU) < 2 * needed
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_peak_memory(device):
     x = torch.ones(1 << 20, device=device)  # 4 MiB
     assert measure.peak_bytes(lambda: x.add_(1).sum(), torch.device(device)) < 1 << 20
@@ -277,51 +249,3 @@ def test_shapes_of_the_models():
     assert list(map(str, model_shapes([224, 1024], [8]))) == [
         *("8,1,56x56,96", "8,2,28x28,96", "8,1,256x256,96", "8,2,128x128,96")
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--shapes 8,1,3136,96", "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"),
-        ("--shapes 8,1,5x5,7", "shape 8,1,5x5,7 has an odd head dimension 7; polarity attention needs an even one"),
-        ("--shapes 8,1,5x5,8 --full", "--shapes says all; leave --full, --resolutions and --batches out"),
-        ("--resolutions 100", "--resolutions names 100; give multiples of 32, as the models need"),
-        ("--batches 0", "--batches names 0; give numbers above 0"),
-        ("--growth 0 8", "--growth names 0; give numbers above 0"),
-        ("--seconds 0", "--seconds is 0.0; give a number above 0"),
-        ("--threads -1", "--threads is -1; give a number above 0"),
-        ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
-        ("--show setup.py", "setup.py is no report of python -m launch.benchmark kernel; name one"),
-    ],
-)
-def test_refusals(capsys, arguments, message):
-    assert kernel.main([*arguments.split(), "--device", "cpu"]) == 2
-    assert capsys.readouterr() == ("", f"error: {message}\n")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(run, capsys):
-    assert run("--device", "cuda")[3] == "error: PyTorch sees no NVIDIA GPU; use --device cpu\n"
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n"
-
-
-@pytest.mark.parametrize("module", [kernel, data, gpu])
-def test_the_examples_of_the_help_are_valid(module, capsys):
-    name = module.__name__.rpartition(".")[2]
-    with pytest.raises(SystemExit, match="^0$"):
-        __main__.main([name, "--help"])
-    text = capsys.readouterr().out
-    examples = [line for line in text.splitlines() if line.startswith(f"python -m launch.benchmark {name}")]
-    assert len(examples) >= 2
-    for example in examples:
-        module.parse(shlex.split(example)[4:])
-
-
-def test_the_command(command):
-    helped = command("-m", "launch.benchmark", "--help")
-    assert helped.returncode == 0
-    assert all(f"  {name}" in helped.stdout for name in __main__.COMMANDS)
-    unknown = command("-m", "launch.benchmark", "nothing")
-    assert unknown.returncode == 2
-    assert "invalid choice: 'nothing'" in unknown.stderr

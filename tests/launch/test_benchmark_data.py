@@ -1,10 +1,7 @@
-"""The data benchmark on few images: what all contenders hand over, what its report says, what it refuses."""
+"""The data benchmark on few images: that all loaders deliver the same, its report, and what it refuses."""
 
-import importlib.util
 import io
-import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from PIL import Image
 
 from dataio.manifest import load_manifest
 from dataio.shards import LocalShards
-from launch.benchmark import data, loader_processes
+from launch.benchmark import data, data_stalls, report
 from launch.benchmark.loader_processes import (
     LOADERS,
     OutputFingerprint,
@@ -24,6 +21,7 @@ from launch.benchmark.loader_processes import (
     fingerprint,
     loader_processes,
     make_loader,
+    require_tools,
     run_trial,
 )
 from launch.benchmark.loaders import AUGMENTATIONS, WORKLOADS, LoaderConfig, rows_by_key
@@ -35,7 +33,7 @@ CLASSES = 6
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
-    """24 photographs in two shards."""
+    """24 images in two shards."""
     folder = tmp_path_factory.mktemp("photographs")
     pack_images(folder, 24, 2)
     return folder / "packed"
@@ -47,15 +45,7 @@ def config(packed) -> LoaderConfig:
     return LoaderConfig(workload="simple", folder=packed, batch=10, size=64, cores=2, device="cpu")
 
 
-def run_into(folder, *arguments):
-    """(exit status, the JSON or None, standard output, standard error)"""
-    path, out, err = folder / "report" / "data.json", io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        status = data.main([*arguments, "--output", str(path)])
-    return status, json.loads(path.read_text()) if path.exists() else None, out.getvalue(), err.getvalue()
-
-
-def test_photographs(packed):
+def test_images(packed):
     manifest = load_manifest(packed)
     rows = manifest.samples
     assert len(manifest) == 24
@@ -71,8 +61,8 @@ def test_photographs(packed):
     assert list(names.values()) == list(range(24))
 
 
-@pytest.mark.parametrize("work", WORKLOADS)
-def test_all_contenders_do_the_same(config, workload):
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_all_loaders_deliver_the_same(config, workload):
     fingerprints = {}
     for name, workloads in LOADERS.items():
         if workload in workloads:
@@ -95,26 +85,26 @@ def test_all_contenders_do_the_same(config, workload):
 
 
 @pytest.mark.parametrize(
-    ("work", "wrong", "message"),
+    ("workload", "wrong", "message"),
     [
-        ("read", {"labels": (4, 4, 3)}, r"read: dali hands over 11 images, \(4, 4, 3\) of each class, where 12"),
-        ("read", {"labels": (4, 3, 5)}, r"read: dali hands over 12 images, \(4, 3, 5\) of each class, where 12"),
-        ("read", {"digest": "b"}, "read: dali hands over other bytes than ours; nothing was timed"),
+        ("read", {"labels": (4, 4, 3)}, r"read: dali delivers 11 images, \(4, 4, 3\) of each class, where 12"),
+        ("read", {"labels": (4, 3, 5)}, r"read: dali delivers 12 images, \(4, 3, 5\) of each class, where 12"),
+        ("read", {"digest": "b"}, "read: dali delivers other bytes than ours; nothing was timed"),
         (
             "simple",
             {"shape": ("torch.float64", 3, 8, 8)},
-            "simple: dali hands over other images of .*float64.*, not .*32",
+            "simple: dali delivers other images of .*float64.*, not .*32",
         ),
         ("evaluation", {"levels": np.full((2, 3), 101.0)}, "pixels than ours: mean_levels 1, allowed 0.5; nothing"),
         (
             "decode",
             {"levels": np.full((2, 3), np.nan)},
-            "decode: dali hands over other pixels than ours: mean_levels n",
+            "decode: dali delivers other pixels than ours: mean_levels n",
         ),
-        ("simple", {"statistics": np.full(6, 2)}, "simple: dali hands over other .*: statistics 2, allowed 1.25"),
+        ("simple", {"statistics": np.full(6, 2)}, "simple: dali delivers other .*: statistics 2, allowed 1.25"),
     ],
 )
-def test_unequal_work_is_refused(config, workload, wrong, message):
+def test_different_outputs_are_refused(config, workload, wrong, message):
     right = OutputFingerprint(labels=(4, 4, 4), shape=("torch.float32", 3, 8, 8), digest="a")
     right = replace(
         right,
@@ -130,7 +120,7 @@ def test_unequal_work_is_refused(config, workload, wrong, message):
 @pytest.mark.slow
 def test_processes_that_fail(config, monkeypatch):
     config = replace(config, workload="read")
-    with pytest.raises(OutputMismatch, match=r"read: webdataset hands over 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):
+    with pytest.raises(OutputMismatch, match=r"read: webdataset delivers 24 images, \(4, 4, .*, where 25, \(5, 4, 4"):
         benchmark_loaders(["webdataset"], config, (5, 4, 4, 4, 4, 4), 1)
     with loader_processes(["webdataset"], config, CLASSES) as [worker]:
         with pytest.raises(RuntimeError, match="^read: webdataset failed: TypeError: .*NoneType"):
@@ -142,17 +132,17 @@ def test_processes_that_fail(config, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(run_benchmark, tmp_path_factory):
     """(report, table, folder) of ours and torchvision at one workload."""
-    folder = tmp_path_factory.mktemp("measured")
+    path = tmp_path_factory.mktemp("measured") / "report" / "data.json"
     arguments = "--workloads", "simple", "--loaders", "ours", "torchvision", "--models", "polaformerpp_b0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_STALL_STEPS", 1)
-        patch.setattr(feed, "_WARM_UP_STEPS", 0)
-        patch.setattr(feed, "MIN_ROUNDS", 2)
-        status, report, table, errors = run_into(folder, *SMALL, *arguments)
+        patch.setattr(data_stalls, "_WARM_UP_STEPS", 0)
+        patch.setattr(data_stalls, "MIN_ROUNDS", 2)
+        status, report, table, errors = run_benchmark(data, path, *SMALL, *arguments)
     assert status == 0, errors
-    return report, table, folder / "report"
+    return report, table, path.parent
 
 
 @pytest.mark.slow
@@ -190,7 +180,7 @@ def test_a_report(measured):
 
 
 @pytest.mark.slow
-def test_feeding(measured):
+def test_data_stalls(measured):
     report, table, _ = measured
     [entry] = report["feeding"]
     assert (entry["model"], entry["recipe"], entry["batch"]) == ("polaformerpp_b0", "rand-augment", 10)
@@ -207,7 +197,7 @@ def test_a_saved_report_shows_the_same_table(measured, capsys):
 
 
 @pytest.mark.slow
-def test_works_are_added_to_an_earlier_report(measured):
+def test_workloads_are_added_to_an_earlier_report(measured):
     report, _, _ = measured
     later = report | {"results": [report["results"][0] | {"work": "read", "images": 1}], "feeding": []}
     added = data.add_to(report, later)
@@ -218,7 +208,7 @@ def test_works_are_added_to_an_earlier_report(measured):
         data.add_to(report, report | {"cores": 3})
 
 
-def test_shares_of_decoding():
+def test_decoding_shares():
     results = [
         {"work": workload, "contender": name, "images_per_second": {"median": rate}}
         for workload, name, rate in (
@@ -231,30 +221,8 @@ def test_shares_of_decoding():
     assert data.decoding_shares(results) == {"simple": 0.25}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--images 0", "--images is 0; give a number above 0"),
-        ("--rounds -1", "--rounds is -1; give a number above 0"),
-        ("--size 100", "--size is 100; give a multiple of 32, as the models need"),
-        ("--images 9 --batch 5", "9 images are fewer than 2 batches; give 10 or more, or a smaller --batch"),
-        ("--data setup.py --images 9", "--data says which images; leave --images out"),
-        ("--data tests", "no manifest.json in tests; write shards there with: python -m dataio.pack SOURCE tests"),
-        ("--workloads three-augment --loaders dali", "none of --loaders does three-augment; add one of ours, timm"),
-        ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
-        ("--show setup.py", "setup.py is no report of python -m launch.benchmark data; name one"),
-        ("--add --output nowhere.json", "[Errno 2] No such file or directory: 'nowhere.json'"),
-    ],
-)
-def test_refusals(capsys, arguments, message):
-    assert data.main([*arguments.split(), "--device", "cpu"]) == 2
-    assert capsys.readouterr() == ("", f"error: {message}\n")
-
-
-def test_missing_tools(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_missing_libraries(monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
     assert data.main([*SMALL, "--workloads", "simple"]) == 2
-    assert capsys.readouterr().err == (
-        "error: webdataset is not installed; install it, or choose --loaders ours dali\n"
-    )
-    loader_processes.require_tools(["ours", "dali"])
+    assert capsys.readouterr().err == ("error: not installed: webdataset; install it, or choose --loaders ours dali\n")
+    require_tools(["ours", "dali"])

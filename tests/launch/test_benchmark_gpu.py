@@ -1,4 +1,4 @@
-"""The command for machines with a GPU: its plan, its limits, what it leaves behind, and where it starts at all.
+"""The command for machines with a GPU: its parts, its time limits, its files, and where little is installed.
 
 Parts are small Python commands here; those that need a GPU are only planned, and their own parsers read their options.
 """
@@ -16,21 +16,18 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 
 from launch.benchmark import (
     __main__,
-    build_kernels,
-    check_kernels,
     gpu,
     gpu_parts,
-    implementations,
-    measure,
+    kernel_checks,
+    kernel_runner,
     profiling,
     step,
 )
 from launch.benchmark.gpu_parts import Part, last_line
-from launch.benchmark.report import ROOT, format_table
+from launch.benchmark.report import ROOT, format_table, missing_modules
 
 #: What a machine for measurements may lack: all but torch, timm, pytest, hypothesis and what those need.
 ABSENT = (
@@ -86,7 +83,7 @@ def test_a_part_that_passes(tmp_path):
     assert (tmp_path / "counted" / "log.txt").read_text() == "said\n"
 
 
-def test_a_part_that_fails_keeps_none_from_running(tmp_path):
+def test_after_a_part_that_fails_the_others_run(tmp_path):
     unread = lambda folder: (json.loads((folder / "report.json").read_text()), "")  # noqa: E731
     parts = [
         make_part("failing", "print('why'); raise SystemExit(3)"),
@@ -147,7 +144,7 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
     await_end(pids[0])
 
 
-def test_what_fits_into_the_time(tmp_path):
+def test_parts_that_do_not_fit_into_the_time_are_left_out(tmp_path):
     """A part may begin if it usually fits into what is left, and never runs for longer than that."""
     now = [0.0]
 
@@ -174,7 +171,7 @@ def test_what_fits_into_the_time(tmp_path):
     assert not (tmp_path / "late").exists()
 
 
-def test_without_kernels_only_what_needs_none_runs(tmp_path):
+def test_without_kernels_parts_that_need_them_are_skipped(tmp_path):
     parts = [make_part("build", "raise SystemExit(1)"), make_part("needs them", "")]
     free = Part("needs none", (sys.executable, "-c", ""), 0, 3600, last_line, needs_kernels=False)
     entries = run([*parts, free], tmp_path)
@@ -182,7 +179,7 @@ def test_without_kernels_only_what_needs_none_runs(tmp_path):
     assert entries["needs them"]["headline"] == "no kernels that run here, see build"
 
 
-def test_advice_is_no_headline(tmp_path):
+def test_advice_of_pytorch_is_no_headline(tmp_path):
     error = "RuntimeError: CUDA error: an illegal memory access was encountered"
     advice = "For debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable it.\n"
     (tmp_path / "log.txt").write_text(f"Traceback\n{error}\n{advice}\n")
@@ -199,11 +196,11 @@ def test_advice_is_no_headline(tmp_path):
         ("import time; time.sleep(10**6)", "", "kernels are there, but the first run of one took more than 2 s\n"),
     ],
 )
-def test_what_another_build_would_mend(monkeypatch, capfd, program, fault, printed):
+def test_faults_that_another_build_would_mend(monkeypatch, capfd, program, fault, printed):
     """Kernels that are not there or not for this GPU; not those that fail or hang."""
-    monkeypatch.setattr(build_kernels, "_TRY", program)
-    monkeypatch.setattr(build_kernels, "_LONGEST_SECONDS", 2 if "sleep" in program else 3600)
-    assert build_kernels.find_fault() == fault
+    monkeypatch.setattr(kernel_checks, "_TRY", program)
+    monkeypatch.setattr(kernel_checks, "_LONGEST_SECONDS", 2 if "sleep" in program else 3600)
+    assert kernel_checks.find_fault() == fault
     assert capfd.readouterr().out == printed
 
 
@@ -224,7 +221,7 @@ gpu.run_parts(parts, folder, float("inf"), {"benchmark": "gpu"}, archive)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_what_was_measured_survives_a_kill(tmp_path, number):
+def test_results_survive_a_kill(tmp_path, number):
     """And what was running ends: at once, or where nobody is left who could end it, at its limit."""
     folder, archive, log = tmp_path / "results", tmp_path / "results.tar.gz", tmp_path / "results/second/log.txt"
     for limit in (2**n for n in range(1, 12)):  # until the machine is fast enough to be interrupted before its end
@@ -245,7 +242,7 @@ def test_what_was_measured_survives_a_kill(tmp_path, number):
     await_end(int(log.read_text()))
 
 
-# --- What is planned ------------------------------------------------------------------------------------------
+# --- The plan -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -263,7 +260,7 @@ def test_the_plan(planned):
     first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "step")
     assert sum(planned[name].expected_seconds for name in first) < 6 * 60
     started = {part.command[3] for part in planned.values() if part.command[2] == "launch.benchmark"}
-    assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "sass"}  # all that use a GPU
+    assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "parity", "sass"}  # all that use a GPU
 
 
 def test_commands_understand_their_options(planned, tmp_path):
@@ -274,10 +271,10 @@ def test_commands_understand_their_options(planned, tmp_path):
         options = import_module(f"launch.benchmark.{__main__._MODULES.get(command, command)}").parse(arguments[:-1])
         assert options.output == tmp_path / name / "report.json"
         assert options.device == "cuda"
-    assert check_kernels.parse(list(planned["check"].command[3:])).output == tmp_path / "check" / "report.json"
+    assert kernel_checks.parse(list(planned["check"].command[3:])).output == tmp_path / "check" / "report.json"
     for name, mode in {"counters": "profiled", "memcheck": "tiny", "racecheck": "tiny"}.items():
-        begin = planned[name].command.index("launch.benchmark.check_kernels")
-        assert check_kernels.parse(list(planned[name].command[begin + 1 :])).mode == mode
+        begin = planned[name].command.index("launch.benchmark.kernel_checks")
+        assert kernel_checks.parse(list(planned[name].command[begin + 1 :])).mode == mode
     for path in planned["tests"].command[-2:]:
         assert (ROOT / path).exists()
 
@@ -290,36 +287,10 @@ def test_tools_of_the_toolkit(tmp_path, monkeypatch):
     assert planned["memcheck"].command[0] == str(tmp_path / "compute-sanitizer")
     assert planned["memcheck"].missing == ""
     assert planned["counters"].missing == "ncu is neither on the PATH nor in CUDA_HOME/bin"
-    assert (
-        gpu_parts.missing_modules("torch", "nowhere.at_all", "json.nothing")
-        == "not installed: nowhere.at_all, json.nothing"
-    )
+    assert missing_modules("torch", "nowhere.at_all", "json.nothing") == "not installed: nowhere.at_all, json.nothing"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--parts check nothing", "there is no part 'nothing'; use some of build, check, check-awkward, kernels, "),
-        ("--minutes 0", "--minutes is 0.0; give a number above 0"),
-        (
-            "--output a --archive a/b/c.tar.gz",
-            "--archive a/b/c.tar.gz is in the folder that it packs; put it elsewhere",
-        ),
-        pytest.param(
-            "",
-            "PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
-    ],
-)
-def test_refusals(capsys, arguments, message):
-    assert gpu.main(arguments.split()) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith(f"error: {message}")
-
-
-# --- What the parts' files say --------------------------------------------------------------------------------
+# --- The parts' results ---------------------------------------------------------------------------------------
 
 
 def test_counts_of_tests(tmp_path):
@@ -339,13 +310,6 @@ def test_counts_of_tests(tmp_path):
     assert headline == "1 passed, 1 failures, 1 skipped"
 
 
-@pytest.fixture
-def small_peak_measurements(monkeypatch):
-    """Rates of the device need no gigabytes here."""
-    monkeypatch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(measure, "_MATMUL_SIZE", {"cpu": 128})
-
-
 def test_headlines_of_reports(tmp_path, small_peak_measurements):
     """Of what the commands write here, on the CPU; and of a shape and a model that failed."""
     output = ("--device", "cpu", "--output", str(tmp_path / "report.json"))
@@ -353,18 +317,21 @@ def test_headlines_of_reports(tmp_path, small_peak_measurements):
     assert profiling.main([*shapes, *output]) == 0
     report, headline = gpu_parts.parse_profile(tmp_path)
     assert re.fullmatch(r"1,1,4x4,8 \d+ \+ \d+ µs; 1,2,3x5,8 \d+ \+ \d+ µs", headline)
-    assert gpu_parts._headline_of_profile({"results": [{"shape": "1,1,4x4,8", "skipped": "so"}]}) == "1,1,4x4,8 failed"
+    assert (
+        profiling.headline({"profiled": "kernels", "results": [{"shape": "1,1,4x4,8", "skipped": "so"}]})
+        == "1,1,4x4,8 failed"
+    )
 
     small = ("--batch", "2", "--resolution", "32")
     assert profiling.main(["--model", "polaformerpp_b0", *small, "--runs", "1", *output]) == 0
-    report, headline = gpu_parts.parse_operators(tmp_path)
+    report, headline = gpu_parts.parse_profile(tmp_path)
     assert re.fullmatch(r"polaformerpp_b0: \d+ ms a step; (\S+ \d+ %, ){2}\S+ \d+ %", headline)
 
     models = ("--models", "polaformerpp_b0", "--modes", "eager", *small)
     assert step.main([*models, "--seconds", "0.01", *output]) == 0
     report, headline = gpu_parts.parse_steps(tmp_path)
     assert re.fullmatch(r"images/s: polaformerpp_b0 \d+", headline)
-    assert gpu_parts._headline_of_steps({"results": [{"model": "b5", "skipped": "so"}]}) == "images/s: b5 failed"
+    assert step.headline({"results": [{"model": "b5", "skipped": "so"}]}) == "images/s: b5 failed"
 
 
 def test_counters(tmp_path):
@@ -429,12 +396,12 @@ def test_tables():
 
 @pytest.fixture
 def two_cases(monkeypatch):
-    monkeypatch.setattr(check_kernels, "EDGE_CASES", (("2,3,7x9,16", "bfloat16"), ("1,1,5x3,6", "float32")))
+    monkeypatch.setattr(kernel_checks, "EDGE_CASES", (("2,3,7x9,16", "bfloat16"), ("1,1,5x3,6", "float32")))
 
 
 def check_on_cpu(folder):
     output = folder / "report.json"
-    status = check_kernels.main(["errors", "--shapes", "awkward", "--device", "cpu", "--output", str(output)])
+    status = kernel_checks.main(["errors", "--shapes", "awkward", "--device", "cpu", "--output", str(output)])
     return status, json.loads(output.read_text())["checks"], gpu_parts.parse_checks(folder)[1]
 
 
@@ -446,17 +413,17 @@ def test_the_check(two_cases, tmp_path, capsys):
     for entry in checks:
         for sizes in entry["errors"]["0"].values():
             assert all(0 <= error["ours"] <= error["allowed"] for error in sizes.values())
-    assert capsys.readouterr().out.count("the same bits") == 2
+    assert capsys.readouterr().out.count("bit-identical") == 2
 
 
 def test_the_check_finds_what_is_wrong(two_cases, tmp_path, monkeypatch):
-    right, calls = implementations.ops.polarity_attention, []
+    right, calls = kernel_runner.ops.polarity_attention, []
 
     def unsteady(*inputs):
         calls.append(inputs)
         return right(*inputs) * (1 if len(calls) % 2 else float("nan"))
 
-    monkeypatch.setattr(implementations.ops, "polarity_attention", unsteady)
+    monkeypatch.setattr(kernel_runner.ops, "polarity_attention", unsteady)
     status, checks, headline = check_on_cpu(tmp_path)
     assert status == 1
     assert "; wrong: 2,3,7x9,16 bfloat16" in headline
@@ -465,19 +432,9 @@ def test_the_check_finds_what_is_wrong(two_cases, tmp_path, monkeypatch):
 
 
 def test_tiny_runs(monkeypatch, capsys):
-    monkeypatch.setattr(check_kernels, "TINY", (("1,1,1x1,6", "float32"), ("2,1,3x5,8", "bfloat16")))
-    assert check_kernels.main(["tiny", "--device", "cpu"]) == 0
+    monkeypatch.setattr(kernel_checks, "TINY", (("1,1,1x1,6", "float32"), ("2,1,3x5,8", "bfloat16")))
+    assert kernel_checks.main(["tiny", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.count(": ran\n") == 4
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_nothing_is_checked_without_a_gpu(capsys):
-    assert check_kernels.main(["errors"]) == 2
-    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; use --device cpu\n"
-    assert check_kernels.main(["profiled", "--device", "cpu"]) == 2
-    assert capsys.readouterr().err == "error: Nsight Compute profiles GPUs alone; leave --device out\n"
-    assert build_kernels.main() == 2
-    assert capsys.readouterr().err == "error: PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one\n"
 
 
 # --- Where little is installed --------------------------------------------------------------------------------
@@ -489,12 +446,12 @@ def test_nothing_is_checked_without_a_gpu(capsys):
         ("launch.benchmark", "gpu", "--help"),
         ("launch.benchmark", "kernel", "--help"),
         ("launch.benchmark", "profile", "--help"),
-        ("launch.benchmark.check_kernels", "--help"),
+        ("launch.benchmark.kernel_checks", "--help"),
         ("pytest", "--collect-only", "-q", "-m", "gpu", *gpu_parts._KERNEL_TESTS),
         ("launch.benchmark", "kernel", "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--growth",
          "--implementations", "ours", "eager", "--seconds", "0.01"),
     ],
-    ids=["gpu", "kernel", "profile and step", "check_kernels", "tests", "a measurement"],
+    ids=["gpu", "kernel", "profile and step", "kernel_checks", "tests", "a measurement"],
 )  # fmt: skip
 def test_starts_with_torch_and_timm_alone(command, tmp_path, arguments):
     if "--device" in arguments:

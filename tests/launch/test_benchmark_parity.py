@@ -37,9 +37,9 @@ def numbers(table: str) -> list[float]:
 @pytest.mark.slow
 def test_the_committed_table_is_what_is_computed(rows):
     """DALI's and PIL's code for other processors may round another way: within 0.02 levels, or 5 % of the largest."""
-    committed, computed = Path(parity.__file__).with_name("parity.md").read_text(), render(rows)
+    committed, computed = Path(parity.__file__).with_name("results").joinpath("parity.md").read_text(), render(rows)
     assert re.sub(r"\d+", "#", committed) == re.sub(r"\d+", "#", computed), (
-        "run python -m launch.benchmark.parity again"
+        "run python -m launch.benchmark parity again"
     )
     assert numbers(committed) == pytest.approx(numbers(computed), abs=0.02, rel=0.05)
 
@@ -71,7 +71,7 @@ def test_other_draws_are_told_apart():
 def test_the_command_on_named_photographs(tmp_path, photos, monkeypatch, capsys):
     monkeypatch.setattr(parity, "DRAWN", 500)
     paths = [str(photos / name) for name in ("cat/05.jpg", "coffee/06.jpg")]
-    assert main([*paths, "--out", str(tmp_path / "table.md")]) == 0
+    assert main([*paths, "--output", str(tmp_path / "table.md")]) == 0
     written = (tmp_path / "table.md").read_text()
     assert all(f"\n| {name} | " in written for name in TIMM_NAMES.values())
     assert "500 images drawn by each" in written
@@ -80,7 +80,7 @@ def test_the_command_on_named_photographs(tmp_path, photos, monkeypatch, capsys)
 
 def test_a_file_that_is_no_photograph(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("nothing to see")
-    assert main([str(tmp_path / "notes.txt"), "--out", str(tmp_path / "table.md")]) == 2
+    assert main([str(tmp_path / "notes.txt"), "--output", str(tmp_path / "table.md")]) == 2
     assert "error: cannot identify image file" in capsys.readouterr().err
     assert not (tmp_path / "table.md").exists()
 

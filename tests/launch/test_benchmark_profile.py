@@ -1,8 +1,7 @@
-"""Profiles of a tiny shape and a tiny model: what they refuse, what they say, that their numbers agree."""
+"""Profiles of a tiny shape and a tiny model: their reports, their parts, and where little is installed."""
 
 import json
 import re
-import shlex
 import sys
 from types import SimpleNamespace
 
@@ -11,17 +10,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from launch.benchmark import __main__, measure, profiling
+from launch.benchmark import measure, profiling
 from launch.benchmark.profiling import Launch, Run, operators, profile_on_cpu, short_name, split_by_markers, summarize
 from polaformer import ops
 
 TINY = ("--shapes", "2,1,7x9,16", "1,2,4x4,8", "--runs", "5")
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
-    ),
-]
+
+pytestmark = pytest.mark.usefixtures("small_peak_measurements")
+
 #: What may be installed where these commands run: nothing of what they do without.
 ABSENT = ("dataio", "deepspeed", "nvidia.dali", "pydantic", "psutil", "rich", "webdataset", "matplotlib")
 THIN = f"""
@@ -37,30 +33,21 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_peak_measurements():
-    """The device's rate needs no gigabytes here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_COPIED_BYTES", {"cpu": 1 << 20, "cuda": 1 << 26})
-        patch.setattr(measure, "MAX_ROUNDS", 20)
-        yield
-
-
-@pytest.fixture(scope="module", params=DEVICES)
-def profiled(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def profiled(device, small_peak_measurements, tmp_path_factory):
     """(device, report, path of its JSON) of polarity attention on two shapes."""
     path = tmp_path_factory.mktemp("profiled") / "new" / "profile.json"
-    assert profiling.main([*TINY, "--device", request.param, "--output", str(path)]) == 0
-    return request.param, json.loads(path.read_text()), path
+    assert profiling.main([*TINY, "--device", device, "--output", str(path)]) == 0
+    return device, json.loads(path.read_text()), path
 
 
-@pytest.fixture(scope="module", params=DEVICES)
-def model(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def model(device, tmp_path_factory):
     """(device, report, path of its JSON) of a step of b0."""
     path = tmp_path_factory.mktemp("profiled") / "model.json"
     options = ("--model", "polaformerpp_b0", "--batch", "2", "--resolution", "32", "--runs", "2")
-    assert profiling.main([*options, "--device", request.param, "--output", str(path)]) == 0
-    return request.param, json.loads(path.read_text()), path
+    assert profiling.main([*options, "--device", device, "--output", str(path)]) == 0
+    return device, json.loads(path.read_text()), path
 
 
 def test_a_report(profiled):
@@ -168,7 +155,7 @@ def test_operators_of_the_cpu():
     assert found["aten::relu_"]["calls"] == 1
 
 
-def test_division_of_a_stream():
+def test_events_are_split_by_markers():
     stream = [SimpleNamespace(name=name) for name in ("early", "flush", "a", "b", "flush", "a", "flush")]
     divided = split_by_markers(stream, {"flush"})
     assert [[event.name for event in run] for run in divided] == [["a", "b"], ["a"], []]
@@ -208,41 +195,7 @@ def test_short_names(signature, name):
     assert short_name(signature) == (name or signature)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--shapes 8,1,3136,96", "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"),
-        ("--runs 0", "--runs is 0; give a number above 0"),
-        (
-            "--model polaformerpp_b5 --shapes 8,1,5x5,8",
-            "--model profiles a whole model in its own dtype; leave --shapes and --dtype out",
-        ),
-        (
-            "--model nothing",
-            "timm knows no model 'nothing'; use one that timm.list_models() names, or polaformerpp_b5",
-        ),
-        ("--model polaformerpp_b5 --batch 0", "--batch is 0; give a number above 0"),
-        (
-            "--model polaformerpp_b5 --resolution 100",
-            "--resolution is 100; polaformerpp_b5 needs a multiple of 32",
-        ),
-        ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
-        ("--output launch", "[Errno 21] Is a directory: 'launch'"),
-        ("--show setup.py", "setup.py is no report of python -m launch.benchmark profile; name one"),
-    ],
-)
-def test_refusals(capsys, arguments, message):
-    assert profiling.main([*arguments.split(), "--device", "cpu"]) == 2
-    assert capsys.readouterr() == ("", f"error: {message}\n")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(capsys):
-    assert profiling.main(["--device", "cuda"]) == 2
-    assert capsys.readouterr() == ("", "error: PyTorch sees no NVIDIA GPU; use --device cpu\n")
-
-
-def test_what_was_profiled_survives_what_comes_next(tmp_path, monkeypatch):
+def test_profiles_survive_a_later_interrupt(tmp_path, monkeypatch):
     profile_shape, path = profiling.profile_shape, tmp_path / "profile.json"
 
     def end_at_the_second(shape, *rest):
@@ -263,15 +216,6 @@ def test_a_model_that_fails(tmp_path, capsys):
     error = "error: TypeError: VGG.__init__() got an unexpected keyword argument 'drop_path_rate'\n"
     assert capsys.readouterr() == ("", error)
     assert not path.exists()
-
-
-def test_the_examples_of_the_help_are_valid(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
-        __main__.main(["profile", "--help"])
-    examples = re.findall(r"^python -m launch\.benchmark profile.*", capsys.readouterr().out, re.MULTILINE)
-    assert len(examples) >= 4
-    for example in examples:
-        profiling.parse(shlex.split(example)[4:])
 
 
 def test_no_module_hides_one_of_python():

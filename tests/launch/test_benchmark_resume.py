@@ -1,6 +1,4 @@
-"""The benchmark of first batches on few samples: what it starts from, what it reports, what it refuses."""
-
-import json
+"""The benchmark of first batches on few samples: its packed folder, its loader state, its report."""
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """1,680 samples, of 12 photographs."""
+    """1,680 samples, of 12 images."""
     folder = tmp_path_factory.mktemp("photographs")
     return resume.replicate_samples(pack_images(folder, 12, 1), folder / "many", 1500)
 
@@ -32,7 +30,7 @@ def test_a_folder_of_many_samples_is_a_packed_one(many):
         assert LocalShards(many).read(sample) == LocalShards(few).read(sample % 3)
 
 
-def test_the_state_is_that_of_a_run_which_has_come_so_far(many):
+def test_the_state_is_that_of_a_run_after_so_many_steps(many):
     folder = many.folder
     loader = TrainLoader(load_manifest(folder), ImageOptions(image_size=32), resume._PLAN, CPU)
     for _ in range(3):
@@ -47,12 +45,12 @@ def test_another_batch_than_the_first_is_refused(many, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_report(tmp_path, monkeypatch, capsys):
+def test_a_report(run_benchmark, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resume, "_UNIQUE_IMAGES", 12)
     path = tmp_path / "new" / "resume.json"
     options = ("--device", "cpu", "--samples", "1200", "--step", "1000000", "--rounds", "1")
-    assert resume.main([*options, "--output", str(path)]) == 0
-    report, said = json.loads(path.read_text()), capsys.readouterr().out
+    status, report, said, _ = run_benchmark(resume, path, *options)
+    assert status == 0
     fresh, resumed = (report["seconds"][kind]["median"] for kind in ("fresh", "resumed"))
     assert report["seconds_later_than_fresh"]["median"] == pytest.approx(resumed - fresh)
     assert report["state_bytes"] < 10_000
@@ -70,9 +68,3 @@ def test_correlations_are_those_of_the_orders(many):
             seen = ShuffledSampler(seed, (3,) * 560).samples_at(epoch * 1680 + stored)
             found.append(abs(((seen - 839.5) * (stored - 839.5)).sum() / ((stored - 839.5) ** 2).sum()))
     assert resume.correlations(many)["full"] == pytest.approx(max(found))
-
-
-@pytest.mark.parametrize(("option", "least"), [("--samples", 560), ("--step", 1), ("--rounds", 1)])
-def test_numbers_that_mean_nothing(option, least, capsys):
-    assert resume.main([option, "0"]) == 2
-    assert f"error: {option} is 0; give {least} or more" in capsys.readouterr().err

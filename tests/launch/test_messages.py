@@ -22,10 +22,10 @@ from launch.typed_yaml import field_type
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = [f"launch.benchmark.{_MODULES.get(name, name)}" for name in COMMANDS]
 ENTRIES = [
-    *("dataio.pack", "dataio.verify", "dataio.show", "launch.benchmark.parity", "dataio.pack.fashion_mnist"),
+    *("dataio.pack", "dataio.verify", "dataio.show", "dataio.pack.fashion_mnist"),
     *("launch.train", "launch.plan", "launch.evaluate", "launch.export", "launch.quickstart"),
     *BENCHMARKS,
-    "launch.benchmark.check_kernels",
+    "launch.benchmark.kernel_checks",
 ]
 TAKE_KEYS = ("launch.train", "launch.plan", "launch.quickstart")
 
@@ -55,6 +55,9 @@ PRINTED_BY = {
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py": _RUNS,
+    "launch/benchmark/cli.py": tuple(
+        f"launch.benchmark.{name}" for name in ("kernel", "data", "resume", "step", "profiling", "kernel_checks")
+    ),
     "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
     "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
     "launch/benchmark/sample_images.py": ("launch.benchmark.data",),
