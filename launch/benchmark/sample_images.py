@@ -13,7 +13,8 @@ import matplotlib
 from PIL import Image
 
 from dataio.manifest import Manifest
-from dataio.pack.packer import PackOptions, pack
+from dataio.pack.options import PackOptions
+from dataio.pack.packer import pack
 from dataio.workers import available_cores, worker_pool
 
 #: Class → file, in scikit-image's data folder or in Matplotlib's.

@@ -1,6 +1,7 @@
-"""The README's measured figures against the JSON that benchmarks wrote."""
+"""Measured figures of README.md and launch/benchmark/README.md, compared with the JSON that benchmarks wrote."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "launch" / "benchmark" / "results"
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "launch" / "benchmark" / "README.md").read_text()
 
 
 def report(name: str) -> dict:
@@ -45,7 +47,7 @@ def quickstart_rows() -> list[str]:
     [device] = {run["device"]["name"] for run in runs}
     return [
         f", {machines} of {device} | {minutes()} min, of which set-up {minutes('set-up')} min |",
-        f"top-1 of the weights · of the EMA, in both runs¹ | {reached('weights')} · {reached('EMA')} |",
+        f"top-1 of the weights · of the EMA, in both runs | {reached('weights')} · {reached('EMA')} |",
         f"| {each('{:,.0f}', 'images_per_second')} images/s, of which"
         f" {each('{:.0%}', 'waiting_for_data').replace('%', ' %')} waiting for data |",
     ]
@@ -113,6 +115,19 @@ def summary_rows() -> list[str]:
     ]
 
 
+def attention_row() -> str:
+    passes = {entry["contender"]: entry["passes"]["both"] for entry in _float32_first_stage()}
+    times = " · ".join(
+        f"{1e3 * passes[name]['seconds']['median']:.0f}" for name in ("ours", "eager", "compiled", "sdpa")
+    )
+    return f"| {times} ms |"
+
+
+def _float32_first_stage() -> list[dict]:
+    of_shape = [entry for entry in report("kernel")["results"] if entry["shape"] == "8,1,56x56,96"]
+    return [entry for entry in of_shape if entry["dtype"] == "float32"]
+
+
 def kernel_rows() -> list[str]:
     both = {key: entry["passes"]["both"] for key, entry in entries("kernel", "shape", "dtype", "contender").items()}
     shapes = {"8,1,56x56,96": "(B, H, N, D) = (8, 1, 3136, 96), float32", "8,2,28x28,96": "(8, 2, 784, 96), float32"}
@@ -137,8 +152,26 @@ def kernel_rows() -> list[str]:
     ]
 
 
+@pytest.mark.parametrize("words", [quickstart_rows()[0], summary_rows()[0], attention_row()])
+def test_figures_of_the_first_screen_are_those_of_the_results(words):
+    assert words in README
+
+
 @pytest.mark.parametrize(
-    "words", [*quickstart_rows(), *summary_rows(), *feeding_rows(), *packing_rows(), *kernel_rows()]
+    "words", [*quickstart_rows()[1:], *summary_rows()[1:], *feeding_rows(), *packing_rows(), *kernel_rows()]
 )
 def test_figures_are_those_of_the_results(words):
-    assert words in README
+    assert words in BENCHMARKS
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.split()) < 900
+    pages = [
+        ROOT / "README.md",
+        *ROOT.glob("*/README.md"),
+        *ROOT.glob("*/*/README.md"),
+        *(ROOT / ".github").glob("*.md"),
+    ]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
