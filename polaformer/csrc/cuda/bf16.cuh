@@ -15,7 +15,7 @@
 
 #include "tiles.cuh"
 
-namespace polaformer {
+namespace polaformer::bf16 {
 
 constexpr Bf16x2 kOnes = 0x3f803f80u, kMinusZeros = 0x80008000u;
 constexpr float kLog2E = 1.44269504f;
@@ -413,4 +413,4 @@ struct QueryTables {
   }
 };
 
-}  // namespace polaformer
+}  // namespace polaformer::bf16
