@@ -91,7 +91,7 @@ set_up() {
   trap - EXIT
 }
 
-wanted=$({ cat requirements.txt setup.py && find polaformer/csrc -type f | sort | xargs cat; } | sha256sum)
+wanted=$({ cat requirements.txt setup.py && find polaformer/csrc -type f ! -name '*.md' | sort | xargs cat; } | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   set_up
   echo "$wanted" >.venv/installed
