@@ -57,7 +57,7 @@ class BadSampleBudget:
             reasons[bad.sample] = bad.reason
             if len(reasons) > self._limit:
                 raise RuntimeError(
-                    f"more than {self._limit} broken images in epoch {epoch}: {name_samples(self._manifest, reasons)};"
+                    f"more than {self._limit} bad samples in epoch {epoch}: {name_samples(self._manifest, reasons)};"
                     f" {self._manifest.remedy}, or raise data.max_bad_samples"
                 )
 
@@ -69,7 +69,7 @@ class BadSampleBudget:
 def describe_excess(count: int, limit: int, step: int) -> str:
     """Format the error of a run whose ranks together substituted more samples in an epoch than are allowed."""
     return (
-        f"{count} broken images in this epoch at step {step}, data.max_bad_samples allows {limit}; check the shards"
+        f"{count} bad samples in this epoch at step {step}, data.max_bad_samples allows {limit}; check the shards"
         " with python -m dataio.verify, or raise it"
     )
 

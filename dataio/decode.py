@@ -60,7 +60,7 @@ def decode_batches(
     Raises RuntimeError, naming the sample, if an image cannot be read, or cannot be decoded and may not be
     substituted; the iterator ends then.
     """
-    Image.init()  # loads PIL's plugins: one that cannot be loaded later, when memory is short, makes "not an image"
+    Image.init()  # loads PIL's plugins now: one that failed to load later would be reported as "not an image"
     with closing(open_shards(manifest)) as shards:
         decoder = _BatchDecoder(
             manifest, shards, options, device, BadSampleFinder(manifest, shards, options, device), substitute

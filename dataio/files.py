@@ -123,7 +123,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file and wait until its content is on disk; sync its folder for its name to be."""
+    """Write a file and wait until its content is on disk. `sync` its folder to make the name durable as well."""
     path.write_bytes(content)
     sync(path)
 

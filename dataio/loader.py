@@ -2,7 +2,7 @@
 
 sampler.py orders the samples, decode.py decodes them. A run is one sequence of positions, epoch after epoch without a
 gap, of which each step takes the next `global_batch_size`, whatever the number of ranks. So the position is a loader's
-whole state, and a run may resume with another number of ranks.
+whole state, and the same on any number of ranks.
 
 In training the next decodable sample of the same shard substitutes, with its own label, for one that cannot be
 decoded; in evaluation a bad sample is an error.
@@ -10,7 +10,6 @@ decoded; in evaluation a bad sample is an error.
 B: images of a batch, S: their side.
 """
 
-import difflib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -298,36 +297,3 @@ def _batches(
         labels = torch.from_numpy(manifest.samples["label"][request.samples].astype(np.int64))
         labels = labels.to(device, non_blocking=True)
         yield Batch(images, labels, request.samples, request.position, request.substituted)
-
-
-def check_labels(manifest: Manifest, num_classes: int) -> None:
-    """Raise ValueError if the data set has more classes than the model has outputs, `num_classes`."""
-    classes = len(manifest.classes)
-    if classes > num_classes:
-        raise ValueError(
-            f"{manifest.location} has {classes} classes, the model has {num_classes} outputs; set model.num_classes to"
-            f" {classes}, or leave it out"
-        )
-
-
-def map_labels(val: Manifest, classes: tuple[str, ...], source: str) -> npt.NDArray[np.int64]:
-    """Map the labels of `val` by class name to those of a model: (classes of `val`,) int64.
-
-    classes: the model's, which come from `source`, a training set or weights. `val` may have fewer of them, in any
-    order; a class without images may have any name, and maps to -1 if it is unknown.
-    Raises ValueError, naming the first, if `val` has images of a class that is not among `classes`.
-    """
-    labels = {name: label for label, name in enumerate(classes)}
-    for name in (val.classes[label] for label in np.unique(val.samples["label"])):
-        if name not in labels:
-            near = difflib.get_close_matches(name, classes, n=3) or classes[:3]
-            raise ValueError(
-                f'class "{name}" of {val.location} is not among the {len(classes)} classes of {source}, such as'
-                f" {', '.join(near)}; leave it out of the one, or have it in both"
-            )
-    return np.array([labels.get(name, -1) for name in val.classes], dtype=np.int64)
-
-
-def count_classes(manifest: Manifest) -> int:
-    """Count the classes of a data set that have images."""
-    return len(np.unique(manifest.samples["label"]))

@@ -3,6 +3,7 @@
 `python -m dataio.pack` writes them (pack/packer.py); all of dataio reads them.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -212,20 +213,20 @@ def _find_fault(file: ManifestFile) -> str | None:
     names = [shard.name for shard in file.shards]
     for name in names:
         if not _SHARD_NAME.fullmatch(name):
-            return f"{name!r} is no name of a shard"
+            return f"{name!r} is not a valid shard name"
     if len(set(names)) < len(names):
-        return "two shards have one name"
+        return "two shards have the same name"
     if len(set(file.classes)) < len(file.classes):
-        return "two classes have one name"
+        return "two classes have the same name"
     for digest in (file.samples_sha256, *(shard.sha256 for shard in file.shards)):
         if not _SHA256.fullmatch(digest):
-            return f"{digest!r} is no sha256"
+            return f"{digest!r} is not a sha256"
     if min((min(shard.samples, shard.bytes) for shard in file.shards), default=1) < 1:
         return "a shard is empty"
     if max((shard.bytes for shard in file.shards), default=0) >= 2**63:
         return "a shard is larger than any disk"
     if file.sha256 != file.content_sha256():
-        return "its content changed, its own sha256 is of another"
+        return "its content does not match its own sha256"
     return None
 
 
@@ -279,3 +280,36 @@ def _check_tables(
             f"{folder / SAMPLES_NAME} has label {samples['label'].max()} but the manifest names"
             f" {len(classes)} classes; pack the folder again"
         )
+
+
+def check_labels(manifest: Manifest, num_classes: int) -> None:
+    """Raise ValueError if the data set has more classes than the model has outputs, `num_classes`."""
+    classes = len(manifest.classes)
+    if classes > num_classes:
+        raise ValueError(
+            f"{manifest.location} has {classes} classes, the model has {num_classes} outputs; set model.num_classes to"
+            f" {classes}, or leave it out"
+        )
+
+
+def map_labels(val: Manifest, classes: tuple[str, ...], source: str) -> npt.NDArray[np.int64]:
+    """Map the labels of `val` by class name to those of a model: (classes of `val`,) int64.
+
+    classes: the model's, which come from `source`, a training set or weights. `val` may have fewer of them, in any
+    order; a class without images may have any name, and maps to -1 if it is unknown.
+    Raises ValueError, naming the first, if `val` has images of a class that is not among `classes`.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    for name in (val.classes[label] for label in np.unique(val.samples["label"])):
+        if name not in labels:
+            near = difflib.get_close_matches(name, classes, n=3) or classes[:3]
+            raise ValueError(
+                f'class "{name}" of {val.location} is not among the {len(classes)} classes of {source}, such as'
+                f" {', '.join(near)}; leave it out of the one, or have it in both"
+            )
+    return np.array([labels.get(name, -1) for name in val.classes], dtype=np.int64)
+
+
+def count_classes(manifest: Manifest) -> int:
+    """Count the classes of a data set that have images."""
+    return len(np.unique(manifest.samples["label"]))

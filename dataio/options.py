@@ -31,10 +31,10 @@ def parse_options(options: type[_Options], **values: Any) -> _Options:
     try:
         return options(**values)
     except ValidationError as error:
-        raise ValueError("\n".join(_describe_fault(fault) for fault in error.errors())) from error
+        raise ValueError("\n".join(describe_fault(fault) for fault in error.errors())) from error
 
 
-def _describe_fault(fault: ErrorDetails) -> str:
+def describe_fault(fault: ErrorDetails) -> str:
     """Format an entry of `ValidationError.errors()` in one line: the option, its value, what is allowed."""
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])

@@ -150,8 +150,8 @@ def _decode_pipeline(
 
 def _decode_crops(encoded: DataNode, starts: DataNode, shapes: DataNode, device: str) -> tuple[DataNode, DataNode]:
     """Decode crop boxes: (crops, height and width of the stored images). starts, shapes: height, width."""
-    # An image without a valid header fails here. In the decoder (2.4.0), which does not wait for its threads then, the
-    # process would crash, as for a crop box beyond the image.
+    # Checked here because DALI 2.4.0's decoder crashes the process on an invalid header or a crop box beyond the
+    # image.
     sizes = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
     fits = starts + shapes <= sizes
     crops = fn.decoders.image_slice(

@@ -3,8 +3,8 @@
 A *position* counts the samples of a whole run from 0, over all ranks: `position // samples` is its epoch and
 `position % samples` its offset in that epoch. Each epoch holds every sample exactly once, and the next one follows
 without a gap. `ShuffledSampler` stands where PyTorch has RandomSampler and DistributedSampler, but it has no state and
-does not know of ranks: any range of positions can be asked for at any time, so a run resumes at any position with
-another number of ranks. loader.py gives each rank its positions.
+does not know of ranks: any range of positions can be asked for at any time, so an order can be resumed at any
+position, on any number of ranks. loader.py gives each rank its positions.
 
 Only NumPy's Philox *bit stream* is used, which stays the same between NumPy's versions; its distributions may not.
 
@@ -19,11 +19,9 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
-_SHUFFLE_STREAM, _AUGMENT_STREAM = (
-    0,
-    1,
-)  # keep the uses of one seed apart; with the epoch, shuffles are the even numbers
-PACK_SHUFFLE_STREAM = 3  # the pack command's
+#: Philox streams of one seed: 2 · epoch + 0 shuffles that epoch, 1 augments, 3 shuffles the samples of a pack.
+_SHUFFLE_STREAM, _AUGMENT_STREAM = 0, 1
+PACK_SHUFFLE_STREAM = 3
 
 
 def philox(seed: int, stream: int) -> np.random.Philox:
@@ -167,7 +165,7 @@ def _window_shards(sampler: ShuffledSampler, window: int) -> Indices:
 def _shard_strata(sampler: ShuffledSampler) -> Indices:
     """Strata of neighbouring shards, one shard for each window: (strata, windows), -1 for those that one lacks.
 
-    The middle stratum is the one that lacks some: an end's would tilt the windows that get its shards.
+    The middle stratum is the short one: at an end, the windows without a shard of it would be biased to the other end.
     """
     shards, windows = len(sampler.shard_samples), sampler.windows_per_epoch
     strata = -(-shards // windows)

@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     manifest, digest = read_manifest_file(target)
     print(
-        f"{target} is whole: samples {manifest.samples}, classes {len(manifest.classes)}, shards"
+        f"{target} is intact: samples {manifest.samples}, classes {len(manifest.classes)}, shards"
         f" {len(manifest.shards)}, manifest {digest[:12]}; checked in {time.monotonic() - start:.1f} s"
     )
     return 0

@@ -154,7 +154,9 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, faults
         faults.append(fault)
     if faults:
-        raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}. Move the folder away to start anew")
+        raise ValueError(
+            f"no checkpoint in {folder} is intact: {'; '.join(faults)}. Move the folder away to start anew"
+        )
     return None, faults
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dataio.augment.batch_augment import BatchAugmentOptions
 from dataio.augment.params import ImageOptions
+from dataio.options import Count, Fraction, NonNegative, Options, Positive, describe_fault
 from launch.typed_yaml import field_type, read_value, read_yaml
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
@@ -30,10 +31,7 @@ def _expand(path: str | Path) -> str | Path:
     return type(path)(os.path.expanduser(path))
 
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
 UserPath = Annotated[Path, AfterValidator(_expand)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_expand)]
 LR_REFERENCE_BATCH_SIZE = 512  # the official recipe states its learning rates for this global batch
@@ -95,13 +93,7 @@ _USABLE = (
 )
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, without unknown keys, infinities and NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelSection(Section):
+class ModelSection(Options):
     """The model, its classes and the weights it starts from."""
 
     name: str = "polaformerpp_b4"
@@ -122,7 +114,7 @@ class ModelSection(Section):
         return self
 
 
-class DataSource(Section):
+class DataSource(Options):
     """Which images, in which order."""
 
     train: PathOrUrl  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
@@ -140,17 +132,17 @@ class DataSection(BatchAugmentOptions, ImageOptions, DataSource):
     image_size: Annotated[int, Field(ge=TOTAL_STRIDE, multiple_of=TOTAL_STRIDE)] = 224  # pixels, height and width
 
 
-class OptimizerSection(Section):
+class OptimizerSection(Options):
     """AdamW, the batch, the learning-rate schedule, gradient clipping and the EMA."""
 
     epochs: Positive = 300
     global_batch_size: Count = 1024  # samples in one step, over all ranks and micro-steps
     gradient_accumulation_steps: Count = 1  # micro-steps in a step
     lr: Positive = 5e-4  # peak, for a global batch of 512; the three learning rates scale with the batch
-    warmup_lr: Annotated[float, Field(ge=0)] = 1e-7
-    min_lr: Annotated[float, Field(ge=0)] = 1e-5
-    warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05  # of all parameters but biases and one-dimensional ones
+    warmup_lr: NonNegative = 1e-7
+    min_lr: NonNegative = 1e-5
+    warmup_epochs: NonNegative = 5
+    weight_decay: NonNegative = 0.05  # of all parameters but biases and one-dimensional ones
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0  # largest gradient norm; null: no clipping
@@ -170,7 +162,7 @@ class OptimizerSection(Section):
         return self
 
 
-class EngineSection(Section):
+class EngineSection(Options):
     """How DeepSpeed shards and computes."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -180,21 +172,21 @@ class EngineSection(Section):
     timeout_minutes: Positive = 10  # of collectives: a rank that hangs for longer ends the run
 
 
-class CheckpointSection(Section):
+class CheckpointSection(Options):
     """How often checkpoints are written, and how many are kept."""
 
     every_epochs: Positive = 1  # may be a fraction
     keep: Count = 3  # how many of the newest checkpoints stay on disk, beside the best one
 
 
-class LogSection(Section):
+class LogSection(Options):
     """How often metrics are written and the model is evaluated."""
 
     every_steps: Count = 50
     eval_every_epochs: Positive = 1
 
 
-class Config(Section):
+class Config(Options):
     """The whole configuration of a run."""
 
     output: UserPath  # the run's folder: checkpoints, metrics, TensorBoard; the same command resumes from it
@@ -317,9 +309,7 @@ def _explain(fault: ErrorDetails) -> str:
     empty = fault["input"] is None and fault["type"] in ("path_type", "string_type")
     if empty or (fault["type"] == "missing" and isinstance(fault["loc"][-1], str)):  # a key, not an item of a list
         return f"{where} is not set; set it in the file or on the command line as {where}=…"
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    return f"{where} is {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return describe_fault(fault)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

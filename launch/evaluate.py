@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from dataio.augment.params import ImageOptions
 from dataio.files import user_path
-from dataio.loader import Batch, EvalLoader, count_classes, map_labels
-from dataio.manifest import Manifest
+from dataio.loader import Batch, EvalLoader
+from dataio.manifest import Manifest, count_classes, map_labels
 from dataio.remote.options import cache_options
 from dataio.shards import open_dataset
 from dataio.urls import redact_url

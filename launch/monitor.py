@@ -1,6 +1,6 @@
 """Monitoring of a run: a progress bar or lines, TensorBoard, and the same scalars in metrics.jsonl.
 
-Losses stay on the device until `write`, the only place where the host synchronizes with it. A full disk gives one
+Losses stay on the device until `write`, where the host waits for it. A full disk gives one
 warning, and does not end the training.
 """
 

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
 from dataio.files import user_path
-from dataio.loader import EvalLoader, LoaderOptions, check_labels, count_classes, map_labels
-from dataio.manifest import Manifest
+from dataio.loader import EvalLoader, LoaderOptions
+from dataio.manifest import Manifest, check_labels, count_classes, map_labels
 from dataio.remote.options import RetryPolicy, cache_options
 from dataio.shards import open_dataset
 from dataio.urls import is_url

@@ -241,16 +241,14 @@ def show(console: Console, summary: dict[str, Any], results: dict[str, Path]) ->
     known = {stage: seconds for stage, seconds in summary["seconds"].items() if seconds is not None}
     whole = sum(known.values())
     for stage in summary["seconds"]:
-        table.add_row(
-            stage, f"{known[stage]:.0f} s, {known[stage] / whole:.0%}" if stage in known else "was there already"
-        )
+        table.add_row(stage, f"{known[stage]:.0f} s, {known[stage] / whole:.0%}" if stage in known else "already done")
         if stage == "training" and speed:
             table.add_row(
                 "  of which steps",
                 f"{speed['seconds']:.0f} s at {speed['images_per_second']:,.0f} images/s,"
                 f" {speed['waiting_for_data']:.0%} waiting for data",
             )
-    table.add_row("altogether", f"{whole:.0f} s")
+    table.add_row("total", f"{whole:.0f} s")
     for name, path in results.items():
         table.add_row(name, str(path))
     table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {results['run']}")

@@ -7,10 +7,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 apt_install slurm-wlm munge dataset-fashion-mnist
 { ruff check --quiet . && ruff format --check --quiet .; } ||
-  setup_fail "the style is off; ruff check --fix . and ruff format . mend most of it"
+  setup_fail "the style check failed; ruff check --fix . and ruff format . fix most of it"
 find polaformer/csrc tests/polaformer/cuda -regex '.*\.\(cpp\|cu\|cuh\|h\|inl\)' -print0 |
-  xargs -0 clang-format --dry-run --Werror || setup_fail "the style of C++ is off; clang-format -i FILE mends it"
-mypy --no-error-summary || setup_fail "types do not fit; see above"
+  xargs -0 clang-format --dry-run --Werror || setup_fail "the style check of C++ failed; clang-format -i FILE fixes it"
+mypy --no-error-summary || setup_fail "the type check failed, see above"
 workers=$(nproc)
 workers=$((workers < 4 ? workers : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / workers))} # more would only wait for each other

@@ -112,8 +112,8 @@ def train(run: "Run", augment: BatchAugment) -> None:
             with monitor.data_wait():
                 batch = next(run.loader)
             for bad in batch.substituted:
-                monitor.warn(f"sample {bad.substitute} stands for {plan.train.describe(bad.sample)}: {bad.reason}")
-            images, targets = augment(batch)  # (B, 3, S, S); (B, K), rows sum to 1
+                monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
+            images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
             engine.step()  # updates the weights in the last micro-step only
@@ -128,7 +128,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
         # counted anew in each epoch, so the last step of an epoch writes too.
         if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
-            monitor.write(step, lr, norm, run.loader.bad_samples)  # our only synchronization with the device
+            monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronization with the device
         with monitor.paused():
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:

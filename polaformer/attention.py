@@ -25,7 +25,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkvg = nn.Linear(channels, 4 * channels)
-        self.lepe = DepthwiseConv(channels, 5)
+        self.lepe = DepthwiseConv(channels, 5)  # locally-enhanced positional encoding (LePE) of the values
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:

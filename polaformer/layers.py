@@ -31,7 +31,8 @@ def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
     """Rotate neighbouring pairs of the last axis: x (…, N, F), rotary (N, F / 2) → (…, N, F) in x's dtype.
 
     Computed in the embedding's precision as one complex product, which on a CPU takes a tenth of the time of the four
-    real ones. `rotary.conj_physical()` inverts it; inside an operator, torch.compile drops the lazy `conj()`.
+    real ones. Invert it by `rotary.conj_physical()`: the lazy `conj()` is dropped by torch.compile inside
+    an operator.
     """
     wide = x.to(rotary.real.dtype)
     # torch leaves this function unannotated

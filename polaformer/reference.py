@@ -206,7 +206,7 @@ def _query_features(
     key_shift = _per_feature(key_shift).unsqueeze(-2)
     largest = torch.where(exponents > 0, exponents.detach() + key_shift, 0).amax(dim=-1, keepdim=True)
     token_shift = _required_shift(largest)
-    # below the bound only where a part is 0, and with it the feature
+    # the clamp acts only where the part, and so the feature, is 0
     shift = (token_shift - key_shift).clamp(min=-MAX_UNSHIFTED_EXPONENT)
     features = _shifted_features(exponents, shift)
     epsilon = (EPSILON * torch.exp(-token_shift)).clamp(min=torch.finfo(torch.float32).tiny)

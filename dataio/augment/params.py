@@ -93,7 +93,7 @@ class TransformParams(NamedTuple):
     crop_boxes: npt.NDArray[np.int32]  # (B, 4): left, top, width, height in pixels of the stored image
     resize_to: npt.NDArray[np.int32]  # (B, 2): height and width that the crop box is resized to, each ≥ S
     crop_offsets: npt.NDArray[np.int32]  # (B, 2): top and left of the S×S crop in the resized crop box
-    flips: npt.NDArray[np.bool_]  # (B,): mirrored left to right before the ops
+    flips: npt.NDArray[np.bool_]  # (B,): before the ops; the graph mirrors after them, and `op_matrices` compensates
     ops: npt.NDArray[np.int32]  # (B, L), see policies.SampledOps
     op_args: npt.NDArray[np.float32]  # (B, L)
 

@@ -58,7 +58,7 @@ class TarReader:
                     links[info.name] = member
                     yield member
         except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of malformed headers
-            raise ValueError(f"{path} is no whole tar file ({error}); copy it again") from error
+            raise ValueError(f"{path} is not a complete tar file ({error}); copy it again") from error
 
     def read(self, size: int, locator: tuple[int, ...]) -> bytes:
         """Return the `size` bytes of a member."""
@@ -88,11 +88,13 @@ class ZipReader:
             with zipfile.ZipFile(self.path) as archive:
                 infos = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError) as error:
-            raise ValueError(f"{self.path} is no whole zip file ({error}); copy it again") from error
+            raise ValueError(f"{self.path} is not a complete zip file ({error}); copy it again") from error
         size = self.path.stat().st_size
         for info in infos:
             if info.header_offset + info.compress_size > size:
-                raise ValueError(f"{self.path} is no whole zip file (it ends inside {info.filename}); copy it again")
+                raise ValueError(
+                    f"{self.path} is not a complete zip file (it ends inside {info.filename}); copy it again"
+                )
             locator = info.header_offset, info.compress_size, info.compress_type, info.CRC
             yield Member(info.filename, info.file_size, locator, _zip_fault(info))
 

@@ -81,8 +81,8 @@ def reserve(remote: Remote, entry: CacheEntry, deadline: Deadline) -> Reservatio
                     return Reservation(claimed, is_whole=False)
                 full = Deadline(remote.cache.retry_policy.eviction_timeout_seconds)  # the cache is not full now
                 fault = (
-                    f"another process is fetching {entry.path}, and has not got it after {deadline.seconds:g} s; end it"
-                    " if it was stopped, check server and network"
+                    f"another process is fetching {entry.path}, and has not finished after {deadline.seconds:g} s; end"
+                    " it if it was stopped, check server and network"
                 )
             except _CacheFullError as error:
                 fault = f"no room for {entry.path}: {error}"

@@ -142,7 +142,7 @@ def test_more_bad_samples_than_are_allowed(damaged, overwrite):
     named = ".*".join(f"sample {sample} .*: not an image" for sample in order[:61:20])
     for _ in range(2):  # a further next() meets it again
         with pytest.raises(
-            RuntimeError, match=f"^more than 3 broken images in epoch 0: .*{named}; check .* data.max_bad"
+            RuntimeError, match=f"^more than 3 bad samples in epoch 0: .*{named}; check .* data.max_bad"
         ):
             next_steps([loader], 5)
         assert loader.state()["samples_seen"] == 48

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dataio.augment.params import ImageOptions
-from dataio.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, check_labels, count_classes, map_labels
-from dataio.manifest import Manifest, load_manifest
+from dataio.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from dataio.manifest import Manifest, check_labels, count_classes, load_manifest, map_labels
 from dataio.sampler import samples_at
 
 CPU = torch.device("cpu")

@@ -171,7 +171,9 @@ def test_deeply_nested_headers(copy):
     change_manifest(copy, change)
     fault = next(fault for fault in verify(copy) if fault.startswith("shard-000000.tar"))
     assert "not a tar file of images and labels (maximum recursion depth exceeded" in fault
-    with pytest.raises(ValueError, match=r"shard-000000.tar is no whole tar file \(maximum recursion depth exceeded"):
+    with pytest.raises(
+        ValueError, match=r"shard-000000.tar is not a complete tar file \(maximum recursion depth exceeded"
+    ):
         list(TarReader((path,)).members(0))
 
 

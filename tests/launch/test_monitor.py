@@ -272,7 +272,7 @@ def test_bad_samples_are_counted_up_to_the_limit(alone, tmp_path):
         monitor.write(step, 0.1, 1.0, broken)
     monitor.add(torch.tensor(1.0), 4)
     with pytest.raises(
-        RunError, match="^4 broken images in this epoch at step 3, data.max_bad_samples allows 3; check the sh"
+        RunError, match="^4 bad samples in this epoch at step 3, data.max_bad_samples allows 3; check the sh"
     ):
         monitor.write(2, 0.1, 1.0, 4)
     monitor.close()

@@ -92,7 +92,7 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     before = [path.stat().st_mtime_ns for path in kept]
     again = quickstart(project, f"--data={odd}", *SHORT, "--resize=24", "--skip-broken")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "was there already" in again.stdout
+    assert "already done" in again.stdout
     assert "step 1" not in again.stdout
     assert len(commands(finished)) == 2 + len(commands(again))  # two of them packed
     assert [path.stat().st_mtime_ns for path in kept] == before

@@ -64,12 +64,12 @@ def test_bad_samples_are_reported_and_counted_up_to_the_limit(
     finished = forked(2, TRAIN, *train_arguments(tmp_path, tmp_path / "run", *paths, *often))
     assert finished.returncode != 0
     message = (
-        "error: 3 broken images in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
+        "error: 3 bad samples in this epoch at step 6, data.max_bad_samples allows 2; check the shards with python"
     )
     assert finished.stderr.count(message) == 1
-    printed = [line for line in finished.stderr.splitlines() if "stands for" in line]
+    printed = [line for line in finished.stderr.splitlines() if "replaces sample" in line]
     for sample in broken:
-        words = f"sample {sample + 1} stands for {manifest.describe(sample)}: not an image"
+        words = f"sample {sample + 1} replaces {manifest.describe(sample)}: not an image"
         assert sum(line in (f"rank 0: {words}", f"rank 1: {words}") for line in printed) == 1
     written = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     counts = [line["data/broken_images"] for line in written if "data/broken_images" in line]

@@ -114,7 +114,9 @@ def test_zip_member_larger_than_its_archive(tmp_path, size):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("cat/00.jpg", bytes(1000))
         archive.filelist[0].compress_size = size
-    with pytest.raises(ValueError, match=r"a.zip is no whole zip file \(it ends inside cat/00.jpg\); copy it again"):
+    with pytest.raises(
+        ValueError, match=r"a.zip is not a complete zip file \(it ends inside cat/00.jpg\); copy it again"
+    ):
         list(ZipReader(tmp_path / "a.zip").members())
 
 
@@ -138,13 +140,13 @@ def test_truncated_archives(photos, tmp_path):
         archive.write(photos / "cat" / "00.jpg", "cat/00.jpg")
     for path in (tar, zipped):
         os.truncate(path, path.stat().st_size // 2)
-    with pytest.raises(ValueError, match=f"{tar} is no whole tar file \\(.*\\); copy it again"):
+    with pytest.raises(ValueError, match=f"{tar} is not a complete tar file \\(.*\\); copy it again"):
         list(TarReader((tar,)).members(0))
-    with pytest.raises(ValueError, match=f"{zipped} is no whole zip file \\(.*\\); copy it again"):
+    with pytest.raises(ValueError, match=f"{zipped} is not a complete zip file \\(.*\\); copy it again"):
         list(ZipReader(zipped).members())
 
 
 def test_file_that_is_not_an_archive(tmp_path):
     (tmp_path / "a.tar").write_text("no archive")
-    with pytest.raises(ValueError, match=r"a.tar is no whole tar file \(.*\); copy it again"):
+    with pytest.raises(ValueError, match=r"a.tar is not a complete tar file \(.*\); copy it again"):
         list(TarReader((tmp_path / "a.tar",)).members(0))

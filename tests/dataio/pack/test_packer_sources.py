@@ -9,8 +9,7 @@ import pytest
 import webdataset
 from torchvision.datasets import ImageFolder
 
-from dataio.loader import map_labels
-from dataio.manifest import load_manifest
+from dataio.manifest import load_manifest, map_labels
 from dataio.pack.__main__ import main
 from dataio.pack.packer import PackOptions, pack
 from dataio.verify import verify

@@ -93,7 +93,9 @@ def test_another_process_stopped_while_fetching(http_server, served, local, cach
     """It keeps its lock: an error at the file's deadline; once it has ended, the shard is fetched."""
     manifest = open_dataset(http_server(served).url, cache)
     impatient, patient = RemoteShards(in_time(manifest, 0.2)), RemoteShards(manifest)
-    fault = "^another process is fetching .*shard-000000.tar, and has not got it after 0.2 s; end it if it was stopped,"
+    fault = (
+        "^another process is fetching .*shard-000000.tar, and has not finished after 0.2 s; end it if it was stopped,"
+    )
     claim = manifest.folder / f".shard-000000.tar.{local.shards[0].bytes}.claim"
     with stopped_process(claim):
         with pytest.raises(RuntimeError, match=fault):
