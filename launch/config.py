@@ -309,7 +309,10 @@ def _explain(fault: ErrorDetails) -> str:
     empty = fault["input"] is None and fault["type"] in ("path_type", "string_type")
     if empty or (fault["type"] == "missing" and isinstance(fault["loc"][-1], str)):  # a key, not an item of a list
         return f"{where} is not set; set it in the file or on the command line as {where}=…"
-    return describe_fault(fault)
+    message = describe_fault(fault)
+    return (
+        f"data.{message}" if where == "data" and fault["type"] == "value_error" else message
+    )  # dataio knows no sections
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

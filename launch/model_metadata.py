@@ -90,7 +90,7 @@ def make_model_metadata(model: str, classes: tuple[str, ...], images: ImageOptio
 def read_model_metadata(path: Path) -> ModelMetadata | None:
     """Return the metadata in a safetensors file, or None if there is none (an official .pth, a file of other origin).
 
-    Raises ValueError if the file is not a safetensors file although its name says so.
+    Raises ValueError if the file is not a safetensors file although its name says so, or its metadata lack something.
     """
     if path.suffix != ".safetensors":
         return None
@@ -102,10 +102,13 @@ def read_model_metadata(path: Path) -> ModelMetadata | None:
     if _KEY not in metadata:
         return None
     on_disk = json.loads(metadata[_KEY])
-    fields: dict[str, Any] = {
-        name: on_disk.pop(_KEYS_ON_DISK.get(name, name)) for name in ModelMetadata.__dataclass_fields__
-    }
-    fields["crop_mode"] = {value: name for name, value in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
+    try:
+        fields: dict[str, Any] = {
+            name: on_disk[_KEYS_ON_DISK.get(name, name)] for name in ModelMetadata.__dataclass_fields__
+        }
+        fields["crop_mode"] = {value: name for name, value in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
+    except KeyError as error:
+        raise ValueError(f"{path} has metadata of another version, without {error}; export it again") from error
     for name in ("classes", "mean", "std"):
         fields[name] = tuple(fields[name])
     return ModelMetadata(**fields)

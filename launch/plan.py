@@ -22,6 +22,7 @@ from dataio.augment.batch_augment import BatchAugmentOptions, check_even_batch
 from dataio.files import user_path
 from dataio.loader import EvalLoader, LoaderOptions
 from dataio.manifest import Manifest, check_labels, count_classes, map_labels
+from dataio.options import add_renamed_flag
 from dataio.remote.options import RetryPolicy, cache_options
 from dataio.shards import open_dataset
 from dataio.urls import is_url
@@ -84,8 +85,11 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
     label_map = map_labels(val, train.classes, train.location)
     classes = config.model.num_classes or len(train.classes)
     check_labels(train, classes)
-    group_size = min(config.data.mixup_group_size, loader_options.global_batch_size)  # no draw is for more than a step
-    batch_augment = config.data.replace(mixup_group_size=group_size)
+    batch_augment = config.data
+    if (
+        batch_augment.mixup_active and batch_augment.mixup_group_size > loader_options.global_batch_size
+    ):  # no draw is for more than a step
+        batch_augment = batch_augment.replace(mixup_group_size=loader_options.global_batch_size)
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
     return Plan(
         train, val, label_map, loader_options, batch_augment, names, make_schedule(config.optimizer, len(train))
@@ -153,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, default=1, help="processes that would train, one per GPU (default 1)")
     parser.add_argument("--nodes", type=int, default=1, help="over which these are spread evenly (default 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
+    add_renamed_flag(parser, "--ranks", "--world-size")
+    add_renamed_flag(parser, "--machines", "--nodes")
     arguments = parser.parse_args(argv)
     world_size, nodes = arguments.world_size, arguments.nodes
     if nodes < 1 or world_size % nodes:

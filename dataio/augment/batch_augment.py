@@ -11,13 +11,14 @@ B: images of a batch, S: their side.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import model_validator
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
+from typing_extensions import Self
 
 from dataio.options import Count, Fraction, NonNegative, Options
 from dataio.sampler import draws_at
@@ -34,8 +35,17 @@ class BatchAugmentOptions(Options):
     cutmix: NonNegative = 1.0  # the same for cutmix
     mixup_prob: Fraction = 1.0  # probability of mixing a group of images
     mixup_switch_prob: Fraction = 0.5  # probability of cutmix for a mixed group, where both are on
-    mixup_group_size: Annotated[Count, Field(multiple_of=2)] = 128  # images that share lambda: the authors' micro-batch
+    mixup_group_size: Count = 128  # images that share lambda: the authors' micro-batch
     label_smoothing: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def check_mixing(self) -> Self:
+        """Raise ValueError if groups of images that are mixed in pairs are odd."""
+        if self.mixup_active and self.mixup_group_size % 2:
+            raise ValueError(
+                f"mixup_group_size is {self.mixup_group_size}; images are mixed in pairs, use an even number"
+            )
+        return self
 
     @property
     def mixup_active(self) -> bool:

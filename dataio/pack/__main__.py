@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dataio.files import FolderLockedError, staging_folder, user_path
 from dataio.manifest import MANIFEST_NAME, SkippedFile
+from dataio.options import add_renamed_flag
 from dataio.pack.options import SPLITS, PackOptions, add_options
 from dataio.pack.packer import REPORT_NAME, PackReport, pack, read_report
 
@@ -34,6 +35,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         choices=SPLITS,
         help="which split to pack: val has PERCENT of each class, train the others",
     )
+    add_renamed_flag(parser, "--part", "--split train or val")
     return parser.parse_args(argv)
 
 

@@ -24,6 +24,8 @@ TEMP_SUFFIX = ".new"  # of files that are being written
 
 _NAME = "journal"
 _HASH_DIGITS = 16
+_RENAMED_SETTINGS = {"--hold-out": "--val-percent", "--part": "--split"}
+_RENAMED_SPLITS = {"kept": "train", "held-out": "val"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Journal:
         self.shards: list[FinishedShard] = []
         self.changed: list[str] = []
         before, *records = _read(path) or [settings]
+        before = _with_current_names(before)
         if before != settings:
             self.changed = [name for name in settings if before.get(name) != settings[name]] if records else []
             records = []
@@ -118,6 +121,14 @@ def _from_record(record: dict[str, Any]) -> FinishedShard:
     fields["rows"] = np.frombuffer(base64.b64decode(fields["rows"]), SAMPLE_DTYPE)
     fields["broken"] = [SkippedFile(**broken) for broken in fields["broken"]]
     return FinishedShard(record["shard"] and Shard(**record["shard"]), WrittenShard(**fields))
+
+
+def _with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Rename the settings that earlier versions recorded by other names and values."""
+    renamed = {_RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+    if renamed.get("--split") in _RENAMED_SPLITS:
+        renamed["--split"] = _RENAMED_SPLITS[renamed["--split"]]
+    return renamed
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dataio.files import user_path
+from dataio.options import add_renamed_flag
 from dataio.pack.image_checks import CHECKS, Downscale
 
 SPLITS = ("train", "val")  # values of --split
@@ -111,6 +112,7 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         " validation set, run twice with the same percentage. A hash of each image's path chooses them: at least one"
         " image of a class, and never all",
     )
+    add_renamed_flag(parser, "--hold-out", "--val-percent")
     parser.add_argument(
         "--classes",
         type=user_path,

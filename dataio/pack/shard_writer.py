@@ -38,7 +38,7 @@ class ShardTask:
 class WrittenShard:
     """Contents of a shard: `rows` of SAMPLE_DTYPE (whose `shard` is still 0), its index, the paths of unusual images.
 
-    `shrunk` is the number of images that were downscaled.
+    `shrunk`, the name that journals on disk use, is the number of images that were downscaled.
     """
 
     rows: npt.NDArray[np.void]

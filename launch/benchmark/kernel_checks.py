@@ -30,7 +30,7 @@ import torch
 
 from launch.benchmark.cli import Report, make_parser, resolve_device, start
 from launch.benchmark.kernel_runner import AttentionCall, call_ours, find_errors, get_implementation, make_inputs
-from launch.benchmark.report import ROOT, describe_run, prepare_output, user_path, write_report
+from launch.benchmark.report import ROOT, describe_run, finite, prepare_output, user_path, write_report
 from launch.benchmark.shapes import parse_shape
 from polaformer import ops
 
@@ -117,7 +117,7 @@ def check_all(cases: tuple[Case, ...], device: torch.device, output: Path | None
         report["checks"].append(entry)
         print(_line(entry), flush=True)
         if output:
-            write_report(output, report)
+            write_report(output, finite(report))
     return int(not all(map(is_right, report["checks"])))
 
 

@@ -89,17 +89,18 @@ def prepare_output(path: Path) -> Path:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report as JSON, atomically. NaN and infinite numbers, which JSON does not have, become text."""
+    """Write a report as JSON, atomically. Raises ValueError for NaN and infinite numbers, which JSON does not have."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     unfinished.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return the value with NaN and infinite numbers in it as text."""
     if isinstance(value, Mapping):
-        return {key: _finite(own) for key, own in value.items()}
+        return {key: finite(own) for key, own in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
+        return [finite(own) for own in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -83,3 +83,9 @@ def test_a_malformed_file_is_an_error(tmp_path):
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken.safetensors is not a safetensors file .*; copy or export it again"):
         read_model_metadata(path)
+
+
+def test_metadata_that_lack_something(tmp_path):
+    save_weights({"x": torch.zeros(1)}, tmp_path / "later.safetensors", {"polaformer": '{"model": "polaformerpp_b1"}'})
+    with pytest.raises(ValueError, match="later.safetensors has metadata of another version, without 'classes'"):
+        read_model_metadata(tmp_path / "later.safetensors")

@@ -54,7 +54,9 @@ def test_what_dataio_is_told(configure):
 
 def test_a_mixup_group_is_at_most_a_step(configure):
     groups = {
-        make_plan(configure(f"optimizer.global_batch_size={size}"), 0, 1).batch_augment.mixup_group_size
+        make_plan(
+            configure(f"optimizer.global_batch_size={size}", "data.mixup=0.8"), 0, 1
+        ).batch_augment.mixup_group_size
         for size in (64, 256)
     }
     assert groups == {64, 128}
@@ -73,13 +75,26 @@ def test_fetching_times_out_before_collectives_do(configure, fashion_shards, tmp
             "optimizer.gradient_accumulation_steps=2",
             "a batch of 15 images per rank cannot be mixed in pairs; use 16, or set mixup",
         ),
-        ("data.mixup_group_size=31", "mixup_group_size is 31: input should be a multiple of 2"),
+        ("data.mixup_group_size=31", "data.mixup_group_size is 31; images are mixed in pairs, use an even number"),
     ],
 )
 def test_an_odd_batch_cannot_be_mixed(configure, override, message):
     with pytest.raises(ValueError, match=message):
         make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0.8", override), 0, 1)
     make_plan(configure("optimizer.global_batch_size=30", "data.mixup=0", override), 0, 1)
+
+
+def test_an_odd_batch_or_group_is_fine_where_nothing_is_mixed(configure):
+    off = "data.mixup=0", "data.cutmix=0"
+    assert make_plan(configure("optimizer.global_batch_size=7", *off), 0, 1).loader_options.micro_batch_size == 7
+    make_plan(configure("data.mixup_group_size=3", *off), 0, 1)
+
+
+@pytest.mark.parametrize(("old", "new"), [("--ranks", "--world-size"), ("--machines", "--nodes")])
+def test_options_of_earlier_versions_name_the_new_ones(capsys, old, new):
+    with pytest.raises(SystemExit):
+        main(["--config", "configs/quickstart.yaml", old, "2"])
+    assert capsys.readouterr().err.endswith(f"error: {old} is now {new}\n")
 
 
 def test_an_indivisible_batch_is_an_error(configure):

@@ -217,3 +217,10 @@ def test_help_explains_each_option(capsys):
         "--max-megapixels",
     ):
         assert re.search(rf"^  {option}\b.*", text, re.MULTILINE), option
+
+
+@pytest.mark.parametrize(("old", "new"), [("--hold-out", "--val-percent"), ("--part", "--split train or val")])
+def test_options_of_earlier_versions_name_the_new_ones(tmp_path, capsys, old, new):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "target"), old, "10"])
+    assert capsys.readouterr().err.endswith(f"error: {old} is now {new}\n")

@@ -131,6 +131,26 @@ def test_killed_repeatedly(many, uninterrupted, tmp_path, contents):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+@pytest.mark.slow
+def test_a_pack_that_an_earlier_version_began_is_continued(many, tmp_path, contents):
+    """Its journal has the former names of two settings."""
+    target, split = tmp_path / "target", ("--val-percent=40", "--split=train")
+    killed_pack(2, many, target, *split)
+    before = finished(target)
+    journal = staging_folder(target) / "journal"
+    settings, *records = journal.read_bytes().splitlines(keepends=True)
+    assert b'"--val-percent"' in settings
+    settings = settings.replace(b"--val-percent", b"--hold-out").replace(b'"--split": "train"', b'"--part": "kept"')
+    assert b'"--part"' in settings
+    journal.write_bytes(settings + b"".join(records))
+    assert main([str(many), str(target), *LONG_PACK, *split]) == 0
+    inodes = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")}
+    assert len(before) == 2
+    assert inodes.items() >= before.items()
+    assert main([str(many), str(tmp_path / "expected"), *LONG_PACK, *split]) == 0
+    assert contents(target) == contents(tmp_path / "expected")
+
+
 def kill_at(event: int, source: Path, target: Path) -> None:
     """Pack, and kill this process before the n-th time that it opens, renames or removes a file."""
     seen = 0
