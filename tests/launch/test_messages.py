@@ -43,6 +43,7 @@ PRINTED_BY = {
     "dataio/decode.py": ("launch.train", "launch.evaluate"),
     "dataio/augment/resize.py": ("launch.train", "launch.evaluate"),
     "dataio/loader.py": _RUNS,
+    "dataio/manifest.py:check_labels": _RUNS,
     "launch/benchmark/parity.py": ("launch.benchmark.parity", "launch.train"),  # its report is about training
     "dataio/pack/packer.py": ("dataio.pack",),
     "dataio/pack/source.py": ("dataio.pack",),

@@ -17,6 +17,7 @@ import pytest
 from dataio.files import staging_folder
 from dataio.manifest import SkippedFile, load_manifest
 from dataio.pack.__main__ import main
+from dataio.pack.journal import _digest
 from dataio.pack.packer import PackOptions, pack
 
 MANY = 24  # times the photographs
@@ -140,9 +141,10 @@ def test_a_pack_that_an_earlier_version_began_is_continued(many, tmp_path, conte
     journal = staging_folder(target) / "journal"
     settings, *records = journal.read_bytes().splitlines(keepends=True)
     assert b'"--val-percent"' in settings
-    settings = settings.replace(b"--val-percent", b"--hold-out").replace(b'"--split": "train"', b'"--part": "kept"')
-    assert b'"--part"' in settings
-    journal.write_bytes(settings + b"".join(records))
+    text = settings.split(b" ", 1)[1].rstrip()
+    text = text.replace(b"--val-percent", b"--hold-out").replace(b'"--split": "train"', b'"--part": "kept"')
+    assert b'"--part"' in text
+    journal.write_bytes(b"%b %b\n" % (_digest(text), text) + b"".join(records))
     assert main([str(many), str(target), *LONG_PACK, *split]) == 0
     inodes = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in target.glob("*.tar")}
     assert len(before) == 2
