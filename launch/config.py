@@ -1,7 +1,9 @@
 """The configuration of a run: one validated schema, filled from a YAML file and then from `key=value` overrides.
 
-Rejects everything that is wrong whatever the data and devices are. The comment beside a field is its reference. Names
-and paths are taken as written, except that a leading `~` is expanded; typed_yaml.py reads all other values.
+Rejects everything that is wrong whatever the data and devices are. The comment beside a field is its reference. Fields
+of images, RandAugment and batch augmentation are declared in dataio/augment (params.py, policies.py, batch_augment.py),
+from which DataSection inherits them. Names and paths are taken as written, except that a leading `~` is expanded;
+typed_yaml.py reads all other values.
 """
 
 import copy
@@ -121,7 +123,7 @@ class DataSource(Options):
     val: PathOrUrl  # the same, for evaluation
     shuffle: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
     shuffle_window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
-    cache: UserPath | None = None  # this machine's folder for remote shards; null: one of the user's own, see README
+    cache: UserPath | None = None  # folder for remote shards; null: one of the user's own, see dataio/README.md
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
     max_bad_samples: Annotated[int, Field(ge=0)] = 10  # of an epoch that may be substituted; one more ends the run
 

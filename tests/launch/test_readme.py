@@ -1,4 +1,4 @@
-"""Measured figures of README.md and launch/benchmark/README.md, compared with the JSON that benchmarks wrote."""
+"""Measured figures in README.md and those of dataio and launch/benchmark, compared with the JSON of benchmarks."""
 
 import json
 import re
@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "launch" / "benchmark" / "results"
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "launch" / "benchmark" / "README.md").read_text()
+DATAIO = (ROOT / "dataio" / "README.md").read_text()
 
 
 def report(name: str) -> dict:
@@ -115,6 +116,18 @@ def summary_rows() -> list[str]:
     ]
 
 
+def dataio_figures() -> list[str]:
+    """Patterns of dataio's figures: seconds of a pack by check, and correlations of its sampler's orders."""
+    pack, data, correlation = entries("pack", "contender"), report("pack")["data"], report("resume")["correlation"]
+    seconds = {check: pack[f"ours, --check {check}",]["seconds"]["median"] for check in ("decode", "header", "none")}
+    full, windowed = correlation["full"], correlation["windowed by 16 shards"]
+    return [
+        rf"finds before training \| {data['images']:,} JPEGs, {report('pack')['workers']} processes \|",
+        *(rf"(?m)^\| `{check}` \| [^|]+ \| {median:.0f} s \|$" for check, median in seconds.items()),
+        rf"is\s{full:.3f}\s\(full\)\s+and\s{windowed:.3f}\s\(windows\sof\s16\sshards\)",
+    ]
+
+
 def attention_row() -> str:
     passes = {entry["contender"]: entry["passes"]["both"] for entry in _float32_first_stage()}
     times = " · ".join(
@@ -162,6 +175,11 @@ def test_figures_of_the_first_screen_are_those_of_the_results(words):
 )
 def test_figures_are_those_of_the_results(words):
     assert words in BENCHMARKS
+
+
+@pytest.mark.parametrize("pattern", dataio_figures())
+def test_figures_of_dataio_are_those_of_the_results(pattern):
+    assert re.search(pattern, DATAIO)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
