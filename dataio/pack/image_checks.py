@@ -27,7 +27,7 @@ FORMATS = {
 }
 #: Of formats with variants that DALI refuses or decodes to other pixels than PIL: what `_variant` says of all others.
 _DECODED_ALIKE = {
-    "BMP": re.compile(r"(1|L|P|RGB|RGBA) (raw (1|L|P(;[14])?|BGRX?|BGRA|ABGR|RGBA)|bmp_rle P)"),
+    "BMP": re.compile(r"(1|L|P|RGB|RGBA) (raw (1|L|P(;[14])?|BGRX?|BGRA|ABGR|RGBA)|bmp_rle [LP])"),
     "PPM": re.compile(r"1 (raw|ppm_plain) .*|(L|RGB) raw .*"),
     "TIFF": re.compile(r"(L|P|RGB|RGBA|CMYK|YCbCr|I;16B?) (raw|libtiff) (?!RGBa)\S*"),
     "JPEG2000": re.compile(r"(L|RGB|RGBA|I;16) jpeg2k (jp2|j2k)"),
