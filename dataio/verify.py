@@ -27,7 +27,7 @@ from dataio.urls import is_url, redact_url
 from dataio.workers import available_cores, worker_pool
 
 _FAULTS_SHOWN = 20  # images of one shard
-_LABEL_DIGITS = 10  # of the largest label that samples.npy can hold
+_LABEL_DIGITS = 10  # digits of the largest label that samples.npy can hold
 _REMEDY = "copy it again, or pack the folder again"
 
 
@@ -35,7 +35,7 @@ _REMEDY = "copy it again, or pack the folder again"
 class ShardSample:
     """A sample as its shard has it: the line that its .idx should have, and its row of samples.npy."""
 
-    name: str  # of the image's tar member
+    name: str  # name of the image's tar member
     idx_line: str
     row: tuple[int, int, int]  # label, offset, bytes
 

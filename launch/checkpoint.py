@@ -155,7 +155,7 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
         faults.append(fault)
     if faults:
         raise ValueError(
-            f"no checkpoint in {folder} is intact: {'; '.join(faults)}. Move the folder away to start anew"
+            f"no checkpoint in {folder} is intact: {'; '.join(faults)}. Move the folder away to start over"
         )
     return None, faults
 

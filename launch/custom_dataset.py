@@ -54,12 +54,12 @@ def inspect_dataset(path: Path, options: PackOptions, val_percent: float | None)
     kind = f"{len(found.classes)} classes in {found.name}"
     if layout.val is None:
         percent = DEFAULT_VAL_PERCENT if val_percent is None else val_percent
-        counts = {part: len(images) for part, images in split(found, percent).items()}
+        counts = {name: len(images) for name, images in split(found, percent).items()}
         stamp = f"{percent:g} %"
         remarks = [f"training images: {counts['train']} of {kind}", f"validation images: {counts['val']}, held out"]
     elif val_percent is not None:
         raise ValueError(
-            f"--val-percent is for images without a validation part, and {layout.val} is one; leave it out"
+            f"--val-percent is for images without a validation split, and {layout.val} is one; leave it out"
         )
     else:
         try:
@@ -89,7 +89,7 @@ def dataset_name(path: Path, options: PackOptions, stamps: list[str]) -> str:
 
 
 def image_overrides(train: Manifest) -> list[str]:
-    """Return overrides of crops, normalization, image size, batch and epochs that suit the packed images.
+    """Return overrides of crops, normalisation, image size, batch and epochs that suit the packed images.
 
     configs/quickstart.yaml has those of 28×28 grey images. A few hundred images are seen a hundred times and more in
     small batches, which gives the number of steps that a small model needs.

@@ -93,7 +93,7 @@ def _require_same_classes(weights: Path, plan: Plan) -> None:
     for label, names in enumerate(zip(metadata.classes, plan.class_names, strict=False) if metadata else ()):
         if names[0] != names[1]:
             raise ValueError(
-                f'class {label} is "{names[0]}" in {weights} and "{names[1]}" in the training data; pack that anew with'
+                f'class {label} is "{names[0]}" in {weights} and "{names[1]}" in the training data; pack it again with'
                 " dataio.pack --classes FILE in the weights' order, or set model.new_head=true for a fresh classifier"
             )
 
@@ -126,7 +126,7 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "bf16": {"enabled": False},
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},  # true synchronizes with the device in every micro-step
+        "timers": {"throughput": {"enabled": False}},  # true synchronises with the device in every micro-step
     }
     return _merge(derived, config.deepspeed)
 
@@ -145,7 +145,7 @@ def check_engine(config: Config, plan: Plan) -> None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ValueError(f"in the deepspeed section, {where} is {first['input']!r}: {first['msg']}") from error
-    except Exception as error:  # of any type: DeepSpeed uses most values unchecked
+    except Exception as error:  # any type: DeepSpeed uses most values unchecked
         raise ValueError(f"DeepSpeed does not accept the deepspeed section ({error}); correct it") from error
 
 

@@ -65,5 +65,5 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 def _matmul_flops_per_second(a: torch.Tensor) -> float:
     start = time.perf_counter()
-    (a @ a)[0, 0].item()  # synchronizes with the device
+    (a @ a)[0, 0].item()  # synchronises with the device
     return 2 * a.shape[0] ** 3 / (time.perf_counter() - start)

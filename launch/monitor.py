@@ -76,7 +76,7 @@ class Monitor:
             self._bar.start()
         if replaced is not None:
             self.log(
-                f"no checkpoint to resume from, the run starts anew; the metrics of the last start are in {replaced}"
+                f"no checkpoint to resume from, the run starts over; the metrics of the last start are in {replaced}"
             )
 
     @contextmanager
@@ -104,7 +104,7 @@ class Monitor:
         loss = torch.stack(self._losses).mean()
         sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
         dist.all_reduce(sums)
-        loss_sum, bad_sum = sums.tolist()  # synchronizes with the device
+        loss_sum, bad_sum = sums.tolist()  # synchronises with the device
         mean_loss = loss_sum / dist.get_world_size()
         now = time.perf_counter()
         seconds, self._last = now - self._last, now

@@ -55,7 +55,7 @@ class LockOwner:
     job: str  # Slurm's cluster and job; empty outside of Slurm
     restarts: int  # how often Slurm has requeued the job
     token: str  # random, unique to this lock
-    inode: int = 0  # of the file that was created; a copy has another
+    inode: int = 0  # inode of the file that was created; a copy has another
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host}, started {self.started}"

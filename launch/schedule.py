@@ -11,7 +11,7 @@ class Schedule:
     """A linear warm-up followed by a cosine. Learning rates are scaled with the global batch already."""
 
     peak_lr: float
-    warmup_lr: float  # of the first step
+    warmup_lr: float  # rate of the first step
     min_lr: float  # the cosine would reach it one step after the last
     warmup_steps: int
     steps: int

@@ -124,11 +124,11 @@ def train(run: "Run", augment: BatchAugment) -> None:
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
         saving = is_due(step, config.checkpoint.every_epochs, plan)
-        # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. These are
-        # counted anew in each epoch, so the last step of an epoch writes too.
+        # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. Their
+        # count restarts in each epoch, so the last step of an epoch writes too.
         if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
-            monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronization with the device
+            monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
         with monitor.paused():
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:
@@ -273,7 +273,9 @@ def diff_with_saved_config(path: Path, text: str) -> list[str]:
         before = " ".join(str(error).split())
     if isinstance(before, dict):
         return config_diff(translate_renamed_keys(before), yaml.safe_load(text))
-    return [f"{path} held no configuration ({before}); written anew, what changed since the last start is unknown"]
+    return [
+        f"{path} held no configuration ({before}); it is rewritten, and what changed since the last start is unknown"
+    ]
 
 
 def config_diff(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:

@@ -22,7 +22,7 @@ _COMPRESSED = {  # first bytes of a file → format, and the command that unpack
     b"\xfd7zXZ\0": ("xz", "unxz"),
     b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
-_ZIP_HEADER_BYTES = 30  # of a member's local header, before its name and extra field
+_ZIP_HEADER_BYTES = 30  # size of a member's local header, before its name and extra field
 _ZIP_LENGTHS = struct.Struct("<HH")  # lengths of the name and the extra field, the end of that header
 _ENCRYPTED = 1  # bit of a zip member's flags
 _OPEN_FILES = 256
@@ -57,7 +57,7 @@ class TarReader:
                         raise tarfile.ReadError(f"it ends inside {info.name}")
                     links[info.name] = member
                     yield member
-        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # of malformed headers
+        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # malformed headers
             raise ValueError(f"{path} is not a complete tar file ({error}); copy it again") from error
 
     def read(self, size: int, locator: tuple[int, ...]) -> bytes:

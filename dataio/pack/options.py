@@ -21,7 +21,7 @@ class PackOptions:
     seed: int = 0
     check: str = "decode"
     resize: int | None = None  # pixels of the short side, at most
-    quality: int | None = None  # of the JPEGs that --resize writes; None: 90
+    quality: int | None = None  # quality of the JPEGs that --resize writes; None: 90
     skip_broken: bool = False
     val_percent: float | None = None
     split: str | None = None

@@ -17,7 +17,7 @@ from dataio.pack.image_checks import Downscale, Header, check_image, downscale_i
 from dataio.pack.source import LABEL_EXTENSION, ImageFile, Reader
 
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_READ_BYTES = 2**31 - 2**13  # of a single read() on Linux
+_MAX_READ_BYTES = 2**31 - 2**13  # limit of a single read() on Linux
 
 
 @dataclass(frozen=True)

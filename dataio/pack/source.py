@@ -36,7 +36,7 @@ from dataio.pack.layout import (
 LABEL_EXTENSION = "cls"
 
 _MEMBERS_PROBED = 100  # first members of a tar file that tell a WebDataset from a class folder
-_MAX_CLASSES = 2**20  # of a WebDataset whose classes have no names
+_MAX_CLASSES = 2**20  # limit for a WebDataset whose classes have no names
 _NO_CLASS_FOLDER = "it lies in no class folder"
 _OTHER_EXTENSION = f"its name ends with none of {' '.join(EXTENSIONS)}"
 #: Extensions of image formats that DALI does not decode.
@@ -381,7 +381,7 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
 def _classes(path: Path, labels: list[str], class_names: Sequence[str] | None) -> tuple[list[str], list[int], bool]:
     """Return (names of the classes, each sample's label, whether the names are in natural order)."""
     names = None if class_names is None else list(class_names)
-    if names is None and (path / MANIFEST_NAME).is_file():  # of shards that dataio.pack wrote
+    if names is None and (path / MANIFEST_NAME).is_file():  # dataio.pack wrote the shards
         names = list(read_manifest_file(path)[0].classes)
     if all(label.isascii() and label.isdigit() for label in labels):
         numbers = [int(label) for label in labels]

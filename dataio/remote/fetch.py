@@ -250,9 +250,9 @@ def _describe(error: BaseException, earlier: list[BaseException], retry_policy: 
 
 def _fault(error: BaseException) -> str:
     """Format an error in one line and without secrets."""
-    said = redact_url(" ".join(str(error).split())) or type(error).__name__
+    message = redact_url(" ".join(str(error).split())) or type(error).__name__
     return (
-        f"the server was too slow or silent ({said})"
+        f"the server was too slow or silent ({message})"
         if isinstance(error, TimeoutError | asyncio.TimeoutError)
-        else said
+        else message
     )

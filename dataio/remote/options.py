@@ -99,7 +99,7 @@ def _check_private(folder: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeError(f"cannot keep remote shards in {folder}: {error.strerror}; {remedy}") from error
-    for owner in (folder.lstat().st_uid, folder.stat().st_uid):  # of a link, and of its target
+    for owner in (folder.lstat().st_uid, folder.stat().st_uid):  # a link's owner, and its target's
         if owner != os.getuid():
             raise ValueError(f"{folder}, the default for remote shards, belongs to user {owner}; {remedy}")
     if folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -105,7 +105,7 @@ class RemoteShards:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the cache was closed; nothing can be read through it any more")
-            if shard not in self._fetches:  # of an earlier batch, for which a substitute is needed
+            if shard not in self._fetches:  # a shard of an earlier batch, for which a substitute is needed
                 self._fetches[shard] = _ShardFetch(self._entry(shard))
                 self._queue.appendleft(shard)
                 self._changed.notify()

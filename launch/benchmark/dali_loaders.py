@@ -79,9 +79,9 @@ class DaliWebDatasetLoader:
         for _ in range(_PREFETCH_QUEUE_DEPTH if self._started else 1):  # the first call fills the queue by itself
             self._pipeline.schedule_run()
         self._started = True
-        for place in range(batches):
+        for index in range(batches):
             images, texts = self._pipeline.share_outputs()
-            first = place * batch
+            first = index * batch
             count = min(batch, samples - first)  # the last batch is padded
             loaded = LoadedBatch(
                 _to_output(images, self.config)[:count],
@@ -89,7 +89,7 @@ class DaliWebDatasetLoader:
                 None if self.config.shuffled else np.arange(first, first + count),
             )
             self._pipeline.release_outputs()
-            if place + _PREFETCH_QUEUE_DEPTH < batches:  # nothing of the next epoch while others are timed
+            if index + _PREFETCH_QUEUE_DEPTH < batches:  # nothing of the next epoch while others are timed
                 self._pipeline.schedule_run()
             yield loaded
 
@@ -181,12 +181,12 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
     if config.workload == "evaluation":
         images, side = fn.decoders.image(encoded, **decoding), int(config.size / data.crop_pct)
         margin = max(1, side - config.size)
-        place = round(margin / 2) / margin  # half to even, as in PIL; DALI's own default rounds up
+        position = round(margin / 2) / margin  # half to even, as in PIL; DALI's own default rounds up
     else:
         images = fn.decoders.image_random_crop(
             encoded, random_area=data.crop_scale, random_aspect_ratio=data.crop_ratio, **decoding
         )
-        side, place, mirror = config.size, 0.5, fn.random.coin_flip(probability=data.hflip)
+        side, position, mirror = config.size, 0.5, fn.random.coin_flip(probability=data.hflip)
     cubic = types.INTERP_CUBIC  # type: ignore[attr-defined]
     images = fn.resize(images, size=(side, side), interp_type=cubic, antialias=True, subpixel_scale=False)
     if config.workload == "rand-augment":
@@ -195,8 +195,8 @@ def _normalised(encoded: DataNode, config: LoaderConfig, data: DataSection) -> D
     return fn.crop_mirror_normalize(
         images,
         crop=(config.size, config.size),
-        crop_pos_x=place,
-        crop_pos_y=place,
+        crop_pos_x=position,
+        crop_pos_y=position,
         mirror=mirror,
         mean=[255 * mean for mean in data.mean],
         std=[255 * std for std in data.std],
@@ -227,8 +227,8 @@ def _decoder(config: LoaderConfig) -> str:
 def _to_output(output: Any, config: LoaderConfig) -> Any:
     """Convert the images of a batch to what `LoadedBatch` has."""
     if config.workload == "read":
-        return [output.at(place).tobytes() for place in range(len(output))]
+        return [output.at(index).tobytes() for index in range(len(output))]
     if config.workload == "decode":
         output = output.as_cpu()
-        return np.stack([grid_of(output.at(place)) for place in range(len(output))])
+        return np.stack([grid_of(output.at(index)) for index in range(len(output))])
     return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)  # not copied, as DALI's own iterators do it

@@ -62,7 +62,7 @@ _COLORS = {
     "timm": "#8f5b9a",
     "dali": "#6aa84f",
 }
-_INCHES, _DPI = (9, 1.9), 80  # of the chart, for each row of workloads
+_INCHES, _DPI = (9, 1.9), 80  # chart: width, and height for each row of workloads
 _IMAGES = 2048
 _LIBRARIES = ("nvidia-dali-cuda130", "webdataset", "torchvision", "timm", "pillow")
 _STALL_MODELS = {"cuda": ("polaformerpp_b4", "polaformerpp_b5"), "cpu": ()}
@@ -72,7 +72,7 @@ _STALL_STEPS = 20
 
 @dataclass(frozen=True)
 class DataBenchmark:
-    """The loaders and workloads to measure. config: of all workloads, but for its name and folder."""
+    """The loaders and workloads to measure. config: common to all workloads, each of which sets its name and folder."""
 
     config: LoaderConfig
     workloads: tuple[str, ...]
@@ -216,8 +216,8 @@ def draw(report: Report, path: Path) -> None:
     columns = min(3, len(workloads))
     rows = -(-len(workloads) // columns)
     figure = Figure(figsize=(_INCHES[0], 0.5 + _INCHES[1] * rows), dpi=_DPI, layout="constrained")
-    for place, workload in enumerate(workloads):
-        axes = figure.add_subplot(rows, columns, place + 1)
+    for index, workload in enumerate(workloads):
+        axes = figure.add_subplot(rows, columns, index + 1)
         entries = [entry for entry in report["results"] if entry["work"] == workload][::-1]
         rates = [entry["images_per_second"] for entry in entries]
         medians = [rate["median"] for rate in rates]

@@ -80,7 +80,7 @@ def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]
     """Run a part and return the entry that part.json gets: outcome, result, and the headline of that."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
-        (folder / name).unlink(missing_ok=True)  # of an earlier run
+        (folder / name).unlink(missing_ok=True)  # left by an earlier run
     entry: dict[str, Any] = {
         "name": part.name,
         "command": list(part.command),

@@ -25,7 +25,7 @@ ResultParser = Callable[[Path], tuple[Any, str]]  # a part's folder → its resu
 _PYTHON = (sys.executable, "-m")
 _CHECK = (*_PYTHON, "launch.benchmark.kernel_checks")
 _KERNEL_TESTS = ("tests/polaformer/test_ops.py", "tests/polaformer/test_kernels.py")
-_STAGES = ("128,1,56x56,96", "128,2,28x28,96")  # of b4 and b5
+_STAGES = ("128,1,56x56,96", "128,2,28x28,96")  # the first two stages of b4 and b5
 _METRICS = (
     "gpu__time_duration.sum",
     "sm__inst_issued.avg.pct_of_peak_sustained_elapsed",

@@ -7,7 +7,7 @@ compute-sanitizer python -m launch.benchmark.kernel_checks tiny
 ncu --profile-from-start off python -m launch.benchmark.kernel_checks profiled
 
 build: builds the kernels in place for this GPU's architecture alone, unless those that are there already run on it.
-Kernels for this GPU that fail or hang are kept: another build would not mend them, and the other modes find out more.
+Kernels for this GPU that fail or hang are kept: rebuilding would not repair them, and the other modes show the fault.
 errors: compares the first and the last image of every shape with float64, and two runs bit by bit. Errors may be as
 large as kernel_runner.py allows, relative to eager PyTorch's in the same dtype; a larger one makes the exit status 1.
 tiny: forward and backward of awkward shapes, with features of ordinary and of overflowing size; nothing is compared.
@@ -127,7 +127,7 @@ def is_right(entry: dict[str, Any]) -> bool:
 
 
 def headline(report: Report) -> str:
-    """Summarize in a line how many cases are right, and which are wrong."""
+    """Summarise in a line how many cases are right, and which are wrong."""
     wrong = [f"{entry['shape']} {entry['dtype']}" for entry in report["checks"] if not is_right(entry)]
     right = f"{len(report['checks']) - len(wrong)} of {len(report['checks'])} right and bit-identical"
     return right + (f"; wrong: {'; '.join(wrong)}" if wrong else "")

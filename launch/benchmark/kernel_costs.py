@@ -144,7 +144,7 @@ def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction
     loop = max(kernel.loops, key=lambda loop: sum(each.products for each in loop.nested()), default=Loop(0))
     needed = Fraction(work.all_products(kernel.width), work.warps(kernel.width))
     found: dict[tuple[int, int], list[dict[int, Fraction]]] = {}  # by tiles and compiler changes: possible trips
-    for tiles in (1, 2, 4):  # of the source's loop over tokens in one of the code's
+    for tiles in (1, 2, 4):  # iterations of the source's loop over tokens in one of the code's
         for changes, inner in _readings(loop, work.loop, kernel.width):
             trips = {loop.begin: Fraction(work.loop.trips(kernel.width)) / tiles}
             _multiply_out(loop, inner, trips)

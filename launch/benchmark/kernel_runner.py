@@ -28,7 +28,7 @@ from launch.benchmark.measure import (
 from launch.benchmark.shapes import Shape
 from polaformer import PRESETS, ops, reference
 
-Attention = Callable[..., Tensor]  # of q, k, v, same logits, opposite logits, height, width
+Attention = Callable[..., Tensor]  # arguments: q, k, v, same logits, opposite logits, height, width
 IMPLEMENTATIONS = ("ours", "eager", "compiled", "sdpa")
 _SHARE_OF_FREE_MEMORY = 0.8
 
@@ -250,7 +250,7 @@ class Result:
     dtype: torch.dtype
     skipped: str | None = None
     seconds: dict[str, Quantiles] = field(default_factory=dict)  # by pass
-    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # of "forward" and "both"; outputs count
+    peak_extra_bytes: dict[str, int] = field(default_factory=dict)  # for "forward" and "both", outputs included
 
 
 class _Skipped(Exception):
@@ -286,7 +286,7 @@ class KernelBenchmark:
         if self.settings.device.type == "cuda":
             torch.cuda.empty_cache()
         results: list[Result] = []
-        calls: dict[int, AttentionCall] = {}  # by place among the results
+        calls: dict[int, AttentionCall] = {}  # by index in the results
         one_round = 0.0
         for dtype in self.settings.dtypes:
             inputs: list[Inputs] = []  # made by the first implementation that has room, and shared
@@ -304,9 +304,9 @@ class KernelBenchmark:
         if calls:
             rounds = rounds_within(self.settings.seconds, one_round)
             times = self._clock.time_interleaved(list(calls.values()), rounds)
-            for place, own in zip(calls, times, strict=True):
+            for index, own in zip(calls, times, strict=True):
                 by_pass = {name: quantiles(values) for name, values in own.items()}
-                results[place] = replace(results[place], seconds=by_pass)
+                results[index] = replace(results[index], seconds=by_pass)
         return results
 
     def _require_room(self, implementation: str, shape: Shape, dtype: torch.dtype) -> None:

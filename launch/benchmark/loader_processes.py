@@ -50,9 +50,9 @@ class OutputFingerprint:
     """The comparable part of an epoch's output."""
 
     labels: tuple[int, ...]
-    shape: tuple[int, ...] = ()  # of an image, where all have one
-    digest: str = ""  # of all labels with their images (read) or rows (decode, evaluation), in whatever order
-    levels: np.ndarray | None = None  # decode, evaluation: of the first rows, as float32 in [0, 255]
+    shape: tuple[int, ...] = ()  # shape of an image, if all have the same
+    digest: str = ""  # hash of all labels with images (read) or rows (decode, evaluation), whatever their order
+    levels: np.ndarray | None = None  # decode, evaluation: pixels of the first rows, float32 in [0, 255]
     statistics: np.ndarray | None = None  # augmented: the channels' means, then their standard deviations
 
 
@@ -110,7 +110,7 @@ def fingerprint(loader: Loader, config: LoaderConfig, number: int, classes: int)
         if config.workload == "evaluation":
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
             images = 255 * (images * std + mean)
-        levels |= {row: images[place].numpy() for place, row in enumerate(loaded.rows) if row < _COMPARED}
+        levels |= {row: images[index].numpy() for index, row in enumerate(loaded.rows) if row < _COMPARED}
     if len(shapes) > 1:
         raise OutputMismatch(f"its batches differ: {sorted(shapes)}")
     return OutputFingerprint(

@@ -31,12 +31,12 @@ SEED = 0
 class LoaderConfig:
     """The images, what is done to them, and the size of the batches. `cores`: threads or worker processes."""
 
-    workload: str  # of WORKLOADS
+    workload: str  # one of WORKLOADS
     folder: Path  # packed
     batch: int
     size: int  # pixels, of the normalised images
     cores: int
-    device: str  # of the batches
+    device: str  # device that holds the batches
 
     @property
     def shuffled(self) -> bool:

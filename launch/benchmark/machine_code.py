@@ -88,11 +88,11 @@ class Instruction(NamedTuple):
         never, always = self.predicate == "@!PT", self.predicate in ("", "@PT")
         if self.stem in ("BRX", "JMX"):
             raise UnmatchedLoops(f"an indirect branch at {self.address:#x}; loops cannot be told from such code")
-        if never or self.opcode == "BRA.DIV":  # of warps that diverged: none is assumed to
+        if never or self.opcode == "BRA.DIV":  # taken by warps that diverged: none is assumed to
             return True, None
         if self.stem in ("EXIT", "RET"):
             return not always, None
-        if self.stem == "CALL":  # of a routine that returns, or only a way out of a loop
+        if self.stem == "CALL":  # the routine returns, or is only a way out of a loop
             return True, self.target
         if self.target is not None:
             return not always or not self.operands.startswith("0x"), self.target
@@ -138,7 +138,7 @@ class Kernel:
     operand: str
     width: int
     usage: dict[str, int] = field(default_factory=dict)  # REG, STACK, SHARED (static), LOCAL
-    threads: int = 1024  # of a block at most, by its launch bounds
+    threads: int = 1024  # limit per block, from the launch bounds
     code: list[Instruction] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -198,8 +198,9 @@ def find_extension() -> Path:
 def identify(symbol: str) -> tuple[str, str, int]:
     """Name, operand and padded width of a kernel from its mangled name.
 
-    The width is its first template argument that is an int. The operand is told by the template argument Tf32Operand;
-    a template of a width that has none is bf16's. Where only a bool says what is read: "16" or "float32".
+    The width is the first template argument that is an int. The operand follows from the template argument
+    Tf32Operand; without one it is bf16. Kernels without a width have at most a bool for the type of their input: their
+    operand is "16" or "float32".
     """
     rest, name = symbol.removeprefix("_Z").removeprefix("N"), symbol
     while length := re.match(r"\d+", rest):
@@ -287,7 +288,7 @@ def find_loops(code: Sequence[Instruction]) -> list[Loop]:
     graph.add_node(0)
     graph = graph.subgraph({0} | nx.descendants(graph, 0))
     parents = nx.immediate_dominators(graph, 0)
-    bodies: dict[int, set[int]] = {}  # of each loop, by its first block; the same for several back edges to it
+    bodies: dict[int, set[int]] = {}  # blocks of each loop, by the first; several back edges to it are one loop
     for block, head in graph.edges:
         if head in _dominators(block, parents):
             without_head = graph.subgraph(set(graph) - {head})

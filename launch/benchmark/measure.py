@@ -45,8 +45,8 @@ class Trial:
     """One timed run of a command or a loader."""
 
     seconds: float
-    cpu_seconds: float  # of the process with its threads and the processes that it started
-    labels: tuple[int, ...] = ()  # of a loader's epoch: images of each class
+    cpu_seconds: float  # CPU time of the process with its threads and the processes that it started
+    labels: tuple[int, ...] = ()  # images of each class in a loader's epoch
 
 
 def cpu_seconds() -> float:

@@ -77,7 +77,7 @@ def run_trial(name: str, source: Path, folder: Path, workers: int) -> Trial:
     trial = Trial(time.perf_counter() - began, cpu_seconds() - cpu)
     made, expected = count_images(folder), count_images(source)
     if run.returncode or made != expected:
-        raise RuntimeError(f"{name} made {made} of {expected} images and said: {run.stderr.strip()[-500:]}")
+        raise RuntimeError(f"{name} made {made} of {expected} images; its stderr: {run.stderr.strip()[-500:]}")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return trial

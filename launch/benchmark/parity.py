@@ -171,15 +171,15 @@ def op_args_of(done: AppliedOps, op: Op) -> np.ndarray:
 
 def ks_statistic(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Two-sample Kolmogorov–Smirnov statistic: the largest distance of the empirical distribution functions."""
-    places = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), places, side="right") / len(values) for values in (ours, theirs)]
+    pooled = np.concatenate([ours, theirs])
+    shares = [np.searchsorted(np.sort(values), pooled, side="right") / len(values) for values in (ours, theirs)]
     return float(np.abs(shares[0] - shares[1]).max())
 
 
 def chi_square(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, int]:
     """Chi-square statistic of homogeneity for two samples of integers, and its degrees of freedom."""
-    values, places = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
-    counts = np.stack([np.bincount(part, minlength=len(values)) for part in np.split(places, [len(ours)])])
+    values, indices = np.unique(np.concatenate([ours, theirs]), return_inverse=True)
+    counts = np.stack([np.bincount(sample, minlength=len(values)) for sample in np.split(indices, [len(ours)])])
     expected = counts.sum(axis=0) * counts.sum(axis=1, keepdims=True) / counts.sum()
     return float(((counts - expected) ** 2 / expected).sum()), len(values) - 1
 

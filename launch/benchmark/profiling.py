@@ -227,7 +227,7 @@ def measure_shapes(shapes: Sequence[Shape], dtype: torch.dtype, device: torch.de
             for numbers in entry["passes"].values():
                 numbers["bytes_per_second"] = numbers["floor_bytes"] / numbers["seconds"]["median"]
                 numbers["share_of_copy_rate"] = numbers["bytes_per_second"] / copy.median
-        except Exception as error:  # of a shape; the next ones may run
+        except Exception as error:  # this shape failed; the next ones may run
             entry["skipped"] = describe_error(error)
         report["results"].append(entry)
         write_report(path, report)

@@ -38,9 +38,9 @@ from launch.benchmark.report import describe_run
 from launch.benchmark.sample_images import DESCRIPTION, pack_images
 
 _UNIQUE_IMAGES = 128  # one shard of them
-_SAMPLES = 1_281_167  # of ImageNet-1k
+_SAMPLES = 1_281_167  # training images of ImageNet-1k
 _PLAN = LoaderOptions(seed=0, global_batch_size=1024, world_size=8)
-_SHARDS = 560  # of 256 MiB, if these were ImageNet's samples
+_SHARDS = 560  # shards of 256 MiB, if these were ImageNet's samples
 _WINDOW_SHARDS, _SHUFFLED_EPOCHS, _SHUFFLED_SEEDS = 16, 5, 3
 
 

@@ -49,7 +49,7 @@ MODES = ("eager", "compiled")
 _MODELS = ("polaformerpp_b5", "vit_base_patch16_224", "convnext_base", "polaformerpp_b4", "caformer_m36")  # by worth
 _CLASSES = 1000
 _DROP_PATH_RATE = 0.1
-_WARM_UP_STEPS = 3  # of which the first compiles and lets cuDNN choose
+_WARM_UP_STEPS = 3  # the first compiles and lets cuDNN choose
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def measure(models: Sequence[str], modes: Sequence[str], batch: Batch, seconds: 
             entry = {"model": model, "mode": mode}
             try:
                 entry |= measure_model(model, mode, batch, seconds, rate)
-            except Exception as error:  # of a model; the next ones may run
+            except Exception as error:  # this model failed; the next ones may run
                 entry["skipped"] = describe_error(error)
             report["results"].append(entry)
             write_report(path, report)

@@ -196,7 +196,7 @@ def test_advice_of_pytorch_is_no_headline(tmp_path):
         ("import time; time.sleep(10**6)", "", "kernels are there, but the first run of one took more than 2 s\n"),
     ],
 )
-def test_faults_that_another_build_would_mend(monkeypatch, capfd, program, fault, printed):
+def test_faults_that_a_rebuild_would_repair(monkeypatch, capfd, program, fault, printed):
     """Kernels that are not there or not for this GPU; not those that fail or hang."""
     monkeypatch.setattr(kernel_checks, "_TRY", program)
     monkeypatch.setattr(kernel_checks, "_LONGEST_SECONDS", 2 if "sleep" in program else 3600)

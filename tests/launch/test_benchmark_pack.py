@@ -33,7 +33,10 @@ def test_a_report(run_benchmark, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("script", "fault"),
-    [("exit 3", "made 12 of 12"), ("rm $1/made/cat/000002.jpg; echo hush >&2", "made 11 of 12 images and said: hush")],
+    [
+        ("exit 3", "made 12 of 12"),
+        ("rm $1/made/cat/000002.jpg; echo hush >&2", "made 11 of 12 images; its stderr: hush"),
+    ],
 )
 def test_a_command_that_fails_or_loses_images(source, tmp_path, monkeypatch, script, fault):
     monkeypatch.setitem(

@@ -90,7 +90,7 @@ def test_a_corrupt_checkpoint_is_passed_over(folder, damage, message):
 def test_only_corrupt_checkpoints_are_an_error_and_none_at_all_are_not(folder, tmp_path):
     for name in names(folder):
         truncate(folder / name / checkpoint.MODEL_NAME)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: .*; .* Move the folder away to start anew"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact: .*; .* Move the folder away to start over"):
         checkpoint.find_newest(folder)
     assert checkpoint.find_newest(tmp_path / "nothing") == (None, [])
 

@@ -191,7 +191,7 @@ def test_a_run_that_starts_over_keeps_old_metrics_in_another_file(alone, tmp_pat
     assert_equal_to_lines(read_board(tmp_path), read_lines(tmp_path))
     kept = tmp_path / "metrics-to-step-00000003.jsonl"
     assert [json.loads(line)["step"] for line in kept.read_text().splitlines()] == [1, 2, 3]
-    line = f"no checkpoint to resume from, the run starts anew; the metrics of the last start are in {kept}"
+    line = f"no checkpoint to resume from, the run starts over; the metrics of the last start are in {kept}"
     assert capsys.readouterr().out.splitlines().count(line) == 1
 
 

@@ -76,7 +76,7 @@ def test_a_state_of_another_version_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_an_older_version_resumes_without_false_changes(forked, small_config, trained_run, tmp_path):
-    """Its config.yaml is translated, then written anew with today's keys."""
+    """Its config.yaml is translated, then written again with today's keys."""
     run = copytree(trained_run, tmp_path / "run")
     path = run / "config.yaml"
     today = path.read_text().replace(f"output: {trained_run}", f"output: {run}")

@@ -73,7 +73,7 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
     for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir runs/{run.name}"):
         assert line in finished.stdout
-    assert [read_report(shards / part).resize for part in ("train", "val")] == [24, 24]
+    assert [read_report(shards / split).resize for split in ("train", "val")] == [24, 24]
     summary = json.loads((run / SUMMARY_NAME).read_text())
     better = max(summary["top1"].values())
     assert summary["top1"][summary["exported"]] == better
@@ -124,14 +124,14 @@ def test_unusable_images_are_errors(workdir, photos, capsys):
         shutil.copytree(workdir / "cat", workdir / "one" / "train" / name)
     error = error_of(capsys, "--data=one")
     assert 'none of the 2 names of classes is "lynx", a folder in one/valid; add it to the file for --classes' in error
-    assert "--val-percent is for images without a validation part, and photos/val is one; leave it out" in error_of(
+    assert "--val-percent is for images without a validation split, and photos/val is one; leave it out" in error_of(
         capsys, "--data", two_splits(workdir, photos), "--val-percent=20"
     )
 
 
 def two_splits(workdir: Path, photos: Path) -> Path:
-    for part in ("train", "val"):
-        shutil.copytree(photos, workdir / "photos" / part)
+    for split in ("train", "val"):
+        shutil.copytree(photos, workdir / "photos" / split)
     return Path("photos")
 
 

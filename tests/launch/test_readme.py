@@ -57,16 +57,16 @@ def quickstart_rows() -> list[str]:
 def feeding_rows() -> list[str]:
     results = entries("data", "work", "contender")
 
-    def rate(work: str, contender: str) -> str:
-        return f"{results[work, contender]['images_per_second']['median']:,.0f}" if (work, contender) in results else ""
+    def rate(work: str, loader: str) -> str:
+        return f"{results[work, loader]['images_per_second']['median']:,.0f}" if (work, loader) in results else ""
 
-    def cpu(contender: str, work: str = "simple") -> str:
-        return f"{results[work, contender]['cpu_seconds_per_1000_images']['median']:.1f}"
+    def cpu(loader: str, work: str = "simple") -> str:
+        return f"{results[work, loader]['cpu_seconds_per_1000_images']['median']:.1f}"
 
-    def memory(contender: str) -> str:
-        return f"{results['simple', contender]['peak_resident_bytes'] / 1e9:.1f} GB"
+    def memory(loader: str) -> str:
+        return f"{results['simple', loader]['peak_resident_bytes'] / 1e9:.1f} GB"
 
-    contenders = ("torchvision", "timm", "dali")
+    loaders = ("torchvision", "timm", "dali")
     own, timm, dali = (f"{cpu(name)} · {cpu(name, 'rand-augment')}" for name in ("ours", "timm", "dali"))
     return [
         row(
@@ -80,12 +80,12 @@ def feeding_rows() -> list[str]:
             row(
                 work if work == "evaluation" else f"`{work}`",
                 f"**{rate(work, 'ours')}**",
-                *(rate(work, name) for name in contenders),
+                *(rate(work, name) for name in loaders),
             )
             for work in ("simple", "rand-augment", "three-augment", "evaluation")
         ),
         row("CPU-seconds for 1,000 images: `simple` · `rand-augment`", f"**{own}**", cpu("torchvision"), timm, dali),
-        row("memory at most, workers included: `simple`", f"**{memory('ours')}**", *map(memory, contenders)),
+        row("memory at most, workers included: `simple`", f"**{memory('ours')}**", *map(memory, loaders)),
     ]
 
 
@@ -94,12 +94,12 @@ def packing_rows() -> list[str]:
     titles |= {"cp -r": "`cp -r`", "cp -r, until on disk": "`cp -r`, until on disk", "tar": "`tar`"}
     titles |= {"webdataset": "webdataset's ShardWriter, one process"}
     rows = []
-    for (contender,), entry in entries("pack", "contender").items():
+    for (command,), entry in entries("pack", "contender").items():
         seconds = f"{entry['seconds']['median']:.1f}"
-        bold = f"**{seconds}**" if contender.startswith("ours") else seconds
+        bold = f"**{seconds}**" if command.startswith("ours") else seconds
         ratio = entry["times_faster_than"].get("cp -r")
         faster = "1" if ratio is None else f"{ratio['median']:.1f} ({span(ratio)})"
-        rows.append(row(titles[contender], f"{bold} ({span(entry['seconds'])})", faster))
+        rows.append(row(titles[command], f"{bold} ({span(entry['seconds'])})", faster))
     return rows
 
 
@@ -147,8 +147,8 @@ def kernel_rows() -> list[str]:
     rows = []
     for shape, title in shapes.items():
         for dtype, cell in (("float32", title), ("bfloat16", "the same, bfloat16")):
-            contenders = ("ours", "eager", "compiled", "sdpa")
-            own, *others = (f"{1e3 * both[shape, dtype, name]['seconds']['median']:.0f} ms" for name in contenders)
+            implementations = ("ours", "eager", "compiled", "sdpa")
+            own, *others = (f"{1e3 * both[shape, dtype, name]['seconds']['median']:.0f} ms" for name in implementations)
             rows.append(row(cell, f"**{own}**", *others))
     growth = report("kernel")["growth_ratios"][0]
     shares = (f"{both[shape, 'float32', 'ours']['share_of_product_rate']:.0%}".replace("%", " %") for shape in shapes)

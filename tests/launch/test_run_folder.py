@@ -173,7 +173,7 @@ def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp
     [line] = [
         line for line in printed if line.startswith(f"{run / 'config.yaml'} held no configuration (while parsing")
     ]
-    assert line.endswith("; written anew, what changed since the last start is unknown")
+    assert line.endswith("; it is rewritten, and what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(range(39, 57)) < set(steps)
     assert checkpoint.find_newest(folder)[0].name == "step-00000056"

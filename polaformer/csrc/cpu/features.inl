@@ -63,7 +63,7 @@ R key_features(const Tile<R>& tile, const Sizes& s, const R* k, const Features<R
   return max_of<R>(largest);
 }
 
-// The same for exponents of any size; shift: (F).
+// Features of keys with exponents of any size, divided by e^shift. shift: (F).
 template <class R>
 void shifted_key_features(const Tile<R>& tile, const Sizes& s, const R* k, const R* shift, const Features<R>& out,
                           R* sums) {
@@ -119,7 +119,7 @@ R query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>&
   return max_of<R>(largest);
 }
 
-// The same for exponents of queries and keys of any size.
+// Features of queries, and their normalizers, for exponents of queries and keys of any size.
 template <class R>
 void shifted_query_features(const Tile<R>& tile, const Sizes& s, const R* q, const Flow<R>& flow,
                             const Features<R>& out, R* normalizer) {

@@ -29,7 +29,7 @@ constexpr int kReducers = kCombineThreads / 32;  // threads that share the sum o
 // Numbers of blocks of combine_query_splits that sum logits, means and states, in this order.
 struct CombineBlocks {
   int64_t logits, mean, state;
-  int chunks;  // of 32 features
+  int chunks;  // chunks of 32 features in a head
 
   POLAFORMER_INLINE explicit CombineBlocks(const BackwardParams& params)
       : logits(0),

@@ -336,9 +336,9 @@ template <int kHeadDim>
 struct QuerySums {
   using Shared = QuerySumShared<kHeadDim>;
 
-  Accumulator sums[2][2][kHeadDim / 16] =
-      {};  // of dS, by flow and part: rows 2g and 2g + 1 of the warp's columns × eight of the flow's columns
-  Accumulator means[2] = {};  // of dm, by part: two columns per flow, to be added (z·dz is the sum of two bf16)
+  // Sums of dS, by flow and part: rows 2g and 2g + 1 of the warp's columns × eight of the flow's columns.
+  Accumulator sums[2][2][kHeadDim / 16] = {};
+  Accumulator means[2] = {};  // sums of dm, by part: two columns per flow, to be added (z·dz is the sum of two bf16)
 
   // Adds 16 tokens of a stage.
   __device__ __forceinline__ void add(const typename Shared::Stage& stage, int begin, const char* rotary,

@@ -10,7 +10,7 @@ template <class Operand, int kHeadDim>
 struct QueryGradShared {
   static constexpr int kStages = 4;
   static constexpr int kStride = kHeadDim + Operand::kPadding;
-  static constexpr int kGroups = kHeadDim / 16;  // of 16 columns, per flow
+  static constexpr int kGroups = kHeadDim / 16;  // groups of 16 columns, per flow
   // Columns of dS per flow that a block sums, limited by registers. If they are not all, further blocks recompute
   // everything else for the remaining columns.
   static constexpr int kColumns = kHeadDim < 128 ? 32 : 16;
@@ -38,12 +38,12 @@ struct QueryGrads {
 
   Shared& shared;
   const BackwardParams& params;
-  int flow, group;   // of this warp
-  int column_block;  // of this block
-  unsigned head;     // of all B·H
+  int flow, group;   // this warp's
+  int column_block;  // this block's
+  unsigned head;     // among all B·H
 
   static constexpr int kColumns = Shared::kColumns;
-  Accumulator first[kColumns / 8] = {}, second[kColumns / 8] = {};  // of dS: rows of each part × eight columns
+  Accumulator first[kColumns / 8] = {}, second[kColumns / 8] = {};  // dS: rows of each part × eight columns
   PolarPair logit_sum = {}, mean_sum = {};
   float max_abs = 0.f;
 
@@ -149,7 +149,7 @@ struct QueryGrads {
     const float inverse = reciprocal(max_or_nan(normalizer, float(kMinGradientNormalizer)));
 
     // dS += R(φ) / z · dout; S · dout.
-    Accumulator grad_first[2] = {}, grad_second[2] = {};  // of rotated features: tokens 0 … 7 and 8 … 15
+    Accumulator grad_first[2] = {}, grad_second[2] = {};  // gradients of rotated features: tokens 0 … 7 and 8 … 15
     const auto* grads = stage.grads + flow * (kHeadDim / 2);
 #pragma unroll 1  // unrolling exceeds the registers
     for (int step = 0; step < kHeadDim / 32; ++step) {

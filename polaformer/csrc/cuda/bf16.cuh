@@ -90,7 +90,7 @@ __device__ __forceinline__ Pairs features_of(const float (&exponents)[4]) {
   for (int i = 0; i < 4; ++i) features[i] = ex2_approx(exponents[i]) - 1.f;
   return {pack_bf16(features[0], features[2]), pack_bf16(features[1], features[3])};
 }
-// The same, scaled by `by`.
+// e^x − 1 of four exponents in units of ln 2, scaled by `by`.
 __device__ __forceinline__ Pairs features_of(const float (&exponents)[4], float by) {
   float features[4];
 #pragma unroll
@@ -168,7 +168,7 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[2][2], SmemPointer rows) {
   ldmatrix_x4_trans(words, rows);
   b[0][0] = words[0], b[0][1] = words[1], b[1][0] = words[2], b[1][1] = words[3];
 }
-// The same of the transpose: N = 2 × 8 rows of memory, K = 16 columns.
+// Loads two adjacent B fragments of the transpose: N = 2 × 8 rows of memory, K = 16 columns.
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], SmemPointer rows) {
   uint32_t words[4];
   ldmatrix_x4(words, rows);

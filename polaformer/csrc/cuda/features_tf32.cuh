@@ -31,7 +31,7 @@ __device__ __forceinline__ PolarPair split_polarity(Pair<float> feature, Pair<fl
           {x.first > 0.f ? 0.f : feature.first, x.second > 0.f ? 0.f : feature.second}};
 }
 
-// A token's rotations of one pair: of the first part by its row, of the second by its column.
+// A token's rotations of one pair: the first part rotates by the token's row, the second by its column.
 struct AxialRotation {
   float2 row, column;  // cosine, sine
   __device__ __forceinline__ PolarPair forward(const PolarPair& x) const {
@@ -47,7 +47,7 @@ __device__ __forceinline__ AxialRotation load_rotation(const float* table, int2 
   return {__ldg(cos_sin + offsets.x + pair), __ldg(cos_sin + offsets.y + pair)};
 }
 
-// The same for two neighbouring pairs, the first of them even.
+// Loads the rotations of two neighbouring pairs, the first of them even.
 __device__ __forceinline__ void load_rotation(AxialRotation (&both)[2], const float* table, int2 offsets, int pair) {
   const auto* cos_sin = reinterpret_cast<const float2*>(table);
   const float4 row = __ldg(reinterpret_cast<const float4*>(cos_sin + offsets.x + pair));

@@ -21,11 +21,11 @@ namespace polaformer {
 namespace {
 
 constexpr int kCombineThreads = 128;
-constexpr int kCombinePairs = 8;  // of features, per block
+constexpr int kCombinePairs = 8;  // pairs of features, per block
 
 // Shared memory of a block that sums shifted keys: pairs first … first + 7 of one head.
 struct CombineShared {
-  alignas(16) float features[16][2 * kCombinePairs];  // of 16 tokens, rotated
+  alignas(16) float features[16][2 * kCombinePairs];  // features of 16 tokens, rotated
   float sums[16][2 * kCombinePairs];
   float shifts[kCombinePairs];
 };

@@ -23,8 +23,7 @@ template <int kHeadDim>
 struct KeySums {
   using Shared = KeyShared<kHeadDim>;
 
-  Accumulator sums[2][kHeadDim / 8] =
-      {};  // of S, by part: rows 2g and 2g + 1 of the warp's columns × eight columns each
+  Accumulator sums[2][kHeadDim / 8] = {};  // S, by part: rows 2g and 2g + 1 of the warp's columns × eight columns each
   Accumulator means[2] = {};
   Bf16x2 max_abs = 0;
 
@@ -145,7 +144,7 @@ struct QueryPointers {
 template <int kHeadDim>
 struct QueryTile {
   using Shared = QueryShared<kHeadDim>;
-  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // of 16 tokens, sharing each fragment of S
+  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // tiles of 16 tokens, sharing each fragment of S
   static constexpr int kRows = 2 * kTiles;               // tokens per thread
 
   const QueryPointers& shared;

@@ -26,7 +26,7 @@ struct KeySums {
   using FragmentA = typename Operand::FragmentA;
   using FragmentB = typename Operand::FragmentB;
 
-  Accumulator first[kHeadDim / 8] = {}, second[kHeadDim / 8] = {};  // of S: rows of each part × eight columns
+  Accumulator first[kHeadDim / 8] = {}, second[kHeadDim / 8] = {};  // S: rows of each part × eight columns
   PolarPair mean = {};
   float max_abs = 0.f;
 

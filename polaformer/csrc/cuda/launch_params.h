@@ -31,7 +31,7 @@ struct Shape {
   POLAFORMER_INLINE int tokens() const { return height * width; }
   POLAFORMER_INLINE int even_tokens() const { return (tokens() + 1) / 2 * 2; }
   POLAFORMER_INLINE int64_t features() const { return 2 * head_dim; }
-  POLAFORMER_INLINE int64_t state_size() const { return features() * head_dim; }  // of one head
+  POLAFORMER_INLINE int64_t state_size() const { return features() * head_dim; }  // elements of one head's state
   POLAFORMER_INLINE int padded_head_dim() const { return (head_dim + 31) / 32 * 32; }
   int64_t cos_sin_size() const { return int64_t{height + width} * padded_head_dim(); }  // floats: cosine and sine
 };

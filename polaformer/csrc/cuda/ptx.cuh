@@ -74,7 +74,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], SmemPointer
                : "r"(row.address));
 }
 
-// The same with each matrix transposed: receives elements (2t, g) and (2t + 1, g).
+// Loads four 8×8 matrices like ldmatrix_x4(), each transposed: receives elements (2t, g) and (2t + 1, g).
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], SmemPointer row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -113,7 +113,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return bits;
 }
 
-// The same, saturated at bf16's largest finite value.
+// Two bf16 in a register, packed as above but saturated at bf16's largest finite value.
 __device__ __forceinline__ uint32_t pack_bf16_finite(float low, float high) {
   uint32_t bits;
   asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));

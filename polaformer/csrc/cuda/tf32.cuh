@@ -19,7 +19,7 @@ namespace polaformer {
 template <bool kAligned, bool k3xTf32>
 struct Tf32Operand {
   static constexpr bool kVectorizedLoads = kAligned, kFloatInputs = k3xTf32;
-  static constexpr int kPadding = 4;  // of a row in shared memory: rows start in different banks
+  static constexpr int kPadding = 4;  // elements after each row in shared memory: rows start in different banks
 
   template <int kCount>
   struct Elements {
@@ -86,8 +86,8 @@ struct Tf32Operand {
     }
   }
 
-  // The same for sums over many tokens. Tensor cores round every sum towards zero; over a thousand sums the error
-  // exceeds float32 accuracy. So products of 16 tokens are added by ordinary additions.
+  // The products of multiply(), for sums over many tokens. Tensor cores round every sum towards zero; over a thousand
+  // sums the error exceeds float32 accuracy. So products of 16 tokens are added by ordinary additions.
   static __device__ __forceinline__ void add_product(Accumulator& first, Accumulator& second, const FragmentA& a,
                                                      const FragmentB (&b)[2]) {
     if constexpr (!k3xTf32) return multiply(first, second, a, b);

@@ -12,11 +12,11 @@ __device__ __forceinline__ int thread_in_group() { return threadIdx.x % 4; }  //
 __device__ __forceinline__ float upper_half(uint32_t bits) { return __builtin_bit_cast(float, bits & 0xffff0000u); }
 __device__ __forceinline__ float lower_half(uint32_t bits) { return __builtin_bit_cast(float, bits << 16); }
 
-using Accumulator = float[4];  // of one mma with 16×8 results; layouts in tf32.cuh and bf16.cuh
+using Accumulator = float[4];  // the 16×8 results of one mma; layouts in tf32.cuh and bf16.cuh
 
 // A contiguous range of one head's tokens.
 struct Split {
-  unsigned head;  // of all B·H
+  unsigned head;  // among all B·H
   int batch, head_in_batch, begin, end;
 };
 
@@ -76,7 +76,7 @@ __device__ __forceinline__ int64_t first_row(const Split& split, const Shape& sh
 __device__ __forceinline__ int interleave_32(int i) {
   return i / 32 * 32 + i / 4 % 2 * 16 + i / 2 % 2 * 8 + i / 8 % 4 * 2 + i % 2;
 }
-// The same for four columns per thread.
+// Order of the K axis for four columns per thread: every 16 columns are one mma's A fragment.
 __device__ __forceinline__ int interleave_16(int i) { return i / 16 * 16 + i / 2 % 2 * 8 + i / 4 % 4 * 2 + i % 2; }
 
 // Calls visit(head_dim) with the padded head dimension W, where head_dim() is a constant expression.
