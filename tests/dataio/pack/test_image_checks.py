@@ -166,9 +166,11 @@ def bitmap(bits: int, masks: tuple[int, ...] = (), header_bytes: int = 40) -> by
     return struct.pack("<2sIII", b"BM", 14 + len(header) + len(pixels), 0, 14 + len(header)) + header + pixels
 
 
-def run_length_bitmap(bits: int) -> bytes:
+def run_length_bitmap(bits: int, grey: bool = False) -> bytes:
     """Make a BMP of 8×8 pixels with a palette, each row a single run."""
     palette = b"".join(bytes((15 * number, 255 - 15 * number, 3 * number, 0)) for number in range(16))
+    if grey:
+        palette = b"".join(bytes((number, number, number, 0)) for number in range(16))
     rows = b"".join(bytes((8, row * (17 if bits == 4 else 1), 0, 0)) for row in range(8)) + b"\0\1"
     start = 54 + len(palette)
     header = struct.pack("<2sIII", b"BM", start + len(rows), 0, start)
@@ -210,6 +212,7 @@ def raw_variants(photograph: Image.Image) -> dict[str, tuple[bytes, str | None]]
         "BMP with transparency first": (bitmap(32, bgra, 108), None),
         "BMP with red first": (bitmap(32, rgba_masks, 108), None),
         "BMP of runs": (run_length_bitmap(8), None),
+        "BMP of runs of grey": (run_length_bitmap(8, grey=True), None),
         "BMP of runs of 4 bits": (run_length_bitmap(4), "P bmp_rle P;4"),
         "PPM of 101 levels": (b"P5\n4 4\n100\n" + bytes(range(16)), "L ppm L"),
         "PPM of 65536 levels": (b"P6\n2 2\n65535\n" + bytes(range(24)), "RGB ppm RGB"),
