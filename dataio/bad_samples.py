@@ -167,7 +167,7 @@ class _SingleImageDecoder:
 
     def __init__(self, options: ImageOptions, device: torch.device) -> None:
         self._options, self._device = options, device
-        self._inputs: list[tuple[Any, ...]] = []  # of one batch; DALI keeps the list, and must not keep this object
+        self._inputs: list[tuple[Any, ...]] = []  # one batch; DALI keeps the list, and must not keep this object
         self._pipeline: Any = None  # a DALI Pipeline
         self._resizer: Resizer | None = None
 

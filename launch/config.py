@@ -121,11 +121,11 @@ class DataSource(Options):
 
     train: PathOrUrl  # folder that `python -m dataio.pack` wrote, or the URL of a copy: s3://, gs://, https://, file://
     val: PathOrUrl  # the same, for evaluation
-    shuffle: Literal["auto", "full", "windowed"] = "auto"  # of training; auto: windowed for a URL, else full
+    shuffle: Literal["auto", "full", "windowed"] = "auto"  # training order; auto: windowed for a URL, else full
     shuffle_window_shards: Count = 16  # windowed: samples are mixed over so many shards at a time
     cache: UserPath | None = None  # folder for remote shards; null: one of the user's own, see dataio/README.md
     cache_gib: Positive = 64  # size that it may reach; all processes of a machine share it
-    max_bad_samples: Annotated[int, Field(ge=0)] = 10  # of an epoch that may be substituted; one more ends the run
+    max_bad_samples: Annotated[int, Field(ge=0)] = 10  # substituted samples an epoch may have; one more ends the run
 
 
 class DataSection(BatchAugmentOptions, ImageOptions, DataSource):
@@ -144,7 +144,7 @@ class OptimizerSection(Options):
     warmup_lr: NonNegative = 1e-7
     min_lr: NonNegative = 1e-5
     warmup_epochs: NonNegative = 5
-    weight_decay: NonNegative = 0.05  # of all parameters but biases and one-dimensional ones
+    weight_decay: NonNegative = 0.05  # for all parameters but biases and one-dimensional ones
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0  # largest gradient norm; null: no clipping
@@ -171,7 +171,7 @@ class EngineSection(Options):
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16: torch autocast; parameters stay float32
     bucket_numel: Count = 20_000_000  # elements that are reduced, or gathered, at a time
     compile: bool = False  # torch.compile
-    timeout_minutes: Positive = 10  # of collectives: a rank that hangs for longer ends the run
+    timeout_minutes: Positive = 10  # limit for collectives: a rank that hangs for longer ends the run
 
 
 class CheckpointSection(Options):

@@ -18,7 +18,7 @@ from dataio.augment import policies
 from dataio.augment.policies import Op, RandAugment, SampledOps
 from dataio.options import Count, Fraction, NonNegative, Options, Positive, PositiveFraction
 
-Rows = npt.NDArray[np.void]  # of the manifest, see manifest.SAMPLE_DTYPE
+Rows = npt.NDArray[np.void]  # rows of a manifest, see manifest.SAMPLE_DTYPE
 Draws = npt.NDArray[np.float64]  # uniform in [0, 1)
 
 #: Draws for the crop box and flip of a training image: area and aspect ratio of each try, left, top, flip, one spare.
@@ -40,7 +40,7 @@ class ImageOptions(Options):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # with antialiasing, as in PIL
     crop_mode: Literal["squash", "center"] = "squash"  # evaluation: resize both sides, or the short side, to one length
     crop_pct: PositiveFraction = 224 / 256  # evaluation: image_size / that length
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of R, G, B in [0, 1]: ImageNet's
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # mean R, G, B in [0, 1]: ImageNet's
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     threads: Count = 4  # CPU threads of each rank for decoding
     prefetch_batches: Count = 2  # decoded in advance

@@ -53,7 +53,7 @@ COLOR_JITTER_OPS = (Op.BRIGHTNESS, Op.CONTRAST, Op.COLOR)
 
 DRAWS_PER_OP = 4  # uniform draws of an image for each stage
 
-_MAX_LEVEL = 10.0  # of magnitudes, as in timm
+_MAX_LEVEL = 10.0  # largest magnitude, as in timm
 _ORDERS = np.array(list(itertools.permutations(range(len(COLOR_JITTER_OPS)))))
 _IDENTITY_FILTER = np.diag([0.0, 1.0, 0.0])
 _SMOOTH_FILTER = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # PIL's ImageFilter.SMOOTH

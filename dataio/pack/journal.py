@@ -20,7 +20,7 @@ from dataio.files import sha256_of, sync
 from dataio.manifest import SAMPLE_DTYPE, Shard, SkippedFile
 from dataio.pack.shard_writer import WrittenShard
 
-TEMP_SUFFIX = ".new"  # of files that are being written
+TEMP_SUFFIX = ".new"  # files that are being written end with it
 
 _NAME = "journal"
 _HASH_DIGITS = 16
