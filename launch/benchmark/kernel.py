@@ -3,7 +3,7 @@
 python -m launch.benchmark kernel
 python -m launch.benchmark kernel --full --output launch/benchmark/results/kernel-h100.json
 python -m launch.benchmark kernel --device cpu --threads 2 --shapes 8,1,56x56,96 --dtype float32
-python -m launch.benchmark kernel --show launch/benchmark/results/kernel-h100.json --markdown
+python -m launch.benchmark kernel --show launch/benchmark/results/kernel-cpu.json --markdown
 
 Ours is first checked against the reference in float64, for every shape and dtype; if it is wrong, nothing is timed.
 "forward" is training's, which keeps what backward needs; "both" is the sum of the two. "floor GB/s" counts the bytes

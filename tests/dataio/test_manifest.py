@@ -85,7 +85,7 @@ def test_changed_manifest(copy, change):
     path = copy / MANIFEST_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(
-        ValueError, match=r"manifest.json is not a manifest \(its content changed, its own sha256 is of"
+        ValueError, match=r"manifest.json is not a manifest \(its content does not match its own sha256\)"
     ):
         load_manifest(copy)
 

@@ -65,7 +65,7 @@ def test_command_summary(shards, copy):
     whole = run(shards)
     assert (whole.returncode, whole.stderr) == (0, "")
     count = len(list(shards.glob("*.tar")))
-    assert whole.stdout.startswith(f"{shards} is whole: samples 48, classes 4, shards {count}, manifest ")
+    assert whole.stdout.startswith(f"{shards} is intact: samples 48, classes 4, shards {count}, manifest ")
     assert whole.stdout.count("\n") == 1
 
     (copy / "shard-000000.tar").unlink()
@@ -333,7 +333,7 @@ def test_many_broken_images_of_a_shard_are_counted(source, tmp_path):
 
 def test_the_command_decodes(shards, unchecked, capsys):
     assert main([str(shards), "--decode", "--workers", "2"]) == 0
-    assert " is whole: samples 48, classes 4, " in capsys.readouterr().out
+    assert " is intact: samples 48, classes 4, " in capsys.readouterr().out
     assert main([str(unchecked), "--decode"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == f"faults in {unchecked}: 3"
     with pytest.raises(SystemExit, match="2"):

@@ -172,5 +172,5 @@ def test_corrupt_checkpoints_are_errors(trained_run, tmp_path, capsys):
     run = shutil.copytree(trained_run, tmp_path / "run")
     for manifest in run.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert error_of(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is whole: ")
+    assert error_of(capsys, run).startswith(f"error: no checkpoint in {run / 'checkpoints'} is intact: ")
     assert not (run / "export").exists()

@@ -71,7 +71,7 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     (shards,) = (target for target in (project / "data" / "shards").iterdir() if (target / "train").exists())
     assert run.name == f"quickstart-{shards.name}"
     assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
-    for line in ("top-1 of the weights", "top-1 of the EMA", "altogether", f"tensorboard --logdir runs/{run.name}"):
+    for line in ("top-1 of the weights", "top-1 of the EMA", "total", f"tensorboard --logdir runs/{run.name}"):
         assert line in finished.stdout
     assert [read_report(shards / split).resize for split in ("train", "val")] == [24, 24]
     summary = json.loads((run / SUMMARY_NAME).read_text())
