@@ -219,13 +219,18 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sync_batchnorm_buffers(model: nn.Module) -> None:
-    """Replace every floating-point buffer by its mean over the ranks, in one all-reduce (b5: 8,160 numbers)."""
+def sync_batchnorm_buffers(model: nn.Module, riders: Tensor) -> Tensor:
+    """Replace every floating-point buffer by its mean over the ranks, and return the sums of `riders` over the ranks.
+
+    riders: (n,) float32 on the model's device, other values that the ranks share in each step. Everything travels in one
+    all-reduce (b5: 8,160 numbers of buffers); the result stays on the device.
+    """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if dist.get_world_size() == 1 or not buffers:
-        return
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    if dist.get_world_size() == 1:
+        return riders
+    flat = torch.cat([riders, *(buffer.flatten() for buffer in buffers)])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+    sums, *totals = flat.split([riders.numel(), *(buffer.numel() for buffer in buffers)])
+    for buffer, total in zip(buffers, totals, strict=True):
+        buffer.copy_((total / dist.get_world_size()).view_as(buffer))
+    return sums

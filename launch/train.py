@@ -118,7 +118,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
             engine.backward(loss)
             engine.step()  # updates the weights in the last micro-step only
             monitor.add(loss.detach(), len(images))  # stays on the device
-        sync_batchnorm_buffers(engine.module)
+        sync_batchnorm_buffers(engine.module, torch.zeros(1, device=loss.device))
         run.ema.update(engine, ema_decay_at(step, config.optimizer))
 
         if step == 0:

@@ -16,7 +16,7 @@ model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(3))
 model[1].running_mean += torch.tensor([1.0, 2.0]) * (rank_info.rank + 1)
 model[2].running_var += 10.0 * rank_info.rank
 weight = model[0].weight.clone()
-sync_batchnorm_buffers(model)
+sync_batchnorm_buffers(model, torch.zeros(1))
 kept = bool(torch.equal(weight, model[0].weight))
 with open(f"{sys.argv[1]}/{rank_info.rank}.json", "w") as file:
     json.dump([model[1].running_mean.tolist(), model[2].running_var.tolist(), kept], file)
