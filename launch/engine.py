@@ -222,7 +222,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def sync_batchnorm_buffers(model: nn.Module, riders: Tensor) -> Tensor:
     """Replace every floating-point buffer by its mean over the ranks, and return the sums of `riders` over the ranks.
 
-    riders: (n,) float32 on the model's device, other values that the ranks share in each step. Everything travels in one
+    riders: (n,) float32 on the device, other values that the ranks share in each step. Everything travels in one
     all-reduce (b5: 8,160 numbers of buffers); the result stays on the device.
     """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
