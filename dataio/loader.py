@@ -13,17 +13,28 @@ B: images of a batch, S: their side.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from typing_extensions import TypedDict
 
 from dataio.augment.params import ImageOptions, eval_params, train_params
 from dataio.bad_samples import BadSampleBudget, SubstitutedSample
 from dataio.decode import BatchRequest, SubstituteFn, decode_batches
 from dataio.manifest import Manifest
 from dataio.sampler import ShuffledSampler, draws_at
+
+
+class LoaderState(TypedDict):
+    """The position of a run, and what must be the same to resume there."""
+
+    seed: int
+    samples_seen: int  # of completed steps, over all ranks
+    manifest_hash: str
+    global_batch: int
+    order: str  # of `str(ShuffledSampler)`
 
 
 class Batch(NamedTuple):
@@ -183,11 +194,8 @@ class TrainLoader:
         self._micro_step += 1
         return batch
 
-    def state(self) -> dict[str, Any]:
-        """Return the position of the run, for JSON, with what must be the same to resume there.
-
-        `samples_seen` counts the samples of completed steps, over all ranks.
-        """
+    def state(self) -> LoaderState:
+        """Return the position of the run, for JSON."""
         return {
             "seed": self.loader_options.seed,
             "samples_seen": self.loader_options.step_position(self._micro_step),
@@ -206,24 +214,27 @@ class TrainLoader:
         """Close shards and pipeline; a further `next` opens them again and continues at the same position."""
         self._batches = None
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: LoaderState) -> None:
         """Move to the position of `state`, at no cost; world size and gradient accumulation may differ.
 
         Raises ValueError if data set, order, global batch or seed differ.
         """
         own = self.state()
-        state = {"order": "full", **state}  # the only order when states did not have it yet
         if state["manifest_hash"] != own["manifest_hash"]:
             raise ValueError(
                 f"the run began on a data set with manifest {state['manifest_hash'][:12]},"
                 f" {self.manifest.location} has {own['manifest_hash'][:12]};"
                 f" give it the folder it began with, or start a new run"
             )
-        for name, words in (("global_batch", "global batch"), ("seed", "seed"), ("order", "order")):
-            if state[name] != own[name]:
+        for words, before, now in (
+            ("global batch", state["global_batch"], own["global_batch"]),
+            ("seed", state["seed"], own["seed"]),
+            ("order", state["order"], own["order"]),
+        ):
+            if before != now:
                 raise ValueError(
-                    f"the run began with {words} {state[name]}, this is {words} {own[name]};"
-                    f" set it back to {state[name]}, or start a new run"
+                    f"the run began with {words} {before}, this is {words} {now};"
+                    f" set it back to {before}, or start a new run"
                 )
         self._micro_step = self.loader_options.micro_step_at(state["samples_seen"])
         self.close()

@@ -6,6 +6,7 @@ A run is started by torchrun or deepspeed (RANK, WORLD_SIZE and so on are set), 
 a whole command.
 """
 
+import errno
 import os
 import secrets
 import socket
@@ -24,6 +25,7 @@ import torch.distributed as dist
 
 EXIT_ERROR = 2  # exit status: the command was given something that cannot work
 _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
@@ -215,45 +217,58 @@ def _first_host(nodelist: str) -> str:
 
 
 class RunError(Exception):
-    """An error of one rank that all ranks raise together; its text is what the command prints."""
+    """An error of one rank that all ranks raise together; its text is what the command prints.
+
+    disk_full: whether the reason is that there is no space for a file.
+    """
+
+    def __init__(self, text: str, disk_full: bool = False) -> None:
+        super().__init__(text)
+        self.disk_full = disk_full
 
 
 @contextmanager
-def raise_on_all_ranks() -> Iterator[None]:
+def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Turn an error of one rank (ValueError, OSError, RuntimeError) inside the block into a RunError on every rank.
 
     Every rank enters the block; its end is a barrier. Without it, the other ranks would wait in their next collective
     for the one that failed.
+    group: of all ranks; None is the default one.
     """
     fault = None
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
+        fault = str(error), getattr(error, "errno", None) in _DISK_FULL
+    faults = gather_objects(fault, group)
     first_ranks: dict[str, int] = {}  # message → the first rank that has it
-    for rank, text in enumerate(faults):
-        if text is not None:
-            first_ranks.setdefault(text, rank)
+    for rank, found in enumerate(faults):
+        if found is not None:
+            first_ranks.setdefault(found[0], rank)
     if first_ranks:
         on_all = len(first_ranks) == 1 and None not in faults
-        raise RunError("\n".join(text if on_all else f"rank {rank}: {text}" for text, rank in first_ranks.items()))
+        lines = [text if on_all else f"rank {rank}: {text}" for text, rank in first_ranks.items()]
+        raise RunError("\n".join(lines), all(disk_full for _, disk_full in filter(None, faults)))
 
 
-def broadcast_object(value: Any) -> Any:
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's value on every rank; the values of other ranks are ignored."""
     values = [value]
-    dist.broadcast_object_list(values)
+    dist.broadcast_object_list(values, group=group)
     return values[0]
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the values of all ranks, in their order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group)
+    return values
 
 
 def get_local_world_size() -> int:
     """Return how many ranks run on this rank's machine, containers included. Every rank calls it."""
     machine = Path("/proc/sys/kernel/random/boot_id").read_text()  # the same in all containers
-    machines: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(machines, machine)
-    return machines.count(machine)
+    return gather_objects(machine).count(machine)
 
 
 def default_device_type() -> str:

@@ -6,7 +6,7 @@ A pure function derives DeepSpeed's configuration from ours.
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,19 +25,11 @@ from polaformer import ops
 from polaformer.weights import load_weights
 
 
-class CheckpointEngine(Protocol):
-    """The part of DeepSpeed that writes the files of a checkpoint."""
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write a file."""
-
-
 class Engine(Protocol):
     """The part of DeepSpeed's engine that a run uses."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer  # with ZeRO, DeepSpeed's own, which has param_groups as well
-    checkpoint_engine: CheckpointEngine
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the model's logits."""
@@ -56,12 +48,6 @@ class Engine(Protocol):
 
     def compile(self) -> None:
         """Compile the model with torch.compile."""
-
-    def save_checkpoint(self, save_dir: str, tag: str, *, save_latest: bool) -> object:
-        """Write weights and optimizer state to the folder `tag` in `save_dir`."""
-
-    def load_checkpoint(self, load_dir: str, tag: str) -> tuple[str | None, object]:
-        """Read what `save_checkpoint` wrote; return its path, None if there is nothing."""
 
 
 def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
@@ -167,19 +153,6 @@ def set_lr(engine: Engine, lr: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-
-
-@contextlib.contextmanager
-def preserved_hyperparameters(engine: Engine) -> Iterator[None]:
-    """Keep the configured clipping, weight decay, betas and eps when the block loads an optimizer's state."""
-    optimizer: Any = engine.optimizer
-    groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    clip = getattr(optimizer, "clip_grad", None)  # ZeRO's; without ZeRO the engine clips, and loads no such value
-    yield
-    for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        group.update(settings)
-    if clip is not None:
-        optimizer.clip_grad = clip
 
 
 def gathered_parameters(engine: Engine) -> contextlib.AbstractContextManager:

@@ -20,7 +20,7 @@ from pathlib import Path
 import timm
 
 from dataio.files import atomic_write, user_path
-from launch.checkpoint import is_checkpoint
+from launch.checkpoint.layout import is_checkpoint
 from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
 from launch.model_metadata import read_model_metadata
 from polaformer.weights import load_weights

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from launch import checkpoint
+from launch.checkpoint import layout
 
 WEIGHTS_PATH_HELP = (
     "a run's folder, one of its checkpoints (RUN/checkpoints/best, latest or step-…), an exported folder,"
@@ -17,25 +17,25 @@ def find_weights(path: Path, kind: str) -> Path:
     kind: "ema" or "model", which of a checkpoint's two files. Prints the faults of newer, corrupt checkpoints of a run
     on standard error. Raises FileNotFoundError or ValueError if there is no such file or checkpoint, or it is corrupt.
     """
-    if path.name in checkpoint.POINTERS and path.is_file():
-        path = checkpoint.resolve_pointer(path)
+    if path.name in layout.POINTERS and path.is_file():
+        path = layout.resolve_pointer(path)
     if path.is_file():
         return path
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}; give {WEIGHTS_PATH_HELP}")
-    if (path / "config.json").is_file() and (path / checkpoint.MODEL_NAME).is_file():
-        return path / checkpoint.MODEL_NAME
-    return _choose(path) / {"ema": checkpoint.EMA_NAME, "model": checkpoint.MODEL_NAME}[kind]
+    if (path / "config.json").is_file() and (path / layout.MODEL_NAME).is_file():
+        return path / layout.MODEL_NAME
+    return _choose(path) / {"ema": layout.EMA_NAME, "model": layout.MODEL_NAME}[kind]
 
 
 def _choose(path: Path) -> Path:
     """Return the checkpoint that a folder is, or the newest intact one in it."""
-    if checkpoint.is_checkpoint(path):
-        fault = checkpoint.find_corruption(path)
+    if layout.is_checkpoint(path):
+        fault = layout.find_corruption(path)
         if fault is not None:
             raise ValueError(f"{fault}; give another checkpoint, or copy this one again")
         return path
-    newest, faults = checkpoint.find_newest(path if path.name == "checkpoints" else path / "checkpoints")
+    newest, faults = layout.find_newest(path if path.name == "checkpoints" else path / "checkpoints")
     if newest is None:
         raise FileNotFoundError(f"{path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}")
     for fault in faults:

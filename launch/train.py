@@ -36,8 +36,10 @@ from dataio.augment.batch_augment import BatchAugment
 from dataio.files import atomic_write, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.urls import redact_url
-from launch import checkpoint
-from launch.checkpoint import RunState
+from launch.checkpoint import layout
+from launch.checkpoint.layout import RunState
+from launch.checkpoint.tensors import load
+from launch.checkpoint.writer import CheckpointWriter, Retention, check_disk_space
 from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
     RankInfo,
@@ -95,7 +97,7 @@ def start(config: Config, rank_info: RankInfo, device: torch.device) -> int:
         )
     with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
         run = prepare(config, plan, device, check_lock)
-        with contextlib.closing(run.monitor), contextlib.closing(run.loader):
+        with contextlib.closing(run.monitor), contextlib.closing(run.loader), contextlib.closing(run.writer):
             train(run, augment)
     return 0
 
@@ -104,7 +106,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
     """Train from the run's current step to its last one."""
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
-    for step in range(run.state.step, plan.steps):
+    for step in range(run.first_step, plan.steps):
         seed_step(config.seed, step, plan.loader_options.rank)
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
@@ -133,6 +135,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
             top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
             if saving:
                 run.save(step, top1)
+    run.writer.wait()
     monitor.log(f"trained for {plan.steps} steps; {config.output} holds the run")
 
 
@@ -146,11 +149,11 @@ class Run:
     ema: ModelEma
     loader: TrainLoader
     monitor: Monitor
-    state: RunState  # as last saved, or initially
-    check_lock: Callable[[], None]  # raises RuntimeError if another run has locked the folder
+    writer: CheckpointWriter
+    first_step: int
 
     def evaluate(self, step: int) -> float:
-        """Evaluate weights and EMA after `step`, counted from 0; return the better top-1 accuracy in percent."""
+        """Evaluate weights and EMA after `step`, counted from 0; return the EMA's top-1 accuracy in percent."""
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
@@ -169,22 +172,14 @@ class Run:
         )
         if step + 1 == plan.steps:
             self.monitor.log(compare_ema(scores["eval/top1"], scores["eval_ema/top1"]))
-        return max(scores["eval/top1"], scores["eval_ema/top1"])
+        return scores["eval_ema/top1"]
 
     def save(self, step: int, top1: float) -> None:
-        """Write a checkpoint after `step`, counted from 0; `best` names it if no earlier one has a better top-1.
+        """Begin a checkpoint after `step`, counted from 0.
 
-        top1: accuracy in percent; 0 if the weights were not evaluated.
+        top1: accuracy of the EMA in percent; 0 if it was not evaluated.
         """
-        best_top1 = max(top1, self.state.best_top1)
-        is_best = top1 > self.state.best_top1
-        self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
-        metadata = make_model_metadata(self.config.model.name, self.plan.class_names, self.config.data)
-        folder = checkpoint_folder(self.config)
-        saved = checkpoint.save(
-            folder, self.engine, self.ema, self.state, metadata.safetensors_metadata(), self.check_lock
-        )
-        checkpoint.mark_best_and_prune(saved, is_best, self.config.checkpoint.keep)
+        self.writer.save(replace(self.writer.saved, step=step + 1, loader=self.loader.state()), top1)
 
 
 def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
@@ -209,24 +204,28 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
     found, faults = find_checkpoint(checkpoint_folder(config), plan.loader_options.rank)
     print_rank_0(f"building {config.model.name} and its engine", plan.loader_options.rank)
     with raise_on_all_ranks():
-        state = initial_state if found is None else checkpoint.read_state(found)
-        state.check_compatible(initial_state)
+        saved = initial_state if found is None else layout.read_state(found)
+        saved.check_compatible(initial_state)
+        state = replace(initial_state, step=saved.step, loader=saved.loader, best_top1=saved.best_top1)
         loader.restore(state.loader)
         model = build_model(config, plan, device)
     ema = ModelEma(model)
     with raise_on_all_ranks():
         if plan.loader_options.rank == 0 and state.step < plan.steps:
-            checkpoint.check_disk_space(config.output, ema)
+            check_disk_space(config.output, ema)
     engine = start_engine(config, plan, model)
     if found is not None:
-        checkpoint.load(found, engine, ema)
+        load(found, engine, ema)
     mfu_constants = measure_mfu_constants(config, plan, device)
     with raise_on_all_ranks():
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
         monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
         log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else [])])
-    return Run(config, plan, engine, ema, loader, monitor, state, check_lock)
+    metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
+    folder, retention = checkpoint_folder(config), Retention(config.checkpoint.keep)
+    writer = CheckpointWriter(folder, engine, ema, state, metadata, retention, check_lock)
+    return Run(config, plan, engine, ema, loader, monitor, writer, state.step)
 
 
 def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
@@ -237,8 +236,8 @@ def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
     found: tuple[Path | None, list[str]] = None, []
     with raise_on_all_ranks():
         if rank == 0:
-            checkpoint.check_pointers(folder)
-            found = checkpoint.find_newest(folder)
+            layout.check_pointers(folder)
+            found = layout.find_newest(folder)
     return broadcast_object(found)
 
 

@@ -6,6 +6,6 @@ safetensors only.
 
 from polaformer.model import PRESETS, PolaFormerPP, Preset
 
-__version__ = "0.1.0"  # setup.py reads it from here
+__version__ = "0.2.0"  # setup.py reads it from here
 
 __all__ = ["PRESETS", "PolaFormerPP", "Preset"]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from dataio.augment.params import ImageOptions
-from dataio.loader import LoaderOptions, TrainLoader
+from dataio.loader import LoaderOptions, LoaderState, TrainLoader
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
 from dataio.sampler import ShuffledSampler
 from dataio.workers import available_cores, sigint_blocked
@@ -67,13 +67,13 @@ def replicate_samples(manifest: Manifest, folder: Path, samples: int) -> Manifes
     return load_manifest(folder)
 
 
-def state_at(step: int, folder: Path) -> dict[str, int | str]:
+def state_at(step: int, folder: Path) -> LoaderState:
     """State of the loader in the checkpoint of a run after so many steps."""
     state = TrainLoader(load_manifest(folder), ImageOptions(), _PLAN, torch.device("cpu")).state()
     return state | {"samples_seen": step * _PLAN.global_batch_size}
 
 
-def first_batch(folder: Path, state: dict[str, int | str] | None, device: torch.device) -> float:
+def first_batch(folder: Path, state: LoaderState | None, device: torch.device) -> float:
     """Seconds from the manifest to rank 0's first batch. state: None for a fresh start.
 
     Raises RuntimeError if it is the batch of another step.

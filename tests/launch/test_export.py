@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from launch import checkpoint
+from launch.checkpoint import layout
 from launch.export import default_target, export, main
 from launch.find_weights import WEIGHTS_PATH_HELP
 from launch.model_metadata import read_model_metadata
@@ -29,9 +29,9 @@ def exported(trained_run, tmp_path_factory) -> Path:
 
 
 def test_timm_loads_the_file_and_the_folder(exported, trained_run):
-    newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
+    newest, _ = layout.find_newest(trained_run / "checkpoints")
     trained = timm.create_model("polaformerpp_b0", num_classes=10)
-    trained.load_state_dict(load_file(newest / checkpoint.EMA_NAME))
+    trained.load_state_dict(load_file(newest / layout.EMA_NAME))
     by_path = timm.create_model("polaformerpp_b0", num_classes=10, checkpoint_path=str(exported / "model.safetensors"))
     by_folder = timm.create_model(f"local-dir:{exported}", pretrained=True)
     assert torch.equal(logits(by_path), logits(trained))
@@ -76,10 +76,10 @@ def test_timm_prepares_images_alike(exported, fashion):
 
 
 def test_both_kinds_of_weights(trained_run, tmp_path):
-    newest, _ = checkpoint.find_newest(trained_run / "checkpoints")
-    for kind, name in (("model", checkpoint.MODEL_NAME), ("ema", checkpoint.EMA_NAME)):
+    newest, _ = layout.find_newest(trained_run / "checkpoints")
+    for kind, name in (("model", layout.MODEL_NAME), ("ema", layout.EMA_NAME)):
         assert export(trained_run, tmp_path / kind, kind).read_bytes() == (newest / name).read_bytes()
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / checkpoint.EMA_NAME).read_bytes()
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != (newest / layout.EMA_NAME).read_bytes()
 
 
 def test_an_export_replaces_the_last_one(trained_run, tmp_path):
@@ -98,14 +98,14 @@ def test_the_command_writes_beside_the_checkpoints(trained_run, tmp_path, capsys
 
 def test_the_newest_intact_checkpoint_is_exported(trained_run, tmp_path):
     run = shutil.copytree(trained_run, tmp_path / "run")
-    newest, _ = checkpoint.find_newest(run / "checkpoints")
-    with open(newest / checkpoint.EMA_NAME, "r+b") as file:
+    newest, _ = layout.find_newest(run / "checkpoints")
+    with open(newest / layout.EMA_NAME, "r+b") as file:
         file.seek(-1, 2)
         file.write(b"?")
-    older, faults = checkpoint.find_newest(run / "checkpoints")
+    older, faults = layout.find_newest(run / "checkpoints")
     assert older < newest
     assert len(faults) == 1
-    assert export(run, tmp_path / "out", "ema").read_bytes() == (older / checkpoint.EMA_NAME).read_bytes()
+    assert export(run, tmp_path / "out", "ema").read_bytes() == (older / layout.EMA_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("named", ["best", "latest", "step-00000038", "step-00000075/ema.safetensors"])

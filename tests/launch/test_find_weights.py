@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import checkpoint
-from launch.checkpoint import EMA_NAME, MODEL_NAME
+from launch.checkpoint import layout
+from launch.checkpoint.layout import EMA_NAME, MODEL_NAME
 from launch.export import export
 from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
 
@@ -23,7 +23,7 @@ def run(trained_run, tmp_path) -> Path:
 @pytest.mark.parametrize(("kind", "name"), [("ema", EMA_NAME), ("model", MODEL_NAME)])
 def test_paths_that_name_weights(run, kind, name):
     folder = run / "checkpoints"
-    (folder / checkpoint.BEST).write_text(f"{OLDER}\n")
+    (folder / layout.BEST).write_text(f"{OLDER}\n")
     newest = folder / NEWER / name
     for path in (run, folder, folder / "latest", folder / NEWER):
         assert find_weights(path, kind) == newest
@@ -56,7 +56,7 @@ def test_best_as_a_folder_or_a_link(run):
     with pytest.raises(
         ValueError, match="best is a folder, where a run keeps a file with the name of a checkpoint; mo"
     ):
-        checkpoint.check_pointers(folder)
+        layout.check_pointers(folder)
 
 
 def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run, capsys):

@@ -9,8 +9,9 @@ from shutil import copytree
 import pytest
 import yaml
 
-from launch import checkpoint, train
-from launch.checkpoint import RunState
+from launch import train
+from launch.checkpoint import layout
+from launch.checkpoint.layout import RunState
 from launch.config import dump_config, load_config, parse_config, translate_renamed_keys
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_changes_are_named_by_todays_keys():
 
 
 def test_an_old_state_is_read():
-    state = checkpoint.read_state(OLD_RUN)
+    state = layout.read_state(OLD_RUN)
     on_disk = json.loads((OLD_RUN / "state.json").read_text())
     assert state == RunState(1200, "polaformerpp_b0", 10, 2, 1, on_disk["loader"], 90.5)
     state.check_compatible(replace(state, step=0))
@@ -71,7 +72,7 @@ def test_a_state_of_another_version_is_refused(tmp_path):
         with pytest.raises(
             ValueError, match=r"state.json is of another version \(.*\); resume with the one that wrote"
         ):
-            checkpoint.read_state(tmp_path)
+            layout.read_state(tmp_path)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import checkpoint
+from launch.checkpoint import layout
 from launch.run_lock import LOCK_NAME
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path
     assert line.startswith(f"error: rank 0: no space for a checkpoint in {folder}: it needs 127 MiB, ")
     assert line.endswith(" MiB are free; make room, or choose an output on a larger disk")
     assert "Traceback (most recent call last)" not in finished.stderr.partition("error: ")[0]
-    found, faults = checkpoint.find_newest(tmp_path / "kept" / "checkpoints")
+    found, faults = layout.find_newest(tmp_path / "kept" / "checkpoints")
     assert (found.name, faults) == ("step-00000010", [])
     assert sorted(path.name for path in found.parent.iterdir()) == ["latest", "step-00000010"]
 
@@ -176,7 +176,7 @@ def test_a_run_resumes_from_a_damaged_folder(forked, arguments, trained_run, tmp
     assert line.endswith("; it is rewritten, and what changed since the last start is unknown")
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert set(range(39, 57)) < set(steps)
-    assert checkpoint.find_newest(folder)[0].name == "step-00000056"
+    assert layout.find_newest(folder)[0].name == "step-00000056"
     assert yaml.safe_load((run / "config.yaml").read_text())["optimizer"]["epochs"] == 3
 
 

@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from dataio.pack.packer import PackOptions, pack
-from launch import checkpoint, train
+from launch import train
+from launch.checkpoint import layout
 from launch.config import load_config, parse_config
 from launch.engine import build_model
 from launch.plan import make_plan
@@ -49,7 +50,7 @@ def kill_in_the_middle(arguments: list[str], environ: dict[str, str], folder: Pa
                 for member in (process, *process.children(recursive=True)):
                     member.kill()
             process.wait()
-    newest, _ = checkpoint.find_newest(folder / "checkpoints")
+    newest, _ = layout.find_newest(folder / "checkpoints")
     return newest
 
 
@@ -105,7 +106,7 @@ def runs(forked, train_arguments, torchrun, environ, small_shards, tmp_path_fact
     finished = forked(2, *whole)
     assert finished.returncode == 0, finished.stderr
     resumed_from = kill_in_the_middle(killed, environ, folder / "killed")
-    state = checkpoint.read_state(resumed_from)
+    state = layout.read_state(resumed_from)
     assert 0 < state.step < STEPS
     finished = torchrun(2, *killed)
     assert finished.returncode == 0, finished.stderr
@@ -120,7 +121,7 @@ def test_the_run_was_killed_in_mid_epoch(runs, small_shards):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", [checkpoint.MODEL_NAME, checkpoint.EMA_NAME])
+@pytest.mark.parametrize("file", [layout.MODEL_NAME, layout.EMA_NAME])
 def test_weights_and_buffers_are_bit_identical(runs, file):
     whole, killed = (load_file(runs[name] / "checkpoints" / FINAL / file) for name in ("whole", "killed"))
     assert any(name.endswith("running_mean") for name in whole)
@@ -210,8 +211,8 @@ def test_the_deepspeed_launcher_with_bf16_and_ema_decay_0(command, train_argumen
     launcher = "-m", "deepspeed.launcher.runner", "--num_accelerators", 2, "--master_port", free_port
     finished = command(*launcher, TRAIN, *arguments)
     assert finished.returncode == 0, finished.stderr
-    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
-    model, ema = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    newest, _ = layout.find_newest(tmp_path / "checkpoints")
+    model, ema = (load_file(newest / name) for name in (layout.MODEL_NAME, layout.EMA_NAME))
     assert all(value.dtype in (torch.float32, torch.int64) for value in model.values())
     assert_equal_tree(model, ema, "weights")
     assert all(torch.isfinite(value).all() for value in model.values())
@@ -231,7 +232,7 @@ def test_every_zero_stage_resumes_past_corrupt_checkpoints(forked, train_argumen
     folder = tmp_path / "whole" / "checkpoints"
     oldest, *later = sorted(folder.glob("step-*"))
     assert later
-    final = load_file(later[-1] / checkpoint.EMA_NAME)
+    final = load_file(later[-1] / layout.EMA_NAME)
     for damaged in later:
         states = next((damaged / "engine").glob("*model_states.pt"))
         os.truncate(states, states.stat().st_size - 1)
@@ -239,7 +240,7 @@ def test_every_zero_stage_resumes_past_corrupt_checkpoints(forked, train_argumen
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("model_states.pt has") == len(later)
     assert f"resumes from {oldest}" in finished.stdout
-    assert_equal_tree(load_file(later[-1] / checkpoint.EMA_NAME), final, "ema")
+    assert_equal_tree(load_file(later[-1] / layout.EMA_NAME), final, "ema")
 
 
 @pytest.mark.slow
@@ -250,9 +251,9 @@ def test_the_ema_is_updated_once_per_step(forked, train_arguments, small_shards,
     assert forked(1, TRAIN, *arguments).returncode == 0
     config = load_config(arguments[1], arguments[2:])
     start = build_model(config, make_plan(config, 0, 1), torch.device("cpu")).state_dict()
-    newest, _ = checkpoint.find_newest(tmp_path / "checkpoints")
-    assert checkpoint.read_state(newest).step == 1
-    model, ema = (load_file(newest / name) for name in (checkpoint.MODEL_NAME, checkpoint.EMA_NAME))
+    newest, _ = layout.find_newest(tmp_path / "checkpoints")
+    assert layout.read_state(newest).step == 1
+    model, ema = (load_file(newest / name) for name in (layout.MODEL_NAME, layout.EMA_NAME))
     for name, value in ema.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, (start[name] + 9 * model[name]) / 10, msg=name)

@@ -1,0 +1,233 @@
+"""The files of a run's checkpoints, without their tensors: names, manifest, run state, pointers.
+
+    RUN/checkpoints/step-00001200/   manifest.json            bytes and sha256 of every other file
+                                     state.json               RunState
+                                     model.safetensors        parameters and buffers
+                                     ema.safetensors          their exponential moving average
+                                     exp_avg.safetensors      AdamW's first moment of each parameter, and its step
+                                     exp_avg_sq.safetensors   its second moment, and the same step
+    RUN/checkpoints/latest, best     text files, each with the name of a checkpoint
+
+A run resumes from the newest checkpoint whose files match its manifest. All tensors are whole and have names, so it
+fits any number of ranks and any ZeRO stage; no file can execute code.
+"""
+
+import json
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from dataio.files import atomic_write, sha256_of, sync
+from dataio.loader import LoaderState
+from polaformer import __version__
+
+MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
+MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"
+MOMENT_NAMES = {"exp_avg": "exp_avg.safetensors", "exp_avg_sq": "exp_avg_sq.safetensors"}  # of AdamW
+POINTERS = LATEST, BEST = "latest", "best"
+_OLD_STATE = "engine"  # folder of the optimizer's state until version 0.1.0
+_CHECKPOINT = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run besides its tensors, as a resumed run needs it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # of read_state
+
+    step: Annotated[int, Field(ge=0)]  # completed steps
+    model: str
+    num_classes: int
+    world_size: int  # when it was saved, as zero_stage; a run resumes with any other
+    zero_stage: int
+    loader: LoaderState
+    best_top1: Annotated[float, Field(ge=0, le=100)]  # percent, of the EMA, over all evaluations with a checkpoint
+    version: str = __version__
+
+    def check_compatible(self, other: "RunState") -> None:
+        """Raise ValueError if a run whose initial state is `other` cannot resume from this state."""
+        for name, words in (("model", "model"), ("num_classes", "number of classes")):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the run's checkpoint has {words} {ours}, this start has {theirs};"
+                    f" start it with {ours}, or choose another output folder for a new run"
+                )
+
+
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest intact checkpoint, None if there are none at all, and the faults of newer ones.
+
+    Raises ValueError if there are checkpoints and all are corrupt: the run would start over on top of them.
+    """
+    faults: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        fault = find_corruption(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(fault)
+    if faults:
+        raise ValueError(
+            f"no checkpoint in {folder} is intact: {'; '.join(faults)}. Move the folder away to start over"
+        )
+    return None, faults
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return all checkpoints in a folder, corrupt ones included, the oldest first."""
+    return sorted(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of the checkpoint after `step` completed steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of completed steps that a checkpoint's name states."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def check_pointers(folder: Path) -> None:
+    """Raise ValueError if `best` or `latest` is a folder, as after a copy by a program that follows names."""
+    for pointer in (folder / name for name in POINTERS):
+        if pointer.is_dir() and not pointer.is_symlink():
+            raise ValueError(
+                f"{pointer} is a folder, where a run keeps a file with the name of a checkpoint; move it away"
+            )
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Return the run state of a checkpoint. Raises ValueError if a run of this version cannot resume from it."""
+    if (checkpoint / _OLD_STATE).is_dir() and not (checkpoint / MOMENT_NAMES["exp_avg"]).exists():
+        raise ValueError(
+            f"{checkpoint} was written by version 0.1.0, with the optimizer's state as pickles of DeepSpeed; resume"
+            " with that version, or start a new run in another output folder from its weights, with"
+            f" model.weights={checkpoint / MODEL_NAME}"
+        )
+    path = checkpoint / STATE_NAME
+    try:
+        return TypeAdapter(RunState).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ValueError(
+            f"{path} is of another version, or damaged ({where}: {first['msg']}); resume with the version that wrote it"
+        ) from error
+
+
+def write_state(checkpoint: Path, state: RunState) -> None:
+    """Write the run state of a checkpoint."""
+    (checkpoint / STATE_NAME).write_text(json.dumps(asdict(state), indent=1))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder is a checkpoint, renamed or damaged ones included."""
+    return _CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).is_file()
+
+
+def resolve_pointer(pointer: Path) -> Path:
+    """Return the checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
+    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    there = ", ".join(path.name for path in list_checkpoints(pointer.parent)) or "none"
+    if not _CHECKPOINT.fullmatch(name):
+        raise ValueError(f"{pointer} holds {name!r} instead of the name of a checkpoint; there are: {there}")
+    if not (pointer.parent / name).is_dir():
+        raise FileNotFoundError(f"{pointer} names {name}, which is not there; there are: {there}")
+    return pointer.parent / name
+
+
+def find_corruption(checkpoint: Path) -> str | None:
+    """Return the first difference between a checkpoint's files and its manifest, None if there is none."""
+    try:
+        files = json.loads((checkpoint / MANIFEST_NAME).read_text())
+        required = {MODEL_NAME, EMA_NAME, STATE_NAME}
+        if not any(name.startswith(f"{_OLD_STATE}/") for name in files):
+            required |= set(MOMENT_NAMES.values())
+        if missing := required.difference(files):
+            return f"{checkpoint / MANIFEST_NAME} does not name {', '.join(sorted(missing))}"
+        for name, expected in files.items():
+            found = (checkpoint / name).stat()
+            if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+                return f"{checkpoint / name} is not a file"
+            if found.st_size != expected["bytes"]:
+                return f"{checkpoint / name} has {found.st_size} bytes instead of {expected['bytes']}"
+        with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
+            hashes = pool.map(sha256_of, (checkpoint / name for name in files))
+            for name, sha256 in zip(files, hashes, strict=True):
+                if sha256 != files[name]["sha256"]:
+                    return f"{checkpoint / name} is not what was written (its sha256 differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{checkpoint} cannot be read ({error})"
+    return None
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def publish(staging: Path, entries: dict[str, dict[str, Any]]) -> Path:
+    """Turn a complete hidden folder into the newest checkpoint, which `latest` names then; return its path.
+
+    entries: those of the manifest, by name of file.
+    """
+    manifest = staging / MANIFEST_NAME
+    manifest.write_text(json.dumps(dict(sorted(entries.items())), indent=1))
+    sync(manifest)
+    sync(staging)
+    target = target_of(staging)
+    if target.exists():  # a corrupt one of the same step, which the run passed over when it resumed
+        remove(target)
+    staging.rename(target)
+    sync(target.parent)
+    atomic_write(target.parent / LATEST, f"{target.name}\n".encode())
+    return target
+
+
+def staging_folder(folder: Path, step: int, suffix: str) -> Path:
+    """Return the hidden folder in which a checkpoint is written until `publish`."""
+    return folder / f".{checkpoint_name(step)}.{suffix}"
+
+
+def target_of(staging: Path) -> Path:
+    """Return the checkpoint that a hidden folder of `staging_folder` will be."""
+    return staging.with_name(staging.name[1:].partition(".")[0])
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a process that is killed meanwhile leaves no part of it under its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}")
+    if hidden.exists():
+        shutil.rmtree(hidden, ignore_errors=True)
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)  # files that are open on NFS go with the leftovers later
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run was writing or removing."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(saved: Path, keep: int, is_milestone: Callable[[int], bool]) -> None:
+    """Remove all checkpoints but the `keep` newest, the best, and milestones, by their numbers of completed steps.
+
+    Checkpoints of later steps than `saved`, the newest, are removed too: the run passed them over as corrupt when it
+    resumed.
+    """
+    earlier = [path for path in list_checkpoints(saved.parent) if path.name <= saved.name]
+    kept = {path.name for path in earlier[-keep:]} | {path.name for path in earlier if is_milestone(step_of(path))}
+    best = saved.parent / BEST
+    if best.is_file():
+        kept.add(best.read_text(errors="replace").strip())
+    for path in list_checkpoints(saved.parent):
+        if path.name not in kept:
+            remove(path)

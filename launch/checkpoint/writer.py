@@ -1,0 +1,235 @@
+"""Checkpoints written in the background while the training goes on.
+
+Saving has two parts. The training thread gathers the tensors and copies them to the host: that is all that a step waits
+for. A thread of each rank then writes, hashes and publishes them. One rank writes one of the four files of tensors
+(with fewer ranks, some write several), so all files are the same whatever the number of ranks.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dataio.files import atomic_write, sync
+from launch.checkpoint import layout
+from launch.checkpoint.layout import EMA_NAME, MODEL_NAME, MOMENT_NAMES, STATE_NAME, RunState
+from launch.checkpoint.tensors import TensorSpec, gather_model, gather_moment, tensor_specs
+from launch.distributed import RunError, broadcast_object, gather_objects, raise_on_all_ranks
+from launch.ema import ModelEma
+from launch.engine import Engine
+
+_TENSOR_FILES = (MODEL_NAME, EMA_NAME, *MOMENT_NAMES.values())
+_ALIGNMENT = 64  # bytes, of each tensor in host memory
+_SMALL_FILES_BYTES = 2**20  # more than the JSON files of a checkpoint and the headers of its tensors take
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay on disk beside the best: the `keep` newest, and milestones by their completed steps."""
+
+    keep: int
+    is_milestone: Callable[[int], bool] = lambda steps: False
+
+
+class CheckpointWriter:
+    """Writes checkpoints of a run below `folder`, at most one at a time. Every rank has one and calls every method.
+
+    metadata: for the headers of model.safetensors and ema.safetensors.
+    check_lock: raises RuntimeError if another run has locked the run's folder.
+    Attributes are `saved`, the run state of the newest checkpoint or of the run's start, and `warnings`, on rank 0 a
+    line for each checkpoint for which the disk had no space.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        ema: ModelEma,
+        initial_state: RunState,
+        metadata: Mapping[str, str],
+        retention: Retention,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.saved, self.warnings = initial_state, list[str]()
+        self._folder, self._engine, self._ema = folder, engine, ema
+        self._metadata, self._retention, self._check_lock = dict(metadata), retention, check_lock
+        self._files = {
+            file: _allocate(specs)
+            for file, specs in tensor_specs(engine, ema).items()
+            if _writer_of(file) == dist.get_rank()
+        }
+        self._group = dist.new_group(backend="gloo")  # the threads' own: collectives of one group must not overlap
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: RunState, top1: float = 0.0) -> None:
+        """Begin a checkpoint of the current tensors; `best` will name it if no earlier one has a better top-1.
+
+        top1: the EMA's accuracy in percent; 0 if it was not evaluated. state.best_top1 is ignored.
+        Waits for the checkpoint before, and raises as `wait` does.
+        """
+        self.wait()
+        is_best = top1 > self.saved.best_top1
+        state = replace(state, best_top1=max(top1, self.saved.best_top1))
+        self._copy_tensors()
+        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        if copied is not None:
+            copied.record()
+        self._pending = self._executor.submit(self._write, state, is_best, copied)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that `wait` will raise."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun is on disk.
+
+        Raises RunError on every rank if it cannot be written. That there is no space is only a warning.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for the thread; a checkpoint that cannot be written is given up silently, if `wait` was not called."""
+        self._executor.shutdown()
+
+    def _copy_tensors(self) -> None:
+        rank, files = dist.get_rank(), self._files
+        gather_model(self._engine, _writer_of(MODEL_NAME), files.get(MODEL_NAME, {}))
+        if rank == _writer_of(EMA_NAME):
+            for name, value in self._ema.module.state_dict().items():
+                files[EMA_NAME][name].copy_(value, non_blocking=True)
+        for moment, file in MOMENT_NAMES.items():
+            gather_moment(self._engine, moment, _writer_of(file), files.get(file, {}))
+
+    def _write(self, state: RunState, is_best: bool, copied: torch.cuda.Event | None) -> None:
+        """Write, hash and publish the copied tensors. Runs in the thread of every rank."""
+        is_rank_zero = dist.get_rank() == 0
+        # The random suffix keeps a process that was frozen meanwhile from writing into the same folder.
+        suffix = broadcast_object(secrets.token_hex(4), self._group)
+        staging = layout.staging_folder(self._folder, state.step, suffix)
+        try:
+            with raise_on_all_ranks(self._group):
+                if is_rank_zero:
+                    self._begin(staging)
+            with raise_on_all_ranks(self._group):
+                if copied is not None:
+                    copied.synchronize()
+                entries = {name: self._write_file(staging / name) for name in self._files}
+            entries = {name: entry for part in gather_objects(entries, self._group) for name, entry in part.items()}
+            with raise_on_all_ranks(self._group):
+                if is_rank_zero:
+                    self._finish(staging, entries, state, is_best)
+        except RunError as error:
+            self._give_up(staging, error)
+        else:
+            self.saved = state
+
+    def _begin(self, staging: Path) -> None:
+        self._check_lock()
+        self._folder.mkdir(exist_ok=True)
+        layout.remove_leftovers(self._folder)
+        check_disk_space(self._folder, self._ema)
+        staging.mkdir()
+
+    def _write_file(self, path: Path) -> dict[str, Any]:
+        """Write a file of tensors and wait until it is on disk; return its entry in the manifest."""
+        try:
+            save_file(self._files[path.name], path, self._metadata if path.name in (MODEL_NAME, EMA_NAME) else None)
+        except SafetensorError as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, f"cannot write {path}: {os.strerror(number)}") from error
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files readable for their owner only
+        sync(path)
+        return layout.describe_file(path)
+
+    def _finish(self, staging: Path, entries: dict[str, dict[str, Any]], state: RunState, is_best: bool) -> None:
+        if missing := [name for name in _TENSOR_FILES if not (staging / name).is_file()]:
+            raise RuntimeError(
+                f"{staging} lacks {', '.join(missing)}, which another rank has written; put the run's output folder on"
+                " a file system that all nodes share"
+            )
+        layout.write_state(staging, state)
+        sync(staging / STATE_NAME)
+        self._check_lock()
+        saved = layout.publish(staging, entries | {STATE_NAME: layout.describe_file(staging / STATE_NAME)})
+        if is_best:
+            atomic_write(saved.parent / layout.BEST, f"{saved.name}\n".encode())
+        layout.prune(saved, self._retention.keep, self._retention.is_milestone)
+
+    def _give_up(self, staging: Path, error: RunError) -> None:
+        """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""
+        fault = None
+        if dist.get_rank() == 0:
+            fault = _describe_failure(staging, self._ema, str(error).splitlines()[0])
+            shutil.rmtree(staging, ignore_errors=True)
+            if error.disk_full:
+                self.warnings.append(fault)
+        fault = broadcast_object(fault, self._group)
+        if not error.disk_full:
+            raise RunError(fault) from error
+
+
+def check_disk_space(folder: Path, ema: ModelEma) -> None:
+    """Raise OSError if the disk of an existing folder has no space for one more checkpoint of such a model."""
+    free, needed = shutil.disk_usage(folder).free, expected_bytes(ema)
+    if free < needed:
+        raise _NoSpaceError(
+            f"no space for a checkpoint in {folder}: it needs {_mib(needed)}, {_mib(free)} are free; make room, or"
+            " choose an output on a larger disk"
+        )
+
+
+class _NoSpaceError(RuntimeError):
+    errno = errno.ENOSPC
+
+
+def expected_bytes(ema: ModelEma) -> int:
+    """Return how many bytes a checkpoint takes, or a little more: weights, EMA and AdamW's two moments."""
+    return 4 * sum(value.nbytes for value in ema.module.state_dict().values()) + _SMALL_FILES_BYTES
+
+
+def _describe_failure(staging: Path, ema: ModelEma, reason: str) -> str:
+    """Describe a checkpoint that could not be written, with its files still in `staging`."""
+    needed, free = expected_bytes(ema), shutil.disk_usage(staging.parent).free
+    free += sum(path.stat().st_size for path in staging.glob("*"))
+    found = layout.list_checkpoints(staging.parent)
+    newest = found[-1].name if found else "none"
+    return (
+        f"cannot write the checkpoint {layout.target_of(staging).name} in {staging.parent} ({reason}): it needs"
+        f" {_mib(needed)}, {_mib(free)} are free. The newest is {newest}"
+    )
+
+
+def _writer_of(file: str) -> int:
+    """Return the rank that writes a file of tensors; the writers are spread over all ranks."""
+    return _TENSOR_FILES.index(file) * dist.get_world_size() // len(_TENSOR_FILES)
+
+
+def _allocate(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
+    """Return host memory for the tensors of a file, by name: one block, page-locked where there is a GPU."""
+    sizes = [-(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT for spec in specs.values()]
+    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return {
+        name: part[: spec.nbytes].view(spec.dtype).view(spec.shape)
+        for (name, spec), part in zip(specs.items(), block.split(sizes), strict=True)
+    }
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,132 @@
+"""Checkpoints of a real engine, written in the background: a failure leaves the earlier ones and nothing of the new."""
+
+import os
+import re
+import threading
+from dataclasses import replace
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from launch.checkpoint import layout, writer
+from launch.distributed import RunError
+
+
+def save(started, folder, step=1, top1=0.0):
+    """Saves at `step`, and returns the writer when the checkpoint is on disk."""
+    checkpoints = started.writer(folder)
+    checkpoints.save(replace(started.state, step=step), top1)
+    checkpoints.wait()
+    return checkpoints
+
+
+def test_a_checkpoint_holds_the_tensors_at_the_time_of_saving(begin, tmp_path, monkeypatch):
+    """The training goes on while the thread still waits to write."""
+    started = begin()
+    started.step()
+    expected = {name: value.clone() for name, value in started.engine.module.state_dict().items()}
+    may_write = threading.Event()
+    write = writer.CheckpointWriter._write
+    monkeypatch.setattr(writer.CheckpointWriter, "_write", lambda *words: (may_write.wait(), write(*words)))
+    checkpoints = started.writer(tmp_path)
+    checkpoints.save(replace(started.state, step=1))
+    started.step()
+    assert not layout.list_checkpoints(tmp_path)
+    may_write.set()
+    checkpoints.wait()
+    saved = load_file(tmp_path / "step-00000001" / layout.MODEL_NAME)
+    assert saved.keys() == expected.keys()
+    assert all(saved[name].equal(value) for name, value in expected.items())
+    assert any(not saved[name].equal(value) for name, value in started.engine.module.state_dict().items())
+
+
+def test_weights_carry_the_metadata_and_are_readable_like_other_files(begin, tmp_path):
+    started = begin()
+    save(started, tmp_path)
+    for name in (layout.MODEL_NAME, layout.EMA_NAME):
+        with safe_open(tmp_path / "step-00000001" / name, "pt") as file:
+            assert file.metadata() == {"model": "b0"}
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "step-00000001").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_the_best_is_that_of_the_highest_top1_and_latest_is_the_newest(begin, tmp_path):
+    started = begin()
+    checkpoints = started.writer(tmp_path, keep=1)
+    for step, top1 in ((1, 50.0), (2, 60.0), (3, 60.0), (4, 0.0)):
+        checkpoints.save(replace(started.state, step=step), top1)
+    checkpoints.wait()
+    assert layout.resolve_pointer(tmp_path / layout.BEST).name == "step-00000002"
+    assert layout.resolve_pointer(tmp_path / layout.LATEST).name == "step-00000004"
+    assert [layout.step_of(path) for path in layout.list_checkpoints(tmp_path)] == [2, 4]
+    assert layout.read_state(tmp_path / "step-00000004").best_top1 == 60.0
+
+
+def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(begin, tmp_path, no_file_larger_than):
+    started = begin()
+    checkpoints = save(started, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with no_file_larger_than(2**20):
+        checkpoints.save(replace(started.state, step=2), 99.0)
+        checkpoints.wait()
+    assert sorted(tmp_path.rglob("*")) == before
+    [line] = checkpoints.warnings
+    assert re.fullmatch(
+        rf"cannot write the checkpoint step-00000002 in {tmp_path} \(.*File too large.*\): it needs 85 MiB, [0-9,]+ MiB"
+        r" are free. The newest is step-00000001",
+        line,
+    )
+    assert (checkpoints.failed, checkpoints.saved.step, checkpoints.saved.best_top1) == (False, 1, 0.0)
+    checkpoints.save(replace(started.state, step=3), 50.0)
+    checkpoints.wait()
+    assert layout.find_newest(tmp_path) == (tmp_path / "step-00000003", [])
+    assert layout.resolve_pointer(tmp_path / layout.BEST).name == "step-00000003"
+
+
+def test_another_failure_is_an_error_at_the_next_save(begin, tmp_path):
+    started = begin()
+    checkpoints = save(started, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "run").touch()
+    checkpoints.save(replace(started.state, step=2))
+    checkpoints._pending.exception()  # waits
+    assert checkpoints.failed
+    with pytest.raises(RunError, match=r"cannot write the checkpoint step-00000002 in .*/run \(.*File exists: "):
+        checkpoints.save(replace(started.state, step=3))
+    assert layout.find_newest(tmp_path / "moved") == (tmp_path / "moved" / "step-00000001", [])
+
+
+def test_the_required_space_is_that_of_a_checkpoint(begin, tmp_path):
+    started = begin()
+    save(started, tmp_path)
+    taken = sum(path.stat().st_size for path in (tmp_path / "step-00000001").iterdir())
+    assert taken <= writer.expected_bytes(started.ema) < 1.02 * taken
+
+
+def test_leftovers_of_killed_runs_are_removed(begin, tmp_path):
+    (tmp_path / ".step-00000005.0123abcd").mkdir()
+    (tmp_path / ".step-00000004").mkdir()
+    save(begin(), tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("look", [1, 2])
+def test_a_lost_lock_prevents_a_checkpoint(begin, tmp_path, look):
+    """Nothing is written if the first check fails, and nothing is renamed into place if the last one does."""
+    looks = []
+
+    def check_lock() -> None:
+        looks.append(sorted(path.name for path in tmp_path.iterdir()))
+        if len(looks) == look:
+            raise RuntimeError("no longer this run's")
+
+    started = begin()
+    checkpoints = started.writer(tmp_path, check_lock)
+    checkpoints.save(replace(started.state, step=1))
+    with pytest.raises(RunError, match="no longer this run's"):
+        checkpoints.wait()
+    assert looks[0] == []
+    assert list(tmp_path.iterdir()) == []
