@@ -52,6 +52,7 @@ class RunState:
     zero_stage: int
     loader: dict[str, Any]
     best_top1: float  # percent, the better of weights and EMA, over all saved evaluations
+    norm_group: int = 0  # samples of a group of BatchNorm; 0: unknown, written by an earlier version
 
     def check_compatible(self, other: "RunState") -> None:
         """Raise ValueError if a run whose initial state is `other` cannot resume from this state."""

@@ -37,6 +37,7 @@ from dataio.files import atomic_write, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.urls import redact_url
 from launch import checkpoint
+from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import RunState
 from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
@@ -48,22 +49,21 @@ from launch.distributed import (
     raise_on_all_ranks,
     run_distributed,
 )
+from launch.drop_path import draw_drop_paths
 from launch.ema import ModelEma
 from launch.engine import (
     Engine,
     build_model,
     check_engine,
-    seed_step,
     set_lr,
     start_engine,
-    sync_batchnorm_buffers,
     unwrapped_model,
 )
 from launch.evaluate import evaluate
 from launch.flops import measure_mfu_constants
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
-from launch.plan import Plan, describe, make_plan
+from launch.plan import Plan, describe, keep_norm_group, make_plan
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, ends_interval, lr_at
 
@@ -105,7 +105,6 @@ def train(run: "Run", augment: BatchAugment) -> None:
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
     for step in range(run.state.step, plan.steps):
-        seed_step(config.seed, step, plan.loader_options.rank)
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
         for _ in range(config.optimizer.gradient_accumulation_steps):
@@ -113,6 +112,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
                 batch = next(run.loader)
             for bad in batch.substituted:
                 monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
+            draw_drop_paths(engine.module, config.seed, batch.position)
             images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
@@ -205,6 +205,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         zero_stage=config.engine.zero_stage,
         loader=loader.state(),
         best_top1=0.0,
+        norm_group=plan.norm_group,
     )
     found, faults = find_checkpoint(checkpoint_folder(config), plan.loader_options.rank)
     print_rank_0(f"building {config.model.name} and its engine", plan.loader_options.rank)
@@ -212,6 +213,8 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         state = initial_state if found is None else checkpoint.read_state(found)
         state.check_compatible(initial_state)
         loader.restore(state.loader)
+        plan, changes = keep_norm_group(config, plan, state.norm_group)
+        state = replace(state, norm_group=plan.norm_group)
         model = build_model(config, plan, device)
     ema = ModelEma(model)
     with raise_on_all_ranks():
@@ -225,7 +228,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
         monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
-        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else [])])
+        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else []), *changes])
     return Run(config, plan, engine, ema, loader, monitor, state, check_lock)
 
 
