@@ -101,6 +101,9 @@ class ModelSection(Options):
     name: str = "polaformerpp_b4"
     num_classes: Count | None = None  # null: as many as the training shards name
     drop_path_rate: Fraction | None = None  # null: the preset's
+    # samples over which BatchNorm takes its statistics; null: 128 where the micro-batch is a multiple of it, else the
+    # micro-batch
+    norm_group: Count | None = None
     weights: UserPath | None = None  # initial weights: an official .pth or a .safetensors of ours
     new_head: bool = False  # keep a freshly initialized classifier, for weights of other classes
     grad_checkpointing: bool = False  # recompute activations in backward: less memory, about 1.3× the time

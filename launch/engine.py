@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import timm
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from launch.batchnorm import convert_batchnorm
 from launch.config import Config
+from launch.drop_path import convert_drop_path
 from launch.model_metadata import read_model_metadata
 from launch.plan import Plan
 from polaformer import ops
@@ -136,9 +136,14 @@ def check_engine(config: Config, plan: Plan) -> None:
 
 
 def start_engine(config: Config, plan: Plan, model: nn.Module) -> Engine:
-    """Return a DeepSpeed engine with AdamW around the model. Every rank starts from rank 0's weights."""
+    """Return a DeepSpeed engine with AdamW around the model. Every rank starts from rank 0's weights.
+
+    BatchNorm and stochastic depth of the model are replaced in place by those of launch/batchnorm.py and drop_path.py.
+    """
     import deepspeed  # selects its accelerator when imported, after launch.distributed has set DS_ACCELERATOR
 
+    convert_batchnorm(model, plan.norm_group)
+    convert_drop_path(model, plan.loader_options.micro_batch_size)
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=plan.schedule.warmup_lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
@@ -177,11 +182,6 @@ def unwrapped_model(engine: Engine, like: nn.Module) -> nn.Module:
     return model
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch for a step, so that stochastic depth and dropout draw the same after a resume."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
-
-
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Return `base` with the values of `over`, nested mappings merged key by key."""
     merged = dict(base)
@@ -189,21 +189,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if nested else value
     return merged
-
-
-@torch.no_grad()
-def sync_batchnorm_buffers(model: nn.Module, riders: Tensor) -> Tensor:
-    """Replace every floating-point buffer by its mean over the ranks, and return the sums of `riders` over the ranks.
-
-    riders: (n,) float32 on the device, other values that the ranks share in each step. Everything travels in one
-    all-reduce (b5: 8,160 numbers of buffers); the result stays on the device.
-    """
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if dist.get_world_size() == 1:
-        return riders
-    flat = torch.cat([riders, *(buffer.flatten() for buffer in buffers)])
-    dist.all_reduce(flat)
-    sums, *totals = flat.split([riders.numel(), *(buffer.numel() for buffer in buffers)])
-    for buffer, total in zip(buffers, totals, strict=True):
-        buffer.copy_((total / dist.get_world_size()).view_as(buffer))
-    return sums

@@ -30,6 +30,8 @@ from launch.config import Config, load_config
 from launch.schedule import Schedule, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
+#: Group of BatchNorm where model.norm_group is null: the authors' micro-batch.
+_DEFAULT_NORM_GROUP = 128
 #: How long fetching a file, and a batch, may take: a share of the time for which ranks wait for each other.
 _FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.8
 
@@ -43,6 +45,7 @@ class Plan:
     val_label_map: np.ndarray  # (val's classes,) int64: their labels in train
     loader_options: LoaderOptions  # how a step's samples are divided among ranks and micro-steps
     batch_augment: BatchAugmentOptions
+    norm_group: int  # consecutive samples over which BatchNorm takes its statistics
     class_names: tuple[str, ...]  # one per output of the model
     schedule: Schedule
 
@@ -67,14 +70,15 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
 
     local_world_size: how many ranks run on this machine, and share a cache; None: all of them.
     Raises FileNotFoundError if there are no shards; ValueError if the output cannot be a folder, the batch is not
-    divisible, too small or odd where it is mixed in pairs, training has a single class, validation has a class that
-    training lacks, a label is beyond model.num_classes, or the cache is too small; RuntimeError if a remote folder
-    cannot be read.
+    divisible, too small, odd where it is mixed in pairs or no multiple of model.norm_group, training has a single
+    class, validation has a class that training lacks, a label is beyond model.num_classes, or the cache is too small;
+    RuntimeError if a remote folder cannot be read.
     """
     check_output(config.output)
     loader_options = make_loader_options(config, rank, world_size)
     check_even_batch(config.data, loader_options.micro_batch_size)
-    check_batch(config, loader_options)
+    norm_group = choose_norm_group(config, loader_options.micro_batch_size)
+    check_batch(config, loader_options, norm_group)
     train, val = open_datasets(config, loader_options, local_world_size or world_size)
     if count_classes(train) < 2:
         only = train.classes[train.samples["label"][0]]
@@ -91,9 +95,8 @@ def make_plan(config: Config, rank: int, world_size: int, local_world_size: int 
     ):  # no draw is for more than a step
         batch_augment = batch_augment.replace(mixup_group_size=loader_options.global_batch_size)
     names = train.classes + tuple(f"unused {label}" for label in range(len(train.classes), classes))
-    return Plan(
-        train, val, label_map, loader_options, batch_augment, names, make_schedule(config.optimizer, len(train))
-    )
+    schedule = make_schedule(config.optimizer, len(train))
+    return Plan(train, val, label_map, loader_options, batch_augment, norm_group, names, schedule)
 
 
 def make_loader_options(config: Config, rank: int, world_size: int) -> LoaderOptions:
@@ -121,14 +124,51 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"output is {folder}, and {nearest} may not be written to; choose another folder")
 
 
-def check_batch(config: Config, loader_options: LoaderOptions) -> None:
-    """Raise ValueError if BatchNorm would see one value per channel: a single image whose last feature map is 1 × 1."""
-    size = config.data.image_size
-    if loader_options.micro_batch_size == 1 and size == TOTAL_STRIDE:
+def choose_norm_group(config: Config, micro_batch_size: int) -> int:
+    """Return the samples of a group of BatchNorm. Raises ValueError if they do not divide the micro-batch."""
+    group = config.model.norm_group
+    if group is None:
+        return micro_batch_size if micro_batch_size % _DEFAULT_NORM_GROUP else _DEFAULT_NORM_GROUP
+    if micro_batch_size % group:
+        divisors = [size for size in range(1, micro_batch_size + 1) if micro_batch_size % size == 0]
+        below, above = [size for size in divisors if size < group][-1:], [size for size in divisors if size > group][:1]
         raise ValueError(
-            f"a batch of 1 image per rank at {size}² pixels leaves BatchNorm a single value per channel;"
-            f" use optimizer.global_batch_size={2 * loader_options.global_batch_size}, or data.image_size={2 * size}"
+            f"model.norm_group {group} does not divide the batch of {micro_batch_size} images per rank and micro-step;"
+            f" use {' or '.join(map(str, below + above))}"
         )
+    return group
+
+
+def keep_norm_group(config: Config, plan: Plan, saved: int) -> tuple[Plan, list[str]]:
+    """Return the plan with the group of BatchNorm of a resumed run's checkpoint, if that is possible, and what changes.
+
+    saved: the group's samples. A configured group takes precedence, and the saved one must divide the micro-batch.
+    """
+    if config.model.norm_group is None and plan.loader_options.micro_batch_size % saved == 0:
+        plan = replace(plan, norm_group=saved)
+    if saved == plan.norm_group:
+        return plan, []
+    change = f"BatchNorm's groups change from {saved} to {plan.norm_group} samples"
+    return plan, [f"{change}: from here on, results differ from those of a run without this change"]
+
+
+def check_batch(config: Config, loader_options: LoaderOptions, norm_group: int) -> None:
+    """Raise ValueError if BatchNorm would see one value per channel: a single image whose last feature map is 1 × 1."""
+    size, batch = config.data.image_size, loader_options.micro_batch_size
+    if norm_group > 1 or size != TOTAL_STRIDE:
+        return
+    if batch == 1:
+        fault, remedy = (
+            "a batch of 1 image per rank",
+            f"optimizer.global_batch_size={2 * loader_options.global_batch_size}",
+        )
+    else:
+        larger = next(group for group in range(2, batch + 1) if batch % group == 0)
+        fault, remedy = "model.norm_group 1", f"model.norm_group={larger}"
+    raise ValueError(
+        f"{fault} at {size}² pixels leaves BatchNorm a single value per channel; use {remedy},"
+        f" or data.image_size={2 * size}"
+    )
 
 
 def open_datasets(config: Config, loader_options: LoaderOptions, local_world_size: int) -> tuple[Manifest, Manifest]:
@@ -186,6 +226,7 @@ def describe(config: Config, plan: Plan) -> dict[str, str]:
         "validation images": f"{len(plan.val):,}{_missing_classes(plan)}",
         "batch": f"{optimizer.global_batch_size} = {loader_options.world_size} ranks"
         f" × {optimizer.gradient_accumulation_steps} accumulation × {loader_options.micro_batch_size}",
+        "BatchNorm": f"statistics of groups of {plan.norm_group} samples",
         "steps": f"{plan.steps:,}, of which {schedule.warmup_steps:,} warm up",
         "learning rate": f"{schedule.warmup_lr:.3g} → {schedule.peak_lr:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
         "engine": f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",

@@ -36,6 +36,7 @@ from dataio.augment.batch_augment import BatchAugment
 from dataio.files import atomic_write, user_path
 from dataio.loader import EvalLoader, TrainLoader
 from dataio.urls import redact_url
+from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
@@ -50,22 +51,21 @@ from launch.distributed import (
     raise_on_all_ranks,
     run_distributed,
 )
+from launch.drop_path import draw_drop_paths
 from launch.ema import ModelEma
 from launch.engine import (
     Engine,
     build_model,
     check_engine,
-    seed_step,
     set_lr,
     start_engine,
-    sync_batchnorm_buffers,
     unwrapped_model,
 )
 from launch.evaluate import evaluate
 from launch.flops import measure_mfu_constants
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
-from launch.plan import Plan, describe, make_plan
+from launch.plan import Plan, describe, keep_norm_group, make_plan
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, ends_interval, lr_at
 
@@ -107,7 +107,6 @@ def train(run: "Run", augment: BatchAugment) -> None:
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
     for step in range(run.first_step, plan.steps):
-        seed_step(config.seed, step, plan.loader_options.rank)
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
         for _ in range(config.optimizer.gradient_accumulation_steps):
@@ -115,6 +114,7 @@ def train(run: "Run", augment: BatchAugment) -> None:
                 batch = next(run.loader)
             for bad in batch.substituted:
                 monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
+            draw_drop_paths(engine.module, config.seed, batch.position)
             images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
@@ -200,6 +200,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         zero_stage=config.engine.zero_stage,
         loader=loader.state(),
         best_top1=0.0,
+        norm_group=plan.norm_group,
     )
     found, faults = find_checkpoint(checkpoint_folder(config), plan.loader_options.rank)
     print_rank_0(f"building {config.model.name} and its engine", plan.loader_options.rank)
@@ -208,6 +209,8 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         saved.check_compatible(initial_state)
         state = replace(initial_state, step=saved.step, loader=saved.loader, best_top1=saved.best_top1)
         loader.restore(state.loader)
+        plan, changes = keep_norm_group(config, plan, saved.norm_group)
+        state = replace(state, norm_group=plan.norm_group)
         model = build_model(config, plan, device)
     ema = ModelEma(model)
     with raise_on_all_ranks():
@@ -221,7 +224,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
         monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
-        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else [])])
+        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else []), *changes])
     metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
     folder, retention = checkpoint_folder(config), Retention(config.checkpoint.keep)
     writer = CheckpointWriter(folder, engine, ema, state, metadata, retention, check_lock)

@@ -71,13 +71,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.ffn = FeedForward(channels, int(MLP_RATIO * channels))
         self.gamma_2 = nn.Parameter(torch.full((1, 1, 1, channels), layer_scale))
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Apply the three residual branches; rotary: see `Rotary`."""
         x = x + self.pos(x)
-        x = x + self.drop_path(self.gamma_1 * self.attn(self.norm1(x), rotary))
-        out: Tensor = x + self.drop_path(self.gamma_2 * self.ffn(self.norm2(x)))
+        x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), rotary))
+        out: Tensor = x + self.drop_path2(self.gamma_2 * self.ffn(self.norm2(x)))
         return out
 
 

@@ -49,6 +49,7 @@ class RunState:
     zero_stage: int
     loader: LoaderState
     best_top1: Annotated[float, Field(ge=0, le=100)]  # percent, of the EMA, over all evaluations with a checkpoint
+    norm_group: Annotated[int, Field(ge=1)]  # samples over which BatchNorm takes its statistics
     version: str = __version__
 
     def check_compatible(self, other: "RunState") -> None:

@@ -11,7 +11,7 @@ import torch
 from dataio.augment.policies import RandAugment
 from dataio.pack.packer import PackOptions, pack
 from dataio.remote.options import cache_options
-from launch.plan import check_output, describe, main, make_plan
+from launch.plan import check_output, describe, keep_norm_group, main, make_plan
 
 
 def test_steps_batches_and_learning_rates(configure):
@@ -167,6 +167,65 @@ def test_a_batch_too_small_for_batchnorm_is_an_error(configure, small_config, ca
         model(torch.zeros(make_plan(config, 0, 2).loader_options.micro_batch_size, 3, size, size))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.zeros(1, 3, 32, 32))
+
+
+def test_groups_of_batchnorm(configure):
+    """128 samples where the micro-batch is a multiple of them, else the micro-batch, unless the configuration says."""
+    for batch, overrides, expected in (
+        (256, [], 128),
+        (128, [], 128),
+        (192, [], 192),
+        (32, [], 32),
+        (32, ["model.norm_group=8"], 8),
+        (256, ["model.norm_group=256"], 256),
+    ):
+        config = configure(f"optimizer.global_batch_size={2 * batch}", *overrides)
+        plan = make_plan(config, 0, 2)
+        assert plan.norm_group == expected
+        assert describe(config, plan)["BatchNorm"] == f"statistics of groups of {expected} samples"
+
+
+@pytest.mark.parametrize(("group", "remedy"), [(5, "4 or 6"), (7, "6 or 8"), (48, "24")])
+def test_a_group_that_does_not_divide_the_batch_is_an_error(configure, group, remedy):
+    message = f"model.norm_group {group} does not divide the batch of 24 images per rank and micro-step; use {remedy}$"
+    overrides = "optimizer.global_batch_size=96", "optimizer.gradient_accumulation_steps=2"
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure(*overrides, f"model.norm_group={group}"), 0, 2)
+    for value in remedy.split(" or "):
+        make_plan(configure(*overrides, f"model.norm_group={value}"), 0, 2)
+
+
+def test_a_group_of_one_image_is_an_error_where_batchnorm_has_one_value(configure):
+    overrides = "optimizer.global_batch_size=9", "model.norm_group=1"
+    message = (
+        "model.norm_group 1 at 32² pixels leaves BatchNorm a single value per channel; use model.norm_group=3, or"
+        " data.image_size=64"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_plan(configure(*overrides), 0, 1)
+    assert make_plan(configure(*overrides, "data.image_size=64"), 0, 1).norm_group == 1
+    assert make_plan(configure(*overrides, "model.norm_group=3"), 0, 1).norm_group == 3
+
+
+def test_a_resumed_run_keeps_its_groups_of_batchnorm(configure):
+    """Where the new micro-batch is a multiple of them, and the configuration does not say otherwise."""
+
+    def resumed(saved: int, ranks: int, *overrides: str) -> tuple[int, list[str]]:
+        config = configure("optimizer.global_batch_size=32", *overrides)
+        plan, changes = keep_norm_group(config, make_plan(config, 0, ranks), saved)
+        return plan.norm_group, changes
+
+    def change(text: str) -> list[str]:
+        return [
+            f"BatchNorm's groups change {text} samples: from here on, results differ from those of a run without this"
+            " change"
+        ]
+
+    assert resumed(8, 1) == (8, [])
+    assert resumed(8, 4) == (8, [])
+    assert resumed(16, 4) == (8, change("from 16 to 8"))
+    assert resumed(8, 1, "model.norm_group=16") == (16, change("from 8 to 16"))
+    assert resumed(8, 1, "model.norm_group=8") == (8, [])
 
 
 def test_an_output_that_is_no_folder_is_an_error(configure, tmp_path):

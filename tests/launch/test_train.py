@@ -180,6 +180,20 @@ def test_a_finished_run_started_again_does_nothing(forked, train_arguments, runs
 
 
 @pytest.mark.slow
+def test_a_resumed_run_keeps_its_groups_of_batchnorm(forked, train_arguments, runs, small_shards):
+    """The saved groups, of 8 samples, divide the micro-batch that is 16 now."""
+    arguments = train_arguments(small_shards, runs["whole"], "optimizer.gradient_accumulation_steps=1")
+    finished = forked(2, TRAIN, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    assert "BatchNorm: statistics of groups of 8 samples" in finished.stdout
+    assert "groups change" not in finished.stdout
+    finished = forked(2, TRAIN, *arguments, "model.norm_group=16")
+    assert finished.returncode == 0, finished.stderr
+    assert "BatchNorm: statistics of groups of 16 samples" in finished.stdout
+    assert finished.stdout.count("BatchNorm's groups change from 8 to 16 samples") == 1
+
+
+@pytest.mark.slow
 def test_run_folders_may_have_any_name(forked, train_arguments, small_shards, fashion, tmp_path):
     """Two runs whose names are one to YAML, evaluated on fewer classes than they train on."""
     for name in ("Bag", "Coat", "Trouser"):

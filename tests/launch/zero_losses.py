@@ -16,9 +16,11 @@ from torch import nn
 
 from dataio.augment.batch_augment import BatchAugment
 from dataio.loader import TrainLoader
+from launch.batchnorm import convert_batchnorm, sync_batchnorm_buffers
 from launch.config import load_config
 from launch.distributed import destroy_process_group, init_distributed, read_rank_info
-from launch.engine import build_model, seed_step, set_lr, start_engine
+from launch.drop_path import convert_drop_path, draw_drop_paths
+from launch.engine import build_model, set_lr, start_engine
 from launch.plan import make_plan
 from launch.schedule import lr_at
 
@@ -28,7 +30,7 @@ STEPS = 5
 class PlainEngine:
     """The same as DeepSpeed's engine in plain PyTorch: average over ranks in the last micro-step, clip, step."""
 
-    def __init__(self, config, model: nn.Module) -> None:
+    def __init__(self, config, plan, model: nn.Module) -> None:
         self.module, self._accumulation, self._clip = (
             model,
             config.optimizer.gradient_accumulation_steps,
@@ -40,6 +42,8 @@ class PlainEngine:
             eps=config.optimizer.eps,
         )
         self._micro_steps, self._norm = 0, None
+        convert_batchnorm(model, plan.norm_group)
+        convert_drop_path(model, plan.loader_options.micro_batch_size)
 
     def __call__(self, images):
         return self.module(images)
@@ -63,7 +67,7 @@ class PlainEngine:
 
 
 def trace(config, plan, engine, device) -> dict[str, list[float]]:
-    """Mean loss over ranks and micro-steps of each step, and the gradient norm before clipping."""
+    """Losses of each step, over ranks and micro-steps; gradient norms before clipping; BatchNorm's last variances."""
     loader = TrainLoader(plan.train, config.data, plan.loader_options, device)
     augment = BatchAugment(
         plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
@@ -71,20 +75,22 @@ def trace(config, plan, engine, device) -> dict[str, list[float]]:
     loss_fn = SoftTargetCrossEntropy()
     losses, norms = [], []
     for step in range(STEPS):
-        seed_step(config.seed, step, plan.loader_options.rank)
         set_lr(engine, lr_at(step, plan.schedule))
         total = torch.zeros(())
         for _ in range(config.optimizer.gradient_accumulation_steps):
-            images, targets = augment(next(loader))
+            batch = next(loader)
+            draw_drop_paths(engine.module, config.seed, batch.position)
+            images, targets = augment(batch)
             loss = loss_fn(engine(images).float(), targets)
             engine.backward(loss)
             engine.step()
             total += loss.detach() / config.optimizer.gradient_accumulation_steps
+        sync_batchnorm_buffers(engine.module, torch.zeros(1))
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
         norm = engine.get_global_grad_norm()
         norms.append(None if norm is None else float(norm))
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "running_vars": engine.module.norm.running_var.tolist()}
 
 
 def main() -> None:
@@ -96,7 +102,7 @@ def main() -> None:
         config = load_config(sys.argv[1], sys.argv[2:] + overrides)
         plan = make_plan(config, rank_info.rank, rank_info.world_size)
         model = build_model(config, plan, device)
-        engine = PlainEngine(config, model) if stage == "plain" else start_engine(config, plan, model)
+        engine = PlainEngine(config, plan, model) if stage == "plain" else start_engine(config, plan, model)
         traces[stage] = trace(config, plan, engine, device)
     if rank_info.rank == 0:
         print(json.dumps(traces))

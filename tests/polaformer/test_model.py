@@ -100,7 +100,9 @@ def test_initialisation():
 
 def test_drop_path_rises_over_all_blocks():
     model = timm.create_model("polaformerpp_b5")
-    rates = [block.drop_path.drop_prob for stage in model.stages for block in stage.blocks]
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    rates = [block.drop_path1.drop_prob for block in blocks]
+    assert [block.drop_path2.drop_prob for block in blocks] == rates
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.55, 38))
 
 

@@ -42,7 +42,7 @@ def begin(alone, configure) -> Callable[..., Started]:
         model = build_model(config, plan, alone)
         ema = ModelEma(model)
         loader = {"seed": 0, "samples_seen": 0, "manifest_hash": "", "global_batch": 16, "order": "full"}
-        state = RunState(0, "polaformerpp_b0", 10, 1, config.engine.zero_stage, loader, 0.0)
+        state = RunState(0, "polaformerpp_b0", 10, 1, config.engine.zero_stage, loader, 0.0, plan.norm_group)
         return Started(start_engine(config, plan, model), ema, state)
 
     return start

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
@@ -41,9 +42,11 @@ for step in range(first, first + steps):
         part = (micro_step * rank_info.world_size + rank_info.rank) * micro_batch
         engine.backward(engine(images[part : part + micro_batch]).square().mean())
         engine.step()
+    sync_batchnorm_buffers(engine.module, torch.zeros(1))
     ema.update(engine, 0.5)
-loader = {"seed": 0, "samples_seen": 0, "manifest_hash": "", "global_batch": 48, "order": "full"}
-state = RunState(first + steps, config.model.name, 10, dist.get_world_size(), config.engine.zero_stage, loader, 0.0)
+loader = {"seed": 0, "samples_seen": 0, "manifest_hash": "", "global_batch": 192, "order": "full"}
+stage = config.engine.zero_stage
+state = RunState(first + steps, config.model.name, 10, dist.get_world_size(), stage, loader, 0.0, plan.norm_group)
 writer = CheckpointWriter(saved, engine, ema, state, {}, Retention(9))
 writer.save(state)
 writer.wait()

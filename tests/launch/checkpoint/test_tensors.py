@@ -23,7 +23,7 @@ def hand_over(forked, small_config, tmp_path_factory):
 
     def run(ranks: int, stage: int, steps: int, loaded: Path | None = None) -> Path:
         folder = root / f"{len(list(root.iterdir()))}"
-        options = "optimizer.global_batch_size=48", "optimizer.gradient_accumulation_steps=2"
+        options = "optimizer.global_batch_size=192", "optimizer.gradient_accumulation_steps=2", "model.norm_group=8"
         more = f"engine.zero_stage={stage}", f"output={folder}", "optimizer.eps=1e-3"
         finished = forked(ranks, HAND_OVER, steps, loaded or "-", folder, small_config, *options, *more)
         assert finished.returncode == 0, finished.stderr
@@ -63,15 +63,21 @@ def test_ranks_and_stages_may_change_while_training(hand_over, after_two_steps):
     """4 → 1 → 3 → 2 ranks against 2 all along: equal up to the order of sums of floats.
 
     eps keeps AdamW from turning the rounding noise of biases before BatchNorm, whose gradients are zero, into whole
-    steps. BatchNorm's own statistics are those of each rank's part, and absent here.
+    steps.
     """
     last = after_two_steps
     for ranks, stage in ((4, 1), (1, 3), (3, 0), (2, 2)):
         last = hand_over(ranks, stage, 2, last)
     undisturbed = hand_over(2, 1, 8, after_two_steps)
     for name in TENSOR_FILES:
-        for key, value in load_file(undisturbed / name).items():
-            torch.testing.assert_close(load_file(last / name)[key], value, rtol=1e-5, atol=1e-7, msg=f"{name} {key}")
+        found, expected = (concatenate(path / name) for path in (last, undisturbed))
+        allowed = 5e-6 if name in layout.MOMENT_NAMES.values() else 1e-6  # gradients are no better than that
+        assert torch.linalg.norm(found - expected) < allowed * torch.linalg.norm(expected), name
+
+
+def concatenate(path: Path) -> torch.Tensor:
+    """All numbers of a file."""
+    return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(path).items())])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -103,7 +109,7 @@ def test_hyperparameters_are_the_configurations_and_not_the_checkpoints(begin, t
         ),
         (
             lambda tensors: tensors.update({"head.bias": tensors["head.bias"].half(), "x": torch.zeros(1)}),
-            r"float16 \[10\] there and float32 \[10\] here, 1 more differ$",
+            r"head\.bias is float16 \[10\] there and float32 \[10\] here, 1 more differ$",
         ),
     ],
 )
