@@ -11,6 +11,7 @@ COMMANDS = {
     "data": "shards to batches: ours, webdataset with torchvision or timm, and DALI's own reader",
     "pack": "dataio.pack beside cp -r, tar and webdataset's ShardWriter",
     "resume": "the first batch after a resume beside that after a fresh start; the quality of the shuffle",
+    "checkpoint": "saving and loading a checkpoint beside cp, and steps while one is written",
     "parity": "our RandAugment beside timm's, in pixels and in draws",
     "gpu": "on a machine with a GPU: checks, tests, benchmarks, counters, sanitizers, into one folder",
     "step": "whole training steps of b5 and b4 beside ViT-B, ConvNeXt-B and CAFormer-M36 of timm",
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:  # its processes have ended
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-    listed = "\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items())
+    listed = "\n".join(f"  {name:10} {purpose}" for name, purpose in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m launch.benchmark",
         description=f"commands:\n{listed}\n\npython -m launch.benchmark COMMAND --help describes one.",

@@ -125,21 +125,25 @@ def _describe(spec: TensorSpec | None) -> str:
 
 
 def _gather_fragments(engine: Engine, moment: str | None, writer: int, destination: Mapping[str, Tensor]) -> None:
-    sharded = engine.zero_optimization_stage() > 0
-    if not sharded and dist.get_rank() != writer:
-        return
+    """Put the fragments of all ranks together in `destination`, on rank `writer`; zeros where there are none."""
     parameters, shapes = _parameters(engine), _shapes(engine)
+    if engine.zero_optimization_stage() == 0 or dist.get_world_size() == 1:  # each fragment is a whole parameter
+        for name in shapes if dist.get_rank() == writer else ():
+            fragment = _fragment(engine, parameters[name], moment)
+            values = fragment.values if fragment else torch.zeros(shapes[name].numel())
+            destination[name].view(-1).copy_(values, non_blocking=True)
+        return
     for names in _buckets(shapes):
         sizes = [shapes[name].numel() for name in names]
         flat = torch.zeros(sum(sizes), device=next(iter(parameters.values())).device)
-        for name, whole in zip(names, flat.split(sizes), strict=True):
+        for name, part in zip(names, flat.split(sizes), strict=True):
             if fragment := _fragment(engine, parameters[name], moment):
-                whole[fragment.start :][: len(fragment.values)] = fragment.values
-        if sharded:  # all but one rank add zeros; as integers, since a sum of floats would lose the sign of -0
-            dist.reduce(flat.view(torch.int32), writer)
+                part[fragment.start :][: len(fragment.values)] = fragment.values
+        # All ranks but one add zeros to an element; as integers, since a sum of floats would lose the sign of -0.
+        dist.reduce(flat.view(torch.int32), writer)
         if dist.get_rank() == writer:
-            for name, whole in zip(names, flat.split(sizes), strict=True):
-                destination[name].copy_(whole.view(shapes[name]), non_blocking=True)
+            for name, part in zip(names, flat.split(sizes), strict=True):
+                destination[name].copy_(part.view(shapes[name]), non_blocking=True)
 
 
 def _load_fragments(engine: Engine, moment: str | None, tensors: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ from launch.ema import ModelEma
 from launch.engine import Engine
 
 _TENSOR_FILES = (MODEL_NAME, EMA_NAME, *MOMENT_NAMES.values())
+_NICE = 10  # of the writing thread: 19 is the lowest priority, 0 the usual one
+_FILES_AT_A_TIME = 2  # one is hashed while the next is written
 _ALIGNMENT = 64  # bytes, of each tensor in host memory
 _SMALL_FILES_BYTES = 2**20  # more than the JSON files of a checkpoint and the headers of its tensors take
 
@@ -71,7 +74,7 @@ class CheckpointWriter:
             if _writer_of(file) == dist.get_rank()
         }
         self._group = dist.new_group(backend="gloo")  # the threads' own: collectives of one group must not overlap
-        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._executor = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)
         self._pending: Future[None] | None = None
 
     def save(self, state: RunState, top1: float = 0.0) -> None:
@@ -129,7 +132,9 @@ class CheckpointWriter:
             with raise_on_all_ranks(self._group):
                 if copied is not None:
                     copied.synchronize()
-                entries = {name: self._write_file(staging / name) for name in self._files}
+                with ThreadPoolExecutor(_FILES_AT_A_TIME, "checkpoint", _yield_to_training) as pool:
+                    written = pool.map(self._write_file, (staging / name for name in self._files))
+                    entries = dict(zip(self._files, written, strict=True))
             entries = {name: entry for part in gather_objects(entries, self._group) for name, entry in part.items()}
             with raise_on_all_ranks(self._group):
                 if is_rank_zero:
@@ -214,6 +219,11 @@ def _describe_failure(staging: Path, ema: ModelEma, reason: str) -> str:
         f"cannot write the checkpoint {layout.target_of(staging).name} in {staging.parent} ({reason}): it needs"
         f" {_mib(needed)}, {_mib(free)} are free. The newest is {newest}"
     )
+
+
+def _yield_to_training() -> None:
+    """Lower the priority of this thread, on Linux its alone."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _writer_of(file: str) -> int:
