@@ -52,6 +52,7 @@ class RunState:
     zero_stage: int
     loader: dict[str, Any]
     best_top1: float  # percent, the better of weights and EMA, over all saved evaluations
+    evaluation_due: bool = False  # the run stopped before or in the evaluation after `step`
 
     def check_compatible(self, other: "RunState") -> None:
         """Raise ValueError if a run whose initial state is `other` cannot resume from this state."""
@@ -84,7 +85,7 @@ def save(
     Raises RunError on every rank if some rank's files cannot be written or are missing, with the disk's free space if
     that is the reason. Earlier checkpoints stay, and no part of the new one is left.
     """
-    target = folder / f"step-{state.step:08d}"
+    target = folder / folder_name(state.step)
     # The random suffix keeps a process that was frozen meanwhile from writing into the same folder.
     staging = folder / f".{target.name}-{broadcast_object(secrets.token_hex(4))}"
     rank = dist.get_rank()
@@ -109,6 +110,11 @@ def save(
             check_lock()
             _publish(staging, target)
     return target
+
+
+def folder_name(step: int) -> str:
+    """Return the name of the checkpoint after so many completed steps."""
+    return f"step-{step:08d}"
 
 
 def check_disk_space(folder: Path, ema: ModelEma) -> None:

@@ -175,10 +175,13 @@ class EngineSection(Options):
 
 
 class CheckpointSection(Options):
-    """How often checkpoints are written, and how many are kept."""
+    """How often checkpoints are written, how many are kept, and when a run stops by itself with one."""
 
     every_epochs: Positive = 1  # may be a fraction
     keep: Count = 3  # how many of the newest checkpoints stay on disk, beside the best one
+    # The run stops with a checkpoint and exit code 75 so long after its process started: a little less than the limit
+    # of a time-limited job. null: no limit.
+    stop_after_minutes: Positive | None = None
 
 
 class LogSection(Options):

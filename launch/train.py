@@ -4,18 +4,18 @@
     torchrun --standalone --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
-The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too.
+The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too. SIGINT, SIGTERM,
+SIGUSR1 and SIGUSR2 stop it with a checkpoint. Exit status: 0 done, 2 refused, 75 stopped (start it again), 1 failed.
 """
 
 import os
-import sys
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import EXIT_FATAL, EXIT_RESUME, StopSignals, exit_process
 
 # The imports below take 4 s, and half a minute on a slow machine; the first line appears before them. `read_rank_info`
 # is not imported yet, so the rank is read from the environment.
 if __name__ == "__main__":
-    exit_on_interrupt("; the same command resumes from the last checkpoint, if there is one")
+    stop_signals = StopSignals().listen()
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
@@ -41,9 +41,11 @@ from launch.checkpoint import RunState
 from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
     RankInfo,
+    RunError,
     broadcast_object,
     default_device_type,
     get_local_world_size,
+    has_failed_rank,
     print_rank_0,
     raise_on_all_ranks,
     run_distributed,
@@ -66,10 +68,11 @@ from launch.monitor import Monitor
 from launch.plan import Plan, describe, make_plan
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, ends_interval, lr_at
+from launch.stop import StopAgreement, Stopped
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status."""
+def main(argv: list[str] | None = None, signals: StopSignals | None = None) -> int:
+    """Train as the command line says; return the exit status. signals: those that stop the run, by default none."""
     arguments, device_type = parse(argv), default_device_type()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -77,33 +80,66 @@ def main(argv: list[str] | None = None) -> int:
         timeout = timedelta(minutes=EngineSection().timeout_minutes)
         return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error)
     timeout = timedelta(minutes=config.engine.timeout_minutes)
-    return run_distributed(partial(start, config), device_type, timeout, title=config.model.name)
+    body = partial(start, config, signals or StopSignals())
+    return run_distributed(body, device_type, timeout, title=config.model.name)
 
 
-def start(config: Config, rank_info: RankInfo, device: torch.device) -> int:
-    """Start or resume a run on all ranks, train to its last step and return exit status 0.
+def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: torch.device) -> int:
+    """Start or resume a run on all ranks, train to its last step or until it is stopped; return the exit status.
 
-    Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other.
+    Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other, or training
+    fails.
     """
+    signals.defer(has_failed_rank)
+    stop = StopAgreement(signals, device, config.checkpoint.stop_after_minutes)
     rank, local_world_size = rank_info.rank, get_local_world_size()
     print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
-    with raise_on_all_ranks():
-        plan = make_plan(config, rank, rank_info.world_size, local_world_size)
-        check_engine(config, plan)
-        augment = BatchAugment(
-            plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
-        )
-    with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
-        run = prepare(config, plan, device, check_lock)
-        with contextlib.closing(run.monitor), contextlib.closing(run.loader):
-            train(run, augment)
-    return 0
+    try:
+        stop.check()
+        with raise_on_all_ranks():
+            plan = make_plan(config, rank, rank_info.world_size, local_world_size)
+            check_engine(config, plan)
+            augment = BatchAugment(
+                plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
+            )
+        stop.check()
+        with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
+            run = prepare(config, plan, device, check_lock, stop)
+            with contextlib.closing(run.monitor), contextlib.closing(run.loader):
+                return train(run, augment)
+    except Stopped as stopped:
+        print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)
+        return EXIT_RESUME
 
 
-def train(run: "Run", augment: BatchAugment) -> None:
-    """Train from the run's current step to its last one."""
+def train(run: "Run", augment: BatchAugment) -> int:
+    """Train from the run's current step to its last one, or until all ranks agree to stop; return the exit status.
+
+    Raises Stopped before the first step, RunError with status EXIT_FATAL after it, on every rank.
+    """
+    run.stop.check()
+    try:
+        reason = train_steps(run, augment)
+    except RunError as error:
+        error.status = EXIT_FATAL
+        raise
+    if reason is None:
+        run.monitor.log(f"trained for {run.plan.steps} steps; {run.config.output} holds the run")
+        return 0
+    run.monitor.log(
+        f"stopped by {reason} after step {run.state.step}/{run.plan.steps}; the same command resumes from"
+        f" {checkpoint_folder(run.config) / checkpoint.folder_name(run.state.step)}"
+    )
+    return EXIT_RESUME
+
+
+def train_steps(run: "Run", augment: BatchAugment) -> str | None:
+    """Make the run's remaining steps, with their evaluations and checkpoints; return why they were stopped, if so."""
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
+    with monitor.paused():
+        if run.state.evaluation_due and (reason := run.evaluate_resumed()):
+            return reason
     for step in range(run.state.step, plan.steps):
         seed_step(config.seed, step, plan.loader_options.rank)
         lr = lr_at(step, plan.schedule)
@@ -118,22 +154,21 @@ def train(run: "Run", augment: BatchAugment) -> None:
             engine.backward(loss)
             engine.step()  # updates the weights in the last micro-step only
             monitor.add(loss.detach(), len(images))  # stays on the device
-        sync_batchnorm_buffers(engine.module, torch.zeros(1, device=loss.device))
+        reason = run.stop.exchange(sync_batchnorm_buffers(engine.module, run.stop.flags()))
         run.ema.update(engine, ema_decay_at(step, config.optimizer))
 
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
-        saving = is_due(step, config.checkpoint.every_epochs, plan)
+        saving = is_due(step, config.checkpoint.every_epochs, plan) or reason is not None
         # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. Their
         # count restarts in each epoch, so the last step of an epoch writes too.
         if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
             monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
         with monitor.paused():
-            top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
-            if saving:
-                run.save(step, top1)
-    monitor.log(f"trained for {plan.steps} steps; {config.output} holds the run")
+            if reason := run.evaluate_and_save(step, saving, reason):
+                return reason
+    return None
 
 
 @dataclass
@@ -148,9 +183,44 @@ class Run:
     monitor: Monitor
     state: RunState  # as last saved, or initially
     check_lock: Callable[[], None]  # raises RuntimeError if another run has locked the folder
+    stop: StopAgreement
+
+    def evaluate_and_save(self, step: int, saving: bool, reason: str | None) -> str | None:
+        """Evaluate after `step`, counted from 0, if that is due, and write a checkpoint if `saving`.
+
+        reason: why the run stops, None if it does not: then the evaluation is left to the resumed run. A stop during
+        the evaluation is the same. Returns the reason.
+        """
+        evaluating, top1 = is_due(step, self.config.log.eval_every_epochs, self.plan), 0.0
+        if evaluating and reason is None:
+            try:
+                top1, evaluating = self.evaluate(step), False
+            except Stopped as stopped:
+                reason = str(stopped)
+        if saving or reason:
+            self.save(step, top1, evaluation_due=evaluating)
+        return reason
+
+    def evaluate_resumed(self) -> str | None:
+        """Evaluate the checkpoint that the run resumes from, where it was stopped before that; `best` may name it then.
+
+        Returns the reason if this evaluation is stopped as well, and remains due.
+        """
+        try:
+            top1 = self.evaluate(self.state.step - 1)
+        except Stopped as stopped:
+            return str(stopped)
+        if top1 > self.state.best_top1:
+            saved = checkpoint_folder(self.config) / checkpoint.folder_name(self.state.step)
+            checkpoint.mark_best_and_prune(saved, True, self.config.checkpoint.keep)
+            self.state = replace(self.state, best_top1=top1)
+        return None
 
     def evaluate(self, step: int) -> float:
-        """Evaluate weights and EMA after `step`, counted from 0; return the better top-1 accuracy in percent."""
+        """Evaluate weights and EMA after `step`, counted from 0; return the better top-1 accuracy in percent.
+
+        Raises Stopped on every rank.
+        """
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
@@ -158,7 +228,7 @@ class Run:
             plan.val, self.config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
         )
         models = unwrapped_model(self.engine, ema), ema
-        of_weights, of_ema = evaluate(models, loader, plan.num_classes, self.config.engine.precision)
+        of_weights, of_ema = evaluate(models, self.stop.polled(loader), plan.num_classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
         scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)
@@ -171,14 +241,20 @@ class Run:
             self.monitor.log(compare_ema(scores["eval/top1"], scores["eval_ema/top1"]))
         return max(scores["eval/top1"], scores["eval_ema/top1"])
 
-    def save(self, step: int, top1: float) -> None:
+    def save(self, step: int, top1: float, evaluation_due: bool) -> None:
         """Write a checkpoint after `step`, counted from 0; `best` names it if no earlier one has a better top-1.
 
-        top1: accuracy in percent; 0 if the weights were not evaluated.
+        top1: accuracy in percent; 0 if the weights were not evaluated. evaluation_due: the resumed run evaluates them.
         """
         best_top1 = max(top1, self.state.best_top1)
         is_best = top1 > self.state.best_top1
-        self.state = replace(self.state, step=step + 1, loader=self.loader.state(), best_top1=best_top1)
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            loader=self.loader.state(),
+            best_top1=best_top1,
+            evaluation_due=evaluation_due,
+        )
         metadata = make_model_metadata(self.config.model.name, self.plan.class_names, self.config.data)
         folder = checkpoint_folder(self.config)
         saved = checkpoint.save(
@@ -187,9 +263,12 @@ class Run:
         checkpoint.mark_best_and_prune(saved, is_best, self.config.checkpoint.keep)
 
 
-def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
+def prepare(
+    config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None], stop: StopAgreement
+) -> Run:
     """Return a run's parts on their device, in the state of the newest intact checkpoint if there is one.
 
+    Raises Stopped on every rank between these parts, if the run is stopped.
     Raises RunError on every rank if checkpoint, weights or kernels do not fit the configuration, or the ranks have
     different data.
     """
@@ -207,6 +286,7 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         best_top1=0.0,
     )
     found, faults = find_checkpoint(checkpoint_folder(config), plan.loader_options.rank)
+    stop.check()
     print_rank_0(f"building {config.model.name} and its engine", plan.loader_options.rank)
     with raise_on_all_ranks():
         state = initial_state if found is None else checkpoint.read_state(found)
@@ -217,16 +297,18 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
     with raise_on_all_ranks():
         if plan.loader_options.rank == 0 and state.step < plan.steps:
             checkpoint.check_disk_space(config.output, ema)
+    stop.check()
     engine = start_engine(config, plan, model)
     if found is not None:
         checkpoint.load(found, engine, ema)
+    stop.check()
     mfu_constants = measure_mfu_constants(config, plan, device)
     with raise_on_all_ranks():
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
-        monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
+        monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed, state.evaluation_due)
         log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else [])])
-    return Run(config, plan, engine, ema, loader, monitor, state, check_lock)
+    return Run(config, plan, engine, ema, loader, monitor, state, check_lock, stop)
 
 
 def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
@@ -329,4 +411,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main(signals=stop_signals))
