@@ -81,7 +81,7 @@ _DERIVED = {
 _EXCLUDED = {
     "managed_gradient_accumulation": "micro-steps are counted by DeepSpeed here",
     "checkpoint.load_universal": "checkpoints are not universal ones",
-    "zero_optimization.elastic_checkpoint": "a run resumes with as many ranks as it had",
+    "zero_optimization.elastic_checkpoint": "checkpoints fit any number of ranks as they are",
     "zero_optimization.cpu_offload": "it is deepspeed.zero_optimization.offload_optimizer now",
     "zero_optimization.zenflow": "it needs DeepSpeed's own optimizer, and this is PyTorch's AdamW",
 }
@@ -178,10 +178,15 @@ class EngineSection(Options):
 
 
 class CheckpointSection(Options):
-    """How often checkpoints are written, and how many are kept."""
+    """How often checkpoints are written, how many are kept, and when a run stops by itself with one."""
 
     every_epochs: Positive = 1  # may be a fraction
+    every_minutes: Positive | None = None  # also so long after the last one began; null: by epochs alone
     keep: Count = 3  # how many of the newest checkpoints stay on disk, beside the best one
+    keep_every_epochs: Positive | None = None  # also stay: those at multiples of so many epochs; null: none
+    # The run stops with a checkpoint and exit code 75 so long after its process started: a little less than the limit
+    # of a time-limited job. null: no limit.
+    stop_after_minutes: Positive | None = None
 
 
 class LogSection(Options):

@@ -23,10 +23,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-EXIT_ERROR = 2  # exit status: the command was given something that cannot work
+from launch.interrupt import EXIT_FATAL, EXIT_REFUSED
+
 _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+_FAILED_KEY = "launch: a rank has failed"  # in the group's store
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,17 @@ def abort_process() -> NoReturn:
     traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    with suppress(RuntimeError):
+        dist.distributed_c10d._get_default_store().set(_FAILED_KEY, "")
+    os._exit(EXIT_FATAL)
+
+
+def has_failed_rank() -> bool:
+    """Return whether a rank has called `abort_process`, or rank 0, which answers this, is gone."""
+    try:
+        return dist.distributed_c10d._get_default_store().check([_FAILED_KEY])
+    except RuntimeError:
+        return True
 
 
 def _select_device(rank_info: RankInfo, device_type: str) -> torch.device:
@@ -226,6 +238,8 @@ class RunError(Exception):
         super().__init__(text)
         self.disk_full = disk_full
 
+    status = EXIT_REFUSED  # exit status; EXIT_FATAL once training has begun
+
 
 @contextmanager
 def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]:
@@ -283,7 +297,7 @@ def run_distributed(
     title: str | None = None,
     fault: Exception | None = None,
 ) -> int:
-    """Join the process group, call `body` on every rank and leave the group; return the exit status, `body`'s or 2.
+    """Join the process group, call `body` on every rank and leave the group; return `body`'s or an error's exit status.
 
     Errors print one message for all ranks: rank 0's, or that of a rank that could not join. An exception that is not
     a RunError ends the process with its traceback.
@@ -309,10 +323,12 @@ def run_distributed(
                 raise fault
         status = body(rank_info, device)
     except RunError as error:
-        status = report_error(error, rank_info.rank)
-        dist.barrier()  # launchers end all ranks as soon as one exits: rank 0 reports first
+        report_error(error, rank_info.rank)
+        status = error.status
     except Exception:
         abort_process()
+    if status:
+        dist.barrier()  # launchers end all ranks as soon as one fails: rank 0 reports first
     destroy_process_group()
     return status
 
@@ -321,7 +337,7 @@ def report_error(error: Exception, rank: int = 0) -> int:
     """Print an error on rank 0, and return the exit status for it."""
     if rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return EXIT_ERROR
+    return EXIT_REFUSED
 
 
 def print_rank_0(line: str, rank: int) -> None:

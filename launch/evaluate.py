@@ -5,7 +5,7 @@ python -m launch.evaluate --weights RUN/checkpoints/best --kind model --data SHA
 torchrun --standalone --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
 """
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import EXIT_REFUSED, exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -34,7 +34,6 @@ from dataio.remote.options import cache_options
 from dataio.shards import open_dataset
 from dataio.urls import redact_url
 from launch.distributed import (
-    EXIT_ERROR,
     RankInfo,
     broadcast_object,
     default_device_type,
@@ -60,15 +59,17 @@ def evaluate(
     device = next(models[0].parameters()).device
     scores = [_Metrics(num_classes, device) for _ in models]
     training = [model.training for model in models]
-    for model in models:
-        model.eval()
-    for batch in batches:
-        for model, score in zip(models, scores, strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(batch.images)
-            score.add(logits.float(), batch.labels)
-    for model, was_training in zip(models, training, strict=True):
-        model.train(was_training)
+    try:
+        for model in models:
+            model.eval()
+        for batch in batches:
+            for model, score in zip(models, scores, strict=True):
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    logits = model(batch.images)
+                score.add(logits.float(), batch.labels)
+    finally:  # `batches` may raise Stopped
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)
     return [score.compute() for score in scores]
 
 
@@ -211,7 +212,7 @@ def _write(path: Path, text: str) -> int:
         path.write_text(text)
     except OSError as error:
         print(f"error: cannot write --out {path}: {error.strerror}; the JSON is above", file=sys.stderr)
-        return EXIT_ERROR
+        return EXIT_REFUSED
     return 0
 
 

@@ -1,14 +1,25 @@
-"""Ctrl-C ends a command with one line and exit status 130, even while it still imports.
+"""Signals that end a command, even while it still imports; and the exit statuses of a run.
 
-Commands call `exit_on_interrupt` before they import PyTorch, which takes seconds. There is no clean-up: the next start
-handles what a killed run leaves.
+Commands call `exit_on_interrupt`, and training `StopSignals.listen`, before they import PyTorch, which takes seconds.
+stop.py lets all ranks of a run agree on a stop.
 """
 
 import os
 import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
-EXIT_INTERRUPTED = 130  # exit status, as of shells: 128 + SIGINT
+EXIT_FATAL = 1  # exit status: an error after the first step
+EXIT_REFUSED = 2  # configuration, data or machine cannot work; nothing was trained
+EXIT_RESUME = 75  # stopped before its end; the same command resumes (EX_TEMPFAIL of sysexits.h)
+EXIT_INTERRUPTED = 130  # Ctrl-C of a command that does not resume, as of shells: 128 + SIGINT
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: Signals closer together count as one: launchers pass Ctrl-C on to ranks that the terminal has sent it to already.
+_SAME_REQUEST_SECONDS = 1.0
 
 
 def exit_on_interrupt(remedy: str = "") -> None:
@@ -18,13 +29,103 @@ def exit_on_interrupt(remedy: str = "") -> None:
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
-    is_rank_zero = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    is_rank_zero = _is_rank_zero()
 
     def leave(_signal: int, _frame: FrameType | None) -> None:
         if is_rank_zero:
-            if os.isatty(1):
-                os.write(1, b"\x1b[?25h\n")  # shows the cursor, which a progress bar hides
-            os.write(2, f"interrupted{remedy}\n".encode())
+            _write_line(f"interrupted{remedy}")
         os._exit(EXIT_INTERRUPTED)
 
     signal.signal(signal.SIGINT, leave)
+
+
+class StopSignals:
+    """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 as requests to stop a run.
+
+    Until `defer`, the first one ends the process at once with status EXIT_RESUME. After it, the first one is kept in
+    `received`, the second changes nothing, and the third ends the process at once. Signals within a second count as
+    one.
+
+    A thread waits for the signals, which are blocked everywhere else: it also acts while the main thread waits in a
+    collective, where Python would not run a handler; no system call is interrupted; and child processes inherit the
+    blocked signals, so those that are sent to a whole process group or job step do not end them.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None  # name of the first signal after `defer`
+        self._has_failed_rank: Callable[[], bool] = lambda: False
+        self._deferred, self._requests, self._last = False, 0, -_SAME_REQUEST_SECONDS
+        self._lock = threading.Lock()
+        self._is_rank_zero = _is_rank_zero()
+
+    def listen(self) -> "StopSignals":
+        """Start to wait for the signals, except those that are ignored, as Ctrl-C in a shell's background jobs.
+
+        To be called from the main thread before it starts others, which inherit the blocked signals.
+        """
+        signals = {number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=self._listen, args=(signals,), name="signals", daemon=True).start()
+        return self
+
+    def defer(self, has_failed_rank: Callable[[], bool] = lambda: False) -> None:
+        """Keep signals from now on instead of ending the process.
+
+        has_failed_rank: whether another rank has failed, so that no agreement is possible: then the first signal, by
+        which launchers end the others, ends this process at once.
+        """
+        with self._lock:
+            self._deferred, self._has_failed_rank = True, has_failed_rank
+
+    def _listen(self, signals: set[signal.Signals]) -> None:
+        while True:
+            number = signal.sigwait(signals)
+            with self._lock:
+                self._handle(signal.Signals(number), time.monotonic())
+
+    def _handle(self, number: signal.Signals, now: float) -> None:
+        if now - self._last < _SAME_REQUEST_SECONDS:
+            return
+        self._last = now
+        self._requests += 1
+        if not self._deferred:
+            self._say(f"stopped by {number.name} before the first step; the same command starts it again")
+            os._exit(EXIT_RESUME)
+        if self._requests == 1:
+            self.received = number.name
+            if self._has_failed_rank():
+                os._exit(128 + number)
+            self._say(f"{number.name}: the run stops, and saves what it has trained; a third signal ends it at once")
+        elif self._requests == 2:
+            self._say(f"{number.name}: the run is stopping already; one more signal ends it at once")
+        else:
+            self._say(f"ended by {number.name}; the same command resumes from the last checkpoint, if there is one")
+            os._exit(128 + number)
+
+    def _say(self, line: str) -> None:
+        if self._is_rank_zero:
+            _write_line(line)
+
+
+def exit_process(status: int) -> None:
+    """End this process; with another status than 0 without the second that tearing down Python and PyTorch takes.
+
+    Launchers kill all other ranks as soon as one has failed, and their statuses are lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    sys.exit()
+
+
+def _is_rank_zero() -> bool:
+    """Return whether this is rank 0 by the launcher's variables: launch.distributed would import PyTorch."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _write_line(line: str) -> None:
+    """Write a line to standard error, from a signal handler or another thread, and show a progress bar's cursor."""
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h\n")
+    os.write(2, f"{line}\n".encode())

@@ -7,6 +7,7 @@ warning, and does not end the training.
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import sys
@@ -37,6 +38,7 @@ class Monitor:
 
     first_step: the step at which the run starts or resumes.
     max_bad_samples: how many images may be substituted in an epoch, over all ranks.
+    evaluates_first: the run begins with the evaluation after `first_step`; an earlier start may have got to it too.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Monitor:
         log_every_steps: int,
         mfu_constants: MfuConstants,
         max_bad_samples: int = 0,
+        evaluates_first: bool = False,
     ) -> None:
         self._log_every_steps, self._steps = log_every_steps, steps
         self._mfu_constants, self._max_bad_samples = mfu_constants, max_bad_samples
@@ -57,7 +60,7 @@ class Monitor:
         if not self._is_rank_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replaced = truncate_metrics(folder / METRICS_NAME, first_step)
+        replaced = truncate_metrics(folder / METRICS_NAME, first_step, evaluates_first)
         self._metrics_file = open(folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
         self._previous_excepthook, threading.excepthook = threading.excepthook, self._excepthook
         self._tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -217,9 +220,10 @@ class Monitor:
             self._previous_excepthook(fault)
 
 
-def truncate_metrics(path: Path, step: int) -> Path | None:
+def truncate_metrics(path: Path, step: int, evaluates_first: bool = False) -> Path | None:
     """Remove the lines of later steps than `step`, which a killed run wrote after the checkpoint it resumes from.
 
+    evaluates_first: remove the evaluation after `step` as well.
     At step 0 the checkpoints may have been lost, so all lines are kept in another file, which is returned.
     """
     if not path.is_file():
@@ -229,7 +233,9 @@ def truncate_metrics(path: Path, step: int) -> Path | None:
     if step == 0 and (steps := [found for found in map(_step_of, lines) if found < math.inf]):
         replaced = path.with_name(f"{path.stem}-to-step-{max(steps):08.0f}{path.suffix}")
         shutil.copyfile(path, replaced)
-    atomic_write(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+    again = re.compile(rb'"step": %d,.*"eval/' % step) if evaluates_first else None
+    kept = [line for line in lines if _step_of(line) <= step and not (again and again.search(line))]
+    atomic_write(path, b"".join(line + b"\n" for line in kept))
     return replaced
 
 

@@ -4,7 +4,7 @@ quickstart.sh starts it after the set-up. Each stage is a command of this projec
 if its result exists. The summary, with the machine and the time of each stage, is kept in the run's folder.
 """
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import EXIT_RESUME, exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -13,13 +13,17 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -62,7 +66,7 @@ class Stages:
         for command in () if done else commands:
             line = printable(f"$ {shlex.join(command)}")
             self._console.print(line, style="dim", highlight=False, soft_wrap=True)
-            status = subprocess.run(command).returncode
+            status = run_training(command) if name == "training" else subprocess.run(command).returncode
             if status:
                 sys.exit(status)
         self.seconds[name] = None if done else time.perf_counter() - began
@@ -119,6 +123,50 @@ def run_stages(arguments: argparse.Namespace) -> None:
         write_report(run / SUMMARY_NAME, summary)
     exported = run / "export" / "model.safetensors"
     show(console, summary, {"run": run, "shards": shards, f"exported, the better: {better}": exported})
+
+
+def run_training(command: list[str]) -> int:
+    """Run a training command and return its status; Ctrl-C, SIGTERM and SIGHUP of this process are passed to its ranks.
+
+    The launcher does not get them: DeepSpeed's ends before its ranks, kills those that save for more than 30 s, and
+    loses their status. So it has a session of its own, which the terminal's Ctrl-C does not reach.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    stopped = False
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        ranks = find_ranks(process.pid)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if not ranks and process.poll() is None:  # not started yet
+            os.killpg(process.pid, signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    status = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stopped and status in (EXIT_RESUME, -signal.SIGTERM):
+        print("interrupted; the same command resumes", file=sys.stderr)
+        return EXIT_RESUME
+    return status
+
+
+def find_ranks(launcher: int) -> list[psutil.Process]:
+    """Return the ranks that a launcher, a process id, has started: the first of its descendants that have a RANK."""
+    ranks, found = set(), []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(launcher).children(recursive=True):  # parents come before their children
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if "RANK" in process.environ():
+                    found += [] if process.ppid() in ranks else [process]
+                    ranks.add(process.pid)
+    return found
 
 
 def describe_machine() -> dict[str, Any]:

@@ -167,7 +167,7 @@ def current_owner() -> LockOwner:
         host=socket.gethostname(),
         process=os.getpid(),
         started=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-        born=_start_ticks(os.getpid()),
+        born=start_ticks(os.getpid()),
         machine=Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid"),
         job=job and f"{environ.get('SLURM_CLUSTER_NAME', '')}/{job}",
         restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
@@ -233,11 +233,11 @@ def _is_alive(owner: LockOwner) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    born = _start_ticks(owner.process)
+    born = start_ticks(owner.process)
     return born is None or born == owner.born
 
 
-def _start_ticks(process: int) -> int | None:
+def start_ticks(process: int) -> int | None:
     """Return a process's start in clock ticks; -1 if it is a zombie, None if its /proc entry is not readable."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

@@ -4,18 +4,18 @@
     torchrun --standalone --nproc-per-node 8 launch/train.py --config configs/X.yaml [key=value …]
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
-The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too.
+The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too. SIGINT, SIGTERM,
+SIGUSR1 and SIGUSR2 stop it with a checkpoint. Exit status: 0 done, 2 refused, 75 stopped (start it again), 1 failed.
 """
 
 import os
-import sys
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import EXIT_FATAL, EXIT_RESUME, StopSignals, exit_process
 
 # The imports below take 4 s, and half a minute on a slow machine; the first line appears before them. `read_rank_info`
 # is not imported yet, so the rank is read from the environment.
 if __name__ == "__main__":
-    exit_on_interrupt("; the same command resumes from the last checkpoint, if there is one")
+    stop_signals = StopSignals().listen()
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("launch/train.py: loading PyTorch, timm and DALI", flush=True)
 
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import yaml
 from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor
 
 from dataio.augment.batch_augment import BatchAugment
 from dataio.files import atomic_write, user_path
@@ -44,9 +45,11 @@ from launch.checkpoint.writer import CheckpointWriter, Retention, check_disk_spa
 from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
     RankInfo,
+    RunError,
     broadcast_object,
     default_device_type,
     get_local_world_size,
+    has_failed_rank,
     print_rank_0,
     raise_on_all_ranks,
     run_distributed,
@@ -68,10 +71,11 @@ from launch.monitor import Monitor
 from launch.plan import Plan, describe, keep_norm_group, make_plan
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, ends_interval, lr_at
+from launch.stop import StopAgreement, Stopped
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status."""
+def main(argv: list[str] | None = None, signals: StopSignals | None = None) -> int:
+    """Train as the command line says; return the exit status. signals: those that stop the run, by default none."""
     arguments, device_type = parse(argv), default_device_type()
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -79,33 +83,60 @@ def main(argv: list[str] | None = None) -> int:
         timeout = timedelta(minutes=EngineSection().timeout_minutes)
         return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error)
     timeout = timedelta(minutes=config.engine.timeout_minutes)
-    return run_distributed(partial(start, config), device_type, timeout, title=config.model.name)
+    body = partial(start, config, signals or StopSignals())
+    return run_distributed(body, device_type, timeout, title=config.model.name)
 
 
-def start(config: Config, rank_info: RankInfo, device: torch.device) -> int:
-    """Start or resume a run on all ranks, train to its last step and return exit status 0.
+def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: torch.device) -> int:
+    """Start or resume a run on all ranks, train to its last step or until it is stopped; return the exit status.
 
-    Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other.
+    Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other, or training
+    fails.
     """
+    signals.defer(has_failed_rank)
+    stop = StopAgreement(signals, device, config.checkpoint.stop_after_minutes)
     rank, local_world_size = rank_info.rank, get_local_world_size()
     print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
-    with raise_on_all_ranks():
-        plan = make_plan(config, rank, rank_info.world_size, local_world_size)
-        check_engine(config, plan)
-        augment = BatchAugment(
-            plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
-        )
-    with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
-        run = prepare(config, plan, device, check_lock)
-        with contextlib.closing(run.monitor), contextlib.closing(run.loader), contextlib.closing(run.writer):
-            train(run, augment)
-    return 0
+    try:
+        stop.check()
+        with raise_on_all_ranks():
+            plan = make_plan(config, rank, rank_info.world_size, local_world_size)
+            check_engine(config, plan)
+            augment = BatchAugment(
+                plan.batch_augment, plan.num_classes, config.seed, plan.loader_options.micro_batch_size, device
+            )
+        stop.check()
+        with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
+            run = prepare(config, plan, device, check_lock, stop)
+            with contextlib.closing(run.monitor), contextlib.closing(run.loader), contextlib.closing(run.writer):
+                return train(run, augment)
+    except Stopped as stopped:
+        print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)
+        return EXIT_RESUME
 
 
-def train(run: "Run", augment: BatchAugment) -> None:
-    """Train from the run's current step to its last one."""
+def train(run: "Run", augment: BatchAugment) -> int:
+    """Train from the run's current step to its last one, or until all ranks agree to stop; return the exit status.
+
+    Raises Stopped before the first step, RunError with status EXIT_FATAL after it, on every rank.
+    """
+    run.stop.check()
+    try:
+        reason = train_steps(run, augment)
+        run.writer.wait()
+        return run.finish(reason)
+    except RunError as error:
+        error.status = EXIT_FATAL
+        raise
+
+
+def train_steps(run: "Run", augment: BatchAugment) -> str | None:
+    """Make the run's remaining steps, with their evaluations and checkpoints; return why they were stopped, if so."""
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn = SoftTargetCrossEntropy()
+    with monitor.paused():
+        if run.writer.saved.evaluation_due and (reason := run.evaluate_resumed()):
+            return reason
     for step in range(run.first_step, plan.steps):
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
@@ -120,23 +151,27 @@ def train(run: "Run", augment: BatchAugment) -> None:
             engine.backward(loss)
             engine.step()  # updates the weights in the last micro-step only
             monitor.add(loss.detach(), len(images))  # stays on the device
-        sync_batchnorm_buffers(engine.module, torch.zeros(1, device=loss.device))
+        agreed = run.stop.exchange(sync_batchnorm_buffers(engine.module, run.flags()))
         run.ema.update(engine, ema_decay_at(step, config.optimizer))
 
         if step == 0:
             monitor.images(images, config.data.mean, config.data.std)
-        saving = is_due(step, config.checkpoint.every_epochs, plan)
+        if agreed.save_failed:
+            run.writer.wait()  # raises on every rank
+        run.report_failed_saves(step)
+        scheduled = is_due(step, config.checkpoint.every_epochs, plan) or is_milestone(config, plan, step + 1)
+        # Read one step late, so in the step after a save the flag is still that of the step before.
+        by_clock = agreed.save_due and step > run.writer.begun_step
+        saving = scheduled or by_clock or agreed.reason is not None
         # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. Their
         # count restarts in each epoch, so the last step of an epoch writes too.
         if saving or monitor.due(step) or is_due(step, 1, plan):
             norm = engine.get_global_grad_norm()
             monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
         with monitor.paused():
-            top1 = run.evaluate(step) if is_due(step, config.log.eval_every_epochs, plan) else 0.0
-            if saving:
-                run.save(step, top1)
-    run.writer.wait()
-    monitor.log(f"trained for {plan.steps} steps; {config.output} holds the run")
+            if reason := run.evaluate_and_save(step, saving, agreed.reason):
+                return reason
+    return None
 
 
 @dataclass
@@ -150,10 +185,80 @@ class Run:
     loader: TrainLoader
     monitor: Monitor
     writer: CheckpointWriter
+    stop: StopAgreement
     first_step: int
+    failed_saves: int = 0  # for which the disk had no space, on rank 0
+
+    def flags(self) -> Tensor:
+        """Return what this rank tells the others in a step, for `StopAgreement.exchange`."""
+        every_minutes = self.config.checkpoint.every_minutes
+        is_save_due = every_minutes is not None and self.writer.seconds_since_save >= 60 * every_minutes
+        return self.stop.flags(is_save_due, self.writer.failed)
+
+    def evaluate_and_save(self, step: int, saving: bool, reason: str | None) -> str | None:
+        """Evaluate after `step`, counted from 0, if that is due, and begin a checkpoint if `saving`.
+
+        reason: why the run stops, None if it does not: then the evaluation is left to the resumed run. A stop during
+        the evaluation is the same. Returns the reason.
+        """
+        evaluating, top1 = is_due(step, self.config.log.eval_every_epochs, self.plan), 0.0
+        if evaluating and reason is None:
+            try:
+                top1, evaluating = self.evaluate(step), False
+            except Stopped as stopped:
+                reason = str(stopped)
+        if saving or reason:
+            state = replace(self.writer.saved, step=step + 1, loader=self.loader.state(), evaluation_due=evaluating)
+            self.writer.save(state, top1)
+        return reason
+
+    def evaluate_resumed(self) -> str | None:
+        """Evaluate the checkpoint that the run resumes from, where it was stopped before that; `best` may name it then.
+
+        Returns the reason if this evaluation is stopped as well, and remains due.
+        """
+        try:
+            self.writer.mark_best(self.evaluate(self.first_step - 1))
+        except Stopped as stopped:
+            return str(stopped)
+        return None
+
+    def report_failed_saves(self, step: int) -> None:
+        """Warn, after `step`, of checkpoints for which the disk had no space."""
+        while self.writer.warnings:
+            self.failed_saves += 1
+            line = self.writer.warnings.pop(0)
+            self.monitor.warn(f"{line}; training goes on")
+            self.monitor.text("checkpoint that could not be written", line)
+            self.monitor.scalars(step + 1, {"checkpoint/failed": self.failed_saves})
+
+    def finish(self, reason: str | None) -> int:
+        """Say how the run ended, and return the exit status. reason: why it was stopped, if it was.
+
+        Raises RunError on every rank if the last checkpoint of a finished run could not be written.
+        """
+        steps, saved = self.plan.steps, self.writer.saved
+        self.report_failed_saves(saved.step - 1)
+        if self.failed_saves:
+            self.monitor.warn(f"{self.failed_saves} checkpoints could not be written, for lack of space")
+        newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)
+        if reason is not None:
+            where = f"resumes from {newest}" if saved.step else "starts it over, as no checkpoint could be written"
+            self.monitor.log(f"stopped by {reason}; the same command {where}, step {saved.step} of {steps}")
+            return EXIT_RESUME
+        if saved.step != steps:
+            raise RunError(
+                f"trained for {steps} steps, but there is no space for the last checkpoint; make room, and the same"
+                f" command goes on from step {saved.step}"
+            )
+        self.monitor.log(f"trained for {steps} steps; {self.config.output} holds the run")
+        return 0
 
     def evaluate(self, step: int) -> float:
-        """Evaluate weights and EMA after `step`, counted from 0; return the EMA's top-1 accuracy in percent."""
+        """Evaluate weights and EMA after `step`, counted from 0; return the EMA's top-1 accuracy in percent.
+
+        Raises Stopped on every rank.
+        """
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
@@ -161,7 +266,7 @@ class Run:
             plan.val, self.config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
         )
         models = unwrapped_model(self.engine, ema), ema
-        of_weights, of_ema = evaluate(models, loader, plan.num_classes, self.config.engine.precision)
+        of_weights, of_ema = evaluate(models, self.stop.polled(loader), plan.num_classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
         scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)
@@ -174,17 +279,13 @@ class Run:
             self.monitor.log(compare_ema(scores["eval/top1"], scores["eval_ema/top1"]))
         return scores["eval_ema/top1"]
 
-    def save(self, step: int, top1: float) -> None:
-        """Begin a checkpoint after `step`, counted from 0.
 
-        top1: accuracy of the EMA in percent; 0 if it was not evaluated.
-        """
-        self.writer.save(replace(self.writer.saved, step=step + 1, loader=self.loader.state()), top1)
-
-
-def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
+def prepare(
+    config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None], stop: StopAgreement
+) -> Run:
     """Return a run's parts on their device, in the state of the newest intact checkpoint if there is one.
 
+    Raises Stopped on every rank between these parts, if the run is stopped.
     Raises RunError on every rank if checkpoint, weights or kernels do not fit the configuration, or the ranks have
     different data.
     """
@@ -203,11 +304,18 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
         norm_group=plan.norm_group,
     )
     found, faults = find_checkpoint(checkpoint_folder(config), plan.loader_options.rank)
+    stop.check()
     print_rank_0(f"building {config.model.name} and its engine", plan.loader_options.rank)
     with raise_on_all_ranks():
         saved = initial_state if found is None else layout.read_state(found)
         saved.check_compatible(initial_state)
-        state = replace(initial_state, step=saved.step, loader=saved.loader, best_top1=saved.best_top1)
+        state = replace(
+            initial_state,
+            step=saved.step,
+            loader=saved.loader,
+            best_top1=saved.best_top1,
+            evaluation_due=saved.evaluation_due,
+        )
         loader.restore(state.loader)
         plan, changes = keep_norm_group(config, plan, saved.norm_group)
         state = replace(state, norm_group=plan.norm_group)
@@ -216,19 +324,21 @@ def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callab
     with raise_on_all_ranks():
         if plan.loader_options.rank == 0 and state.step < plan.steps:
             check_disk_space(config.output, ema)
+    stop.check()
     engine = start_engine(config, plan, model)
     if found is not None:
         load(found, engine, ema)
+    stop.check()
     mfu_constants = measure_mfu_constants(config, plan, device)
     with raise_on_all_ranks():
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
-        monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed)
+        monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed, state.evaluation_due)
         log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else []), *changes])
     metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
-    folder, retention = checkpoint_folder(config), Retention(config.checkpoint.keep)
-    writer = CheckpointWriter(folder, engine, ema, state, metadata, retention, check_lock)
-    return Run(config, plan, engine, ema, loader, monitor, writer, state.step)
+    retention = Retention(config.checkpoint.keep, partial(is_milestone, config, plan))
+    writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock)
+    return Run(config, plan, engine, ema, loader, monitor, writer, stop, state.step)
 
 
 def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
@@ -307,6 +417,12 @@ def checkpoint_folder(config: Config) -> Path:
     return config.output / "checkpoints"
 
 
+def is_milestone(config: Config, plan: Plan, steps: int) -> bool:
+    """Return whether the checkpoint after `steps` completed steps is to be kept for good."""
+    every, batch = config.checkpoint.keep_every_epochs, plan.loader_options.global_batch_size
+    return every is not None and ends_interval(steps - 1, batch, every * plan.samples_per_epoch)
+
+
 def is_due(step: int, every_epochs: float, plan: Plan) -> bool:
     """Return whether an action due every `every_epochs` epochs, and at the end, is due after `step` (from 0)."""
     last = step + 1 == plan.steps
@@ -331,4 +447,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main(signals=stop_signals))

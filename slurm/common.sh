@@ -13,21 +13,37 @@
 # On a file system that all nodes share. Each job name has a folder of its own in it; a job that is requeued or
 # submitted again under the same name resumes from there.
 : "${POLAFORMER_RUNS:=$PWD/runs}"
+# How often a job that stopped before its end is put back into the queue.
+: "${POLAFORMER_MAX_RESTARTS:=100}"
 # NCCL finds the network by itself on most clusters. If it does not, name the interface for its bootstrap, such as
 # ib0, and the InfiniBand adapters, such as mlx5. Empty: NCCL's own choice.
 : "${NCCL_SOCKET_IFNAME:=}"
 : "${NCCL_IB_HCA:=}"
 # ------------------------------------------------------------------------------------------------------------
 
-# fail MESSAGE: prints an error and ends the job.
+# fail MESSAGE [CODE]: prints an error and ends the job, with exit code 2 unless another is given.
 fail() {
     echo "error: $1" >&2
-    exit 2
+    exit "${2:-2}"
 }
 
-# train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job.
+# The exit code of a run that was stopped and has saved a checkpoint: start it again.
+readonly EXIT_RESUME=75
+
+# requeue: puts this job back into the queue, from where it resumes the run, unless that was done too often.
+requeue() {
+    local restarts=${SLURM_RESTART_COUNT:-0}
+    ((restarts < POLAFORMER_MAX_RESTARTS)) || fail "job $SLURM_JOB_ID was restarted $restarts times and \
+POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" "$EXIT_RESUME"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        fail "job $SLURM_JOB_ID cannot be requeued; submit it again to resume" "$EXIT_RESUME"
+    echo "job $SLURM_JOB_ID: requeued, restart $((restarts + 1)) of at most $POLAFORMER_MAX_RESTARTS"
+}
+
+# train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job. Requeues the job if the
+# run stopped before its end; any other exit code of srun is the job's.
 train() {
-    local config=$1 cpus=${SLURM_CPUS_PER_TASK:-1} modules
+    local config=$1 cpus=${SLURM_CPUS_PER_TASK:-1} modules status=0
     shift
 
     read -ra modules <<<"$POLAFORMER_MODULES"
@@ -55,5 +71,7 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
     srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="$cpus" \
         "$POLAFORMER_PYTHON" launch/train.py --config "$config" \
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
-        output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@"
+        output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
+    ((status != EXIT_RESUME)) || requeue
+    return "$status"
 }

@@ -5,7 +5,8 @@
 #     sbatch --nodes=2 slurm/train_b4.sh optimizer.gradient_accumulation_steps=2
 #
 # Options of sbatch override the lines below; key=value goes to launch/train.py. The settings of your cluster are in
-# slurm/common.sh. Jobs of one name share a run folder, so they wait for each other (singleton).
+# slurm/common.sh. Jobs of one name share a run folder, so they wait for each other (singleton). 300 s before the time
+# limit, the run gets a signal, saves a checkpoint and the job is requeued.
 #SBATCH --job-name=polaformerpp_b4
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -14,6 +15,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --requeue
+#SBATCH --signal=USR1@300
 #SBATCH --dependency=singleton
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

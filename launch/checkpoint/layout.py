@@ -50,6 +50,7 @@ class RunState:
     loader: LoaderState
     best_top1: Annotated[float, Field(ge=0, le=100)]  # percent, of the EMA, over all evaluations with a checkpoint
     norm_group: Annotated[int, Field(ge=1)]  # samples over which BatchNorm takes its statistics
+    evaluation_due: bool = False  # the run was stopped before an evaluation at this step
     version: str = __version__
 
     def check_compatible(self, other: "RunState") -> None:

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -51,8 +52,9 @@ class CheckpointWriter:
 
     metadata: for the headers of model.safetensors and ema.safetensors.
     check_lock: raises RuntimeError if another run has locked the run's folder.
-    Attributes are `saved`, the run state of the newest checkpoint or of the run's start, and `warnings`, on rank 0 a
-    line for each checkpoint for which the disk had no space.
+    Attributes are `saved`, the run state of the newest checkpoint or of the run's start; `begun_step`, the completed
+    steps of the last checkpoint that was begun; and `warnings`, on rank 0 a line for each checkpoint for which the disk
+    had no space.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class CheckpointWriter:
         retention: Retention,
         check_lock: Callable[[], None] = lambda: None,
     ) -> None:
-        self.saved, self.warnings = initial_state, list[str]()
+        self.saved, self.begun_step, self.warnings = initial_state, initial_state.step, list[str]()
         self._folder, self._engine, self._ema = folder, engine, ema
         self._metadata, self._retention, self._check_lock = dict(metadata), retention, check_lock
         self._files = {
@@ -76,6 +78,12 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo")  # the threads' own: collectives of one group must not overlap
         self._executor = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)
         self._pending: Future[None] | None = None
+        self._began = time.monotonic()
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Time since the last checkpoint was begun, or the writer was made."""
+        return time.monotonic() - self._began
 
     def save(self, state: RunState, top1: float = 0.0) -> None:
         """Begin a checkpoint of the current tensors; `best` will name it if no earlier one has a better top-1.
@@ -84,6 +92,7 @@ class CheckpointWriter:
         Waits for the checkpoint before, and raises as `wait` does.
         """
         self.wait()
+        self._began, self.begun_step = time.monotonic(), state.step
         is_best = top1 > self.saved.best_top1
         state = replace(state, best_top1=max(top1, self.saved.best_top1))
         self._copy_tensors()
@@ -91,6 +100,17 @@ class CheckpointWriter:
         if copied is not None:
             copied.record()
         self._pending = self._executor.submit(self._write, state, is_best, copied)
+
+    def mark_best(self, top1: float) -> None:
+        """Let `best` name the checkpoint that the run resumed from, evaluated only now, if no earlier one is better.
+
+        Raises RunError on every rank.
+        """
+        if top1 > self.saved.best_top1:
+            with raise_on_all_ranks():
+                if dist.get_rank() == 0:
+                    atomic_write(self._folder / layout.BEST, f"{layout.checkpoint_name(self.saved.step)}\n".encode())
+            self.saved = replace(self.saved, best_top1=top1)
 
     @property
     def failed(self) -> bool:

@@ -146,7 +146,7 @@ def explanation(path: Path, *overrides: str) -> str:
         ),
         (
             "deepspeed.zero_optimization.elastic_checkpoint=true",
-            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: a run resumes with as many ranks as it",
+            "deepspeed.zero_optimization.elastic_checkpoint cannot be used: checkpoints fit any number of ranks as",
         ),
         ("deepspeed.checkpoint.load_universal=true", "deepspeed.checkpoint.load_universal cannot be used: checkpoints"),
         (

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from launch.distributed import (
-    EXIT_ERROR,
     RankInfo,
     RunError,
     broadcast_object,
@@ -23,6 +22,7 @@ from launch.distributed import (
     read_rank_info,
     run_distributed,
 )
+from launch.interrupt import EXIT_REFUSED
 
 ROOT = Path(__file__).parents[2]
 REPORT_RANK = Path(__file__).with_name("report_rank.py")
@@ -334,7 +334,7 @@ def test_a_single_rank_reports_a_fault_before_it_joins(no_launcher, capsys):
     def body(rank_info, device):
         raise AssertionError("is not called")
 
-    assert run_distributed(body, "cpu", timedelta(hours=1), fault=ValueError("bad arguments")) == EXIT_ERROR
+    assert run_distributed(body, "cpu", timedelta(hours=1), fault=ValueError("bad arguments")) == EXIT_REFUSED
     assert capsys.readouterr() == ("", "error: bad arguments\n")
     assert not torch.distributed.is_initialized()
 
