@@ -81,10 +81,20 @@ class LoaderOptions:
             below = self.global_batch_size // micro_batches * micro_batches
             above = below + micro_batches
             remedy = f"use {below} or {above}" if below else f"use {above}"
+            if sizes := self._nearest_world_sizes():
+                remedy += f", or {sizes} ranks"
             raise ValueError(
                 f"global batch {self.global_batch_size} is not divisible by"
                 f" {self.world_size} ranks × {self.gradient_accumulation_steps} accumulation; {remedy}"
             )
+
+    def _nearest_world_sizes(self) -> str:
+        """Name the nearest numbers of ranks that divide the batch, below and above this one: "2 or 4"; "" for none."""
+        micro_batches, rest = divmod(self.global_batch_size, self.gradient_accumulation_steps)
+        sizes = [] if rest else [size for size in range(1, micro_batches + 1) if micro_batches % size == 0]
+        below = [size for size in sizes if size < self.world_size][-1:]
+        above = [size for size in sizes if size > self.world_size][:1]
+        return " or ".join(map(str, below + above))
 
     @property
     def micro_batch_size(self) -> int:

@@ -244,7 +244,9 @@ class Run:
         newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)
         if reason is not None:
             where = f"resumes from {newest}" if saved.step else "starts it over, as no checkpoint could be written"
-            self.monitor.log(f"stopped by {reason}; the same command {where}, step {saved.step} of {steps}")
+            self.monitor.log(
+                f"stopped by {reason} after step {self.writer.begun_step}/{steps}; the same command {where}"
+            )
             return EXIT_RESUME
         if saved.step != steps:
             raise RunError(

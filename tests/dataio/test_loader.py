@@ -238,11 +238,11 @@ def test_a_state_without_an_order_is_of_a_full_shuffle(many):
     [
         (
             {"global_batch_size": 1000, "world_size": 8, "gradient_accumulation_steps": 2},
-            "global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008",
+            "global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008, or 5 or 10 ranks",
         ),
         (
             {"global_batch_size": 3, "world_size": 4},
-            "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4",
+            "global batch 3 is not divisible by 4 ranks × 1 accumulation; use 4, or 3 ranks",
         ),
         ({"global_batch_size": 0}, "global batch 0, .* must be at least 1"),
         ({"global_batch_size": 8, "seed": -1}, "seed -1 at least 0"),

@@ -1,4 +1,7 @@
-"""Ctrl-C on real commands, while they import and while they work: one line, status 130, no traceback."""
+"""Ctrl-C on real commands, while they import and while they work: one line, status 130, no traceback.
+
+Training, which other signals stop as well, ends with status 75; test_stop.py stops it everywhere else.
+"""
 
 import os
 import signal
@@ -9,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.interrupt import exit_on_interrupt
+from launch import checkpoint
+from launch.interrupt import STOP_SIGNALS, exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
-TRAINING = "interrupted; the same command resumes from the last checkpoint, if there is one\n"
+TRAINING = "stopped by {} before the first step; the same command starts it again\n"
 
 
 def start(words: Iterable[object], environ: dict[str, str]) -> subprocess.Popen:
@@ -38,24 +42,34 @@ def wait_for(words: str, lines: Iterable[str]) -> None:
         ("-m", "launch.plan", "--config", "configs/quickstart.yaml"),
         ("-m", "launch.quickstart"),
         ("-m", "launch.benchmark", "resume"),
-        ("launch/train.py", "--config", "configs/quickstart.yaml"),
     ],
-    ids=lambda words: words[-1],
+    ids=lambda words: words[1],
 )
 def test_ctrl_c_during_imports(environ, words):
+    assert end_during_imports(environ, words, signal.SIGINT) == (["interrupted\n"], 130)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_signals_during_the_imports_of_training(environ, number):
+    words = "launch/train.py", "--config", "configs/quickstart.yaml"
+    assert end_during_imports(environ, words, number) == ([TRAINING.format(number.name)], 75)
+
+
+def end_during_imports(environ: dict[str, str], words: Iterable[str], number: signal.Signals) -> tuple[list[str], int]:
+    """Sends a signal to a command while it imports PyTorch; returns the lines of its errors, and its status."""
     process = start(("-X", "importtime", *words), environ)
     wait_for("torch.torch_version", process.stderr)  # one of the first of PyTorch's modules
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     output, errors = process.communicate()
-    printed = [line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")]
-    assert printed == [TRAINING if words[0] == "launch/train.py" else "interrupted\n"]
-    assert process.returncode == 130
     assert "trained" not in output
+    return [
+        line for line in errors.splitlines(keepends=True) if not line.startswith("import time:")
+    ], process.returncode
 
 
 @pytest.mark.slow
-def test_ctrl_c_during_training_ends_all_ranks(environ, small_config, free_port, tmp_path):
-    """Whatever each rank waits for; rank 0 prints the line for both."""
+def test_ctrl_c_during_training_stops_all_ranks(environ, small_config, free_port, tmp_path):
+    """Rank 0 prints the lines for both."""
     words = "launch/train.py", "--config", small_config, f"output={tmp_path / 'run'}", "log.every_steps=1"
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
     ranks = [start(words, environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
@@ -67,10 +81,11 @@ def test_ctrl_c_during_training_ends_all_ranks(environ, small_config, free_port,
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [130, 130]
-    assert [errors.count("interrupted") for _, errors in ends] == [1, 0]
-    assert ends[0][1].endswith(TRAINING)
+    assert [rank.returncode for rank in ranks] == [75, 75]
+    assert [errors.count("SIGINT: the run stops") for _, errors in ends] == [1, 0]
+    assert [output.count("stopped by SIGINT after step ") for output, _ in ends] == [1, 0]
     assert "Traceback" not in ends[0][1] + ends[1][1]
+    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints")[0] is not None
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_options_of_earlier_versions_name_the_new_ones(capsys, old, new):
 
 def test_an_indivisible_batch_is_an_error(configure):
     config = configure("optimizer.global_batch_size=1000", "optimizer.gradient_accumulation_steps=2")
-    message = "^global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008$"
+    message = "^global batch 1000 is not divisible by 8 ranks × 2 accumulation; use 992 or 1008, or 5 or 10 ranks$"
     with pytest.raises(ValueError, match=message):
         make_plan(config, 0, 8)
 
@@ -417,5 +417,5 @@ def test_the_command(command, small_config, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
     assert main([*plan, "optimizer.global_batch_size=30"]) == 2
-    message = "error: global batch 30 is not divisible by 4 ranks × 1 accumulation; use 28 or 32\n"
+    message = "error: global batch 30 is not divisible by 4 ranks × 1 accumulation; use 28 or 32, or 3 or 5 ranks\n"
     assert capsys.readouterr() == ("", message)

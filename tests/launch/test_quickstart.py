@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -16,8 +18,10 @@ import torch
 from dataio.manifest import load_manifest
 from dataio.pack.options import PackOptions
 from dataio.pack.packer import read_report
+from launch import checkpoint
 from launch.custom_dataset import inspect_dataset
 from launch.find_weights import find_weights
+from launch.interrupt import EXIT_RESUME
 from launch.quickstart import SUMMARY_NAME, main, pack_commands
 
 ROOT = Path(__file__).parents[2]
@@ -33,11 +37,19 @@ def project(tmp_path_factory) -> Path:
     return root
 
 
-def quickstart(project: Path, *arguments: object) -> subprocess.CompletedProcess:
+def begin(project: Path, *arguments: object) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environ = os.environ | {"PATH": path, "PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-    command = [sys.executable, "-m", "launch.quickstart", *map(str, arguments)]
-    return subprocess.run(command, cwd=project, env=environ, capture_output=True, text=True)
+    command, pipe = [sys.executable, "-m", "launch.quickstart", *map(str, arguments)], subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=project, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def quickstart(project: Path, *arguments: object) -> subprocess.CompletedProcess:
+    process = begin(project, *arguments)
+    output, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def commands(finished: subprocess.CompletedProcess) -> list[str]:
@@ -67,8 +79,8 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     assert "film.mp4: its name ends with none of" in refused.stderr
     finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    (run,) = (project / "runs").iterdir()
-    (shards,) = (target for target in (project / "data" / "shards").iterdir() if (target / "train").exists())
+    (run,) = (project / "runs").glob("quickstart-it-s*")
+    (shards,) = (target for target in (project / "data" / "shards").glob("it-s*") if (target / "train").exists())
     assert run.name == f"quickstart-{shards.name}"
     assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
     for line in ("top-1 of the weights", "top-1 of the EMA", "total", f"tensorboard --logdir runs/{run.name}"):
@@ -97,6 +109,25 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     assert len(commands(finished)) == 2 + len(commands(again))  # two of them packed
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert "of which steps" not in again.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_training_leaves_a_checkpoint_and_no_process(project, fashion):
+    process = begin(project, f"--data={fashion}", *SHORT, "log.every_steps=1", "optimizer.epochs=1000")
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    training = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, errors = process.communicate()
+    assert process.returncode == EXIT_RESUME, errors
+    assert errors.endswith("interrupted; the same command resumes\n")
+    assert "Traceback" not in output + errors
+    assert training
+    assert not any(process.is_running() for process in training)
+    (stopped,) = re.findall(r"stopped by SIGINT after step (\d+)/", output)
+    (run,) = (project / "runs").glob(f"quickstart-{fashion.name}*")
+    assert checkpoint.find_newest(run / "checkpoints")[0].name == f"step-{int(stopped):08d}"
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch import checkpoint
+from launch.checkpoint import layout
+from launch.interrupt import EXIT_RESUME
 
+STOPPED_RUN = Path(__file__).with_name("stopped_run.py")
 STEPS = 31
 EVERYTHING = "model.drop_path_rate=0.3", "model.norm_group=8", "checkpoint.every_epochs=99", "log.eval_every_epochs=99"
 ACCUMULATION = {1: 1, 2: 2, 4: 1}  # micro-steps by ranks: 4 groups of BatchNorm in a batch, or 1
@@ -17,17 +19,28 @@ ACCUMULATION = {1: 1, 2: 2, 4: 1}  # micro-steps by ranks: 4 groups of BatchNorm
 
 @pytest.fixture(scope="module")
 def train(forked, train_arguments, small_shards, tmp_path_factory) -> Callable[..., Path]:
-    """Returns a function: ranks and overrides → the folder of the finished run."""
+    """Returns a function: ranks and overrides → the folder of the run.
 
-    def run(ranks: int, *more: str) -> Path:
-        output = tmp_path_factory.mktemp(f"ranks-{ranks}") / "run"
+    stop: the step in which SIGTERM reaches rank 0, after which there is another; the run is finished by default.
+    output: of a run that is resumed.
+    """
+
+    def run(ranks: int, *more: str, stop: int | None = None, output: Path | None = None) -> Path:
+        output = output or tmp_path_factory.mktemp(f"ranks-{ranks}") / "run"
         micro_steps = f"optimizer.gradient_accumulation_steps={ACCUMULATION[ranks]}"
         arguments = train_arguments(small_shards, output, *EVERYTHING, micro_steps, *more)
-        finished = forked(ranks, "launch/train.py", *arguments)
-        assert finished.returncode == 0, finished.stderr
+        wanted = {"STOP_AT": json.dumps({"at": f"step {stop}", "signals": ["SIGTERM"], "rank": 0})} if stop else {}
+        finished = forked(ranks, STOPPED_RUN, *arguments, **wanted)
+        assert finished.returncode == (EXIT_RESUME if stop else 0), finished.stderr
         return output
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one(train) -> Path:
+    """The whole run on one rank."""
+    return train(1, "optimizer.epochs=6")
 
 
 def losses(run: Path) -> list[float]:
@@ -36,8 +49,8 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest, _ = checkpoint.find_newest(run / "checkpoints")
-    return load_file(newest / checkpoint.MODEL_NAME)
+    newest, _ = layout.find_newest(run / "checkpoints")
+    return load_file(newest / layout.MODEL_NAME)
 
 
 def assert_near(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], kind: str) -> None:
@@ -50,13 +63,24 @@ def assert_near(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], k
 
 
 @pytest.mark.slow
-def test_losses_and_variances_do_not_depend_on_the_number_of_ranks(train):
-    one, *others = (train(ranks, "optimizer.epochs=6") for ranks in ACCUMULATION)
+def test_losses_and_variances_do_not_depend_on_the_number_of_ranks(train, one):
+    others = [train(ranks, "optimizer.epochs=6") for ranks in (2, 4)]
     assert len(losses(one)) == STEPS
     assert losses(one)[-1] < losses(one)[0]
     for other in others:
         assert losses(other) == pytest.approx(losses(one), rel=1e-5)
         assert_near(weights(other), weights(one), "running_var")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_zero_stages_in_mid_epoch(train, one):
+    """4 → 1 → 2 ranks under ZeRO-1, 3 and 0, with the same command but for the stage."""
+    run = train(4, "optimizer.epochs=6", stop=9)
+    train(1, "optimizer.epochs=6", "engine.zero_stage=3", stop=19, output=run)
+    train(2, "optimizer.epochs=6", "engine.zero_stage=0", output=run)
+    assert len(losses(run)) == STEPS
+    assert losses(run) == pytest.approx(losses(one), rel=1e-5)
+    assert_near(weights(run), weights(one), "running_var")
 
 
 @pytest.mark.slow

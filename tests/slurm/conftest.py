@@ -25,7 +25,8 @@ NODES = ("127.0.0.2", "127.0.0.3")
 SBIN = ":/usr/sbin:/sbin"  # where the daemons are, which is not on everybody's PATH
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo", "squeue", "scancel")
 
-# A machine may be slow: Slurm's own limits, of 2 s (TCPTimeout), 10 s and 60 s, are set to what none needs.
+# A machine may be slow: Slurm's own limits, of 2 s (TCPTimeout), 10 s and 60 s, are set to what none needs. A requeued
+# job waits until its credential has expired, which takes 120 s by default.
 CONFIGURATION = """
 ClusterName=test
 FirstJobId={first_job}
@@ -34,7 +35,7 @@ SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -47,7 +48,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1
 TCPTimeout=100
 MessageTimeout=100
 BatchStartTimeout=3600
@@ -82,11 +83,15 @@ class Cluster:
     def wait(self, job_id: str) -> dict[str, str]:
         """Waits for the job's end and returns the fields of `scontrol show job`: JobState, ExitCode, …"""
         while True:
-            shown = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.folder).stdout
-            job = dict(re.findall(r"(\S+?)=(\S*)", shown))
+            job = self.job(job_id)
             if job["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"):
                 return job
             time.sleep(0.2)  # `sbatch --wait` looks every 10 s only
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        shown = self.run("scontrol", "show", "job", "--oneliner", job_id, folder=self.folder).stdout
+        return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
     def nodes_with_tasks(self, job_id: str) -> list[str]:
         """The nodes whose slurmd has started tasks of the job's first step."""

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,18 +28,23 @@ def overrides(fashion_shards, run_folder: Path) -> list[str]:
         "data.threads=1",
         "engine.precision=fp32",
         "optimizer.global_batch_size=32",
-        "optimizer.epochs=0.2",
+        "optimizer.epochs=0.6",
         "optimizer.warmup_epochs=0",
         "log.every_steps=1",
     ]
 
 
-def submit(cluster, template, *arguments, root, log, **environ):
-    """Submits a template from the folder `root` and waits; returns Slurm's fields of the ended job, and its log."""
+def begin(cluster, template, *arguments, root, log, **environ) -> str:
+    """Submits a template from the folder `root`; returns the job's id."""
     sbatch = ["sbatch", "--parsable", *TWO_CPU_NODES, f"--output={log}", template, *arguments]
     done = cluster.run(*sbatch, folder=root, **{"POLAFORMER_PYTHON": sys.executable} | environ)
     assert done.returncode == 0, done.stderr
-    job = cluster.wait(done.stdout.strip())
+    return done.stdout.strip()
+
+
+def submit(cluster, template, *arguments, root, log, **environ):
+    """The same, and waits; returns Slurm's fields of the ended job, and its log."""
+    job = cluster.wait(begin(cluster, template, *arguments, root=root, log=log, **environ))
     return job, log.read_text()
 
 
@@ -75,6 +81,8 @@ if "fail" in sys.argv and rank == "1":
     sys.exit(7)
 if "fail" in sys.argv:
     signal.pause()
+if "stop" in sys.argv:
+    sys.exit(75)
 """
 
 
@@ -125,6 +133,13 @@ def test_a_failed_task_ends_the_others_and_fails_the_job(cluster, project, tmp_p
     assert "rank 0 was here" in log, "its last output was lost"
 
 
+def test_a_job_is_not_requeued_for_ever(cluster, project, tmp_path):
+    log = tmp_path / "job.log"
+    job, log = submit(cluster, TEMPLATES[0], "stop", root=project, log=log, POLAFORMER_MAX_RESTARTS="0")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
+    assert log.endswith("was restarted 0 times and POLAFORMER_MAX_RESTARTS is 0; submit it again to resume\n")
+
+
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], root=tmp_path, log=tmp_path / "job.log")
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0")
@@ -173,13 +188,50 @@ def test_a_batch_script_itself_is_one_rank(cluster, tmp_path):
     assert (found["launcher"], found["group"], found["node"]) == ("python", [0, 1], cluster.nodes[0])
 
 
-@pytest.mark.slow
-def test_train_b4_trains_to_the_end_on_two_nodes(cluster, fashion_shards, tmp_path):
-    run_folder = tmp_path / "run"
-    settings = overrides(fashion_shards, run_folder)
-    job, log = submit(cluster, TEMPLATES[0], *settings, root=ROOT, log=tmp_path / "job.log")
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log
+@pytest.fixture(scope="module")
+def whole(cluster, fashion_shards, tmp_path_factory) -> Path:
+    """The folder of an undisturbed run on two nodes."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_folder = folder / "run"
+    job, log = submit(cluster, TEMPLATES[0], *overrides(fashion_shards, run_folder), root=ROOT, log=folder / "job.log")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), log
     assert cluster.nodes_with_tasks(job["JobId"]) == list(cluster.nodes)
     assert "= 2 ranks × 1 accumulation × 16" in log
     assert f"steps; {run_folder} holds the run" in log
-    assert (run_folder / "metrics.jsonl").read_text().strip()
+    return run_folder
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Losses, learning rates and accuracies of a run, without speeds."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in lines]
+
+
+@pytest.mark.slow
+def test_train_b4_trains_to_the_end_on_two_nodes(whole):
+    assert [line["step"] for line in metrics(whole) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_a_signal_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
+    """As before a time limit: USR1 to the tasks in their second step → checkpoint → requeued → the same metrics."""
+    root, run_folder, log = tmp_path / "project", tmp_path / "run", tmp_path / "job.log"
+    for name in ("slurm", "configs"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).symlink_to(ROOT / name)
+    (root / "launch").mkdir()
+    (root / "launch/train.py").symlink_to(ROOT / "tests/launch/stopped_run.py")
+    held = json.dumps({"at": "step 2", "reached": str(tmp_path / "reached")})
+    settings = overrides(fashion_shards, run_folder)
+    job_id = begin(cluster, TEMPLATES[0], *settings, root=root, log=log, STOP_AT=held, PYTHONPATH=str(ROOT))
+    while not all((tmp_path / f"reached-{rank}").exists() for rank in (0, 1)):
+        assert cluster.job(job_id)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
+        time.sleep(0.2)
+    assert cluster.run("scancel", "--signal=USR1", job_id, folder=root).returncode == 0
+    job = cluster.wait(job_id)
+    text = log.read_text()
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    assert f"stopped by SIGUSR1 after step 3/6; the same command resumes from {run_folder}/checkpoints" in text
+    assert "Exited with exit code 75" in text
+    assert f"resumes from {run_folder}/checkpoints/step-00000003" in text
+    assert metrics(run_folder) == metrics(whole)
