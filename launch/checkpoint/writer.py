@@ -168,7 +168,8 @@ class CheckpointWriter:
         self._check_lock()
         self._folder.mkdir(exist_ok=True)
         layout.remove_leftovers(self._folder)
-        check_disk_space(self._folder, self._ema)
+        if shutil.disk_usage(self._folder).free < expected_bytes(self._ema):
+            raise _DiskError("no space", errno.ENOSPC)
         staging.mkdir()
 
     def _write_file(self, path: Path) -> dict[str, Any]:
@@ -178,7 +179,7 @@ class CheckpointWriter:
         except SafetensorError as error:
             found = re.search(r"\(os error (\d+)\)", str(error))
             number = int(found[1]) if found else errno.EIO
-            raise OSError(number, f"cannot write {path}: {os.strerror(number)}") from error
+            raise _DiskError(f"{path.name}: {os.strerror(number)}", number) from error
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes its files readable for their owner only
         sync(path)
         return layout.describe_file(path)
@@ -211,17 +212,21 @@ class CheckpointWriter:
 
 
 def check_disk_space(folder: Path, ema: ModelEma) -> None:
-    """Raise OSError if the disk of an existing folder has no space for one more checkpoint of such a model."""
+    """Raise RuntimeError if the disk of an existing folder has no space for one more checkpoint of such a model."""
     free, needed = shutil.disk_usage(folder).free, expected_bytes(ema)
     if free < needed:
-        raise _NoSpaceError(
+        raise RuntimeError(
             f"no space for a checkpoint in {folder}: it needs {_mib(needed)}, {_mib(free)} are free; make room, or"
             " choose an output on a larger disk"
         )
 
 
-class _NoSpaceError(RuntimeError):
-    errno = errno.ENOSPC
+class _DiskError(RuntimeError):
+    """A file could not be written; `errno` is the system's reason, as of OSError."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.errno = number
 
 
 def expected_bytes(ema: ModelEma) -> int:

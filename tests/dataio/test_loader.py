@@ -224,15 +224,6 @@ def test_the_state_of_another_window_is_refused(many):
             loaders(many, 1, shuffle_window_shards=shuffle_window_shards)[0].restore(state)
 
 
-def test_a_state_without_an_order_is_of_a_full_shuffle(many):
-    (loader,) = loaders(many, 1)
-    state = {name: value for name, value in loader.state().items() if name != "order"}
-    loader.restore({**state, "samples_seen": 48})
-    assert loader.state()["samples_seen"] == 48
-    with pytest.raises(ValueError, match="the run began with order full, this is order windowed by 3 shards"):
-        loaders(many, 1, shuffle_window_shards=3)[0].restore(state)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import checkpoint
+from launch.checkpoint import layout
 from launch.interrupt import STOP_SIGNALS, exit_on_interrupt
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_ctrl_c_during_training_stops_all_ranks(environ, small_config, free_port
     assert [errors.count("SIGINT: the run stops") for _, errors in ends] == [1, 0]
     assert [output.count("stopped by SIGINT after step ") for output, _ in ends] == [1, 0]
     assert "Traceback" not in ends[0][1] + ends[1][1]
-    assert checkpoint.find_newest(tmp_path / "run" / "checkpoints")[0] is not None
+    assert layout.find_newest(tmp_path / "run" / "checkpoints")[0] is not None
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ PRINTED_BY = {
     "dataio/pack/image_checks.py": ("dataio.pack",),
     "dataio/pack/options.py": ("dataio.pack",),
     "dataio/pack/layout.py": ("dataio.pack",),
+    "launch/checkpoint/layout.py": ("launch.train",),
     "launch/config.py": _RUNS,
     "launch/custom_dataset.py": ("launch.quickstart",),
     "launch/engine.py": ("launch.train",),
