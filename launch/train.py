@@ -179,7 +179,8 @@ class Run:
 
         top1: accuracy of the EMA in percent; 0 if it was not evaluated.
         """
-        self.writer.save(replace(self.writer.saved, step=step + 1, loader=self.loader.state()), top1)
+        epoch = (step + 1) * self.plan.loader_options.global_batch_size / self.plan.samples_per_epoch
+        self.writer.save(replace(self.writer.saved, step=step + 1, epoch=epoch, loader=self.loader.state()), top1)
 
 
 def prepare(config: Config, plan: Plan, device: torch.device, check_lock: Callable[[], None]) -> Run:
