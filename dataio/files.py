@@ -54,9 +54,10 @@ def read_small_file(path: Path, max_bytes: int = 1 << 24) -> bytes:
     no end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a file")
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path} is not a file")
         content = file.read(max_bytes + 1) or b""  # None where the kernel has nothing to say yet, as in /proc/kmsg
     if len(content) > max_bytes:
         raise ValueError(f"{path} has more than {max_bytes:,} bytes")

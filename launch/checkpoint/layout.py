@@ -36,6 +36,7 @@ POINTERS = LATEST, BEST = "latest", "best"
 _OLD_STATE = "engine"  # folder of the optimizer's state until version 0.1.0
 _CHECKPOINT = re.compile(r"step-([0-9]{8})")
 _FILE_NAME = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)  # in a manifest: inside the checkpoint
+_NAME_LENGTH = 255  # at most
 
 
 class _ManifestEntry(TypedDict):
@@ -56,7 +57,7 @@ class RunState:
 
     step: Annotated[int, Field(ge=0)]  # completed steps
     model: str
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=1)]
     world_size: Annotated[int, Field(ge=1, lt=2**31)]  # when it was saved, as zero_stage; a run resumes with any other
     zero_stage: Annotated[int, Field(ge=0, le=3)]
     loader: LoaderState
@@ -215,7 +216,7 @@ def _read_manifest(path: Path) -> dict[str, _ManifestEntry]:
         files = schema.validate_json(read_small_file(path))
     except ValidationError as error:
         raise ValueError(f"{path} cannot be read ({_first_fault(error)})") from error
-    if strange := [name for name in files if not _FILE_NAME.fullmatch(name)]:
+    if strange := [name for name in files if len(name) > _NAME_LENGTH or not _FILE_NAME.fullmatch(name)]:
         raise ValueError(f"{path} names {escape_unprintable(strange[0])}, which is no file of a checkpoint")
     required = {MODEL_NAME, EMA_NAME, STATE_NAME}
     if not any(name.startswith(f"{_OLD_STATE}/") for name in files):
