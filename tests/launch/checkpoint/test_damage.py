@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save
 
 from launch.checkpoint import layout
+from launch.checkpoint.__main__ import main
 from launch.checkpoint.layout import EMA_NAME, MANIFEST_NAME, MODEL_NAME, MOMENT_NAMES, STATE_NAME
 from launch.checkpoint.tensors import load
 from launch.distributed import RunError
@@ -319,6 +320,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_of_it_is_loaded(begin, traine
         checkpoint = copy_as_links(newest, tmp_path / str(number))
         damage(checkpoint)
         fault = f"{number}, {named}: {what}"
+        assert main([str(checkpoint.path.parent)]) in (0, 1), "python -m launch.checkpoint lists it"
         try:
             found, _ = layout.find_newest(checkpoint.path.parent)
             layout.read_state(found)
