@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import polaformer
-from dataio.manifest import Manifest
+from dataio.manifest import load_manifest
 from launch.checkpoint import layout
 from launch.checkpoint.__main__ import main
 
@@ -63,7 +63,7 @@ def test_a_run_is_listed(run, printed):
 
 
 def test_the_epoch_is_that_of_the_step(trained_run, fashion_shards):
-    images = len(Manifest.load(fashion_shards / "train"))
+    images = len(load_manifest(fashion_shards / "train"))
     states = [layout.read_state(trained_run / "checkpoints" / name) for name in (OLDER, NEWER)]
     assert [state.epoch for state in states] == [38 * 16 / images, 75 * 16 / images]
 
