@@ -9,7 +9,7 @@ What a batch passes through, in order:
 - augment/: everything that changes pixels: crops, flips and ops of single images, mixup and cutmix of batches.
 - pipeline.py, decode.py: the DALI graph, and the batches that go through it.
 - bad_samples.py: diagnosis, substitutes and budget of undecodable images.
-- loader.py: the batches of one rank, in training and in evaluation, and the state to resume from.
+- loader.py: the batches of one rank, in training and in evaluation; loader_state.py: the state to resume from.
 
 Commands: pack/ (`python -m dataio.pack`) writes shards from images, verify.py checks them, show.py draws batches.
 Shared: options.py (base of all options), files.py, urls.py, pil.py, workers.py (processes), progress.py.

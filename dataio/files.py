@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 _LOCK_NAME, _CONTENT_NAME = "lock", "content"
+_SHOWN_CHARACTERS = 200
 _LOCK_SECONDS = 2.0  # time for the last worker processes of a killed command to end
 
 
@@ -35,6 +37,31 @@ def list_folder(path: str | Path) -> list[os.DirEntry[str]]:
 def printable(path: str) -> str:
     r"""Return a path with bytes that are not UTF-8, which Python keeps as lone surrogates, written as \xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def escape_unprintable(text: object) -> str:
+    r"""Return a text of a file, as a message may show it: control characters escaped (\x1b), cut after 200."""
+    shown = str(text)
+    end = "…" if len(shown) > _SHOWN_CHARACTERS else ""
+    shown = shown[:_SHOWN_CHARACTERS]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + end
+
+
+def read_small_file(path: Path, max_bytes: int = 1 << 24) -> bytes:
+    """Return the content of a file of at most `max_bytes`.
+
+    Raises ValueError if it is larger or not a regular file: reading a pipe would wait for ever, and a device may have
+    no end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a file")
+    with open(descriptor, "rb") as file:
+        content = file.read(max_bytes + 1) or b""  # None where the kernel has nothing to say yet, as in /proc/kmsg
+    if len(content) > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes:,} bytes")
+    return content
 
 
 @contextmanager

@@ -18,23 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from typing_extensions import TypedDict
 
 from dataio.augment.params import ImageOptions, eval_params, train_params
 from dataio.bad_samples import BadSampleBudget, SubstitutedSample
 from dataio.decode import BatchRequest, SubstituteFn, decode_batches
+from dataio.loader_state import LoaderState
 from dataio.manifest import Manifest
 from dataio.sampler import ShuffledSampler, draws_at
-
-
-class LoaderState(TypedDict):
-    """The position of a run, and what must be the same to resume there."""
-
-    seed: int
-    samples_seen: int  # of completed steps, over all ranks
-    manifest_hash: str
-    global_batch: int
-    order: str  # of `str(ShuffledSampler)`
 
 
 class Batch(NamedTuple):

@@ -101,14 +101,15 @@ def read_model_metadata(path: Path) -> ModelMetadata | None:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
     if _KEY not in metadata:
         return None
-    on_disk = json.loads(metadata[_KEY])
     try:
+        on_disk = json.loads(metadata[_KEY])
         fields: dict[str, Any] = {
             name: on_disk[_KEYS_ON_DISK.get(name, name)] for name in ModelMetadata.__dataclass_fields__
         }
         fields["crop_mode"] = {value: name for name, value in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
+        fields |= {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
     except KeyError as error:
         raise ValueError(f"{path} has metadata of another version, without {error}; export it again") from error
-    for name in ("classes", "mean", "std"):
-        fields[name] = tuple(fields[name])
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} has damaged metadata ({error}); copy or export it again") from error
     return ModelMetadata(**fields)

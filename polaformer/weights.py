@@ -88,8 +88,9 @@ def load_weights(model: nn.Module, path: str | Path, new_head: bool = False) -> 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}); copy or export it again") from error
+    except (SafetensorError, TypeError, RuntimeError) as error:  # those that are none: a shape that PyTorch cannot have
+        reason = str(error).splitlines()[0].encode("ascii", "backslashreplace").decode()
+        raise ValueError(f"{path} is not a safetensors file ({reason}); copy or export it again") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:

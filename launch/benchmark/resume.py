@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from dataio.augment.params import ImageOptions
-from dataio.loader import LoaderOptions, LoaderState, TrainLoader
+from dataio.loader import LoaderOptions, TrainLoader
+from dataio.loader_state import LoaderState
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, Manifest, load_manifest, read_manifest_file
 from dataio.sampler import ShuffledSampler
 from dataio.workers import available_cores, sigint_blocked

@@ -12,28 +12,41 @@ A run resumes from the newest checkpoint whose files match its manifest. All ten
 fits any number of ranks and any ZeRO stage; no file can execute code.
 """
 
+import importlib
 import json
 import re
 import shutil
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from dataio.files import atomic_write, sha256_of, sync
-from dataio.loader import LoaderState
-from polaformer import __version__
+from dataio.files import atomic_write, escape_unprintable, read_small_file, sha256_of, sync
+from dataio.loader_state import LoaderState
 
 MANIFEST_NAME, STATE_NAME = "manifest.json", "state.json"
 MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"
 MOMENT_NAMES = {"exp_avg": "exp_avg.safetensors", "exp_avg_sq": "exp_avg_sq.safetensors"}  # of AdamW
 POINTERS = LATEST, BEST = "latest", "best"
 _OLD_STATE = "engine"  # folder of the optimizer's state until version 0.1.0
-_CHECKPOINT = re.compile(r"step-(\d{8})")
+_CHECKPOINT = re.compile(r"step-([0-9]{8})")
+_FILE_NAME = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)  # in a manifest: inside the checkpoint
+_NAME_LENGTH = 255  # at most
+
+
+class _ManifestEntry(TypedDict):
+    bytes: int
+    sha256: str
+
+
+def _our_version() -> str:
+    """Return the version of this code; its import takes seconds, which reading a checkpoint does not need."""
+    return str(importlib.import_module("polaformer").__version__)
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,15 @@ class RunState:
 
     step: Annotated[int, Field(ge=0)]  # completed steps
     model: str
-    num_classes: int
-    world_size: int  # when it was saved, as zero_stage; a run resumes with any other
-    zero_stage: int
+    num_classes: Annotated[int, Field(ge=1)]
+    world_size: Annotated[int, Field(ge=1, lt=2**31)]  # when it was saved, as zero_stage; a run resumes with any other
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
     loader: LoaderState
     best_top1: Annotated[float, Field(ge=0, le=100)]  # percent, of the EMA, over all evaluations with a checkpoint
     norm_group: Annotated[int, Field(ge=1)]  # samples over which BatchNorm takes its statistics
     evaluation_due: bool = False  # the run was stopped before an evaluation at this step
-    version: str = __version__
+    epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # completed, for people: nothing depends on it
+    version: str = field(default_factory=_our_version)
 
     def check_compatible(self, other: "RunState") -> None:
         """Raise ValueError if a run whose initial state is `other` cannot resume from this state."""
@@ -108,21 +122,44 @@ def check_pointers(folder: Path) -> None:
 
 def read_state(checkpoint: Path) -> RunState:
     """Return the run state of a checkpoint. Raises ValueError if a run of this version cannot resume from it."""
-    if (checkpoint / _OLD_STATE).is_dir() and not (checkpoint / MOMENT_NAMES["exp_avg"]).exists():
-        raise ValueError(
-            f"{checkpoint} was written by version 0.1.0, with the optimizer's state as pickles of DeepSpeed; resume"
-            " with that version, or start a new run in another output folder from its weights, with"
-            f" model.weights={checkpoint / MODEL_NAME}"
-        )
+    if is_of_old_version(checkpoint):
+        raise ValueError(describe_old_version(checkpoint))
     path = checkpoint / STATE_NAME
     try:
-        return TypeAdapter(RunState).validate_json(path.read_bytes())
+        state = TypeAdapter(RunState).validate_json(read_small_file(path))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise ValueError(
-            f"{path} is of another version, or damaged ({where}: {first['msg']}); resume with the version that wrote it"
+            f"{path} is of another version, or damaged ({_first_fault(error)}); resume with the version that wrote it"
         ) from error
+    position = state.step * state.loader["global_batch"]
+    if state.loader["samples_seen"] != position or (
+        _CHECKPOINT.fullmatch(checkpoint.name) and state.step != step_of(checkpoint)
+    ):
+        raise ValueError(
+            f"{path} is of another checkpoint, or damaged (step {state.step}, {state.loader['samples_seen']} samples in"
+            f" batches of {state.loader['global_batch']}); remove this checkpoint to resume from an older one"
+        )
+    return state
+
+
+def is_of_old_version(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written by version 0.1.0."""
+    return (checkpoint / _OLD_STATE).is_dir() and not (checkpoint / MOMENT_NAMES["exp_avg"]).exists()
+
+
+def describe_old_version(checkpoint: Path) -> str:
+    """Return what can be done with a checkpoint that was written by version 0.1.0."""
+    return (
+        f"{checkpoint} was written by version 0.1.0, with the optimizer's state as pickles of DeepSpeed; resume with"
+        f" that version, or start a new run in another output folder from its weights, with"
+        f" model.weights={checkpoint / MODEL_NAME}"
+    )
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return f"{escape_unprintable(where)}: {escape_unprintable(first['msg'])}"
 
 
 def write_state(checkpoint: Path, state: RunState) -> None:
@@ -137,7 +174,7 @@ def is_checkpoint(path: Path) -> bool:
 
 def resolve_pointer(pointer: Path) -> Path:
     """Return the checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
-    name = pointer.read_bytes()[:100].decode(errors="replace").strip()
+    name = read_small_file(pointer)[:100].decode(errors="replace").strip()
     there = ", ".join(path.name for path in list_checkpoints(pointer.parent)) or "none"
     if not _CHECKPOINT.fullmatch(name):
         raise ValueError(f"{pointer} holds {name!r} instead of the name of a checkpoint; there are: {there}")
@@ -146,29 +183,48 @@ def resolve_pointer(pointer: Path) -> Path:
     return pointer.parent / name
 
 
-def find_corruption(checkpoint: Path) -> str | None:
-    """Return the first difference between a checkpoint's files and its manifest, None if there is none."""
+def find_corruption(checkpoint: Path, verify: bool = True) -> str | None:
+    """Return the first difference between a checkpoint's files and its manifest, None if there is none.
+
+    verify: hash the files; otherwise only their presence and sizes are compared.
+    """
     try:
-        files = json.loads((checkpoint / MANIFEST_NAME).read_text())
-        required = {MODEL_NAME, EMA_NAME, STATE_NAME}
-        if not any(name.startswith(f"{_OLD_STATE}/") for name in files):
-            required |= set(MOMENT_NAMES.values())
-        if missing := required.difference(files):
-            return f"{checkpoint / MANIFEST_NAME} does not name {', '.join(sorted(missing))}"
+        files = _read_manifest(checkpoint / MANIFEST_NAME)
         for name, expected in files.items():
             found = (checkpoint / name).stat()
             if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
                 return f"{checkpoint / name} is not a file"
             if found.st_size != expected["bytes"]:
                 return f"{checkpoint / name} has {found.st_size} bytes instead of {expected['bytes']}"
+            if found.st_size == 0:  # none of ours; in /proc it may be a file that waits for ever
+                return f"{checkpoint / name} is empty"
         with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
-            hashes = pool.map(sha256_of, (checkpoint / name for name in files))
-            for name, sha256 in zip(files, hashes, strict=True):
+            hashes = pool.map(sha256_of, (checkpoint / name for name in files if verify))
+            for name, sha256 in zip(files, hashes, strict=False):
                 if sha256 != files[name]["sha256"]:
                     return f"{checkpoint / name} is not what was written (its sha256 differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
         return f"{checkpoint} cannot be read ({error})"
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def _read_manifest(path: Path) -> dict[str, _ManifestEntry]:
+    """Return a manifest's entries by name of file. Raises ValueError if it is damaged or lacks a file."""
+    schema = TypeAdapter(dict[str, _ManifestEntry], config=ConfigDict(strict=True))
+    try:
+        files = schema.validate_json(read_small_file(path))
+    except ValidationError as error:
+        raise ValueError(f"{path} cannot be read ({_first_fault(error)})") from error
+    if strange := [name for name in files if len(name) > _NAME_LENGTH or not _FILE_NAME.fullmatch(name)]:
+        raise ValueError(f"{path} names {escape_unprintable(strange[0])}, which is no file of a checkpoint")
+    required = {MODEL_NAME, EMA_NAME, STATE_NAME}
+    if not any(name.startswith(f"{_OLD_STATE}/") for name in files):
+        required |= set(MOMENT_NAMES.values())
+    if missing := required.difference(files):
+        raise ValueError(f"{path} does not name {', '.join(sorted(missing))}")
+    return files
 
 
 def describe_file(path: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dataio.files import escape_unprintable
 from launch.checkpoint.layout import EMA_NAME, MODEL_NAME, MOMENT_NAMES
+from launch.checkpoint.tensor_file import TensorFile, describe
 from launch.distributed import raise_on_all_ranks
 from launch.ema import ModelEma
 from launch.engine import Engine
@@ -105,23 +105,18 @@ def _read(path: Path, specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
     Raises RuntimeError if the file cannot be read, or names, shapes or types are not those of `specs`.
     """
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RuntimeError(
-            f"{path} cannot be read ({error}); remove this checkpoint to resume from an older one"
-        ) from error
-    found = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    if wrong := [name for name in sorted(specs.keys() | found.keys()) if specs.get(name) != found.get(name)]:
+        file = TensorFile(path)
+    except (ValueError, OSError) as error:
+        raise RuntimeError(f"{error}; remove this checkpoint to resume from an older one") from error
+    expected = {name: describe(str(spec.dtype).removeprefix("torch."), spec.shape) for name, spec in specs.items()}
+    found = file.header
+    if wrong := [name for name in sorted(specs.keys() | found.keys()) if expected.get(name) != found.get(name)]:
         name = wrong[0]
         raise RuntimeError(
-            f"{path} does not fit this model: {name} is {_describe(found.get(name))} there and"
-            f" {_describe(specs.get(name))} here" + (f", {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+            f"{path} does not fit this model: {escape_unprintable(name)} is {found.get(name, 'absent')} there and"
+            f" {expected.get(name, 'absent')} here" + (f", {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
         )
-    return tensors
-
-
-def _describe(spec: TensorSpec | None) -> str:
-    return "absent" if spec is None else f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+    return {name: file.read(name) for name in specs}
 
 
 def _gather_fragments(engine: Engine, moment: str | None, writer: int, destination: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from dataio import files
-from dataio.files import FolderLockedError, atomic_folder, sha256_of, staging_folder, write_file
+from dataio.files import (
+    FolderLockedError,
+    atomic_folder,
+    escape_unprintable,
+    read_small_file,
+    sha256_of,
+    staging_folder,
+    write_file,
+)
 
 OTHER_PROCESS = """
 import sys
@@ -192,3 +200,24 @@ def test_sha256_of_a_large_file(tmp_path):
     content = bytes(range(256)) * 10_000
     write_file(tmp_path / "file", content)
     assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_small_file_is_read_and_nothing_else(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678")
+    assert read_small_file(path, 8) == b"12345678"
+    with pytest.raises(ValueError, match="file has more than 7 bytes"):
+        read_small_file(path, 7)
+    os.mkfifo(tmp_path / "pipe")
+    opened = len(os.listdir("/proc/self/fd"))
+    for other in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match=f"{other} is not a file"):
+            read_small_file(other)
+    assert len(os.listdir("/proc/self/fd")) == opened
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_small_file(tmp_path / "nothing")
+
+
+def test_control_characters_are_shown_as_such():
+    assert escape_unprintable("\x1b[2J\ud800 – é\n") == r"\x1b[2J\ud800 – é\n"
+    assert escape_unprintable("x" * 300) == "x" * 200 + "…"

@@ -118,7 +118,11 @@ def leave_no_checkpoints(run: Path) -> None:
             f"checkpoints/{NEWER}",
             f"{NEWER} cannot be read .*manifest.json.*; give another checkpoint",
         ),
-        (empty_the_manifest, f"checkpoints/{NEWER}", f"does not name {EMA_NAME}, exp_avg.safe"),
+        (
+            empty_the_manifest,
+            f"checkpoints/{NEWER}",
+            f"does not name {EMA_NAME}, exp_avg.safetensors, exp_avg_sq.safetensors, {MODEL_NAME}, state.json; give an",
+        ),
         (
             point_nowhere,
             "checkpoints/best",

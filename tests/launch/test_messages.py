@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = [f"launch.benchmark.{_MODULES.get(name, name)}" for name in COMMANDS]
 ENTRIES = [
     *("dataio.pack", "dataio.verify", "dataio.show", "dataio.pack.fashion_mnist"),
-    *("launch.train", "launch.plan", "launch.evaluate", "launch.export", "launch.quickstart"),
+    *("launch.train", "launch.plan", "launch.evaluate", "launch.export", "launch.quickstart", "launch.checkpoint"),
     *BENCHMARKS,
     "launch.benchmark.kernel_checks",
 ]

@@ -89,3 +89,10 @@ def test_metadata_that_lack_something(tmp_path):
     save_weights({"x": torch.zeros(1)}, tmp_path / "later.safetensors", {"polaformer": '{"model": "polaformerpp_b1"}'})
     with pytest.raises(ValueError, match="later.safetensors has metadata of another version, without 'classes'"):
         read_model_metadata(tmp_path / "later.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "[" * 100_000, '{"model": NaN'])
+def test_damaged_metadata_are_an_error(tmp_path, text):
+    save_weights({"x": torch.zeros(1)}, tmp_path / "damaged.safetensors", {"polaformer": text})
+    with pytest.raises(ValueError, match="damaged.safetensors has damaged metadata .*; copy or export it again"):
+        read_model_metadata(tmp_path / "damaged.safetensors")

@@ -113,8 +113,8 @@ def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path
     folder = tmp_path / "run" / "checkpoints"
     warned = [line for line in finished.stderr.splitlines() if "cannot write the checkpoint step-00000019" in line]
     assert re.fullmatch(
-        rf"rank 0: cannot write the checkpoint step-00000019 in {folder} \(rank 0: no space\): it needs 85 MiB, [0-9]+ MiB"
-        r" are free. The newest is step-00000010; training goes on",
+        rf"rank 0: cannot write the checkpoint step-00000019 in {folder} \(rank 0: no space\): it needs 85 MiB,"
+        r" [0-9]+ MiB are free. The newest is step-00000010; training goes on",
         "".join(warned),
     )
     [line] = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]

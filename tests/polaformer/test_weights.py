@@ -224,6 +224,9 @@ def test_files_that_are_not_checkpoints(official, tmp_path):
     refuse(
         b"<!DOCTYPE html><p>Sign in", "page.safetensors is not a safetensors file .*; copy or export it", safetensors
     )
+    header = b'{"x": {"dtype": "F32", "shape": [0, 18446744073709551615], "data_offsets": [0, 0]}}'
+    whole = len(header).to_bytes(8, "little") + header
+    refuse(whole, r"page.safetensors is not a safetensors file \(.*shape.*\); copy or export it", safetensors)
 
 
 def test_no_such_file(tmp_path):

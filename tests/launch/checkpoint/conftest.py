@@ -1,6 +1,7 @@
 """Fixture: an engine of the small run, with what a checkpoint of it needs."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Started(NamedTuple):
 
     def writer(self, folder: Path, *more, keep: int = 3) -> CheckpointWriter:
         return CheckpointWriter(folder, *self, {"model": "b0"}, Retention(keep), *more)
+
+    def state_at(self, step: int) -> RunState:
+        """The state after this many steps."""
+        loader = self.state.loader | {"samples_seen": step * self.state.loader["global_batch"]}
+        return replace(self.state, step=step, loader=loader)
 
     def step(self) -> None:
         """Make one optimizer step on random images."""

@@ -3,7 +3,6 @@
 import os
 import re
 import threading
-from dataclasses import replace
 
 import pytest
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from launch.distributed import RunError
 def save(started, folder, step=1, top1=0.0):
     """Saves at `step`, and returns the writer when the checkpoint is on disk."""
     checkpoints = started.writer(folder)
-    checkpoints.save(replace(started.state, step=step), top1)
+    checkpoints.save(started.state_at(step), top1)
     checkpoints.wait()
     return checkpoints
 
@@ -30,7 +29,7 @@ def test_a_checkpoint_holds_the_tensors_at_the_time_of_saving(begin, tmp_path, m
     write = writer.CheckpointWriter._write
     monkeypatch.setattr(writer.CheckpointWriter, "_write", lambda *words: (may_write.wait(), write(*words)))
     checkpoints = started.writer(tmp_path)
-    checkpoints.save(replace(started.state, step=1))
+    checkpoints.save(started.state_at(1))
     started.step()
     assert not layout.list_checkpoints(tmp_path)
     may_write.set()
@@ -57,7 +56,7 @@ def test_the_best_is_that_of_the_highest_top1_and_latest_is_the_newest(begin, tm
     started = begin()
     checkpoints = started.writer(tmp_path, keep=1)
     for step, top1 in ((1, 50.0), (2, 60.0), (3, 60.0), (4, 0.0)):
-        checkpoints.save(replace(started.state, step=step), top1)
+        checkpoints.save(started.state_at(step), top1)
     checkpoints.wait()
     assert layout.resolve_pointer(tmp_path / layout.BEST).name == "step-00000002"
     assert layout.resolve_pointer(tmp_path / layout.LATEST).name == "step-00000004"
@@ -70,17 +69,17 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(begin, tmp_path, no
     checkpoints = save(started, tmp_path)
     before = sorted(tmp_path.rglob("*"))
     with no_file_larger_than(2**20):
-        checkpoints.save(replace(started.state, step=2), 99.0)
+        checkpoints.save(started.state_at(2), 99.0)
         checkpoints.wait()
     assert sorted(tmp_path.rglob("*")) == before
     [line] = checkpoints.warnings
     assert re.fullmatch(
-        rf"cannot write the checkpoint step-00000002 in {tmp_path} \(\w+\.safetensors: File too large\): it needs 85 MiB, [0-9,]+ MiB"
-        r" are free. The newest is step-00000001",
+        rf"cannot write the checkpoint step-00000002 in {tmp_path} \(\w+\.safetensors: File too large\): it needs 85 MiB,"
+        r" [0-9,]+ MiB are free. The newest is step-00000001",
         line,
     )
     assert (checkpoints.failed, checkpoints.saved.step, checkpoints.saved.best_top1) == (False, 1, 0.0)
-    checkpoints.save(replace(started.state, step=3), 50.0)
+    checkpoints.save(started.state_at(3), 50.0)
     checkpoints.wait()
     assert layout.find_newest(tmp_path) == (tmp_path / "step-00000003", [])
     assert layout.resolve_pointer(tmp_path / layout.BEST).name == "step-00000003"
@@ -91,11 +90,11 @@ def test_another_failure_is_an_error_at_the_next_save(begin, tmp_path):
     checkpoints = save(started, tmp_path / "run")
     (tmp_path / "run").rename(tmp_path / "moved")
     (tmp_path / "run").touch()
-    checkpoints.save(replace(started.state, step=2))
+    checkpoints.save(started.state_at(2))
     checkpoints._pending.exception()  # waits
     assert checkpoints.failed
     with pytest.raises(RunError, match=r"cannot write the checkpoint step-00000002 in .*/run \(.*File exists: "):
-        checkpoints.save(replace(started.state, step=3))
+        checkpoints.save(started.state_at(3))
     assert layout.find_newest(tmp_path / "moved") == (tmp_path / "moved" / "step-00000001", [])
 
 
@@ -125,7 +124,7 @@ def test_a_lost_lock_prevents_a_checkpoint(begin, tmp_path, look):
 
     started = begin()
     checkpoints = started.writer(tmp_path, check_lock)
-    checkpoints.save(replace(started.state, step=1))
+    checkpoints.save(started.state_at(1))
     with pytest.raises(RunError, match="no longer this run's"):
         checkpoints.wait()
     assert looks[0] == []
