@@ -208,9 +208,13 @@ class Run:
             except Stopped as stopped:
                 reason = str(stopped)
         if saving or reason:
-            epoch = (step + 1) * self.plan.loader_options.global_batch_size / self.plan.samples_per_epoch
-            position = {"step": step + 1, "epoch": epoch, "loader": self.loader.state()}
-            state = replace(self.writer.saved, **position, evaluation_due=evaluating)
+            state = replace(
+                self.writer.saved,
+                step=step + 1,
+                epoch=(step + 1) * self.plan.loader_options.global_batch_size / self.plan.samples_per_epoch,
+                loader=self.loader.state(),
+                evaluation_due=evaluating,
+            )
             self.writer.save(state, top1)
         return reason
 

@@ -74,8 +74,8 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(begin, tmp_path, no
     assert sorted(tmp_path.rglob("*")) == before
     [line] = checkpoints.warnings
     assert re.fullmatch(
-        rf"cannot write the checkpoint step-00000002 in {tmp_path} \(\w+\.safetensors: File too large\): it needs 85 MiB,"
-        r" [0-9,]+ MiB are free. The newest is step-00000001",
+        rf"cannot write the checkpoint step-00000002 in {tmp_path} \(\w+\.safetensors: File too large\): it needs"
+        r" 85 MiB, [0-9,]+ MiB are free. The newest is step-00000001",
         line,
     )
     assert (checkpoints.failed, checkpoints.saved.step, checkpoints.saved.best_top1) == (False, 1, 0.0)
