@@ -200,6 +200,27 @@ def test_run_folders_may_have_any_name(forked, train_arguments, small_shards, fa
 
 
 @pytest.mark.slow
+def test_checkpoints_by_the_clock_and_milestones(forked, train_arguments, small_shards, tmp_path):
+    """The clock's is due at once, and ranks know it a step later: after steps 2, 4, … 10. Epochs end at 6 and 11."""
+    clock = "checkpoint.every_epochs=99", "checkpoint.every_minutes=1e-6", "log.eval_every_epochs=99"
+    kept = "checkpoint.keep=3", "checkpoint.keep_every_epochs=1"
+    finished = forked(2, TRAIN, *train_arguments(small_shards, tmp_path, *clock, *kept))
+    assert finished.returncode == 0, finished.stderr
+    assert [layout.step_of(path) for path in layout.list_checkpoints(tmp_path / "checkpoints")] == [6, 8, 10, 11]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_fails_in_the_background_ends_all_ranks(forked, train_arguments, small_shards, tmp_path):
+    """At the next step boundary, or the next save at the latest, whatever the rank whose thread has failed."""
+    (tmp_path / "checkpoints").touch()
+    finished = forked(2, TRAIN, *train_arguments(small_shards, tmp_path))
+    assert finished.returncode == 1
+    assert finished.stderr.count("error: cannot write the checkpoint step-00000003 in ") == 1
+    assert "Traceback" not in finished.stderr
+    assert max(line["step"] for line in written(tmp_path)) <= 6
+
+
+@pytest.mark.slow
 def test_a_number_of_ranks_that_does_not_divide_the_batch_is_an_error(forked, train_arguments, runs, small_shards):
     before = sorted((runs["whole"] / "checkpoints").rglob("*"))
     finished = forked(3, TRAIN, *train_arguments(small_shards, runs["whole"]))
