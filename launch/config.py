@@ -82,6 +82,7 @@ _EXCLUDED = {
     "managed_gradient_accumulation": "micro-steps are counted by DeepSpeed here",
     "checkpoint.load_universal": "checkpoints are not universal ones",
     "zero_optimization.elastic_checkpoint": "checkpoints fit any number of ranks as they are",
+    "zero_optimization.round_robin_gradients": "checkpoints need the parameters of a group in their own order",
     "zero_optimization.cpu_offload": "it is deepspeed.zero_optimization.offload_optimizer now",
     "zero_optimization.zenflow": "it needs DeepSpeed's own optimizer, and this is PyTorch's AdamW",
 }
@@ -236,6 +237,13 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
     for key in ("zero_optimization", "torch_autocast", "timers"):
         if not isinstance(section.get(key, {}), dict):
             raise ValueError(f"deepspeed.{key} is {section[key]!r}; it is a section, set keys in it")
+    for part in ("offload_optimizer", "offload_param"):
+        offload = section.get("zero_optimization", {}).get(part)
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            raise ValueError(
+                f"deepspeed.zero_optimization.{part}.device=nvme cannot be used: checkpoints are read from memory; use"
+                " cpu or leave it out"
+            )
     if "zero_optimization.offload_optimizer" in given and section.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
             "deepspeed.zero_optimization.offload_optimizer is for DeepSpeed's own optimizer, and this is PyTorch's"

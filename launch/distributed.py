@@ -141,7 +141,7 @@ def abort_process() -> NoReturn:
     traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, ValueError):
         dist.distributed_c10d._get_default_store().set(_FAILED_KEY, "")
     os._exit(EXIT_FATAL)
 
@@ -150,6 +150,8 @@ def has_failed_rank() -> bool:
     """Return whether a rank has called `abort_process`, or rank 0, which answers this, is gone."""
     try:
         return dist.distributed_c10d._get_default_store().check([_FAILED_KEY])
+    except ValueError:  # this rank has left the group
+        return False
     except RuntimeError:
         return True
 
@@ -231,14 +233,13 @@ def _first_host(nodelist: str) -> str:
 class RunError(Exception):
     """An error of one rank that all ranks raise together; its text is what the command prints.
 
-    disk_full: whether the reason is that there is no space for a file.
+    disk_full: whether the reason is that there is no space for a file. `status` is the exit status of the command:
+    EXIT_REFUSED, or EXIT_FATAL once training has begun.
     """
 
     def __init__(self, text: str, disk_full: bool = False) -> None:
         super().__init__(text)
-        self.disk_full = disk_full
-
-    status = EXIT_REFUSED  # exit status; EXIT_FATAL once training has begun
+        self.disk_full, self.status = disk_full, EXIT_REFUSED
 
 
 @contextmanager
@@ -268,14 +269,16 @@ def raise_on_all_ranks(group: dist.ProcessGroup | None = None) -> Iterator[None]
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return rank 0's value on every rank; the values of other ranks are ignored."""
     values = [value]
-    dist.broadcast_object_list(values, group=group)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, group=group)
     return values[0]
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the values of all ranks, in their order, on every rank."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group)
+    values: list[Any] = [value] * dist.get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group)
     return values
 
 

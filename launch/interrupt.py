@@ -80,6 +80,9 @@ class StopSignals:
     def _listen(self, signals: set[signal.Signals]) -> None:
         while True:
             number = signal.sigwait(signals)
+            # Launchers end the other ranks by a signal when one has failed; those would wait for it for ever.
+            if self._deferred and self._has_failed_rank():
+                os._exit(128 + number)
             with self._lock:
                 self._handle(signal.Signals(number), time.monotonic())
 
@@ -93,8 +96,6 @@ class StopSignals:
             os._exit(EXIT_RESUME)
         if self._requests == 1:
             self.received = number.name
-            if self._has_failed_rank():
-                os._exit(128 + number)
             self._say(f"{number.name}: the run stops, and saves what it has trained; a third signal ends it at once")
         elif self._requests == 2:
             self._say(f"{number.name}: the run is stopping already; one more signal ends it at once")

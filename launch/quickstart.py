@@ -4,7 +4,7 @@ quickstart.sh starts it after the set-up. Each stage is a command of this projec
 if its result exists. The summary, with the machine and the time of each stage, is kept in the run's folder.
 """
 
-from launch.interrupt import EXIT_RESUME, exit_on_interrupt
+from launch.interrupt import EXIT_INTERRUPTED, EXIT_RESUME, exit_on_interrupt
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -131,12 +131,14 @@ def run_training(command: list[str]) -> int:
     The launcher does not get them: DeepSpeed's ends before its ranks, kills those that save for more than 30 s, and
     loses their status. So it has a session of its own, which the terminal's Ctrl-C does not reach.
     """
-    process = subprocess.Popen(command, start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
     stopped = False
 
     def forward(number: int, _frame: FrameType | None) -> None:
         nonlocal stopped
         stopped = True
+        if process is None:
+            sys.exit(EXIT_INTERRUPTED)
         ranks = find_ranks(process.pid)
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
@@ -148,9 +150,12 @@ def run_training(command: list[str]) -> int:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, forward)
-    status = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        process = subprocess.Popen(command, start_new_session=True)
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if stopped and status in (EXIT_RESUME, -signal.SIGTERM):
         print("interrupted; the same command resumes", file=sys.stderr)
         return EXIT_RESUME

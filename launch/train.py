@@ -187,7 +187,7 @@ class Run:
     writer: CheckpointWriter
     stop: StopAgreement
     first_step: int
-    failed_saves: int = 0  # for which the disk had no space, on rank 0
+    failed_saves: int = 0  # on rank 0
 
     def flags(self) -> Tensor:
         """Return what this rank tells the others in a step, for `StopAgreement.exchange`."""
@@ -219,23 +219,24 @@ class Run:
         return reason
 
     def evaluate_resumed(self) -> str | None:
-        """Evaluate the checkpoint that the run resumes from, where it was stopped before that; `best` may name it then.
+        """Evaluate the checkpoint that the run resumes from, where it was stopped before that, and save it again.
 
         Returns the reason if this evaluation is stopped as well, and remains due.
         """
         try:
-            self.writer.mark_best(self.evaluate(self.first_step - 1))
+            top1 = self.evaluate(self.first_step - 1)
         except Stopped as stopped:
             return str(stopped)
+        self.writer.save(replace(self.writer.saved, evaluation_due=False), top1)
         return None
 
     def report_failed_saves(self, step: int) -> None:
-        """Warn, after `step`, of checkpoints for which the disk had no space."""
+        """Warn, after `step`, of checkpoints that could not be written, or not with all that belongs to them."""
         while self.writer.warnings:
             self.failed_saves += 1
             line = self.writer.warnings.pop(0)
             self.monitor.warn(f"{line}; training goes on")
-            self.monitor.text("checkpoint that could not be written", line)
+            self.monitor.text("checkpoint warning", line)
             self.monitor.scalars(step + 1, {"checkpoint/failed": self.failed_saves})
 
     def finish(self, reason: str | None) -> int:
@@ -246,7 +247,7 @@ class Run:
         steps, saved = self.plan.steps, self.writer.saved
         self.report_failed_saves(saved.step - 1)
         if self.failed_saves:
-            self.monitor.warn(f"{self.failed_saves} checkpoints could not be written, for lack of space")
+            self.monitor.warn(f"{self.failed_saves} saves of checkpoints failed, see the warnings above")
         newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)
         if reason is not None:
             where = f"resumes from {newest}" if saved.step else "starts it over, as no checkpoint could be written"
@@ -254,12 +255,12 @@ class Run:
                 f"stopped by {reason} after step {self.writer.begun_step}/{steps}; the same command {where}"
             )
             return EXIT_RESUME
-        if saved.step != steps:
+        if saved.step < steps:
             raise RunError(
                 f"trained for {steps} steps, but there is no space for the last checkpoint; make room, and the same"
                 f" command goes on from step {saved.step}"
             )
-        self.monitor.log(f"trained for {steps} steps; {self.config.output} holds the run")
+        self.monitor.log(f"trained for {saved.step} steps; {self.config.output} holds the run")
         return 0
 
     def evaluate(self, step: int) -> float:
@@ -345,7 +346,8 @@ def prepare(
         log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else []), *changes])
     metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
     retention = Retention(config.checkpoint.keep, partial(is_milestone, config, plan))
-    writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock)
+    timeout = timedelta(minutes=config.engine.timeout_minutes)
+    writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     return Run(config, plan, engine, ema, loader, monitor, writer, stop, state.step)
 
 

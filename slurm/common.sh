@@ -55,6 +55,10 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
     export NCCL_SOCKET_IFNAME NCCL_IB_HCA
     [[ -n $NCCL_SOCKET_IFNAME ]] || unset NCCL_SOCKET_IFNAME
     [[ -n $NCCL_IB_HCA ]] || unset NCCL_IB_HCA
+    # Checkpoints are agreed on through gloo, which takes whole names of interfaces only.
+    if [[ -n ${NCCL_SOCKET_IFNAME:-} && -e /sys/class/net/$NCCL_SOCKET_IFNAME ]]; then
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}
+    fi
 
     # Task 0 runs on the first node. The port is below the ephemeral ports of Linux; export MASTER_PORT before sbatch
     # if it is taken.

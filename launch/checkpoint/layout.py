@@ -233,7 +233,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def publish(staging: Path, entries: dict[str, dict[str, Any]]) -> Path:
-    """Turn a complete hidden folder into the newest checkpoint, which `latest` names then; return its path.
+    """Turn a complete hidden folder into a checkpoint; return its path.
 
     entries: those of the manifest, by name of file.
     """
@@ -242,12 +242,18 @@ def publish(staging: Path, entries: dict[str, dict[str, Any]]) -> Path:
     sync(manifest)
     sync(staging)
     target = target_of(staging)
-    if target.exists():  # a corrupt one of the same step, which the run passed over when it resumed
-        remove(target)
+    # One of the same step is corrupt, so the run passed it over when it resumed, or was saved before its evaluation.
+    replaced = _hide(target) if target.exists() else None
     staging.rename(target)
     sync(target.parent)
-    atomic_write(target.parent / LATEST, f"{target.name}\n".encode())
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def write_pointer(checkpoint: Path, pointer: str) -> None:
+    """Let `best` or `latest` name a checkpoint."""
+    atomic_write(checkpoint.parent / pointer, f"{checkpoint.name}\n".encode())
 
 
 def staging_folder(folder: Path, step: int, suffix: str) -> Path:
@@ -262,11 +268,15 @@ def target_of(staging: Path) -> Path:
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint so that a process that is killed meanwhile leaves no part of it under its name."""
+    shutil.rmtree(_hide(checkpoint), ignore_errors=True)  # files that are open on NFS go with the leftovers later
+
+
+def _hide(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that `remove_leftovers` finds it; return its path."""
     hidden = checkpoint.with_name(f".{checkpoint.name}")
     if hidden.exists():
         shutil.rmtree(hidden, ignore_errors=True)
-    checkpoint.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)  # files that are open on NFS go with the leftovers later
+    return checkpoint.rename(hidden)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -90,6 +90,7 @@ def load(checkpoint: Path, engine: Engine, ema: ModelEma) -> None:
     with _writable_parameters(engine):
         engine.module.load_state_dict(files[MODEL_NAME])
     _load_fragments(engine, None, files[MODEL_NAME])
+    _check_layout(engine)
     ema.module.load_state_dict(files[EMA_NAME])
     state = _adamw(engine).state
     for moment, name in MOMENT_NAMES.items():
@@ -205,9 +206,30 @@ def _fragment(engine: Engine, parameter: nn.Parameter, moment: str | None) -> _F
         offset, start = mapping.hp_fragment_address.start, mapping.lp_fragment_address.start
         numel = mapping.hp_fragment_address.numel
     values = partition if moment is None else _adamw(engine).state.get(partition, {}).get(moment)
-    if values is None or numel <= 0:
+    if values is None or numel <= 0:  # stage 3 gives ranks beyond a small parameter's end nothing but padding
         return None
-    return _Fragment(start, values.data.view(-1)[offset : offset + numel])
+    part = values.data.view(-1)[offset : offset + numel]
+    if len(part) != numel:
+        raise RuntimeError(
+            f"DeepSpeed holds {len(part)} elements of a parameter where {numel} are expected; use the pinned version,"
+            " and leave out the deepspeed section"
+        )
+    return _Fragment(start, part)
+
+
+def _check_layout(engine: Engine) -> None:
+    """Raise RuntimeError if the optimizer's copy of the parameters is not, part by part, what the model computes with.
+
+    Both were just loaded, the one by fragments and the other by names.
+    """
+    optimizer: Any = engine.optimizer
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    for copies, partition in zip(
+        optimizer.parallel_partitioned_bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
+    ):
+        if not torch.equal(copies[dist.get_rank()].to(partition), partition.data):
+            raise RuntimeError("DeepSpeed divides parameters in another way than expected; use the pinned version")
 
 
 def _writable_parameters(engine: Engine) -> contextlib.AbstractContextManager:

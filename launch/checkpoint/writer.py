@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dataio.files import atomic_write, sync
+from dataio.files import sync
 from launch.checkpoint import layout
 from launch.checkpoint.layout import EMA_NAME, MODEL_NAME, MOMENT_NAMES, STATE_NAME, RunState
 from launch.checkpoint.tensors import TensorSpec, gather_model, gather_moment, tensor_specs
@@ -52,9 +54,10 @@ class CheckpointWriter:
 
     metadata: for the headers of model.safetensors and ema.safetensors.
     check_lock: raises RuntimeError if another run has locked the run's folder.
+    timeout: for which a thread waits for those of other ranks; None is PyTorch's default.
     Attributes are `saved`, the run state of the newest checkpoint or of the run's start; `begun_step`, the completed
     steps of the last checkpoint that was begun; and `warnings`, on rank 0 a line for each checkpoint for which the disk
-    had no space.
+    had no space, or whose pointers could not be written.
     """
 
     def __init__(
@@ -66,17 +69,20 @@ class CheckpointWriter:
         metadata: Mapping[str, str],
         retention: Retention,
         check_lock: Callable[[], None] = lambda: None,
+        timeout: timedelta | None = None,
     ) -> None:
         self.saved, self.begun_step, self.warnings = initial_state, initial_state.step, list[str]()
         self._folder, self._engine, self._ema = folder, engine, ema
         self._metadata, self._retention, self._check_lock = dict(metadata), retention, check_lock
+        self._device = next(ema.module.parameters()).device
         self._files = {
-            file: _allocate(specs)
+            file: _allocate(specs, pin_memory=self._device.type == "cuda")
             for file, specs in tensor_specs(engine, ema).items()
             if _writer_of(file) == dist.get_rank()
         }
-        self._group = dist.new_group(backend="gloo")  # the threads' own: collectives of one group must not overlap
-        self._executor = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)
+        # The threads' own group: collectives of one group must not overlap.
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None
+        self._executor = ThreadPoolExecutor(1, "checkpoint", _start_thread, (self._device,))
         self._pending: Future[None] | None = None
         self._began = time.monotonic()
 
@@ -96,21 +102,10 @@ class CheckpointWriter:
         is_best = top1 > self.saved.best_top1
         state = replace(state, best_top1=max(top1, self.saved.best_top1))
         self._copy_tensors()
-        copied = torch.cuda.Event() if torch.cuda.is_available() else None
+        copied = torch.cuda.Event() if self._device.type == "cuda" else None
         if copied is not None:
             copied.record()
         self._pending = self._executor.submit(self._write, state, is_best, copied)
-
-    def mark_best(self, top1: float) -> None:
-        """Let `best` name the checkpoint that the run resumed from, evaluated only now, if no earlier one is better.
-
-        Raises RunError on every rank.
-        """
-        if top1 > self.saved.best_top1:
-            with raise_on_all_ranks():
-                if dist.get_rank() == 0:
-                    atomic_write(self._folder / layout.BEST, f"{layout.checkpoint_name(self.saved.step)}\n".encode())
-            self.saved = replace(self.saved, best_top1=top1)
 
     @property
     def failed(self) -> bool:
@@ -152,7 +147,7 @@ class CheckpointWriter:
             with raise_on_all_ranks(self._group):
                 if copied is not None:
                     copied.synchronize()
-                with ThreadPoolExecutor(_FILES_AT_A_TIME, "checkpoint", _yield_to_training) as pool:
+                with ThreadPoolExecutor(_FILES_AT_A_TIME, "checkpoint", _start_thread, (self._device,)) as pool:
                     written = pool.map(self._write_file, (staging / name for name in self._files))
                     entries = dict(zip(self._files, written, strict=True))
             entries = {name: entry for part in gather_objects(entries, self._group) for name, entry in part.items()}
@@ -194,9 +189,13 @@ class CheckpointWriter:
         sync(staging / STATE_NAME)
         self._check_lock()
         saved = layout.publish(staging, entries | {STATE_NAME: layout.describe_file(staging / STATE_NAME)})
-        if is_best:
-            atomic_write(saved.parent / layout.BEST, f"{saved.name}\n".encode())
-        layout.prune(saved, self._retention.keep, self._retention.is_milestone)
+        try:
+            if is_best:
+                layout.write_pointer(saved, layout.BEST)
+            layout.write_pointer(saved, layout.LATEST)
+            layout.prune(saved, self._retention.keep, self._retention.is_milestone)
+        except OSError as error:  # the checkpoint itself is complete
+            self.warnings.append(f"{saved} is written, but its pointers or older checkpoints are not in order: {error}")
 
     def _give_up(self, staging: Path, error: RunError) -> None:
         """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""
@@ -236,19 +235,23 @@ def expected_bytes(ema: ModelEma) -> int:
 
 def _describe_failure(staging: Path, ema: ModelEma, reason: str) -> str:
     """Describe a checkpoint that could not be written, with its files still in `staging`."""
-    needed, free = expected_bytes(ema), shutil.disk_usage(staging.parent).free
-    free += sum(path.stat().st_size for path in staging.glob("*"))
-    found = layout.list_checkpoints(staging.parent)
+    failed = f"cannot write the checkpoint {layout.target_of(staging).name} in {staging.parent} ({reason})"
+    try:
+        free = shutil.disk_usage(staging.parent).free + sum(path.stat().st_size for path in staging.glob("*"))
+        found = layout.list_checkpoints(staging.parent)
+    except OSError:  # the folder is gone
+        return failed
     newest = found[-1].name if found else "none"
-    return (
-        f"cannot write the checkpoint {layout.target_of(staging).name} in {staging.parent} ({reason}): it needs"
-        f" {_mib(needed)}, {_mib(free)} are free. The newest is {newest}"
-    )
+    return f"{failed}: it needs {_mib(expected_bytes(ema))}, {_mib(free)} are free. The newest is {newest}"
 
 
-def _yield_to_training() -> None:
-    """Lower the priority of this thread, on Linux its alone."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+def _start_thread(device: torch.device) -> None:
+    """Prepare a thread of a writer: with this rank's device, and at a lower priority than training."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    thread = threading.get_native_id()
+    with suppress(OSError):  # raising it may be forbidden
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
 def _writer_of(file: str) -> int:
@@ -256,10 +259,10 @@ def _writer_of(file: str) -> int:
     return _TENSOR_FILES.index(file) * dist.get_world_size() // len(_TENSOR_FILES)
 
 
-def _allocate(specs: Mapping[str, TensorSpec]) -> dict[str, Tensor]:
-    """Return host memory for the tensors of a file, by name: one block, page-locked where there is a GPU."""
+def _allocate(specs: Mapping[str, TensorSpec], pin_memory: bool) -> dict[str, Tensor]:
+    """Return host memory for the tensors of a file, by name: views of one block."""
     sizes = [-(-spec.nbytes // _ALIGNMENT) * _ALIGNMENT for spec in specs.values()]
-    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin_memory)
     return {
         name: part[: spec.nbytes].view(spec.dtype).view(spec.shape)
         for (name, spec), part in zip(specs.items(), block.split(sizes), strict=True)

@@ -363,7 +363,7 @@ def test_values_of_overrides_are_yaml(file):
             "optimizer.global_batch_size=1_024",
             "model.weights=null",
             "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}",
-            "deepspeed.zero_optimization.round_robin_gradients=true",
+            "deepspeed.zero_optimization.ignore_unused_parameters=true",
         ],
     )
     assert config.output == Path("runs/a=b")
@@ -371,7 +371,7 @@ def test_values_of_overrides_are_yaml(file):
     assert config.optimizer.betas == (0.9, 0.95)
     assert config.optimizer.global_batch_size == 1024
     assert config.model.weights is None
-    section = {"stage3_param_persistence_threshold": 0, "round_robin_gradients": True}
+    section = {"stage3_param_persistence_threshold": 0, "ignore_unused_parameters": True}
     assert config.deepspeed == {"zero_optimization": section}
 
 
@@ -394,7 +394,7 @@ def test_a_dumped_configuration_is_read_back(file):
             "data.train=s3://bucket/größe/train",
             "data.cache=/scratch/shards",
             "seed=9223372036854775807",
-            "deepspeed.zero_optimization={round_robin_gradients: true, nested: [1, x, null]}",
+            "deepspeed.zero_optimization={ignore_unused_parameters: true, nested: [1, x, null]}",
         ],
     )
     text = dump_config(config)

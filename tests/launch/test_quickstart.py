@@ -18,7 +18,7 @@ import torch
 from dataio.manifest import load_manifest
 from dataio.pack.options import PackOptions
 from dataio.pack.packer import read_report
-from launch import checkpoint
+from launch.checkpoint import layout
 from launch.custom_dataset import inspect_dataset
 from launch.find_weights import find_weights
 from launch.interrupt import EXIT_RESUME
@@ -127,7 +127,7 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_no_process(project, fashi
     assert not any(process.is_running() for process in training)
     (stopped,) = re.findall(r"stopped by SIGINT after step (\d+)/", output)
     (run,) = (project / "runs").glob(f"quickstart-{fashion.name}*")
-    assert checkpoint.find_newest(run / "checkpoints")[0].name == f"step-{int(stopped):08d}"
+    assert layout.find_newest(run / "checkpoints")[0].name == f"step-{int(stopped):08d}"
 
 
 @pytest.fixture

@@ -261,7 +261,8 @@ def test_every_zero_stage_resumes_past_corrupt_checkpoints(forked, train_argumen
     folder = tmp_path / "whole" / "checkpoints"
     oldest, *later = sorted(folder.glob("step-*"))
     assert later
-    final = load_file(later[-1] / layout.EMA_NAME)
+    files = layout.MODEL_NAME, layout.EMA_NAME, *layout.MOMENT_NAMES.values()
+    final = [load_file(later[-1] / file) for file in files]
     for damaged in later:
         moment = damaged / layout.MOMENT_NAMES["exp_avg"]
         os.truncate(moment, moment.stat().st_size - 1)
@@ -269,7 +270,7 @@ def test_every_zero_stage_resumes_past_corrupt_checkpoints(forked, train_argumen
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("exp_avg.safetensors has") == len(later)
     assert f"resumes from {oldest}" in finished.stdout
-    assert_equal_tree(load_file(later[-1] / layout.EMA_NAME), final, "ema")
+    assert_equal_tree([load_file(later[-1] / file) for file in files], final, "state")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A checkpoint fits any number of ranks and any ZeRO stage, and nothing but the tensors it should have is loaded."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launch.checkpoint.tensors import load
 from launch.distributed import RunError
 
 HAND_OVER = Path(__file__).with_name("hand_over.py")
+BIAS_BEFORE_BATCHNORM = re.compile(r"(stem\.\d+|reduction|^proj)\.bias$")
 TENSOR_FILES = (layout.MODEL_NAME, layout.EMA_NAME, *layout.MOMENT_NAMES.values())
 
 
@@ -23,7 +25,8 @@ def hand_over(forked, small_config, tmp_path_factory):
 
     def run(ranks: int, stage: int, steps: int, loaded: Path | None = None) -> Path:
         folder = root / f"{len(list(root.iterdir()))}"
-        options = "optimizer.global_batch_size=192", "optimizer.gradient_accumulation_steps=2", "model.norm_group=8"
+        micro_steps = f"optimizer.gradient_accumulation_steps={1 if ranks > 2 else 2}"  # micro-batches of 24, 32, 48
+        options = "optimizer.global_batch_size=96", micro_steps, "model.norm_group=8"
         more = f"engine.zero_stage={stage}", f"output={folder}", "optimizer.eps=1e-3"
         finished = forked(ranks, HAND_OVER, steps, loaded or "-", folder, small_config, *options, *more)
         assert finished.returncode == 0, finished.stderr
@@ -60,24 +63,23 @@ def test_the_moments_and_steps_are_saved(after_two_steps):
 
 @pytest.mark.slow
 def test_ranks_and_stages_may_change_while_training(hand_over, after_two_steps):
-    """4 → 1 → 3 → 2 ranks against 2 all along: equal up to the order of sums of floats.
+    """4 → 1 → 3 → 2 ranks, 20 steps in all, against 2 all along: equal up to the order of sums of floats.
 
-    eps keeps AdamW from turning the rounding noise of biases before BatchNorm, whose gradients are zero, into whole
-    steps.
+    Not compared are the biases before BatchNorm, whose gradients are zero but for rounding. eps keeps AdamW from making
+    whole steps of these, which would be seen in the running means.
     """
     last = after_two_steps
     for ranks, stage in ((4, 1), (1, 3), (3, 0), (2, 2)):
-        last = hand_over(ranks, stage, 2, last)
-    undisturbed = hand_over(2, 1, 8, after_two_steps)
+        last = hand_over(ranks, stage, 5, last)
+    undisturbed = hand_over(2, 1, 20, after_two_steps)
     for name in TENSOR_FILES:
-        found, expected = (concatenate(path / name) for path in (last, undisturbed))
-        allowed = 5e-6 if name in layout.MOMENT_NAMES.values() else 1e-6  # gradients are no better than that
-        assert torch.linalg.norm(found - expected) < allowed * torch.linalg.norm(expected), name
-
-
-def concatenate(path: Path) -> torch.Tensor:
-    """All numbers of a file."""
-    return torch.cat([tensor.double().flatten() for _, tensor in sorted(load_file(path).items())])
+        found, expected = load_file(last / name), load_file(undisturbed / name)
+        largest = max(tensor.abs().max() for key, tensor in expected.items() if key.endswith((".weight", ".bias")))
+        for key, tensor in expected.items():
+            if BIAS_BEFORE_BATCHNORM.search(key):
+                continue
+            error = (found[key] - tensor).abs().max() / max(tensor.abs().max(), 1e-3 * largest)
+            assert error < (1e-4 if name in layout.MOMENT_NAMES.values() else 1e-5), (name, key, float(error))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -85,17 +85,20 @@ def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(begin, tmp_path, no
     assert layout.resolve_pointer(tmp_path / layout.BEST).name == "step-00000003"
 
 
-def test_another_failure_is_an_error_at_the_next_save(begin, tmp_path):
+def test_a_lost_folder_is_an_error_at_the_next_save(begin, tmp_path):
     started = begin()
-    checkpoints = save(started, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    checkpoints = save(started, tmp_path / "run" / "checkpoints")
     (tmp_path / "run").rename(tmp_path / "moved")
-    (tmp_path / "run").touch()
     checkpoints.save(started.state_at(2))
     checkpoints._pending.exception()  # waits
     assert checkpoints.failed
-    with pytest.raises(RunError, match=r"cannot write the checkpoint step-00000002 in .*/run \(.*File exists: "):
+    with pytest.raises(RunError, match=r"cannot write the checkpoint step-00000002 in .*/checkpoints \(.*No such file"):
         checkpoints.save(started.state_at(3))
-    assert layout.find_newest(tmp_path / "moved") == (tmp_path / "moved" / "step-00000001", [])
+    assert layout.find_newest(tmp_path / "moved" / "checkpoints") == (
+        tmp_path / "moved" / "checkpoints" / "step-00000001",
+        [],
+    )
 
 
 def test_the_required_space_is_that_of_a_checkpoint(begin, tmp_path):
