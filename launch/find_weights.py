@@ -25,17 +25,18 @@ def find_weights(path: Path, kind: str) -> Path:
         raise FileNotFoundError(f"no weights at {path}; give {WEIGHTS_PATH_HELP}")
     if (path / "config.json").is_file() and (path / layout.MODEL_NAME).is_file():
         return path / layout.MODEL_NAME
-    return _choose(path) / {"ema": layout.EMA_NAME, "model": layout.MODEL_NAME}[kind]
+    file = {"ema": layout.EMA_NAME, "model": layout.MODEL_NAME}[kind]
+    return _choose(path, file) / file
 
 
-def _choose(path: Path) -> Path:
-    """Return the checkpoint that a folder is, or the newest intact one in it."""
+def _choose(path: Path, file: str) -> Path:
+    """Return the checkpoint that a folder is, or the newest in it whose `file` is intact."""
     if layout.is_checkpoint(path):
-        fault = layout.find_corruption(path)
+        fault = layout.find_corruption(path, needed=file)
         if fault is not None:
             raise ValueError(f"{fault}; give another checkpoint, or copy this one again")
         return path
-    newest, faults = layout.find_newest(path if path.name == "checkpoints" else path / "checkpoints")
+    newest, faults = layout.find_newest(path if path.name == "checkpoints" else path / "checkpoints", file)
     if newest is None:
         raise FileNotFoundError(f"{path} is a folder without checkpoints; give {WEIGHTS_PATH_HELP}")
     for fault in faults:

@@ -343,7 +343,8 @@ def prepare(
         check_lock()
         every, allowed = config.log.every_steps, config.data.max_bad_samples
         monitor = Monitor(config.output, state.step, plan.steps, every, mfu_constants, allowed, state.evaluation_due)
-        log_run_header(config, plan, monitor, [*faults, *([f"resumes from {found}"] if found else []), *changes])
+        passed_over = [f"{fault}; passed over, and removed by the next checkpoint" for fault in faults]
+        log_run_header(config, plan, monitor, [*passed_over, *([f"resumes from {found}"] if found else []), *changes])
     metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
     retention = Retention(config.checkpoint.keep, partial(is_milestone, config, plan))
     timeout = timedelta(minutes=config.engine.timeout_minutes)

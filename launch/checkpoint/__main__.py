@@ -70,7 +70,8 @@ def find_checkpoints(path: Path) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     folder = path if layout.list_checkpoints(path) else path / "checkpoints"
     if not (found := layout.list_checkpoints(folder)):
-        raise FileNotFoundError(f"no checkpoints at {path}; give {_RUN_HELP}")
+        remedy = "the run has none yet" if (path / "config.yaml").is_file() else f"give {_RUN_HELP}"
+        raise FileNotFoundError(f"no checkpoints at {path}; {remedy}")
     return folder, found
 
 
@@ -87,7 +88,7 @@ def find_named(name: Path, run: Path | None) -> Path:
             raise FileNotFoundError(f"{folder} has no checkpoint {name.name}; there are: {there}")
     _, found = find_checkpoints(name)
     if len(found) > 1:
-        raise ValueError(f"{name} holds {len(found)} checkpoints; give one of them: {name}/{found[-1].name}")
+        raise ValueError(f"{name} holds {len(found)} checkpoints; give one of them, for example {found[-1]}")
     return found[0]
 
 

@@ -78,21 +78,21 @@ class RunState:
                 )
 
 
-def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path, needed: str | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint, None if there are none at all, and the faults of newer ones.
 
-    Raises ValueError if there are checkpoints and all are corrupt: the run would start over on top of them.
+    needed: as of `find_corruption`. Raises ValueError if there are checkpoints and all are corrupt: a run would start
+    over on top of them.
     """
     faults: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
-        fault = find_corruption(checkpoint)
+        fault = find_corruption(checkpoint, needed=needed)
         if fault is None:
             return checkpoint, faults
         faults.append(fault)
     if faults:
-        raise ValueError(
-            f"no checkpoint in {folder} is intact: {'; '.join(faults)}. Move the folder away to start over"
-        )
+        remedy = ". Move the folder away to start over" if needed is None else ""
+        raise ValueError(f"no checkpoint in {folder} is intact: {'; '.join(faults)}{remedy}")
     return None, faults
 
 
@@ -183,13 +183,15 @@ def resolve_pointer(pointer: Path) -> Path:
     return pointer.parent / name
 
 
-def find_corruption(checkpoint: Path, verify: bool = True) -> str | None:
+def find_corruption(checkpoint: Path, verify: bool = True, needed: str | None = None) -> str | None:
     """Return the first difference between a checkpoint's files and its manifest, None if there is none.
 
-    verify: hash the files; otherwise only their presence and sizes are compared.
+    verify: hash the files; otherwise only their presence and sizes are compared. needed: name of the only file to
+    compare; None compares all.
     """
     try:
         files = _read_manifest(checkpoint / MANIFEST_NAME)
+        files = {name: entry for name, entry in files.items() if needed in (None, name)}
         for name, expected in files.items():
             found = (checkpoint / name).stat()
             if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever

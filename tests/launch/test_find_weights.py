@@ -61,9 +61,11 @@ def test_best_as_a_folder_or_a_link(run):
 
 def test_a_corrupt_newest_checkpoint_is_passed_over_with_a_message(run, capsys):
     (run / "checkpoints" / NEWER / MODEL_NAME).unlink()
-    assert find_weights(run, "ema") == run / "checkpoints" / OLDER / EMA_NAME
+    assert find_weights(run, "model") == run / "checkpoints" / OLDER / MODEL_NAME
     printed = capsys.readouterr().err
     assert re.fullmatch(f".*{NEWER} cannot be read .*{MODEL_NAME}.*; taking {OLDER}\n", printed)
+    assert find_weights(run, "ema") == run / "checkpoints" / NEWER / EMA_NAME, "which is intact"
+    assert capsys.readouterr().err == ""
 
 
 def leave_no_weights(run: Path) -> None:
@@ -72,10 +74,6 @@ def leave_no_weights(run: Path) -> None:
 
 def cut_weights(run: Path) -> None:
     os.truncate(run / "checkpoints" / NEWER / EMA_NAME, 1000)
-
-
-def cut_state(run: Path) -> None:
-    os.truncate(run / "checkpoints" / NEWER / "state.json", 10)
 
 
 def leave_no_manifest(run: Path) -> None:
@@ -108,11 +106,7 @@ def leave_no_checkpoints(run: Path) -> None:
             f"{NEWER} cannot be read .*{EMA_NAME}.*; give another checkpoint, or",
         ),
         (cut_weights, f"checkpoints/{NEWER}", f"{EMA_NAME} has 1000 bytes instead of [0-9]+; give another checkpoint"),
-        (
-            cut_state,
-            "checkpoints/latest",
-            "state.json has 10 bytes instead of [0-9]+; give another checkpoint, or copy",
-        ),
+        (cut_weights, "checkpoints/latest", f"{EMA_NAME} has 1000 bytes .*; give another checkpoint, or copy this one"),
         (
             leave_no_manifest,
             f"checkpoints/{NEWER}",

@@ -112,7 +112,7 @@ def test_what_is_no_checkpoint_is_an_error(run, printed):
         ([run.parent], f"no checkpoints at {run.parent}; give a run's folder"),
         ([run / "nothing"], "no checkpoints at .*nothing"),
         ([run, "--diff", OLDER, "step-00000001"], f"has no checkpoint step-00000001; there are: {OLDER}, {NEWER}$"),
-        ([run, "--diff", OLDER, folder], f"holds 2 checkpoints; give one of them: .*{NEWER}$"),
+        ([run, "--diff", OLDER, folder], f"holds 2 checkpoints; give one of them, for example .*/checkpoints/{NEWER}$"),
     ):
         status, _, errors = printed(*words)
         assert status == 2
