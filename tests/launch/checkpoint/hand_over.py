@@ -44,7 +44,7 @@ for step in range(first, first + steps):
         engine.step()
     sync_batchnorm_buffers(engine.module, torch.zeros(1))
     ema.update(engine, 0.5)
-loader = {"seed": 0, "samples_seen": 96 * (first + steps), "manifest_hash": "", "global_batch": 96, "order": "full"}
+loader = {"seed": 0, "samples_seen": 192 * (first + steps), "manifest_hash": "", "global_batch": 192, "order": "full"}
 stage = config.engine.zero_stage
 state = RunState(first + steps, config.model.name, 10, dist.get_world_size(), stage, loader, 0.0, plan.norm_group)
 writer = CheckpointWriter(saved, engine, ema, state, {}, Retention(9))

@@ -25,8 +25,8 @@ def hand_over(forked, small_config, tmp_path_factory):
 
     def run(ranks: int, stage: int, steps: int, loaded: Path | None = None) -> Path:
         folder = root / f"{len(list(root.iterdir()))}"
-        micro_steps = f"optimizer.gradient_accumulation_steps={1 if ranks > 2 else 2}"  # micro-batches of 24, 32, 48
-        options = "optimizer.global_batch_size=96", micro_steps, "model.norm_group=8"
+        micro_steps = f"optimizer.gradient_accumulation_steps={1 if ranks > 2 else 2}"  # micro-batches of 48, 64, 96
+        options = "optimizer.global_batch_size=192", micro_steps, "model.norm_group=16"
         more = f"engine.zero_stage={stage}", f"output={folder}", "optimizer.eps=1e-3"
         finished = forked(ranks, HAND_OVER, steps, loaded or "-", folder, small_config, *options, *more)
         assert finished.returncode == 0, finished.stderr
@@ -72,16 +72,14 @@ def test_ranks_and_stages_may_change_while_training(hand_over, after_two_steps):
     for ranks, stage in ((4, 1), (1, 3), (3, 0), (2, 2)):
         last = hand_over(ranks, stage, 5, last)
     undisturbed = hand_over(2, 1, 20, after_two_steps)
-    for name in (layout.MODEL_NAME, layout.EMA_NAME):
+    for name in (layout.MODEL_NAME, layout.EMA_NAME):  # 20 steps move weights by 2e-3
         found, expected = load_file(last / name), load_file(undisturbed / name)
         for key, tensor in expected.items():
             if not BIAS_BEFORE_BATCHNORM.search(key):
-                error = (found[key] - tensor).abs().max() / max(tensor.abs().max(), 1e-3)
-                assert error < 1e-5, (name, key, float(error))
+                torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=5e-6, msg=lambda m, k=key: f"{k}: {m}")
     for name in layout.MOMENT_NAMES.values():  # some gradients are nothing but rounding, so no tensor by itself
         found, expected = (moment(path / name) for path in (last, undisturbed))
-        error = torch.linalg.norm(found - expected) / torch.linalg.norm(expected)
-        assert error < 1e-5, (name, float(error))
+        assert torch.linalg.norm(found - expected) < 1e-3 * torch.linalg.norm(expected), name
 
 
 def moment(path: Path) -> torch.Tensor:
