@@ -146,7 +146,10 @@ setup(
     version=VERSION,
     description="PolaFormer++ at scale: polarity-aware linear attention, trained with DALI and DeepSpeed",
     python_requires=">=3.10",
-    packages=["polaformer", "dataio", "dataio.augment", "dataio.pack", "dataio.remote", "launch", "launch.benchmark"],
+    packages=[
+        *("polaformer", "dataio", "dataio.augment", "dataio.pack", "dataio.remote"),
+        *("launch", "launch.benchmark", "launch.checkpoint"),
+    ],
     package_data={"polaformer": ["py.typed"]},
     install_requires=MODEL,
     extras_require={"train": DATA + LAUNCH, "remote": REMOTE, "test": DATA + LAUNCH + TEST},

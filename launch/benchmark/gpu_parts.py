@@ -106,7 +106,9 @@ def _plan_long(folder: Path) -> list[Part]:
     no_tests = missing_modules("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage")
     no_data = missing_modules("nvidia.dali", "pydantic", "webdataset", "matplotlib", "skimage", "psutil", "rich")
     no_resume = missing_modules("nvidia.dali", "pydantic", "matplotlib", "skimage")
+    no_run = missing_modules("deepspeed", "nvidia.dali", "pydantic", "matplotlib", "skimage")
     data, resume = _benchmark(folder / "data", "data", *of_data), _benchmark(folder / "resume", "resume")
+    checkpoint = _benchmark(folder / "checkpoint", "checkpoint", "--resolution", "224", "--batch", "64")
     return [
         Part("compiled", _benchmark(folder / "compiled", "kernel", *compiled), 60, 180, parse_kernel),
         Part("operators", _benchmark(folder / "operators", "profile", *of_b5), 40, 120, parse_profile),
@@ -114,6 +116,7 @@ def _plan_long(folder: Path) -> list[Part]:
         Part("all-tests", every_test, 600, 3600, parse_tests, no_tests),
         Part("data", data, 600, 3600, last_line, no_data, needs_kernels=False),
         Part("resume", resume, 300, 1800, last_line, no_resume, needs_kernels=False),
+        Part("checkpoint", checkpoint, 120, 600, last_line, no_run, needs_kernels=False),
         Part("full", _benchmark(folder / "full", "kernel", "--full"), 1800, 5400, parse_kernel),
     ]
 

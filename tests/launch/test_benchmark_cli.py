@@ -11,10 +11,21 @@ from launch.benchmark import __main__, kernel_checks
 from launch.benchmark.__main__ import _MODULES, COMMANDS
 
 MODULES = {name: import_module(f"launch.benchmark.{_MODULES.get(name, name)}") for name in COMMANDS}
-EXAMPLES = {"kernel": 4, "data": 4, "pack": 3, "resume": 3, "parity": 2, "gpu": 3, "step": 4, "profile": 5, "sass": 3}
+EXAMPLES = {
+    "kernel": 4,
+    "data": 4,
+    "pack": 3,
+    "resume": 3,
+    "checkpoint": 3,
+    "parity": 2,
+    "gpu": 3,
+    "step": 4,
+    "profile": 5,
+    "sass": 3,
+}
 NO_GPU = "PyTorch sees no NVIDIA GPU; use --device cpu"
 NO_GPU_HERE = "PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one"
-ON_CPU = ("kernel", "data", "resume", "step", "profile")  # commands whose --device is the GPU by default
+ON_CPU = ("kernel", "data", "resume", "checkpoint", "step", "profile")  # commands whose --device is the GPU by default
 
 BAD_SHAPE = "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"
 UNKNOWN_MODEL = "timm knows no model {!r}; use one that timm.list_models() names, or polaformerpp_b5"
@@ -46,6 +57,7 @@ REFUSALS = {
         f"{option} 0": f"{option} is 0; give {least} or more"
         for option, least in (("--samples", 560), ("--step", 1), ("--rounds", 1))
     },
+    "checkpoint": {f"{option} 0": ABOVE_0.format(option, "0") for option in ("--resolution", "--batch", "--rounds")},
     "step": {
         "--models polaformerpp_b9": UNKNOWN_MODEL.format("polaformerpp_b9"),
         "--batch 0": ABOVE_0.format("--batch", "0"),
@@ -82,7 +94,7 @@ REFUSALS = {
         ),
     },
 }
-for name in ("kernel", "data", "pack", "resume", "step", "profile", "sass"):
+for name in ("kernel", "data", "pack", "resume", "checkpoint", "step", "profile", "sass"):
     if name != "sass":  # which reads the extension first; test_benchmark_sass.py has it
         REFUSALS[name]["--output setup.py/x.json"] = NO_FOLDER
     REFUSALS[name]["--show setup.py"] = f"setup.py is no report of python -m launch.benchmark {name}; name one"
