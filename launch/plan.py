@@ -27,7 +27,7 @@ from dataio.remote.options import RetryPolicy, cache_options
 from dataio.shards import open_dataset
 from dataio.urls import is_url
 from launch.config import Config, load_config
-from launch.schedule import Schedule, lr_at, make_schedule
+from launch.schedule import Schedule, ends_interval, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
 #: Group of BatchNorm where model.norm_group is null: the authors' micro-batch.
@@ -63,6 +63,19 @@ class Plan:
     def samples_per_epoch(self) -> int:
         """Number of training images."""
         return len(self.train)
+
+    def epochs(self, steps: int) -> float:
+        """Return how many epochs so many steps are."""
+        return steps * self.loader_options.global_batch_size / self.samples_per_epoch
+
+    def ends_epochs(self, step: int, epochs: float | None) -> bool:
+        """Return whether a step, counted from 0, completes another `epochs` epochs; never if that is None."""
+        batch = self.loader_options.global_batch_size
+        return epochs is not None and ends_interval(step, batch, epochs * self.samples_per_epoch)
+
+    def is_due(self, step: int, every_epochs: float) -> bool:
+        """Return whether an action due every `every_epochs` epochs, and at the end, is due after `step` (from 0)."""
+        return step + 1 == self.steps or self.ends_epochs(step, every_epochs)
 
 
 def make_plan(config: Config, rank: int, world_size: int, local_world_size: int | None = None) -> Plan:

@@ -70,7 +70,7 @@ from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
 from launch.plan import Plan, describe, keep_norm_group, make_plan
 from launch.run_lock import locked
-from launch.schedule import ema_decay_at, ends_interval, lr_at
+from launch.schedule import ema_decay_at, lr_at
 from launch.stop import StopAgreement, Stopped
 
 
@@ -159,13 +159,13 @@ def train_steps(run: "Run", augment: BatchAugment) -> str | None:
         if agreed.save_failed:
             run.writer.wait()  # raises on every rank
         run.report_failed_saves(step)
-        scheduled = is_due(step, config.checkpoint.every_epochs, plan) or is_milestone(config, plan, step + 1)
+        kept = plan.ends_epochs(step, config.checkpoint.keep_every_epochs)
         # Read one step late, so in the step after a save the flag is still that of the step before.
         by_clock = agreed.save_due and step > run.writer.begun_step
-        saving = scheduled or by_clock or agreed.reason is not None
+        saving = plan.is_due(step, config.checkpoint.every_epochs) or kept or by_clock or agreed.reason is not None
         # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. Their
         # count restarts in each epoch, so the last step of an epoch writes too.
-        if saving or monitor.due(step) or is_due(step, 1, plan):
+        if saving or monitor.due(step) or plan.is_due(step, 1):
             norm = engine.get_global_grad_norm()
             monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
         with monitor.paused():
@@ -201,7 +201,7 @@ class Run:
         reason: why the run stops, None if it does not: then the evaluation is left to the resumed run. A stop during
         the evaluation is the same. Returns the reason.
         """
-        evaluating, top1 = is_due(step, self.config.log.eval_every_epochs, self.plan), 0.0
+        evaluating, top1 = self.plan.is_due(step, self.config.log.eval_every_epochs), 0.0
         if evaluating and reason is None:
             try:
                 top1, evaluating = self.evaluate(step), False
@@ -211,7 +211,7 @@ class Run:
             state = replace(
                 self.writer.saved,
                 step=step + 1,
-                epoch=(step + 1) * self.plan.loader_options.global_batch_size / self.plan.samples_per_epoch,
+                epoch=self.plan.epochs(step + 1),
                 loader=self.loader.state(),
                 evaluation_due=evaluating,
             )
@@ -279,9 +279,9 @@ class Run:
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
         scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)
-        epochs = (step + 1) * loader_options.global_batch_size / plan.samples_per_epoch
         self.monitor.log(
-            f"epoch {epochs:.2f}  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
+            f"epoch {plan.epochs(step + 1):.2f}"
+            f"  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
             f"  top-5 {scores['eval/top5']:.2f} % (EMA {scores['eval_ema/top5']:.2f} %)"
         )
         if step + 1 == plan.steps:
@@ -346,7 +346,8 @@ def prepare(
         passed_over = [f"{fault}; passed over, and removed by the next checkpoint" for fault in faults]
         log_run_header(config, plan, monitor, [*passed_over, *([f"resumes from {found}"] if found else []), *changes])
     metadata = make_model_metadata(config.model.name, plan.class_names, config.data).safetensors_metadata()
-    retention = Retention(config.checkpoint.keep, partial(is_milestone, config, plan))
+    kept_epochs = config.checkpoint.keep_every_epochs
+    retention = Retention(config.checkpoint.keep, lambda steps: plan.ends_epochs(steps - 1, kept_epochs))
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     return Run(config, plan, engine, ema, loader, monitor, writer, stop, state.step)
@@ -426,18 +427,6 @@ def compare_ema(weights: float, ema: float) -> str:
 def checkpoint_folder(config: Config) -> Path:
     """Return the folder of a run's checkpoints."""
     return config.output / "checkpoints"
-
-
-def is_milestone(config: Config, plan: Plan, steps: int) -> bool:
-    """Return whether the checkpoint after `steps` completed steps is to be kept for good."""
-    every, batch = config.checkpoint.keep_every_epochs, plan.loader_options.global_batch_size
-    return every is not None and ends_interval(steps - 1, batch, every * plan.samples_per_epoch)
-
-
-def is_due(step: int, every_epochs: float, plan: Plan) -> bool:
-    """Return whether an action due every `every_epochs` epochs, and at the end, is due after `step` (from 0)."""
-    last = step + 1 == plan.steps
-    return last or ends_interval(step, plan.loader_options.global_batch_size, every_epochs * plan.samples_per_epoch)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
