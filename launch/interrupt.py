@@ -44,7 +44,7 @@ class StopSignals:
 
     Until `defer`, the first one ends the process at once with status EXIT_RESUME. After it, the first one is kept in
     `received`, the second changes nothing, and the third ends the process at once. Signals within a second count as
-    one.
+    one. After `ignore`, none has an effect.
 
     A thread waits for the signals, which are blocked everywhere else: it also acts while the main thread waits in a
     collective, where Python would not run a handler; no system call is interrupted; and child processes inherit the
@@ -54,7 +54,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: str | None = None  # name of the first signal after `defer`
         self._has_failed_rank: Callable[[], bool] = lambda: False
-        self._deferred, self._requests, self._last = False, 0, -_SAME_REQUEST_SECONDS
+        self._deferred, self._ended, self._requests, self._last = False, False, 0, -_SAME_REQUEST_SECONDS
         self._lock = threading.Lock()
         self._is_rank_zero = _is_rank_zero()
 
@@ -77,9 +77,15 @@ class StopSignals:
         with self._lock:
             self._deferred, self._has_failed_rank = True, has_failed_rank
 
+    def ignore(self) -> None:
+        """Ignore signals from now on: all ranks know how the run ended, and launchers signal those that exit last."""
+        self._ended = True
+
     def _listen(self, signals: set[signal.Signals]) -> None:
         while True:
             number = signal.sigwait(signals)
+            if self._ended:
+                continue
             # Launchers end the other ranks by a signal when one has failed; those would wait for it for ever.
             if self._deferred and self._has_failed_rank():
                 os._exit(128 + number)

@@ -113,6 +113,8 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
     except Stopped as stopped:
         print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)
         return EXIT_RESUME
+    finally:
+        signals.ignore()
 
 
 def train(run: "Run", augment: BatchAugment) -> int:

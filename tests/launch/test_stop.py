@@ -244,6 +244,25 @@ def test_the_signal_for_the_others_when_a_rank_has_failed_ends_them(forked, tmp_
     assert "KeyError: 'a mistake'" in finished.stderr
 
 
+IGNORE = """
+import os, signal
+from launch.interrupt import EXIT_RESUME, StopSignals, exit_process
+signals = StopSignals().listen()
+signals.defer(has_failed_rank=lambda: True)  # as when rank 0 has exited, and with it the store that answers this
+signals.ignore()
+for _ in range(2):  # the second is received when the first has been dealt with
+    os.kill(os.getpid(), signal.SIGTERM)
+    while signal.SIGTERM in signal.sigpending():
+        pass
+exit_process(EXIT_RESUME)
+"""
+
+
+def test_signals_to_a_rank_that_exits_after_others_keep_its_status():
+    """srun sends them; the job would end with 143 instead of 75, and not be requeued."""
+    assert subprocess.run([sys.executable, "-c", IGNORE], cwd=ROOT).returncode == EXIT_RESUME
+
+
 class Ended(Exception):
     """Stands for the end of the process."""
 

@@ -55,7 +55,7 @@ BatchStartTimeout=3600
 EioTimeout=3600
 SlurmdTimeout=3600
 UnkillableStepTimeout=3600
-KillWait=2
+KillWait=30
 NodeName={nodes[0]} NodeHostname=localhost NodeAddr={nodes[0]} Port={ports[1]} CPUs=1
 NodeName={nodes[1]} NodeHostname=localhost NodeAddr={nodes[1]} Port={ports[2]} CPUs=1
 PartitionName=main Nodes=ALL Default=YES State=UP

@@ -81,7 +81,13 @@ if "fail" in sys.argv and rank == "1":
     sys.exit(7)
 if "fail" in sys.argv:
     signal.pause()
-if "stop" in sys.argv:
+if "stop" in sys.argv:  # as launch/train.py: the rank that exits last does not end by srun's signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    open(f"blocked{rank}", "w")
+    while not (os.path.exists("blocked0") and os.path.exists("blocked1")):
+        time.sleep(0.05)
+    if rank == "0":
+        signal.sigwait({signal.SIGTERM})
     sys.exit(75)
 """
 
