@@ -146,14 +146,21 @@ def abort_process() -> NoReturn:
     os._exit(EXIT_FATAL)
 
 
-def has_failed_rank() -> bool:
-    """Return whether a rank has called `abort_process`, or rank 0, which answers this, is gone."""
-    try:
-        return dist.distributed_c10d._get_default_store().check([_FAILED_KEY])
-    except ValueError:  # this rank has left the group
-        return False
-    except RuntimeError:
-        return True
+def failed_rank_check() -> Callable[[], bool]:
+    """Return a function that says whether a rank has called `abort_process`, or rank 0, which answers this, is gone.
+
+    It asks over a connection of its own, so it does not wait for another thread that waits for the store.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    store = store.clone()
+
+    def has_failed_rank() -> bool:
+        try:
+            return bool(store.check([_FAILED_KEY]))
+        except RuntimeError:
+            return True
+
+    return has_failed_rank
 
 
 def _select_device(rank_info: RankInfo, device_type: str) -> torch.device:
@@ -299,6 +306,7 @@ def run_distributed(
     timeout: timedelta,
     title: str | None = None,
     fault: Exception | None = None,
+    settled: Callable[[], None] = lambda: None,
 ) -> int:
     """Join the process group, call `body` on every rank and leave the group; return `body`'s or an error's exit status.
 
@@ -306,6 +314,7 @@ def run_distributed(
     a RunError ends the process with its traceback.
     title: what rank 0 announces before DeepSpeed is imported.
     fault: an error of this rank's arguments; `body` is not called on any rank.
+    settled: called when all ranks know the exit status, and before any of them exits.
     """
     try:
         rank_info = read_rank_info(os.environ)
@@ -330,6 +339,7 @@ def run_distributed(
         status = error.status
     except Exception:
         abort_process()
+    settled()
     if status:
         dist.barrier()  # launchers end all ranks as soon as one fails: rank 0 reports first
     destroy_process_group()

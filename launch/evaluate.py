@@ -33,6 +33,7 @@ from dataio.manifest import Manifest, count_classes, map_labels
 from dataio.remote.options import cache_options
 from dataio.shards import open_dataset
 from dataio.urls import redact_url
+from launch.command_line import make_parser
 from launch.distributed import (
     RankInfo,
     broadcast_object,
@@ -100,13 +101,7 @@ class _Metrics:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.evaluate",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.evaluate", __doc__)
     add = parser.add_argument
     add("--weights", type=user_path, required=True, help=WEIGHTS_PATH_HELP)
     data = "a folder written by python -m dataio.pack, or the URL of a copy"

@@ -11,7 +11,6 @@ from launch.interrupt import exit_on_interrupt
 if __name__ == "__main__":
     exit_on_interrupt()
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,6 +20,7 @@ import timm
 
 from dataio.files import atomic_write, user_path
 from launch.checkpoint.layout import is_checkpoint
+from launch.command_line import make_parser
 from launch.find_weights import WEIGHTS_PATH_HELP, find_weights
 from launch.model_metadata import read_model_metadata
 from polaformer.weights import load_weights
@@ -62,13 +62,7 @@ def default_target(run: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Export weights as the command line says; return the exit status."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.export",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.export", __doc__)
     parser.add_argument("run", type=user_path, help=WEIGHTS_PATH_HELP)
     parser.add_argument("--to", type=user_path, help="where to write (default RUN/export, or beside a file)")
     parser.add_argument("--kind", choices=("ema", "model"), default="ema", help="which weights (default ema)")

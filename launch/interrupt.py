@@ -42,7 +42,8 @@ def exit_on_interrupt(remedy: str = "") -> None:
 class StopSignals:
     """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 as requests to stop a run.
 
-    Until `defer`, the first one ends the process at once with status EXIT_RESUME. After it, the first one is kept in
+    Until `defer`, the first one ends the process at once with status EXIT_RESUME, SIGTERM with 128 + SIGTERM: launchers
+    send it where another rank was refused, which is no reason to start again. After `defer`, the first one is kept in
     `received`, the second changes nothing, and the third ends the process at once. Signals within a second count as
     one. After `ignore`, none has an effect.
 
@@ -71,14 +72,14 @@ class StopSignals:
     def defer(self, has_failed_rank: Callable[[], bool] = lambda: False) -> None:
         """Keep signals from now on instead of ending the process.
 
-        has_failed_rank: whether another rank has failed, so that no agreement is possible: then the first signal, by
-        which launchers end the others, ends this process at once.
+        has_failed_rank: whether another rank has failed, so that no agreement is possible: then the next signal, by
+        which launchers end the others, ends this process at once. It is called in a thread.
         """
         with self._lock:
             self._deferred, self._has_failed_rank = True, has_failed_rank
 
     def ignore(self) -> None:
-        """Ignore signals from now on: all ranks know how the run ended, and launchers signal those that exit last."""
+        """Ignore signals from now on: this rank's exit status is settled, and launchers signal those that exit last."""
         self._ended = True
 
     def _listen(self, signals: set[signal.Signals]) -> None:
@@ -86,7 +87,7 @@ class StopSignals:
             number = signal.sigwait(signals)
             if self._ended:
                 continue
-            # Launchers end the other ranks by a signal when one has failed; those would wait for it for ever.
+            # The others would wait for the failed rank for ever.
             if self._deferred and self._has_failed_rank():
                 os._exit(128 + number)
             with self._lock:
@@ -99,7 +100,7 @@ class StopSignals:
         self._requests += 1
         if not self._deferred:
             self._say(f"stopped by {number.name} before the first step; the same command starts it again")
-            os._exit(EXIT_RESUME)
+            os._exit(128 + number if number == signal.SIGTERM else EXIT_RESUME)
         if self._requests == 1:
             self.received = number.name
             self._say(f"{number.name}: the run stops, and saves what it has trained; a third signal ends it at once")

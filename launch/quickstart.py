@@ -156,7 +156,7 @@ def run_training(command: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopped and status in (EXIT_RESUME, -signal.SIGTERM):
+    if stopped and status in (EXIT_RESUME, 128 + signal.SIGTERM, -signal.SIGTERM):
         print("interrupted; the same command resumes", file=sys.stderr)
         return EXIT_RESUME
     return status

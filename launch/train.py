@@ -42,14 +42,15 @@ from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
 from launch.checkpoint.writer import CheckpointWriter, Retention, check_disk_space
+from launch.command_line import make_parser
 from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
 from launch.distributed import (
     RankInfo,
     RunError,
     broadcast_object,
     default_device_type,
+    failed_rank_check,
     get_local_world_size,
-    has_failed_rank,
     print_rank_0,
     raise_on_all_ranks,
     run_distributed,
@@ -76,15 +77,15 @@ from launch.stop import StopAgreement, Stopped
 
 def main(argv: list[str] | None = None, signals: StopSignals | None = None) -> int:
     """Train as the command line says; return the exit status. signals: those that stop the run, by default none."""
-    arguments, device_type = parse(argv), default_device_type()
+    arguments, device_type, signals = parse(argv), default_device_type(), signals or StopSignals()
     try:
         config = load_config(arguments.config, arguments.overrides)
     except (ValueError, OSError) as error:
         timeout = timedelta(minutes=EngineSection().timeout_minutes)
-        return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error)
+        return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error, settled=signals.ignore)
     timeout = timedelta(minutes=config.engine.timeout_minutes)
-    body = partial(start, config, signals or StopSignals())
-    return run_distributed(body, device_type, timeout, title=config.model.name)
+    body = partial(start, config, signals)
+    return run_distributed(body, device_type, timeout, title=config.model.name, settled=signals.ignore)
 
 
 def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: torch.device) -> int:
@@ -93,7 +94,7 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
     Raises RunError on every rank if configuration, data, checkpoint and machine do not fit each other, or training
     fails.
     """
-    signals.defer(has_failed_rank)
+    signals.defer(failed_rank_check())
     stop = StopAgreement(signals, device, config.checkpoint.stop_after_minutes)
     rank, local_world_size = rank_info.rank, get_local_world_size()
     print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
@@ -113,8 +114,6 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
     except Stopped as stopped:
         print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)
         return EXIT_RESUME
-    finally:
-        signals.ignore()
 
 
 def train(run: "Run", augment: BatchAugment) -> int:
@@ -323,6 +322,7 @@ def prepare(
         state = replace(
             initial_state,
             step=saved.step,
+            epoch=saved.epoch,
             loader=saved.loader,
             best_top1=saved.best_top1,
             evaluation_due=saved.evaluation_due,
@@ -364,6 +364,7 @@ def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
     with raise_on_all_ranks():
         if rank == 0:
             layout.check_pointers(folder)
+            layout.restore_replaced(folder)
             found = layout.find_newest(folder)
     return broadcast_object(found)
 
@@ -433,13 +434,7 @@ def checkpoint_folder(config: Config) -> Path:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the command line's arguments."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="launch/train.py",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("launch/train.py", __doc__)
     parser.add_argument(
         "--config", type=user_path, required=True, help="a YAML file, for example configs/polaformerpp_b4.yaml"
     )

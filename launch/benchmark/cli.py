@@ -14,23 +14,13 @@ from typing import Any
 import torch
 
 from launch.benchmark.report import default_path, prepare_output, read_report, user_path, write_report
+from launch.command_line import make_parser
 from launch.distributed import default_device_type
 
 Report = dict[str, Any]
 AddOption = Callable[..., argparse.Action]  # argparse's add_argument
 #: Errors of users and of the machine as failures of a `Command`: exit status 2.
 USAGE_ERRORS: dict[type[Exception], int] = {ValueError: 2, RuntimeError: 2, OSError: 2}
-
-
-def make_parser(name: str, doc: str, note: str = "") -> argparse.ArgumentParser:
-    """Parser for `python -m launch.benchmark` + `name`, described by a module's docstring."""
-    summary, _, examples = doc.partition("\n\n")
-    return argparse.ArgumentParser(
-        prog=f"python -m launch.benchmark{name}",
-        description=summary,
-        epilog=f"examples:\n{examples}{note}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
 
 
 def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace], Callable[[], int]]) -> int:
@@ -84,7 +74,7 @@ class Command:
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         """Parse the arguments; --help and errors exit."""
-        parser = make_parser(f" {self.name}", self.doc)
+        parser = make_parser(f"python -m launch.benchmark {self.name}", self.doc)
         add = parser.add_argument
         if self.device_help:
             add("--device", choices=("cuda", "cpu"), help=self.device_help)

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from launch.benchmark.cli import Report, make_parser, require_positive, resolve_device, start
+from launch.benchmark.cli import Report, require_positive, resolve_device, start
 from launch.benchmark.gpu_parts import FILES, LOG, Part, last_line, plan_parts
 from launch.benchmark.report import (
     ROOT,
@@ -37,6 +37,7 @@ from launch.benchmark.report import (
     user_path,
     write_report,
 )
+from launch.command_line import make_parser
 
 PASSED, FAILED, TIMED_OUT, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
 _KILL_AFTER_SECONDS = 5
@@ -171,7 +172,7 @@ def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Par
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments; --help and errors exit."""
     listed = ", ".join(part.name for part in plan_parts(Path()))
-    parser = make_parser(" gpu", __doc__, f"\nparts: {listed}")
+    parser = make_parser("python -m launch.benchmark gpu", __doc__, f"\nparts: {listed}")
     add = parser.add_argument
     add("--output", type=user_path, metavar="FOLDER", help="default: a new folder below runs/benchmark")
     minutes = "total time; parts that no longer fit are left out (default: run all, over an hour)"

@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
-from launch.benchmark.cli import Report, make_parser, resolve_device, start
+from launch.benchmark.cli import Report, resolve_device, start
 from launch.benchmark.kernel_runner import AttentionCall, call_ours, find_errors, get_implementation, make_inputs
 from launch.benchmark.report import ROOT, describe_run, finite, prepare_output, user_path, write_report
 from launch.benchmark.shapes import parse_shape
+from launch.command_line import make_parser
 from polaformer import ops
 
 #: Sizes that fill no tile, a head dimension that no vector load divides, and the widest one. A single token is not
@@ -207,7 +208,7 @@ def build() -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments; --help and errors exit."""
-    parser = make_parser(".kernel_checks", __doc__)
+    parser = make_parser("python -m launch.benchmark.kernel_checks", __doc__)
     parser.add_argument("mode", choices=("build", "errors", "tiny", "profiled"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", choices=("all", "awkward", "real"), default="all", help="of errors (default: all)")

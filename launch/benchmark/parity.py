@@ -32,8 +32,9 @@ from dataio.augment.policies import (
 )
 from dataio.files import user_path, write_file
 from dataio.sampler import draws_at
-from launch.benchmark.cli import make_parser, start
+from launch.benchmark.cli import start
 from launch.benchmark.report import prepare_output
+from launch.command_line import make_parser
 
 RECIPE = "rand-m9-mstd0.5-inc1"
 TIMM_NAMES = {
@@ -257,7 +258,7 @@ timm by default chooses between bilinear and bicubic at random.
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the arguments; --help and errors exit."""
-    parser = make_parser(" parity", __doc__)
+    parser = make_parser("python -m launch.benchmark parity", __doc__)
     add = parser.add_argument
     add("images", metavar="IMAGE", type=user_path, nargs="*", help="default: scikit-image's")
     add("--output", metavar="FILE.md", type=user_path, required=True, help="Markdown file to write")

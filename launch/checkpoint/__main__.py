@@ -13,7 +13,6 @@ from launch.interrupt import exit_on_interrupt
 if __name__ == "__main__":
     exit_on_interrupt()
 
-import argparse
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.text import Text
 from dataio.files import escape_unprintable, user_path
 from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
+from launch.command_line import make_parser
 
 _RUN_HELP = "a run's folder, its checkpoints folder, or a checkpoint (RUN/checkpoints/best, latest or step-…)"
 _SHOWN_TENSORS = 10  # of a file, without --all
@@ -33,13 +33,7 @@ _SHOWN_TENSORS = 10  # of a file, without --all
 
 def main(argv: list[str] | None = None) -> int:
     """List or compare checkpoints as the command line says; return the exit status."""
-    summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.checkpoint",
-        description=summary,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("python -m launch.checkpoint", __doc__)
     parser.add_argument("run", nargs="?", type=user_path, help=_RUN_HELP)
     parser.add_argument("--verify", action="store_true", help="hash all files; otherwise only sizes are compared")
     parser.add_argument(
@@ -155,9 +149,9 @@ def describe(checkpoint: Path, state: RunState | None) -> list[str]:
     if state is not None:
         known = f"{state.step:,}", f"{state.epoch:.2f}", size, str(state.world_size), str(state.zero_stage)
         return [*known, escape_unprintable(state.version), written]
-    is_named = layout.checkpoint_name(0)[:5] == checkpoint.name[:5]
     version = "0.1.0" if layout.is_of_old_version(checkpoint) else "-"
-    return [f"{layout.step_of(checkpoint):,}" if is_named else "-", "-", size, "-", "-", version, written]
+    step = f"{layout.step_of(checkpoint):,}" if layout.has_step_name(checkpoint) else "-"
+    return [step, "-", size, "-", "-", version, written]
 
 
 def print_diff(a: Path, b: Path, shown: int) -> int:

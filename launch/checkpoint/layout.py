@@ -34,6 +34,7 @@ MODEL_NAME, EMA_NAME = "model.safetensors", "ema.safetensors"
 MOMENT_NAMES = {"exp_avg": "exp_avg.safetensors", "exp_avg_sq": "exp_avg_sq.safetensors"}  # of AdamW
 POINTERS = LATEST, BEST = "latest", "best"
 _OLD_STATE = "engine"  # folder of the optimizer's state until version 0.1.0
+_REMOVED, _REPLACED = "removed", "replaced"  # suffixes of hidden checkpoints
 _CHECKPOINT = re.compile(r"step-([0-9]{8})")
 _FILE_NAME = re.compile(r"[\w+-][\w.+-]*(/[\w+-][\w.+-]*)*", re.ASCII)  # in a manifest: inside the checkpoint
 _NAME_LENGTH = 255  # at most
@@ -98,7 +99,7 @@ def find_newest(folder: Path, needed: str | None = None) -> tuple[Path | None, l
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return all checkpoints in a folder, corrupt ones included, the oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if has_step_name(path) and path.is_dir())
 
 
 def checkpoint_name(step: int) -> str:
@@ -106,8 +107,13 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def has_step_name(checkpoint: Path) -> bool:
+    """Return whether a folder's name is that of a checkpoint; a copy may have any other."""
+    return _CHECKPOINT.fullmatch(checkpoint.name) is not None
+
+
 def step_of(checkpoint: Path) -> int:
-    """Return the number of completed steps that a checkpoint's name states."""
+    """Return the number of completed steps that a checkpoint's name states, if it has such a name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -132,9 +138,7 @@ def read_state(checkpoint: Path) -> RunState:
             f"{path} is of another version, or damaged ({_first_fault(error)}); resume with the version that wrote it"
         ) from error
     position = state.step * state.loader["global_batch"]
-    if state.loader["samples_seen"] != position or (
-        _CHECKPOINT.fullmatch(checkpoint.name) and state.step != step_of(checkpoint)
-    ):
+    if state.loader["samples_seen"] != position or (has_step_name(checkpoint) and state.step != step_of(checkpoint)):
         raise ValueError(
             f"{path} is of another checkpoint, or damaged (step {state.step}, {state.loader['samples_seen']} samples in"
             f" batches of {state.loader['global_batch']}); remove this checkpoint to resume from an older one"
@@ -169,7 +173,7 @@ def write_state(checkpoint: Path, state: RunState) -> None:
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether a folder is a checkpoint, renamed or damaged ones included."""
-    return _CHECKPOINT.fullmatch(path.name) is not None or (path / MANIFEST_NAME).is_file()
+    return has_step_name(path) or (path / MANIFEST_NAME).is_file()
 
 
 def resolve_pointer(pointer: Path) -> Path:
@@ -245,8 +249,12 @@ def publish(staging: Path, entries: dict[str, dict[str, Any]]) -> Path:
     sync(staging)
     target = target_of(staging)
     # One of the same step is corrupt, so the run passed it over when it resumed, or was saved before its evaluation.
-    replaced = _hide(target) if target.exists() else None
-    staging.rename(target)
+    replaced = _hide(target, _REPLACED) if target.exists() else None
+    try:
+        staging.rename(target)
+    except OSError:
+        restore_replaced(target.parent)
+        raise
     sync(target.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
@@ -264,18 +272,27 @@ def staging_folder(folder: Path, step: int, suffix: str) -> Path:
 
 
 def target_of(staging: Path) -> Path:
-    """Return the checkpoint that a hidden folder of `staging_folder` will be."""
+    """Return the checkpoint that a hidden folder of `staging_folder` will be, or another hidden one was."""
     return staging.with_name(staging.name[1:].partition(".")[0])
 
 
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint so that a process that is killed meanwhile leaves no part of it under its name."""
-    shutil.rmtree(_hide(checkpoint), ignore_errors=True)  # files that are open on NFS go with the leftovers later
+    shutil.rmtree(
+        _hide(checkpoint, _REMOVED), ignore_errors=True
+    )  # files that are open on NFS go with the leftovers later
 
 
-def _hide(checkpoint: Path) -> Path:
+def restore_replaced(folder: Path) -> None:
+    """Give a checkpoint its name back if the run ended before the one that was to replace it got that name."""
+    for hidden in folder.glob(f".step-*.{_REPLACED}"):
+        if not target_of(hidden).exists():
+            hidden.rename(target_of(hidden))
+
+
+def _hide(checkpoint: Path, suffix: str) -> Path:
     """Rename a checkpoint so that `remove_leftovers` finds it; return its path."""
-    hidden = checkpoint.with_name(f".{checkpoint.name}")
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{suffix}")
     if hidden.exists():
         shutil.rmtree(hidden, ignore_errors=True)
     return checkpoint.rename(hidden)

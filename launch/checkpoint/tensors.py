@@ -83,14 +83,16 @@ def gather_moment(engine: Engine, moment: str, writer: int, destination: Mapping
 def load(checkpoint: Path, engine: Engine, ema: ModelEma) -> None:
     """Load a checkpoint into the engine and the EMA. Every rank calls it.
 
-    Raises RunError on every rank, before anything is changed, if a file cannot be read or has other tensors.
+    Raises RunError on every rank: before anything is changed, if a file cannot be read or has other tensors; and later,
+    if DeepSpeed's layout is not the expected one.
     """
     with raise_on_all_ranks():
         files = {name: _read(checkpoint / name, specs) for name, specs in tensor_specs(engine, ema).items()}
     with _writable_parameters(engine):
         engine.module.load_state_dict(files[MODEL_NAME])
-    _load_fragments(engine, None, files[MODEL_NAME])
-    _check_layout(engine)
+    with raise_on_all_ranks():
+        _load_fragments(engine, None, files[MODEL_NAME])
+        _check_layout(engine)
     ema.module.load_state_dict(files[EMA_NAME])
     state = _adamw(engine).state
     for moment, name in MOMENT_NAMES.items():
@@ -228,7 +230,8 @@ def _check_layout(engine: Engine) -> None:
     for copies, partition in zip(
         optimizer.parallel_partitioned_bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
     ):
-        if not torch.equal(copies[dist.get_rank()].to(partition), partition.data):
+        loaded = copies[dist.get_rank()].to(partition)
+        if not torch.equal(loaded.view(torch.int32), partition.data.view(torch.int32)):  # as integers: NaN equals NaN
             raise RuntimeError("DeepSpeed divides parameters in another way than expected; use the pinned version")
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,17 @@ class CheckpointWriter:
         sync(staging / STATE_NAME)
         self._check_lock()
         saved = layout.publish(staging, entries | {STATE_NAME: layout.describe_file(staging / STATE_NAME)})
-        try:
-            if is_best:
-                layout.write_pointer(saved, layout.BEST)
-            layout.write_pointer(saved, layout.LATEST)
-            layout.prune(saved, self._retention.keep, self._retention.is_milestone)
-        except OSError as error:  # the checkpoint itself is complete
-            self.warnings.append(f"{saved} is written, but its pointers or older checkpoints are not in order: {error}")
+        actions = [partial(layout.write_pointer, saved, layout.BEST)] if is_best else []
+        actions += [
+            partial(layout.write_pointer, saved, layout.LATEST),
+            partial(layout.prune, saved, self._retention.keep, self._retention.is_milestone),
+        ]
+        for action in actions:
+            try:
+                action()
+            except OSError as error:  # the checkpoint itself is complete
+                text = f"{saved} is written, but its pointers or older checkpoints are not in order: {error}"
+                self.warnings.append(text)
 
     def _give_up(self, staging: Path, error: RunError) -> None:
         """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -17,8 +19,8 @@ from safetensors.torch import load_file
 
 from launch import interrupt
 from launch.checkpoint import layout
-from launch.distributed import destroy_process_group, init_distributed, read_rank_info
-from launch.interrupt import EXIT_RESUME, StopSignals
+from launch.distributed import destroy_process_group, failed_rank_check, init_distributed, read_rank_info
+from launch.interrupt import EXIT_REFUSED, EXIT_RESUME, StopSignals
 from launch.stop import StopAgreement
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +91,7 @@ def test_a_run_that_is_stopped_everywhere_equals_an_undisturbed_one(
     finished = forked(2, "launch/train.py", *train_arguments(small_shards, whole))
     assert finished.returncode == 0, finished.stderr
     assert metrics(run) == metrics(whole)
+    assert newest(run) == newest(whole)
     for file in (layout.MODEL_NAME, layout.EMA_NAME, *layout.MOMENT_NAMES.values()):
         left, right = (load_file(each / "checkpoints" / f"step-{STEPS:08d}" / file) for each in (run, whole))
         assert left.keys() == right.keys()
@@ -141,9 +144,14 @@ def test_an_evaluation_that_was_made_but_not_saved_is_made_again_once(forked, sh
     """A start that is killed after it has evaluated the checkpoint of a stop leaves a line of metrics behind."""
     run = tmp_path / "run"
     assert forked(1, STOPPED_RUN, *short, **stop_at("batch 1", "SIGTERM")).returncode == EXIT_RESUME
+    stopped = shutil.copytree(run / "checkpoints", tmp_path / "stopped")
+    epoch = newest(run).epoch
     for _ in range(2):  # the second finds the first's line
+        shutil.rmtree(run / "checkpoints")
+        shutil.copytree(stopped, run / "checkpoints")
         assert forked(1, STOPPED_RUN, *short).returncode == 0
         assert [line["step"] for line in metrics(run) if "eval/top1" in line] == [4]
+        assert (newest(run).evaluation_due, newest(run).epoch) == (False, epoch)
     assert (run / "checkpoints" / "best").read_text() == "step-00000004\n"
 
 
@@ -219,12 +227,12 @@ def test_the_agreement_does_not_synchronise_with_the_gpu(no_launcher):
 FAIL = """
 import sys, time
 from datetime import timedelta
-from launch.distributed import get_local_world_size, has_failed_rank, run_distributed
+from launch.distributed import failed_rank_check, get_local_world_size, run_distributed
 from launch.interrupt import StopSignals
 signals = StopSignals().listen()
 
 def body(rank_info, device):
-    signals.defer(has_failed_rank)
+    signals.defer(failed_rank_check())
     assert get_local_world_size() == 2
     if rank_info.rank == 1:
         raise KeyError("a mistake")
@@ -244,23 +252,50 @@ def test_the_signal_for_the_others_when_a_rank_has_failed_ends_them(forked, tmp_
     assert "KeyError: 'a mistake'" in finished.stderr
 
 
-IGNORE = """
-import os, signal
-from launch.interrupt import EXIT_RESUME, StopSignals, exit_process
+LAST = """
+import os, signal, sys
+from launch import distributed, train
+from launch.interrupt import StopSignals, exit_process
 signals = StopSignals().listen()
-signals.defer(has_failed_rank=lambda: True)  # as when rank 0 has exited, and with it the store that answers this
-signals.ignore()
-for _ in range(2):  # the second is received when the first has been dealt with
-    os.kill(os.getpid(), signal.SIGTERM)
-    while signal.SIGTERM in signal.sigpending():
-        pass
-exit_process(EXIT_RESUME)
+train.failed_rank_check = lambda: lambda: True  # as when rank 0 has exited, and with it the store that answers this
+leave = distributed.destroy_process_group
+
+def get_signals_and_leave():
+    for _ in range(2):  # the second is received when the first has been dealt with
+        os.kill(os.getpid(), signal.SIGTERM)
+        while signal.SIGTERM in signal.sigpending():
+            pass
+    leave()
+
+distributed.destroy_process_group = get_signals_and_leave
+exit_process(train.main(sys.argv[1:], signals))
 """
 
 
-def test_signals_to_a_rank_that_exits_after_others_keep_its_status():
-    """srun sends them; the job would end with 143 instead of 75, and not be requeued."""
-    assert subprocess.run([sys.executable, "-c", IGNORE], cwd=ROOT).returncode == EXIT_RESUME
+@pytest.mark.parametrize(
+    ("change", "status"), [("checkpoint.stop_after_minutes=1e-4", EXIT_RESUME), ("data.train=missing", EXIT_REFUSED)]
+)
+def test_signals_to_a_rank_that_exits_after_others_keep_its_status(forked, short, tmp_path, change, status):
+    """srun sends them; the job would end with 143, and not be requeued if it were to."""
+    script = tmp_path / "script.py"
+    script.write_text(LAST)
+    assert forked(1, script, *short, change).returncode == status
+
+
+def test_the_check_for_a_failed_rank_does_not_wait_for_the_store(no_launcher):
+    """As while ranks wait for each other to form a group: a signal must still be heard."""
+    init_distributed(read_rank_info(os.environ), "cpu", timedelta(hours=1))
+    store, has_failed_rank = torch.distributed.distributed_c10d._get_default_store(), failed_rank_check()
+    other = store.clone()
+    waiting = threading.Thread(target=store.wait, args=(["never set"],), daemon=True)
+    waiting.start()
+    assert not has_failed_rank()
+    assert waiting.is_alive()
+    other.set("launch: a rank has failed", "")
+    assert has_failed_rank()
+    other.set("never set", "")
+    waiting.join()
+    destroy_process_group()
 
 
 class Ended(Exception):
@@ -293,7 +328,7 @@ def test_only_rank_0_prints(no_launcher, ends, monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     signals = StopSignals()
     with pytest.raises(Ended, match=str(EXIT_RESUME)):
-        signals._handle(signal.SIGTERM, 1.0)
+        signals._handle(signal.SIGUSR1, 1.0)
     assert capfd.readouterr().err == ""
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,33 @@ def test_an_unfinished_checkpoint_is_ignored(folder):
     shutil.copytree(folder / names(folder)[-1], folder / ".step-99999999")
     newest, _ = layout.find_newest(folder)
     assert newest.name == names(folder)[-1]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt], ids=["failed", "killed"])
+def test_a_checkpoint_that_is_replaced_stays_until_the_new_one_has_its_name(folder, monkeypatch, error):
+    """It is the newest where a run evaluates the checkpoint of a stop, and saves it again."""
+    before = names(folder)
+    newest = folder / before[-1]
+    entries = json.loads((newest / layout.MANIFEST_NAME).read_text())
+    staging = shutil.copytree(newest, layout.staging_folder(folder, layout.step_of(newest), "0123abcd"))
+    rename, inode = Path.rename, newest.stat().st_ino
+
+    def fail(path: Path, target: Path) -> Path:
+        if path == staging:
+            raise error
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(error):
+            layout.publish(staging, entries)
+    if error is KeyboardInterrupt:
+        assert names(folder) == before[:-1]
+        layout.restore_replaced(folder)
+    assert (names(folder), newest.stat().st_ino) == (before, inode)
+    assert layout.publish(staging, entries) == newest
+    assert (names(folder), newest.stat().st_ino != inode) == (before, True)
+    assert not list(folder.glob(".*"))
 
 
 def test_the_best_and_milestones_are_kept_besides_the_newest(folder, tmp_path):

@@ -93,6 +93,16 @@ def test_what_is_wrong_is_listed(run, printed):
     assert f"{folder / 'best'} is not a file" in printed(run)[1]
 
 
+def test_a_copy_under_another_name_is_listed_whole_or_damaged(run, printed):
+    """Also one whose name begins as that of a checkpoint."""
+    copy = shutil.copytree(run / "checkpoints" / OLDER, run / "step-before-the-change")
+    status, lines, _ = printed(copy)
+    assert (status, rows(lines)[0].split()[1], rows(lines)[0].split()[-1]) == (0, "38", "complete")
+    (copy / "ema.safetensors").unlink()
+    status, lines, _ = printed(copy)
+    assert (status, rows(lines)[0].split()[1], rows(lines)[0].split()[-1]) == (1, "-", "corrupt")
+
+
 def test_a_checkpoint_of_version_0_1_0_is_listed_with_a_remark(run, printed):
     old = run / "checkpoints" / OLDER
     (old / "engine").mkdir()

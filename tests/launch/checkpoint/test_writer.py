@@ -64,6 +64,19 @@ def test_the_best_is_that_of_the_highest_top1_and_latest_is_the_newest(begin, tm
     assert layout.read_state(tmp_path / "step-00000004").best_top1 == 60.0
 
 
+def test_a_pointer_that_cannot_be_written_is_a_warning_and_the_rest_is_done(begin, tmp_path):
+    checkpoints = begin().writer(tmp_path, keep=1)
+    (tmp_path / layout.BEST).mkdir()
+    (tmp_path / layout.BEST / "of a user").touch()
+    for step in (1, 2):
+        checkpoints.save(begin().state_at(step), 50.0 + step)
+        checkpoints.wait()
+    first, second = checkpoints.warnings
+    assert second.startswith(f"{tmp_path}/step-00000002 is written, but its pointers or older checkpoints are not in")
+    assert layout.resolve_pointer(tmp_path / layout.LATEST).name == "step-00000002"
+    assert [path.name for path in layout.list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
 def test_a_full_disk_is_a_warning_and_the_next_save_succeeds(begin, tmp_path, no_file_larger_than):
     started = begin()
     checkpoints = save(started, tmp_path)
