@@ -292,6 +292,7 @@ def test_the_check_for_a_failed_rank_does_not_wait_for_the_store(no_launcher):
     assert not has_failed_rank()
     assert waiting.is_alive()
     other.set("launch: a rank has failed", "")
+    other.get("launch: a rank has failed")  # setting does not wait for the store to have the value
     assert has_failed_rank()
     other.set("never set", "")
     waiting.join()
