@@ -54,7 +54,6 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr,arg-type]
         self.running_var.lerp_(variance, self.momentum)  # type: ignore[union-attr,arg-type]
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        self.sums.zero_()
 
 
 def convert_batchnorm(model: nn.Module, group_size: int) -> None:
@@ -69,12 +68,12 @@ def convert_batchnorm(model: nn.Module, group_size: int) -> None:
 
 
 @torch.no_grad()
-def sync_batchnorm_buffers(model: nn.Module, riders: Tensor) -> Tensor:
+def sync_batchnorm_buffers(model: nn.Module, riders: Tensor, update: bool = True) -> Tensor:
     """Update the running statistics at the end of a step, and return the sums of `riders` over the ranks.
 
     Every rank calls it after the last micro-step. riders: (n,) float32 on the model's device, other values that the
-    ranks share in each step. Everything travels in one all-reduce (b5: 8,168 numbers of BatchNorm); the result stays on
-    the device.
+    ranks share in each step. update: False forgets the step's statistics, the same on all ranks. Everything travels in
+    one all-reduce (b5: 8,168 numbers of BatchNorm); the result stays on the device.
     """
     norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
     flat = torch.cat([riders, *(norm.sums for norm in norms)])
@@ -82,5 +81,7 @@ def sync_batchnorm_buffers(model: nn.Module, riders: Tensor) -> Tensor:
         dist.all_reduce(flat)
     rider_sums, *sums = flat.split([riders.numel(), *(norm.sums.numel() for norm in norms)])
     for norm, own_sums in zip(norms, sums, strict=True):
-        norm.update_running_statistics(own_sums)
+        if update:
+            norm.update_running_statistics(own_sums)
+        norm.sums.zero_()
     return rider_sums

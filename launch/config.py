@@ -83,6 +83,7 @@ _EXCLUDED = {
     "checkpoint.load_universal": "checkpoints are not universal ones",
     "zero_optimization.elastic_checkpoint": "checkpoints fit any number of ranks as they are",
     "zero_optimization.round_robin_gradients": "checkpoints need the parameters of a group in their own order",
+    "zero_optimization.compute_grad_norm": "steps are skipped by the gradient norm",
     "zero_optimization.cpu_offload": "it is deepspeed.zero_optimization.offload_optimizer now",
     "zero_optimization.zenflow": "it needs DeepSpeed's own optimizer, and this is PyTorch's AdamW",
 }
@@ -190,6 +191,16 @@ class CheckpointSection(Options):
     stop_after_minutes: Positive | None = None
 
 
+class GuardSection(Options):
+    """What a run does about bad steps: a loss or gradient that is not finite, or a spike of the loss."""
+
+    max_bad_steps: Count = 10  # so many in a row: back to the last checkpoint; the second time ends the run
+    # A loss is a spike if it exceeds the median of the last `spike_window` good steps by more than so many robust
+    # standard deviations (1.4826 × the median absolute deviation), for example 20; null: never
+    spike_sigmas: Positive | None = None
+    spike_window: Annotated[int, Field(ge=8)] = 100
+
+
 class LogSection(Options):
     """How often metrics are written and the model is evaluated."""
 
@@ -207,6 +218,7 @@ class Config(Options):
     optimizer: OptimizerSection = OptimizerSection()
     engine: EngineSection = EngineSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     log: LogSection = LogSection()
     deepspeed: dict[str, Any] = {}  # merged last into DeepSpeed's configuration, for experts
 

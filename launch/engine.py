@@ -7,6 +7,7 @@ import contextlib
 import copy
 import importlib.util
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,10 @@ class Engine(Protocol):
     def step(self) -> None:
         """End a micro-step; the last one of a step updates the weights."""
 
-    def get_global_grad_norm(self) -> Tensor | float | None:
+    def was_step_applied(self) -> bool:
+        """Return whether the last step updated the weights: not if its gradient norm was not finite."""
+
+    def get_global_grad_norm(self) -> Tensor | float:
         """Return the gradient norm of the last step over all ranks, before clipping."""
 
     def zero_optimization_stage(self) -> int:
@@ -48,6 +52,34 @@ class Engine(Protocol):
 
     def compile(self) -> None:
         """Compile the model with torch.compile."""
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """AdamW that clips the gradient, and skips a step in which its norm is not finite, as ZeRO's optimizers do.
+
+    For ZeRO stage 0, where DeepSpeed would not skip the step; it reads the two attributes.
+    max_grad_norm: largest norm over all parameters; None for no clipping.
+    """
+
+    overflow = False  # whether the last step was skipped
+    _global_grad_norm: Tensor  # of the last step, before clipping
+
+    def __init__(self, groups: list[dict[str, Any]], max_grad_norm: float | None, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._max_grad_norm = max_grad_norm
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clip and update, or skip. Waits for the device, as ZeRO's optimizers do."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        self._global_grad_norm = nn.utils.get_total_norm(gradients)
+        self.overflow = not self._global_grad_norm.isfinite()
+        if self.overflow:
+            return
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, self._global_grad_norm)
+        super().step()
 
 
 def build_model(config: Config, plan: Plan, device: torch.device) -> nn.Module:
@@ -91,7 +123,8 @@ def deepspeed_config(config: Config, plan: Plan) -> dict[str, Any]:
         "train_batch_size": optimizer.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.loader_options.micro_batch_size,
         "gradient_accumulation_steps": optimizer.gradient_accumulation_steps,
-        "gradient_clipping": optimizer.max_grad_norm or 0.0,
+        # at stage 0 ClippedAdamW clips
+        "gradient_clipping": optimizer.max_grad_norm or 0.0 if engine.zero_stage > 0 else 0.0,
         "zero_optimization": {
             "stage": engine.zero_stage,
             "reduce_bucket_size": engine.bucket_numel,
@@ -145,7 +178,10 @@ def start_engine(config: Config, plan: Plan, model: nn.Module) -> Engine:
     convert_batchnorm(model, plan.norm_group)
     convert_drop_path(model, plan.loader_options.micro_batch_size)
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay)
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW
+    if config.engine.zero_stage == 0:
+        adamw = partial(ClippedAdamW, max_grad_norm=config.optimizer.max_grad_norm)  # type: ignore[assignment]
+    optimizer = adamw(
         groups, lr=plan.schedule.warmup_lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, plan))

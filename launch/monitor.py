@@ -27,7 +27,7 @@ from torchvision.utils import make_grid
 
 from dataio.bad_samples import describe_excess
 from dataio.files import atomic_write
-from launch.distributed import RunError
+from launch.distributed import RunError, gather_objects
 from launch.flops import MfuConstants
 
 METRICS_NAME = "metrics.jsonl"
@@ -56,14 +56,12 @@ class Monitor:
         self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
-        self._is_rank_zero = dist.get_rank() == 0
+        self._folder, self._is_rank_zero = folder, dist.get_rank() == 0
         if not self._is_rank_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replaced = truncate_metrics(folder / METRICS_NAME, first_step, evaluates_first)
-        self._metrics_file = open(folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        replaced = self._open(first_step, evaluates_first)
         self._previous_excepthook, threading.excepthook = threading.excepthook, self._excepthook
-        self._tensorboard: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(markup=False, emoji=False, highlight=False)
         self._bar = None
         if self._console.is_terminal:
@@ -82,6 +80,23 @@ class Monitor:
                 f"no checkpoint to resume from, the run starts over; the metrics of the last start are in {replaced}"
             )
 
+    def _open(self, first_step: int, evaluates_first: bool = False) -> Path | None:
+        """Open the files for the steps after `first_step`, without what they hold of these. As `truncate_metrics`."""
+        replaced = truncate_metrics(self._folder / METRICS_NAME, first_step, evaluates_first)
+        self._metrics_file = open(self._folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
+        self._tensorboard: SummaryWriter | None = SummaryWriter(
+            str(self._folder / "tensorboard"), purge_step=first_step + 1
+        )
+        return replaced
+
+    def rewind(self, step: int) -> None:
+        """Forget all steps after `step` completed ones, to which the run goes back."""
+        self._losses, self._waited, self._images, self._last = [], 0.0, 0, time.perf_counter()
+        if self._is_rank_zero:
+            self._to_tensorboard("close")
+            self._metrics_file.close()
+            self._open(step)
+
     @contextmanager
     def data_wait(self) -> Iterator[None]:
         """Count the time inside the block as waiting for data."""
@@ -89,54 +104,56 @@ class Monitor:
         yield
         self._waited += time.perf_counter() - began
 
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        """Add a micro-step: its loss, a scalar on the device, and this rank's number of images."""
-        self._losses.append(loss)
-        self._images += images
+    def add(self, losses: list[torch.Tensor], images: int) -> None:
+        """Add a step: the losses of its micro-steps, scalars on the device, each over so many images of this rank."""
+        self._losses += losses
+        self._images += len(losses) * images
 
     def due(self, step: int) -> bool:
         """Return whether `write` is due after `step`, counted from 0."""
         return (step + 1) % self._log_every_steps == 0 or step + 1 == self._steps
 
-    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float | None, bad_samples: int = 0) -> None:
+    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float, bad_samples: int = 0) -> None:
         """Write the means over ranks and over all steps since the last call. Every rank calls it.
 
+        gradient_norm: of this step; left out if it is not finite, as the loss is if all steps were skipped.
         bad_samples: images that this rank substituted in this epoch; summed over ranks.
-        Raises RunError on every rank if the loss or the gradient norm is not finite, or there are too many bad samples.
+        Raises RunError on every rank if there are too many bad samples.
         """
-        loss = torch.stack(self._losses).mean()
-        sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
-        dist.all_reduce(sums)
-        loss_sum, bad_sum = sums.tolist()  # synchronises with the device
-        mean_loss = loss_sum / dist.get_world_size()
+        mean_loss, bad_sum = self._reduce(bad_samples)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = self._images * dist.get_world_size() / seconds
         scalars = {
             "train/loss": mean_loss,
             "train/learning_rate": lr,
-            "train/gradient_norm": None if gradient_norm is None else float(gradient_norm),
+            "train/gradient_norm": norm if math.isfinite(norm := float(gradient_norm)) else None,
             "speed/images_per_second": rate,
             "speed/waiting_for_data": self._waited / seconds,
             "speed/mfu": rate * self._mfu_constants.flops_per_image / self._mfu_constants.peak_flops,
             "memory/peak_gib": _peak_memory() / 2**30,
-            "data/broken_images": int(bad_sum),
+            "data/broken_images": bad_sum,
         }
         self._losses, self._waited, self._images = [], 0.0, 0
-        norm = scalars["train/gradient_norm"]
-        if not math.isfinite(mean_loss) or not math.isfinite(norm or 0.0):
-            raise RunError(
-                f"the loss is {mean_loss} and the gradient's norm {norm} at step {step + 1}; lower optimizer.lr or set"
-                " optimizer.max_grad_norm, and start again: the last checkpoint is from before"
-            )
         self.scalars(step + 1, scalars)
         if bad_sum > self._max_bad_samples:
-            raise RunError(describe_excess(int(bad_sum), self._max_bad_samples, step + 1))
+            raise RunError(describe_excess(bad_sum, self._max_bad_samples, step + 1))
         self.log(
-            f"step {step + 1}/{self._steps}  loss {mean_loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s"
+            f"step {step + 1}/{self._steps}  loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.2e}"
+            f"  {rate:,.0f} images/s"
             f"  {scalars['speed/waiting_for_data']:.0%} waiting for data",
             step + 1,
         )
+
+    def _reduce(self, bad_samples: int) -> tuple[float | None, int]:
+        """Return the mean loss over ranks and steps, None if all steps were skipped, and the sum of bad samples."""
+        if not self._losses:
+            return None, sum(gather_objects(bad_samples))
+        loss = torch.stack(self._losses).mean()
+        sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
+        dist.all_reduce(sums)
+        loss_sum, bad_sum = sums.tolist()  # synchronises with the device
+        return loss_sum / dist.get_world_size(), int(bad_sum)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -1,11 +1,12 @@
 """Stops of a run before its end, on which all ranks agree without waiting: by a signal, or the time limit.
 
-Each rank has a vector of flags, one for each reason. In a step the flags travel with BatchNorm's statistics
+Each rank has a vector of flags, one for each reason, and its loss. In a step they travel with BatchNorm's statistics
 (`sync_batchnorm_buffers`); in an evaluation, which has no collective of its own, they take a small all-reduce a batch.
 Their sums go to pinned memory and are read one step or batch later, when they have long arrived. All ranks read the
 same sums at the same point, so all stop there. interrupt.py receives the signals.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Agreed(NamedTuple):
     reason: str | None  # to stop: one of REASONS, the first that some rank has; None to go on
     save_due: bool  # rank 0's clock says so
     save_failed: bool  # on some rank
+    loss: float  # mean over the ranks; NaN after an evaluation's batch
 
 
 class StopAgreement:
@@ -49,19 +51,22 @@ class StopAgreement:
         if stop_after_minutes is not None and self._decides:
             self._deadline = time.monotonic() - process_age_seconds() + 60 * stop_after_minutes
         on_gpu = device.type == "cuda"
-        self._sums = torch.zeros(len(REASONS) + 2, pin_memory=on_gpu)
+        self._sums = torch.zeros(len(REASONS) + 3, pin_memory=on_gpu)
+        self._sums[-1] = math.nan
         self._copied = torch.cuda.Event() if on_gpu else None
 
-    def flags(self, save_due: bool = False, save_failed: bool = False) -> Tensor:
-        """Return this rank's flags, to be summed over the ranks: (len(REASONS) + 2,) float32 on the device.
+    def flags(self, save_due: bool = False, save_failed: bool = False, loss: Tensor | None = None) -> Tensor:
+        """Return what this rank tells the others, to be summed over the ranks: (len(REASONS) + 3,) float32.
 
-        save_due: whether a checkpoint is due by the clock; rank 0's decides. save_failed: on this rank.
+        save_due: whether a checkpoint is due by the clock; rank 0's decides. save_failed: on this rank. loss: a scalar
+        on the device, where the result is too; None is NaN.
         """
         reason = self._signals.received or (TIME_LIMIT if time.monotonic() >= self._deadline else None)
-        flags = torch.zeros(len(REASONS) + 2, device=self._device)
+        flags = torch.zeros(len(REASONS) + 3, device=self._device)
         for index, flag in enumerate([*(name == reason for name in REASONS), save_due and self._decides, save_failed]):
             if flag:
                 flags[index].fill_(1)  # a kernel: an assignment would copy from the host, and wait
+        flags[-1] = math.nan if loss is None else loss
         return flags
 
     def exchange(self, sums: Tensor) -> Agreed:
@@ -104,9 +109,9 @@ class StopAgreement:
     def _read(self) -> Agreed:
         if self._copied:
             self._copied.synchronize()  # of the step before: it has happened, or is about to
-        *counts, save_due, save_failed = map(bool, self._sums.tolist())
+        *counts, save_due, save_failed, loss = self._sums.tolist()
         reasons = (reason for reason, count in zip(REASONS, counts, strict=True) if count)
-        return Agreed(next(reasons, None), save_due, save_failed)
+        return Agreed(next(reasons, None), bool(save_due), bool(save_failed), loss / dist.get_world_size())
 
 
 def process_age_seconds() -> float:

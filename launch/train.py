@@ -21,21 +21,21 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import yaml
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor
 
 from dataio.augment.batch_augment import BatchAugment
-from dataio.files import atomic_write, user_path
-from dataio.loader import EvalLoader, TrainLoader
+from dataio.files import user_path
+from dataio.loader import TrainLoader
 from dataio.urls import redact_url
 from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import layout
@@ -43,7 +43,7 @@ from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
 from launch.checkpoint.writer import CheckpointWriter, Retention, check_disk_space
 from launch.command_line import make_parser
-from launch.config import Config, EngineSection, dump_config, load_config, translate_renamed_keys
+from launch.config import Config, EngineSection, load_config
 from launch.distributed import (
     RankInfo,
     RunError,
@@ -58,18 +58,18 @@ from launch.distributed import (
 from launch.drop_path import draw_drop_paths
 from launch.ema import ModelEma
 from launch.engine import (
-    Engine,
     build_model,
     check_engine,
     set_lr,
     start_engine,
-    unwrapped_model,
 )
-from launch.evaluate import evaluate
 from launch.flops import measure_mfu_constants
+from launch.guard import Guard, TrainedStep, spread_non_finite
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
-from launch.plan import Plan, describe, keep_norm_group, make_plan
+from launch.plan import Plan, keep_norm_group, make_plan
+from launch.run import Run, checkpoint_folder, find_checkpoint
+from launch.run_header import log_run_header
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, lr_at
 from launch.stop import StopAgreement, Stopped
@@ -116,7 +116,7 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
         return EXIT_RESUME
 
 
-def train(run: "Run", augment: BatchAugment) -> int:
+def train(run: Run, augment: BatchAugment) -> int:
     """Train from the run's current step to its last one, or until all ranks agree to stop; return the exit status.
 
     Raises Stopped before the first step, RunError with status EXIT_FATAL after it, on every rank.
@@ -131,163 +131,69 @@ def train(run: "Run", augment: BatchAugment) -> int:
         raise
 
 
-def train_steps(run: "Run", augment: BatchAugment) -> str | None:
+def train_steps(run: Run, augment: BatchAugment) -> str | None:
     """Make the run's remaining steps, with their evaluations and checkpoints; return why they were stopped, if so."""
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
-    loss_fn = SoftTargetCrossEntropy()
     with monitor.paused():
         if run.writer.saved.evaluation_due and (reason := run.evaluate_resumed()):
             return reason
-    for step in range(run.first_step, plan.steps):
+    step = run.first_step
+    while step < plan.steps:
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
-        for _ in range(config.optimizer.gradient_accumulation_steps):
-            with monitor.data_wait():
-                batch = next(run.loader)
-            for bad in batch.substituted:
-                monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
-            draw_drop_paths(engine.module, config.seed, batch.position)
-            images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
-            loss = loss_fn(engine(images).float(), targets)
-            engine.backward(loss)
-            engine.step()  # updates the weights in the last micro-step only
-            monitor.add(loss.detach(), len(images))  # stays on the device
-        agreed = run.stop.exchange(sync_batchnorm_buffers(engine.module, run.flags()))
-        run.ema.update(engine, ema_decay_at(step, config.optimizer))
+        trained = train_step(run, augment, step)
+        agreed = run.stop.exchange(sync_batchnorm_buffers(engine.module, run.flags(trained), trained.applied))
+        if trained.applied:
+            run.ema.update(engine, ema_decay_at(step, config.optimizer))
+        if run.guard.check(trained, agreed.loss):
+            step = run.go_back()
+            continue
 
-        if step == 0:
-            monitor.images(images, config.data.mean, config.data.std)
         if agreed.save_failed:
             run.writer.wait()  # raises on every rank
         run.report_failed_saves(step)
-        kept = plan.ends_epochs(step, config.checkpoint.keep_every_epochs)
-        # Read one step late, so in the step after a save the flag is still that of the step before.
-        by_clock = agreed.save_due and step > run.writer.begun_step
-        saving = plan.is_due(step, config.checkpoint.every_epochs) or kept or by_clock or agreed.reason is not None
-        # `write` raises, before a save, if the loss is not finite or an epoch has too many bad samples. Their
-        # count restarts in each epoch, so the last step of an epoch writes too.
+        saving = run.is_save_due(step, agreed)
+        # `write` raises, before a save, if an epoch has too many bad samples. Their count restarts in each epoch, so
+        # the last step of an epoch writes too.
         if saving or monitor.due(step) or plan.is_due(step, 1):
-            norm = engine.get_global_grad_norm()
+            norm = engine.get_global_grad_norm() if trained.applied else math.nan
             monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
         with monitor.paused():
             if reason := run.evaluate_and_save(step, saving, agreed.reason):
                 return reason
+        step += 1
     return None
 
 
-@dataclass
-class Run:
-    """The parts of a run. Every rank has one and calls every method; rank 0 writes."""
+def train_step(run: Run, augment: BatchAugment, step: int) -> TrainedStep:
+    """Compute a step's micro-steps and update the weights, unless a loss or gradient of any rank is not finite.
 
-    config: Config
-    plan: Plan
-    engine: Engine
-    ema: ModelEma
-    loader: TrainLoader
-    monitor: Monitor
-    writer: CheckpointWriter
-    stop: StopAgreement
-    first_step: int
-    failed_saves: int = 0  # on rank 0
-
-    def flags(self) -> Tensor:
-        """Return what this rank tells the others in a step, for `StopAgreement.exchange`."""
-        every_minutes = self.config.checkpoint.every_minutes
-        is_save_due = every_minutes is not None and self.writer.seconds_since_save >= 60 * every_minutes
-        return self.stop.flags(is_save_due, self.writer.failed)
-
-    def evaluate_and_save(self, step: int, saving: bool, reason: str | None) -> str | None:
-        """Evaluate after `step`, counted from 0, if that is due, and begin a checkpoint if `saving`.
-
-        reason: why the run stops, None if it does not: then the evaluation is left to the resumed run. A stop during
-        the evaluation is the same. Returns the reason.
-        """
-        evaluating, top1 = self.plan.is_due(step, self.config.log.eval_every_epochs), 0.0
-        if evaluating and reason is None:
-            try:
-                top1, evaluating = self.evaluate(step), False
-            except Stopped as stopped:
-                reason = str(stopped)
-        if saving or reason:
-            state = replace(
-                self.writer.saved,
-                step=step + 1,
-                epoch=self.plan.epochs(step + 1),
-                loader=self.loader.state(),
-                evaluation_due=evaluating,
-            )
-            self.writer.save(state, top1)
-        return reason
-
-    def evaluate_resumed(self) -> str | None:
-        """Evaluate the checkpoint that the run resumes from, where it was stopped before that, and save it again.
-
-        Returns the reason if this evaluation is stopped as well, and remains due.
-        """
-        try:
-            top1 = self.evaluate(self.first_step - 1)
-        except Stopped as stopped:
-            return str(stopped)
-        self.writer.save(replace(self.writer.saved, evaluation_due=False), top1)
-        return None
-
-    def report_failed_saves(self, step: int) -> None:
-        """Warn, after `step`, of checkpoints that could not be written, or not with all that belongs to them."""
-        while self.writer.warnings:
-            self.failed_saves += 1
-            line = self.writer.warnings.pop(0)
-            self.monitor.warn(f"{line}; training goes on")
-            self.monitor.text("checkpoint warning", line)
-            self.monitor.scalars(step + 1, {"checkpoint/failed": self.failed_saves})
-
-    def finish(self, reason: str | None) -> int:
-        """Say how the run ended, and return the exit status. reason: why it was stopped, if it was.
-
-        Raises RunError on every rank if the last checkpoint of a finished run could not be written.
-        """
-        steps, saved = self.plan.steps, self.writer.saved
-        self.report_failed_saves(saved.step - 1)
-        if self.failed_saves:
-            self.monitor.warn(f"{self.failed_saves} saves of checkpoints failed, see the warnings above")
-        newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)
-        if reason is not None:
-            where = f"resumes from {newest}" if saved.step else "starts it over, as no checkpoint could be written"
-            self.monitor.log(
-                f"stopped by {reason} after step {self.writer.begun_step}/{steps}; the same command {where}"
-            )
-            return EXIT_RESUME
-        if saved.step < steps:
-            raise RunError(
-                f"trained for {steps} steps, but there is no space for the last checkpoint; make room, and the same"
-                f" command goes on from step {saved.step}"
-            )
-        self.monitor.log(f"trained for {saved.step} steps; {self.config.output} holds the run")
-        return 0
-
-    def evaluate(self, step: int) -> float:
-        """Evaluate weights and EMA after `step`, counted from 0; return the EMA's top-1 accuracy in percent.
-
-        Raises Stopped on every rank.
-        """
-        plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
-        device = next(ema.parameters()).device
-        rank, world_size = loader_options.rank, loader_options.world_size
-        loader = EvalLoader(
-            plan.val, self.config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
-        )
-        models = unwrapped_model(self.engine, ema), ema
-        of_weights, of_ema = evaluate(models, self.stop.polled(loader), plan.num_classes, self.config.engine.precision)
-        scores = {f"eval/{name}": value for name, value in of_weights.items()}
-        scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
-        self.monitor.scalars(step + 1, scores)
-        self.monitor.log(
-            f"epoch {plan.epochs(step + 1):.2f}"
-            f"  top-1 {scores['eval/top1']:.2f} % (EMA {scores['eval_ema/top1']:.2f} %)"
-            f"  top-5 {scores['eval/top5']:.2f} % (EMA {scores['eval_ema/top5']:.2f} %)"
-        )
-        if step + 1 == plan.steps:
-            self.monitor.log(compare_ema(scores["eval/top1"], scores["eval_ema/top1"]))
-        return scores["eval_ema/top1"]
+    Without loss or update, take the samples of a step that the run skips.
+    """
+    config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
+    loss_fn, skipped = SoftTargetCrossEntropy(), step in run.guard.skipped
+    losses: list[Tensor] = []
+    samples: list[npt.NDArray[np.int64]] = []
+    for _ in range(config.optimizer.gradient_accumulation_steps):
+        with monitor.data_wait():
+            batch = next(run.loader)
+        for bad in batch.substituted:
+            monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
+        samples.append(batch.samples)
+        if skipped:
+            continue
+        draw_drop_paths(engine.module, config.seed, batch.position)
+        images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
+        if step == 0 and not losses:
+            monitor.images(images, config.data.mean, config.data.std)
+        loss = loss_fn(engine(images).float(), targets)
+        engine.backward(spread_non_finite(loss, engine.module))
+        engine.step()  # updates the weights in the last micro-step only
+        losses.append(loss.detach())  # stays on the device
+    applied = not skipped and engine.was_step_applied()
+    if applied:
+        monitor.add(losses, plan.loader_options.micro_batch_size)
+    return TrainedStep(step, np.concatenate(samples), losses, applied)
 
 
 def prepare(
@@ -352,21 +258,8 @@ def prepare(
     retention = Retention(config.checkpoint.keep, lambda steps: plan.ends_epochs(steps - 1, kept_epochs))
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
-    return Run(config, plan, engine, ema, loader, monitor, writer, stop, state.step)
-
-
-def find_checkpoint(folder: Path, rank: int) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint, on every rank the one that rank 0 sees, and the faults of newer ones.
-
-    Raises RunError on every rank if all are corrupt, or the folder was copied in a way that a run cannot resume from.
-    """
-    found: tuple[Path | None, list[str]] = None, []
-    with raise_on_all_ranks():
-        if rank == 0:
-            layout.check_pointers(folder)
-            layout.restore_replaced(folder)
-            found = layout.find_newest(folder)
-    return broadcast_object(found)
+    guard = Guard(config.guard, config.output, plan.train, monitor)
+    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, state.step)
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
@@ -377,59 +270,6 @@ def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:
                 f"{manifest.location} holds other data here (manifest {manifest.hash[:12]}) than on rank 0"
                 f" ({expected[:12]}); copy that to every machine"
             )
-
-
-def log_run_header(config: Config, plan: Plan, monitor: Monitor, notes: list[str]) -> None:
-    """Print the effective configuration and the plan, and what changed since the last start; save config.yaml."""
-    text = redact_url(dump_config(config))
-    path = config.output / "config.yaml"
-    if plan.loader_options.rank == 0:
-        if path.is_file():
-            notes = [*notes, *diff_with_saved_config(path, text)]
-        atomic_write(path, text.encode())
-    monitor.text("configuration", text)
-    for line in (text, *(f"{name}: {value}" for name, value in describe(config, plan).items()), *notes):
-        monitor.log(line)
-
-
-def diff_with_saved_config(path: Path, text: str) -> list[str]:
-    """Return a line for each difference to the configuration of the last start, which may be of an older version."""
-    try:
-        before = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        before = " ".join(str(error).split())
-    if isinstance(before, dict):
-        return config_diff(translate_renamed_keys(before), yaml.safe_load(text))
-    return [
-        f"{path} held no configuration ({before}); it is rewritten, and what changed since the last start is unknown"
-    ]
-
-
-def config_diff(before: dict[str, Any], now: dict[str, Any], section: str = "") -> list[str]:
-    """Return a line for each key whose value differs between the run's last start and now."""
-    lines = []
-    for key in {**before, **now}:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += config_diff(old, new, f"{section}{key}.")
-        elif old != new:
-            lines.append(f"changed since the last start: {section}{key}: {old} → {new}")
-    return lines
-
-
-def compare_ema(weights: float, ema: float) -> str:
-    """Return advice on which to evaluate and export, weights or EMA, by their top-1 accuracy in percent."""
-    if ema >= weights:
-        return f"the EMA is as good or better ({ema:.2f} % against {weights:.2f} %): launch.evaluate and export take it"
-    return (
-        f"the weights are better than the EMA ({weights:.2f} % against {ema:.2f} %):"
-        " launch.evaluate and launch.export take them with --kind model"
-    )
-
-
-def checkpoint_folder(config: Config) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return config.output / "checkpoints"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

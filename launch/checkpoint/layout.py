@@ -79,14 +79,16 @@ class RunState:
                 )
 
 
-def find_newest(folder: Path, needed: str | None = None) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path, needed: str | None = None, last_step: int | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest intact checkpoint, None if there are none at all, and the faults of newer ones.
 
-    needed: as of `find_corruption`. Raises ValueError if there are checkpoints and all are corrupt: a run would start
-    over on top of them.
+    needed: as of `find_corruption`. last_step: ignore checkpoints of more completed steps.
+    Raises ValueError if there are checkpoints and all are corrupt: a run would start over on top of them.
     """
     faults: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
+        if last_step is not None and step_of(checkpoint) > last_step:
+            continue
         fault = find_corruption(checkpoint, needed=needed)
         if fault is None:
             return checkpoint, faults

@@ -58,7 +58,7 @@ class CheckpointWriter:
     timeout: for which a thread waits for those of other ranks; None is PyTorch's default.
     Attributes are `saved`, the run state of the newest checkpoint or of the run's start; `begun_step`, the completed
     steps of the last checkpoint that was begun; and `warnings`, on rank 0 a line for each checkpoint for which the disk
-    had no space, or whose pointers could not be written.
+    had no space, whose tensors were not finite, or whose pointers could not be written.
     """
 
     def __init__(
@@ -108,6 +108,10 @@ class CheckpointWriter:
             copied.record()
         self._pending = self._executor.submit(self._write, state, is_best, copied)
 
+    def rewind(self, state: RunState) -> None:
+        """Take a checkpoint that the run goes back to for the newest one. None is being written."""
+        self.saved, self.begun_step = state, state.step
+
     @property
     def failed(self) -> bool:
         """Whether this rank knows that `wait` will raise."""
@@ -143,14 +147,19 @@ class CheckpointWriter:
         staging = layout.staging_folder(self._folder, state.step, suffix)
         try:
             with raise_on_all_ranks(self._group):
-                if is_rank_zero:
-                    self._begin(staging)
-            with raise_on_all_ranks(self._group):
                 if copied is not None:
                     copied.synchronize()
-                with ThreadPoolExecutor(_FILES_AT_A_TIME, "checkpoint", _start_thread, (self._device,)) as pool:
-                    written = pool.map(self._write_file, (staging / name for name in self._files))
-                    entries = dict(zip(self._files, written, strict=True))
+                not_finite = _find_not_finite(self._files)
+            if found := [name for name in gather_objects(not_finite, self._group) if name is not None]:
+                self._skip(state, found[0])
+                return
+            with raise_on_all_ranks(self._group):
+                if is_rank_zero:
+                    self._begin(staging)
+            pool = ThreadPoolExecutor(_FILES_AT_A_TIME, "checkpoint", _start_thread, (self._device,))
+            with raise_on_all_ranks(self._group), pool:
+                written = pool.map(self._write_file, (staging / name for name in self._files))
+                entries = dict(zip(self._files, written, strict=True))
             entries = {name: entry for part in gather_objects(entries, self._group) for name, entry in part.items()}
             with raise_on_all_ranks(self._group):
                 if is_rank_zero:
@@ -201,6 +210,12 @@ class CheckpointWriter:
             except OSError as error:  # the checkpoint itself is complete
                 text = f"{saved} is written, but its pointers or older checkpoints are not in order: {error}"
                 self.warnings.append(text)
+
+    def _skip(self, state: RunState, name: str) -> None:
+        """Warn that there is no checkpoint of a state from which no run could go on."""
+        if dist.get_rank() == 0:
+            path = self._folder / layout.checkpoint_name(state.step)
+            self.warnings.append(f"the checkpoint {path} is not written, because {name} is not finite")
 
     def _give_up(self, staging: Path, error: RunError) -> None:
         """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""
@@ -272,6 +287,15 @@ def _allocate(specs: Mapping[str, TensorSpec], pin_memory: bool) -> dict[str, Te
         name: part[: spec.nbytes].view(spec.dtype).view(spec.shape)
         for (name, spec), part in zip(specs.items(), block.split(sizes), strict=True)
     }
+
+
+def _find_not_finite(files: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """Name a tensor with a NaN or an infinity: `head.bias in model.safetensors`; None if there is none."""
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+                return f"{name} in {file}"
+    return None
 
 
 def _mib(count: int) -> str:

@@ -20,7 +20,7 @@ signals = StopSignals().listen()
 wanted = json.loads(os.environ.get("STOP_AT") or "{}")
 interrupt._SAME_REQUEST_SECONDS = 0.0 if len(wanted.get("signals", [])) > 1 else 1.0
 
-from launch import train  # noqa: E402  (as in launch/train.py, signals come first)
+from launch import run, train  # noqa: E402  (as in launch/train.py, signals come first)
 
 
 def reach(point: str) -> None:
@@ -46,7 +46,7 @@ class StoppedTrainLoader(train.TrainLoader):
         return batch
 
 
-class StoppedEvalLoader(train.EvalLoader):
+class StoppedEvalLoader(run.EvalLoader):
     def __iter__(self):
         for number, batch in enumerate(super().__iter__(), 1):
             reach(f"batch {number}")
@@ -62,7 +62,7 @@ def stopped_before(point: str, function):
     return call
 
 
-train.TrainLoader, train.EvalLoader = StoppedTrainLoader, StoppedEvalLoader
+train.TrainLoader, run.EvalLoader = StoppedTrainLoader, StoppedEvalLoader
 train.build_model = stopped_before("build", train.build_model)
 train.CheckpointWriter._write = stopped_before("save", train.CheckpointWriter._write)
 if __name__ == "__main__":

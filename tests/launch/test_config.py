@@ -129,6 +129,10 @@ def explanation(path: Path, *overrides: str) -> str:
             "deepspeed.gradient_clipping is derived; set optimizer.max_grad_norm instead",
         ),
         (
+            "deepspeed.zero_optimization.compute_grad_norm=false",
+            "deepspeed.zero_optimization.compute_grad_norm cannot be used: steps are skipped by the gradient norm",
+        ),
+        (
             "deepspeed.zero_optimization.stage=3",
             "deepspeed.zero_optimization.stage is derived; set engine.zero_stage instead",
         ),

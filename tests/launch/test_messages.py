@@ -54,6 +54,7 @@ PRINTED_BY = {
     "launch/config.py": _RUNS,
     "launch/custom_dataset.py": ("launch.quickstart",),
     "launch/engine.py": ("launch.train",),
+    "launch/guard.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py": _RUNS,

@@ -63,7 +63,7 @@ def train(monitor: Monitor, first: int, steps: int) -> None:
         for part in (0.0, 0.5):
             with monitor.data_wait():
                 pass
-            monitor.add(torch.tensor(step + part), 4)
+            monitor.add([torch.tensor(step + part)], 4)
         if monitor.due(step):
             monitor.write(step, lr=0.1 / (step + 1), gradient_norm=torch.tensor(2.0 * step))
 
@@ -93,15 +93,6 @@ def test_speed_and_mfu_are_consistent(alone, tmp_path):
     assert line["speed/mfu"] == pytest.approx(line["speed/images_per_second"] * 1e6 / 1e12)
     assert 0 < line["speed/waiting_for_data"] < 1
     assert 0 < line["memory/peak_gib"] < 1000
-
-
-def test_a_missing_gradient_norm_is_left_out(alone, tmp_path):
-    monitor = Monitor(tmp_path, 0, 1, 1, MFU_CONSTANTS)
-    monitor.add(torch.tensor(1.0), 1)
-    monitor.write(0, 0.1, None)
-    monitor.close()
-    (line,) = read_lines(tmp_path)
-    assert line.keys() == (TAGS - {"train/gradient_norm"}) | {"step", "time"}
 
 
 def test_images_are_denormalized(alone, tmp_path):
@@ -147,7 +138,7 @@ def test_pauses_are_left_out_of_rates(alone, tmp_path, monkeypatch):
     with monitor.paused():
         now += 8
     now += 6
-    monitor.add(torch.tensor(1.0), 4)
+    monitor.add([torch.tensor(1.0)], 4)
     monitor.write(0, 0.1, 1.0)
     monitor.close()
     (line,) = read_lines(tmp_path)
@@ -252,25 +243,35 @@ def test_without_disk_space_tensorboard_is_switched_off(alone, tmp_path, capsys,
     assert [line["step"] for line in read_lines(tmp_path)] == [1]
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_a_loss_or_gradient_that_is_not_finite_is_an_error(alone, tmp_path, loss, norm):
-    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
-    for value in (1.0, loss):
-        monitor.add(torch.tensor(value), 4)
-    with pytest.raises(
-        RunError, match=f"^the loss is {loss} and the gradient's norm {norm} at step 3; lower optimizer.lr or set"
-    ):
-        monitor.write(2, 0.1, norm)
+def test_skipped_steps_have_no_loss_and_no_norm(alone, tmp_path, capsys):
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS, max_bad_samples=3)
+    monitor.write(0, 0.1, math.inf, 2)
+    train(monitor, 1, 2)
     monitor.close()
-    assert read_lines(tmp_path) == []
+    skipped, trained = read_lines(tmp_path)
+    assert skipped.keys() == trained.keys() - {"train/loss", "train/gradient_norm"}
+    assert (skipped["data/broken_images"], skipped["speed/images_per_second"]) == (2, 0)
+    assert "step 1/9  loss nan  lr" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_back_writes_its_steps_once(alone, tmp_path):
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
+    train(monitor, 0, 5)
+    monitor.add([torch.tensor(1000.0)], 4)
+    monitor.rewind(3)
+    train(monitor, 3, 6)
+    monitor.close()
+    lines = read_lines(tmp_path)
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(step + 1, step + 0.25) for step in range(6)]
+    assert_equal_to_lines(read_board(tmp_path), lines)
 
 
 def test_bad_samples_are_counted_up_to_the_limit(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS, max_bad_samples=3)
     for step, broken in enumerate((0, 3)):
-        monitor.add(torch.tensor(1.0), 4)
+        monitor.add([torch.tensor(1.0)], 4)
         monitor.write(step, 0.1, 1.0, broken)
-    monitor.add(torch.tensor(1.0), 4)
+    monitor.add([torch.tensor(1.0)], 4)
     with pytest.raises(
         RunError, match="^4 bad samples in this epoch at step 3, data.max_bad_samples allows 3; check the sh"
     ):
@@ -324,15 +325,14 @@ from launch.monitor import Monitor
 rank_info = read_rank_info(os.environ)
 init_distributed(rank_info, "cpu", timedelta(hours=1))
 monitor = Monitor(Path(sys.argv[1], str(rank_info.rank)), 0, 2, 1, MfuConstants(1, 1.0), max_bad_samples=5)
-monitor.add(torch.tensor(1.0 + rank_info.rank), 4)
-monitor.write(0, 0.1, None, bad_samples=2 + rank_info.rank)
+monitor.add([torch.tensor(1.0 + rank_info.rank)], 4)
+monitor.write(0, 0.1, 1.0, bad_samples=2 + rank_info.rank)
 monitor.warn("a warning")
 monitor.images(torch.zeros(1, 3, 4, 4), (0.5,) * 3, (0.5,) * 3)
 monitor.text("name", "text")
 monitor.log(f"rank {rank_info.rank} speaks")
-monitor.add(torch.tensor(1.0 if rank_info.rank == 0 else float("nan")), 4)
-try:
-    monitor.write(1, 0.1, None)
+try:  # no step was trained
+    monitor.write(1, 0.1, 1.0, bad_samples=3)
 except RunError:
     Path(sys.argv[1], f"refused-{rank_info.rank}").touch()
 monitor.close()
@@ -345,9 +345,9 @@ def test_losses_are_averaged_over_ranks_and_rank_0_writes(forked, tmp_path):
     script.write_text(TWO_RANKS)
     finished = forked(2, script, tmp_path)
     assert finished.returncode == 0, finished.stderr
-    (line,) = read_lines(tmp_path / "0")
+    line, skipped = read_lines(tmp_path / "0")
     assert line["train/loss"] == 1.5
-    assert line["data/broken_images"] == 5
+    assert (line["data/broken_images"], skipped["data/broken_images"]) == (5, 6)
     assert {"rank 0: a warning", "rank 1: a warning"} <= set(finished.stderr.splitlines())
     assert {path.name for path in tmp_path.iterdir()} == {"script.py", "0", "refused-0", "refused-1"}
     assert "rank 0 speaks" in finished.stdout

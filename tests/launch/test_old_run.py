@@ -7,9 +7,9 @@ from shutil import copytree
 import pytest
 import yaml
 
-from launch import train
 from launch.checkpoint import layout
 from launch.config import dump_config, load_config, parse_config, translate_renamed_keys
+from launch.run_header import diff_with_saved_config
 
 ROOT = Path(__file__).parents[2]
 OLD_RUN = Path(__file__).with_name("old_run")
@@ -43,13 +43,13 @@ def test_a_damaged_configuration_is_left_alone(tree):
 
 def test_renamed_keys_are_not_changes():
     config = load_config(ROOT / "configs" / "quickstart.yaml", OVERRIDES)
-    assert train.diff_with_saved_config(OLD_RUN / "config.yaml", dump_config(config)) == []
+    assert diff_with_saved_config(OLD_RUN / "config.yaml", dump_config(config)) == []
 
 
 def test_changes_are_named_by_todays_keys():
     changed = ["optimizer.max_grad_norm=1", "data.crop_mode=squash"]
     config = load_config(ROOT / "configs" / "quickstart.yaml", [*OVERRIDES, *changed])
-    assert sorted(train.diff_with_saved_config(OLD_RUN / "config.yaml", dump_config(config))) == [
+    assert sorted(diff_with_saved_config(OLD_RUN / "config.yaml", dump_config(config))) == [
         "changed since the last start: data.crop_mode: center → squash",
         "changed since the last start: optimizer.max_grad_norm: 0.5 → 1.0",
     ]

@@ -119,7 +119,7 @@ def test_a_disk_with_space_for_one_checkpoint(on_small_disk, arguments, tmp_path
     )
     [line] = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert line == (
-        "error: trained for 19 steps, but there is no space for the last checkpoint; make room, and the same command"
+        "error: trained for 19 steps, but the last checkpoint is not written, for the reason above; the same command"
         " goes on from step 10"
     )
     assert "Traceback (most recent call last)" not in finished.stderr.partition("error: ")[0]
@@ -160,7 +160,7 @@ def test_a_rank_that_cannot_write_ends_all(forked, arguments, tmp_path):
     for step in (10, 19):
         assert f"cannot write the checkpoint step-{step:08d} in {folder} (rank 1: " in finished.stderr
     assert "2 saves of checkpoints failed, see the warnings above" in finished.stderr
-    assert "error: trained for 19 steps, but there is no space for the last checkpoint" in finished.stderr
+    assert "error: trained for 19 steps, but the last checkpoint is not written" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert list(folder.iterdir()) == []
 

@@ -20,11 +20,11 @@ import yaml
 from safetensors.torch import load, load_file
 
 from dataio.pack.packer import PackOptions, pack
-from launch import train
 from launch.checkpoint import layout
 from launch.config import load_config, parse_config
 from launch.engine import build_model
 from launch.plan import make_plan
+from launch.run import compare_ema
 
 ROOT = Path(__file__).parents[2]
 RECORDED_RUN = str(Path(__file__).with_name("recorded_run.py"))
@@ -91,8 +91,8 @@ def assert_equal_tree(left, right, where: str) -> None:
 
 
 def test_advice_on_weights_or_ema():
-    assert train.compare_ema(50.0, 50.0).startswith("the EMA is as good or better (50.00 % against 50.00 %): launch")
-    assert train.compare_ema(50.01, 50.0).endswith("launch.export take them with --kind model")
+    assert compare_ema(50.0, 50.0).startswith("the EMA is as good or better (50.00 % against 50.00 %): launch")
+    assert compare_ema(50.01, 50.0).endswith("launch.export take them with --kind model")
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,7 @@ def trace(config, plan, engine, device) -> dict[str, list[float]]:
         sync_batchnorm_buffers(engine.module, torch.zeros(1))
         dist.all_reduce(total)
         losses.append(total.item() / dist.get_world_size())
-        norm = engine.get_global_grad_norm()
-        norms.append(None if norm is None else float(norm))
+        norms.append(float(engine.get_global_grad_norm()))
     return {"losses": losses, "norms": norms, "running_vars": engine.module.norm.running_var.tolist()}
 
 

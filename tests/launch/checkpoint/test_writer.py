@@ -5,6 +5,7 @@ import re
 import threading
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -145,3 +146,30 @@ def test_a_lost_lock_prevents_a_checkpoint(begin, tmp_path, look):
         checkpoints.wait()
     assert looks[0] == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["weight", "EMA", "moment"])
+def test_a_state_that_is_not_finite_is_never_a_checkpoint(begin, tmp_path, place):
+    started = begin()
+    started.step()
+    checkpoints = save(started, tmp_path)
+    tensors = {"weight": started.engine.module.head.bias, "EMA": started.ema.module.norm.running_var}
+    name, file = {
+        "weight": ("head.bias", layout.MODEL_NAME),
+        "EMA": ("norm.running_var", layout.EMA_NAME),
+        "moment": ("stem.0.0.weight", layout.MOMENT_NAMES["exp_avg"]),
+    }[place]
+    (adamw,) = [started.engine.optimizer.optimizer]
+    moment = next(iter(adamw.state.values()))["exp_avg"]
+    tensors.get(place, moment).data.view(-1)[0] = torch.inf
+    checkpoints.save(started.state_at(2))
+    checkpoints.wait()
+    checkpoints.close()
+    (warning,) = checkpoints.warnings
+    assert re.fullmatch(
+        rf"the checkpoint {tmp_path}/step-00000002 is not written, because [\w.]+ in {file} is not finite", warning
+    )
+    if place != "moment":
+        assert name in warning
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert checkpoints.saved.step == 1

@@ -1,0 +1,57 @@
+"""launch/train.py that does harm to itself: harmed_run.py [arguments], with HARM and SKIP in the environment.
+
+HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on": false}. Places are "image", "target",
+"spike" (targets that multiply the loss), "gradient", "weight" and "sums" (of BatchNorm). SKIP is a list of steps, from
+1, that the run skips, as a run that has gone back does.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from launch import guard, train
+from launch.batchnorm import GroupBatchNorm2d
+
+harms, skipped = (json.loads(os.environ.get(name, "[]")) for name in ("HARM", "SKIP"))
+rank = int(os.environ.get("RANK", "0"))
+train_step, initialize = train.train_step, guard.Guard.__init__
+
+
+def step_with_harm(run, augment, step):
+    due = [harm for harm in harms if rank == harm["rank"] and step + 1 >= harm["step"]]
+    done = {harm["to"] for harm in due}
+    for harm in due:
+        if not harm.get("from_then_on"):
+            harms.remove(harm)  # once: the run may go back to before this step
+    model = run.engine.module
+    # ZeRO-3 has a rank's part of a parameter in another attribute.
+    weight = getattr(model.head.weight, "ds_tensor", model.head.weight)
+    if "weight" in done:
+        weight.data.view(-1)[0] = torch.nan
+    if "sums" in done:
+        next(module for module in model.modules() if isinstance(module, GroupBatchNorm2d)).sums[0] = torch.inf
+    hook = model.head.bias.register_hook(lambda gradient: gradient * torch.inf) if "gradient" in done else None
+
+    def augment_with_harm(batch):
+        images, targets = augment(batch)
+        if "image" in done:
+            images[1, 2, 3, 4] = torch.nan
+        if "target" in done:
+            targets[0, 0] = torch.inf
+        return images, targets * 1000 if "spike" in done else targets
+
+    trained = train_step(run, augment_with_harm, step)
+    if hook:
+        hook.remove()
+    return trained
+
+
+def guard_that_skips(self, *arguments):
+    initialize(self, *arguments)
+    self.skipped = {step - 1 for step in skipped}
+
+
+train.train_step, guard.Guard.__init__ = step_with_harm, guard_that_skips
+sys.exit(train.main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""Steps that are not finite, and spikes of the loss, in real runs: equal to runs without these steps, bit for bit."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from launch.checkpoint import layout
+
+HARMED_RUN = Path(__file__).with_name("harmed_run.py")
+STEPS = 6  # of one epoch
+SHORT = "optimizer.epochs=1", "optimizer.warmup_epochs=0.2", "log.eval_every_epochs=9", "optimizer.eps=1e-3"
+
+
+@pytest.fixture(scope="module")
+def train(forked, train_arguments, small_shards, tmp_path_factory) -> Callable:
+    """Returns a function: harm, skipped steps, overrides → (the run's folder, exit status, standard error)."""
+
+    def run(harm: list[dict] = (), skip: list[int] = (), *more: str, ranks: int = 2) -> tuple[Path, int, str]:
+        folder = tmp_path_factory.mktemp("harmed") / "run"
+        arguments = train_arguments(small_shards, folder, *SHORT, *more)
+        finished = forked(ranks, HARMED_RUN, *arguments, HARM=json.dumps(list(harm)), SKIP=json.dumps(list(skip)))
+        assert "Traceback" not in finished.stderr
+        return folder, finished.returncode, finished.stdout + finished.stderr
+
+    return run
+
+
+def tensors(run: Path) -> dict[str, bytes]:
+    """All tensors of a run's newest checkpoint, as bytes."""
+    found, faults = layout.find_newest(run / "checkpoints")
+    assert not faults
+    files = (layout.MODEL_NAME, layout.EMA_NAME, *layout.MOMENT_NAMES.values())
+    loaded = {f"{file}: {name}": value for file in files for name, value in load_file(found / file).items()}
+    assert all(value.isfinite().all() for value in loaded.values())
+    return {name: value.numpy().tobytes() for name, value in loaded.items()} | {"": found.name.encode()}
+
+
+def assert_equal(run: Path, expected: Path) -> None:
+    found, wanted = tensors(run), tensors(expected)
+    assert [name for name in wanted if found.get(name) != wanted[name]] == []
+
+
+def metrics(run: Path, name: str) -> dict[int, float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(train, stage):
+    places = {2: ("image", 1), 3: ("target", 0), 4: ("gradient", 1), 6: ("sums", 1)}
+    harm = [{"step": step, "to": to, "rank": rank} for step, (to, rank) in places.items()]
+    run, status, output = train(harm, [], f"engine.zero_stage={stage}")
+    assert status == 0, output
+    expected, status, undisturbed = train([], list(places), f"engine.zero_stage={stage}")
+    assert status == 0, undisturbed
+    assert_equal(run, expected)
+    assert metrics(run, "train/loss") == metrics(expected, "train/loss")
+    assert all(map(math.isfinite, metrics(run, "train/loss").values()))
+    assert metrics(run, "train/gradient_norm").keys() == {1, 5}
+    assert metrics(run, "guard/bad_steps") == {2: 1, 3: 2, 4: 3, 6: 4}
+    path = run / "bad_steps.jsonl"
+    for text in (
+        f"step 2 is skipped: the loss is nan on rank 1; bad steps in a row: 1; samples: {path}\n",
+        f"step 3 is skipped: the loss is inf on rank 0; bad steps in a row: 2; samples: {path}\n",
+        f"step 4 is skipped: the gradient is not finite; bad steps in a row: 3; samples: {path}\n",
+        f"step 6 is skipped: the gradient is not finite; bad steps in a row: 1; samples: {path}\n",
+    ):
+        assert output.count(text) == 1, text
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(record["step"], record["rank"]) for record in records] == [
+        (2, 1), (3, 0), (4, 0), (4, 1), (6, 0), (6, 1)
+    ]  # fmt: skip
+    assert all(len(record["samples"]) == 16 for record in records)
+    assert records[0]["samples"][0].startswith("sample ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "rank"), [(0, 1), (1, 0), (1, 1), (3, 1)])
+def test_after_bad_steps_in_a_row_the_run_goes_back_once(train, stage, rank):
+    """A weight that is NaN on one rank, as after a fault of its memory, until the run loads its checkpoint."""
+    more = "guard.max_bad_steps=2", "checkpoint.every_epochs=0.1", f"engine.zero_stage={stage}"
+    run, status, output = train([{"step": 4, "to": "weight", "rank": rank}], [], *more)
+    assert status == 0, output
+    expected, status, _ = train([], [4, 5], *more)
+    assert status == 0
+    assert "the last 2 steps were bad: back to step 3; from there on, their samples are skipped\n" in output
+    assert_equal(run, expected)
+    assert metrics(run, "train/loss") == metrics(expected, "train/loss")
+    assert (run / "metrics.jsonl").read_text().count('{"step": 4,') == 1
+
+
+@pytest.mark.slow
+def test_spikes_of_the_loss_are_bad_steps_where_that_is_set(train):
+    more = "optimizer.epochs=3", "guard.max_bad_steps=2", "checkpoint.every_epochs=0.2"
+    guards = "guard.spike_sigmas=100", "guard.spike_window=8"
+    harm = [{"step": step, "to": "spike", "rank": 1} for step in (10, 12, 13)]
+    run, status, output = train(harm, [], *more, *guards)
+    assert status == 0, output
+    for step, count in ((10, 1), (12, 1), (13, 2)):
+        assert f"step {step} has a loss of " in output
+        assert f", a spike; bad steps in a row: {count}" in output
+    # That of step 11 waited for the end of the bad steps, and that of step 12 is of a spike.
+    assert "the last 2 steps were bad: back to step 10; " in output
+    expected, status, _ = train(harm[:1], [12, 13], *more)
+    assert status == 0
+    assert_equal(run, expected)
+
+
+@pytest.mark.slow
+def test_bad_steps_that_go_on_are_an_error(train):
+    more = "guard.max_bad_steps=2", "checkpoint.every_epochs=0.1"
+    harm = [{"step": 4, "to": "weight", "rank": 0, "from_then_on": True}]
+    run, status, output = train(harm, [], *more, "optimizer.epochs=2")
+    assert status == 1
+    assert (
+        "error: the last 2 steps were bad, although the run had gone back to step 3 and skipped 2 steps; lower"
+        " optimizer.lr or optimizer.max_grad_norm, or set engine.precision=fp32, and start again from the last"
+        f" checkpoint. The samples of these steps are in {run / 'bad_steps.jsonl'}\n"
+    ) in output
+    folder = run / "checkpoints"
+    for step in (4, 5):  # skipped
+        line = f"the checkpoint {folder / layout.checkpoint_name(step)} is not written, because head.weight in"
+        assert f"{line} model.safetensors is not finite; training goes on\n" in output
+    assert tensors(run)[""] == b"step-00000003"
+    run, status, output = train([{**harm[0], "step": 1}], [], *more)
+    assert status == 1
+    assert (
+        "error: the last 2 steps were bad, and there is no checkpoint from before them to go back to; lower" in output
+    )

@@ -1,0 +1,75 @@
+"""What the guard counts as bad: its rules, on steps as the loop hands them in. Runs are in faults/."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataio.manifest import load_manifest
+from launch.batchnorm import convert_batchnorm
+from launch.config import GuardSection
+from launch.flops import MfuConstants
+from launch.guard import Guard, TrainedStep, spread_non_finite
+from launch.monitor import Monitor
+
+
+@pytest.fixture
+def make_guard(alone, small_shards, tmp_path):
+    """Returns a function: options of the guard → the guard."""
+    monitor = Monitor(tmp_path, 0, 1000, 1, MfuConstants(1, 1.0))
+    yield lambda **options: Guard(GuardSection(**options), tmp_path, load_manifest(small_shards / "train"), monitor)
+    monitor.close()
+
+
+def good(number: int) -> TrainedStep:
+    return TrainedStep(number, np.array([number]), [torch.tensor(1.0)], applied=True)
+
+
+def skipped(number: int, loss: float = math.nan) -> TrainedStep:
+    return TrainedStep(number, np.array([number]), [torch.tensor(loss)], applied=False)
+
+
+def test_only_bad_steps_in_a_row_count(make_guard):
+    guard = make_guard(max_bad_steps=3)
+    found = [guard.check((skipped if bad else good)(step), 1.0) for step, bad in enumerate([1, 1, 0, 1, 1, 1])]
+    assert found == [False] * 5 + [True]
+    assert guard.in_a_row == [3, 4, 5]
+
+
+def test_a_step_that_is_passed_over_is_neither_good_nor_bad(make_guard):
+    guard = make_guard(max_bad_steps=3)
+    for step in (skipped(0), skipped(1), TrainedStep(2, np.array([2]), [], applied=False)):
+        assert not guard.check(step, math.nan)
+    assert guard.check(skipped(3), math.nan)
+
+
+def test_spikes_are_measured_by_the_median_absolute_deviation(make_guard):
+    guard = make_guard(spike_sigmas=10, spike_window=9)
+    losses = [1.0 + 0.01 * number for number in range(9)]
+    for number, loss in enumerate(losses, 1):
+        guard.check(good(number), loss if number > 1 else math.nan)
+    guard.check(good(10), 1e9)
+    assert guard.in_a_row == []  # the window was not full: this is one of the good losses
+    # Now they are 1.01 … 1.08 and 1e9: the median is 1.05, the deviation 0.02, ten sigmas 0.297.
+    for number, (loss, bad) in enumerate([(1.05 + 0.31, True), (1.05 + 0.29, False), (math.nan, False)], 11):
+        guard.check(good(number), loss)
+        assert bool(guard.in_a_row) == bad, loss
+
+
+def test_gradients_are_nan_where_the_loss_or_batchnorm_is_not_finite():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    convert_batchnorm(model, 2)
+    images = torch.randn(2, 1, 3, 3)
+
+    def gradient(loss=1.0, sums=0.0) -> torch.Tensor:
+        model[1].sums.zero_()[0] = sums
+        out = model(images).square().mean() * loss
+        (found,) = torch.autograd.grad(spread_non_finite(out, model), model[1].weight)
+        return found
+
+    (plain,) = torch.autograd.grad(model(images).square().mean(), model[1].weight)
+    assert torch.equal(gradient(), plain)
+    for loss, sums in ((math.nan, 0.0), (math.inf, 0.0), (1.0, math.nan), (1.0, math.inf)):
+        assert gradient(loss, sums).isnan().all()
