@@ -192,13 +192,15 @@ class CheckpointSection(Options):
 
 
 class GuardSection(Options):
-    """What a run does about bad steps: a loss or gradient that is not finite, or a spike of the loss."""
+    """What a run does about a loss or gradient that is not finite, spikes of the loss, and ranks that drift apart."""
 
     max_bad_steps: Count = 10  # so many in a row: back to the last checkpoint; the second time ends the run
     # A loss is a spike if it exceeds the median of the last `spike_window` good steps by more than so many robust
     # standard deviations (1.4826 × the median absolute deviation), for example 20; null: never
     spike_sigmas: Positive | None = None
     spike_window: Annotated[int, Field(ge=8)] = 100
+    # So often, and at checkpoints of `checkpoint.every_epochs`, ranks compare their copies of the state; null: never
+    compare_every_steps: Count | None = 100
 
 
 class LogSection(Options):

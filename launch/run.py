@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from dataio.loader import EvalLoader, TrainLoader
+from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import layout
 from launch.checkpoint.tensors import load
 from launch.checkpoint.writer import CheckpointWriter
@@ -18,6 +19,7 @@ from launch.guard import Guard, TrainedStep
 from launch.interrupt import EXIT_RESUME
 from launch.monitor import Monitor
 from launch.plan import Plan
+from launch.replicas import ReplicaCheck
 from launch.stop import Agreed, StopAgreement, Stopped
 
 
@@ -34,15 +36,30 @@ class Run:
     writer: CheckpointWriter
     stop: StopAgreement
     guard: Guard
+    replicas: ReplicaCheck
     first_step: int
     failed_saves: int = 0  # on rank 0
     save_due: bool = False  # a checkpoint that waits for the end of bad steps
 
-    def flags(self, trained: TrainedStep) -> Tensor:
-        """Return what this rank tells the others in a step, for `StopAgreement.exchange`."""
+    def exchange(self, trained: TrainedStep) -> Agreed:
+        """Update BatchNorm's statistics and hear from the other ranks, in a step's one all-reduce of ours.
+
+        Raises RunError on every rank if their copies of the state are not equal.
+        """
         every_minutes = self.config.checkpoint.every_minutes
         is_save_due = every_minutes is not None and self.writer.seconds_since_save >= 60 * every_minutes
-        return self.stop.flags(is_save_due, self.writer.failed, trained.loss)
+        flags = self.stop.flags(is_save_due, self.writer.failed, trained.loss)
+        riders = torch.cat([flags, self.replicas.fingerprints(self.is_comparison_due(trained.number))])
+        sums = sync_batchnorm_buffers(self.engine.module, riders, trained.applied)
+        self.replicas.exchange(trained.number, sums[len(flags) :])
+        return self.stop.exchange(sums[: len(flags)])
+
+    def is_comparison_due(self, step: int) -> bool:
+        """Return whether the ranks compare their copies of the state after `step`, counted from 0."""
+        every_steps = self.config.guard.compare_every_steps
+        if every_steps is None:
+            return False
+        return (step + 1) % every_steps == 0 or self.plan.is_due(step, self.config.checkpoint.every_epochs)
 
     def is_save_due(self, step: int, agreed: Agreed) -> bool:
         """Return whether a checkpoint is to be written after `step`, counted from 0."""
@@ -84,6 +101,7 @@ class Run:
 
         reason: why the run stops, None if it does not: then the evaluation is left to the resumed run. A stop during
         the evaluation is the same. Returns the reason.
+        Raises RunError on every rank if their copies of the state are not equal.
         """
         evaluating, top1 = self.plan.is_due(step, self.config.log.eval_every_epochs), 0.0
         if evaluating and reason is None:
@@ -92,6 +110,7 @@ class Run:
             except Stopped as stopped:
                 reason = str(stopped)
         if saving or reason:
+            self.replicas.finish()
             state = replace(
                 self.writer.saved,
                 step=step + 1,

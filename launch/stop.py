@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dataio.loader import Batch, EvalLoader
 from launch.distributed import gather_objects
+from launch.host_copy import HostCopy
 from launch.interrupt import STOP_SIGNALS, StopSignals
 from launch.run_lock import start_ticks
 
@@ -50,10 +51,7 @@ class StopAgreement:
         self._decides = dist.get_rank() == 0
         if stop_after_minutes is not None and self._decides:
             self._deadline = time.monotonic() - process_age_seconds() + 60 * stop_after_minutes
-        on_gpu = device.type == "cuda"
-        self._sums = torch.zeros(len(REASONS) + 3, pin_memory=on_gpu)
-        self._sums[-1] = math.nan
-        self._copied = torch.cuda.Event() if on_gpu else None
+        self._sums = HostCopy(torch.tensor([0.0] * (len(REASONS) + 2) + [math.nan]), device)
 
     def flags(self, save_due: bool = False, save_failed: bool = False, loss: Tensor | None = None) -> Tensor:
         """Return what this rank tells the others, to be summed over the ranks: (len(REASONS) + 3,) float32.
@@ -72,9 +70,7 @@ class StopAgreement:
     def exchange(self, sums: Tensor) -> Agreed:
         """Return the agreement of the last call, and start to copy `sums` (of all ranks' flags) to the host."""
         agreed = self._read()
-        self._sums.copy_(sums, non_blocking=True)
-        if self._copied:
-            self._copied.record()
+        self._sums.start(sums)
         return agreed
 
     def polled(self, batches: EvalLoader) -> Iterator[Batch]:
@@ -107,9 +103,7 @@ class StopAgreement:
             raise Stopped(reason)
 
     def _read(self) -> Agreed:
-        if self._copied:
-            self._copied.synchronize()  # of the step before: it has happened, or is about to
-        *counts, save_due, save_failed, loss = self._sums.tolist()
+        *counts, save_due, save_failed, loss = self._sums.read().tolist()
         reasons = (reason for reason, count in zip(REASONS, counts, strict=True) if count)
         return Agreed(next(reasons, None), bool(save_due), bool(save_failed), loss / dist.get_world_size())
 

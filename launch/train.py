@@ -37,7 +37,6 @@ from dataio.augment.batch_augment import BatchAugment
 from dataio.files import user_path
 from dataio.loader import TrainLoader
 from dataio.urls import redact_url
-from launch.batchnorm import sync_batchnorm_buffers
 from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
@@ -68,6 +67,7 @@ from launch.guard import Guard, TrainedStep, spread_non_finite
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
 from launch.plan import Plan, keep_norm_group, make_plan
+from launch.replicas import ReplicaCheck
 from launch.run import Run, checkpoint_folder, find_checkpoint
 from launch.run_header import log_run_header
 from launch.run_lock import locked
@@ -142,7 +142,7 @@ def train_steps(run: Run, augment: BatchAugment) -> str | None:
         lr = lr_at(step, plan.schedule)
         set_lr(engine, lr)
         trained = train_step(run, augment, step)
-        agreed = run.stop.exchange(sync_batchnorm_buffers(engine.module, run.flags(trained), trained.applied))
+        agreed = run.exchange(trained)
         if trained.applied:
             run.ema.update(engine, ema_decay_at(step, config.optimizer))
         if run.guard.check(trained, agreed.loss):
@@ -259,7 +259,8 @@ def prepare(
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     guard = Guard(config.guard, config.output, plan.train, monitor)
-    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, state.step)
+    replicas = ReplicaCheck(engine, ema, state.step)
+    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, state.step)
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:

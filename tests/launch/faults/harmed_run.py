@@ -1,7 +1,8 @@
 """launch/train.py that does harm to itself: harmed_run.py [arguments], with HARM and SKIP in the environment.
 
 HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on": false}. Places are "image", "target",
-"spike" (targets that multiply the loss), "gradient", "weight" and "sums" (of BatchNorm). SKIP is a list of steps, from
+"spike" (targets that multiply the loss), "gradient", "weight" and "sums" (of BatchNorm); and, for one bit that flips,
+"weight bit", "statistics bit" and "EMA bit". SKIP is a list of steps, from
 1, that the run skips, as a run that has gone back does.
 """
 
@@ -32,6 +33,11 @@ def step_with_harm(run, augment, step):
         weight.data.view(-1)[0] = torch.nan
     if "sums" in done:
         next(module for module in model.modules() if isinstance(module, GroupBatchNorm2d)).sums[0] = torch.inf
+    for place, tensor in {
+        "weight bit": weight, "statistics bit": model.norm.running_mean, "EMA bit": run.ema.module.head.bias
+    }.items():  # fmt: skip
+        if place in done:
+            tensor.data.view(torch.int32).view(-1)[0] ^= 1
     hook = model.head.bias.register_hook(lambda gradient: gradient * torch.inf) if "gradient" in done else None
 
     def augment_with_harm(batch):
