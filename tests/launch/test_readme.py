@@ -13,6 +13,12 @@ BENCHMARKS = (ROOT / "launch" / "benchmark" / "README.md").read_text()
 DATAIO = (ROOT / "dataio" / "README.md").read_text()
 
 
+def tracked_texts() -> list[Path]:
+    """All README files and other Markdown of the project."""
+    folders = ".github", "configs", "dataio", "launch", "polaformer", "slurm"
+    return [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
+
+
 def report(name: str) -> dict:
     return json.loads((RESULTS / f"{name}-cpu.json").read_text())
 
@@ -193,3 +199,11 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page}: {link}"
+
+
+@pytest.mark.parametrize("path", sorted(path.relative_to(ROOT).as_posix() for path in tracked_texts()))
+def test_links_lead_to_files(path):
+    text = (ROOT / path).read_text()
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    local = [link for link in links if not re.match(r"https?://", link)]
+    assert [link for link in local if not (ROOT / path).parent.joinpath(link).exists()] == []
