@@ -201,6 +201,8 @@ class GuardSection(Options):
     spike_window: Annotated[int, Field(ge=8)] = 100
     # So often, and at checkpoints of `checkpoint.every_epochs`, ranks compare their copies of the state; null: never
     compare_every_steps: Count | None = 100
+    # The run ends with exit code 75 if no rank has made progress for so long; null: half of `engine.timeout_minutes`
+    hang_seconds: Positive | None = None
 
 
 class LogSection(Options):
@@ -226,9 +228,19 @@ class Config(Options):
 
     @model_validator(mode="after")
     def check(self) -> "Config":
-        """Raise ValueError for DeepSpeed keys that a run cannot use."""
+        """Raise ValueError for DeepSpeed keys that a run cannot use, or a hang that is longer than a timeout."""
         _check_deepspeed(self.deepspeed)
+        if self.hang_seconds >= 60 * self.engine.timeout_minutes:
+            raise ValueError(
+                f"guard.hang_seconds {self.hang_seconds:g} is not below the {60 * self.engine.timeout_minutes:g} s of"
+                " engine.timeout_minutes, which would end the run before the hang is explained; lower it"
+            )
         return self
+
+    @property
+    def hang_seconds(self) -> float:
+        """The time without progress after which a run hangs."""
+        return self.guard.hang_seconds or 30 * self.engine.timeout_minutes
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A run's parts, and what it does beside training steps: evaluations, checkpoints, going back, its end."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from launch.monitor import Monitor
 from launch.plan import Plan
 from launch.replicas import ReplicaCheck
 from launch.stop import Agreed, StopAgreement, Stopped
+from launch.watchdog import Watchdog
 
 
 @dataclass
@@ -37,15 +39,24 @@ class Run:
     stop: StopAgreement
     guard: Guard
     replicas: ReplicaCheck
+    watchdog: Watchdog
     first_step: int
     failed_saves: int = 0  # on rank 0
     save_due: bool = False  # a checkpoint that waits for the end of bad steps
+
+    def close(self) -> None:
+        """Leave the run: close its files, and wait for the threads."""
+        self.watchdog.close()
+        self.writer.close()
+        self.loader.close()
+        self.monitor.close()
 
     def exchange(self, trained: TrainedStep) -> Agreed:
         """Update BatchNorm's statistics and hear from the other ranks, in a step's one all-reduce of ours.
 
         Raises RunError on every rank if their copies of the state are not equal.
         """
+        self.watchdog.beat(trained.number, "hearing from the other ranks")
         every_minutes = self.config.checkpoint.every_minutes
         is_save_due = every_minutes is not None and self.writer.seconds_since_save >= 60 * every_minutes
         flags = self.stop.flags(is_save_due, self.writer.failed, trained.loss)
@@ -110,6 +121,7 @@ class Run:
             except Stopped as stopped:
                 reason = str(stopped)
         if saving or reason:
+            self.watchdog.beat(step, "saving")
             self.replicas.finish()
             state = replace(
                 self.writer.saved,
@@ -178,7 +190,8 @@ class Run:
             plan.val, self.config.data, loader_options.micro_batch_size, rank, world_size, device, plan.val_label_map
         )
         models = unwrapped_model(self.engine, ema), ema
-        of_weights, of_ema = evaluate(models, self.stop.polled(loader), plan.num_classes, self.config.engine.precision)
+        batches = self.stop.polled(loader, partial(self.watchdog.beat, step, "evaluating"))
+        of_weights, of_ema = evaluate(models, batches, plan.num_classes, self.config.engine.precision)
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
         scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)

@@ -9,7 +9,7 @@ same sums at the same point, so all stop there. interrupt.py receives the signal
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -73,9 +73,10 @@ class StopAgreement:
         self._sums.start(sums)
         return agreed
 
-    def polled(self, batches: EvalLoader) -> Iterator[Batch]:
+    def polled(self, batches: EvalLoader, beat: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         """Yield this rank's batches of an evaluation, and agree on a stop after each; ranks may have unequal numbers.
 
+        beat: called before each agreement, equally often on all ranks.
         Raises Stopped on every rank, after the same batch.
         """
         polls = torch.tensor(len(batches), device=self._device)
@@ -83,8 +84,10 @@ class StopAgreement:
         missing = int(polls) - len(batches)
         for batch in batches:
             yield batch
+            beat()
             self._poll()
         for _ in range(missing):
+            beat()
             self._poll()
 
     def check(self) -> None:

@@ -73,6 +73,7 @@ from launch.run_header import log_run_header
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, lr_at
 from launch.stop import StopAgreement, Stopped
+from launch.watchdog import Watchdog
 
 
 def main(argv: list[str] | None = None, signals: StopSignals | None = None) -> int:
@@ -109,7 +110,7 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
         stop.check()
         with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
             run = prepare(config, plan, device, check_lock, stop)
-            with contextlib.closing(run.monitor), contextlib.closing(run.loader), contextlib.closing(run.writer):
+            with contextlib.closing(run):
                 return train(run, augment)
     except Stopped as stopped:
         print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)
@@ -161,6 +162,7 @@ def train_steps(run: Run, augment: BatchAugment) -> str | None:
         with monitor.paused():
             if reason := run.evaluate_and_save(step, saving, agreed.reason):
                 return reason
+        run.watchdog.arm()
         step += 1
     return None
 
@@ -175,8 +177,10 @@ def train_step(run: Run, augment: BatchAugment, step: int) -> TrainedStep:
     losses: list[Tensor] = []
     samples: list[npt.NDArray[np.int64]] = []
     for _ in range(config.optimizer.gradient_accumulation_steps):
+        run.watchdog.beat(step, "waiting for data")
         with monitor.data_wait():
             batch = next(run.loader)
+        run.watchdog.beat(step, "computing")
         for bad in batch.substituted:
             monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
         samples.append(batch.samples)
@@ -260,7 +264,9 @@ def prepare(
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     guard = Guard(config.guard, config.output, plan.train, monitor)
     replicas = ReplicaCheck(engine, ema, state.step)
-    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, state.step)
+    ranks = plan.loader_options.rank, plan.loader_options.world_size
+    watchdog = Watchdog(config.output, *ranks, config.hang_seconds)
+    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, watchdog, state.step)
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:

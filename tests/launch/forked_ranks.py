@@ -67,6 +67,7 @@ def wait(ranks: set[int]) -> int:
             failed = os.waitstatus_to_exitcode(status)
             for rank in ranks:
                 os.kill(rank, signal.SIGTERM)
+                os.kill(rank, signal.SIGCONT)  # tests stop some
     return failed
 
 

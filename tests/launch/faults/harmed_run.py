@@ -1,14 +1,17 @@
 """launch/train.py that does harm to itself: harmed_run.py [arguments], with HARM and SKIP in the environment.
 
-HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on": false}. Places are "image", "target",
-"spike" (targets that multiply the loss), "gradient", "weight" and "sums" (of BatchNorm); and, for one bit that flips,
-"weight bit", "statistics bit" and "EMA bit". SKIP is a list of steps, from
-1, that the run skips, as a run that has gone back does.
+HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on": false}. Places are
+- "image", "target", "spike" (targets that multiply the loss), "gradient", "weight", "sums" (of BatchNorm);
+- "weight bit", "statistics bit", "EMA bit": one that flips;
+- "process", which stops by SIGSTOP, and "main thread", which waits for ever.
+SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
 """
 
 import json
 import os
+import signal
 import sys
+import threading
 
 import torch
 
@@ -33,6 +36,10 @@ def step_with_harm(run, augment, step):
         weight.data.view(-1)[0] = torch.nan
     if "sums" in done:
         next(module for module in model.modules() if isinstance(module, GroupBatchNorm2d)).sums[0] = torch.inf
+    if "process" in done:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if "main thread" in done:
+        threading.Event().wait()
     for place, tensor in {
         "weight bit": weight, "statistics bit": model.norm.running_mean, "EMA bit": run.ema.module.head.bias
     }.items():  # fmt: skip

@@ -1,0 +1,165 @@
+"""A watchdog in each rank: it ends a run that hangs, and says for which rank the others wait.
+
+When one rank hangs, all others soon wait for it in a collective, and none makes progress. So each rank also shows that
+its process runs: a thread rewrites a small file in the run's folder, with the number of *beats*, points of the run that
+all ranks pass in the same order. A rank whose file no longer changes is stopped or gone; if there is none, the rank
+with the fewest beats is behind.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from launch.interrupt import EXIT_RESUME
+
+FOLDER_NAME = "heartbeats"  # in the run's folder
+HUNG_NAME = "hung"  # file in it: why the last start ended, if it hung
+_RECORD_BYTES = 1024  # of a heartbeat's file, whose content is replaced in place: other hosts see that soonest
+_TICKS = 30  # of the watchdog in the time that makes a hang
+_SHORTEST_TICK, _LONGEST_TICK = 0.1, 10.0  # seconds
+_SHORTEST_LOOK = 3.0  # seconds in which a process that runs has ticked, on a busy machine too
+
+
+@dataclass
+class Heartbeat:
+    """What a rank shows of itself."""
+
+    rank: int
+    host: str
+    process: int
+    step: int = 0  # from 1
+    phase: str = "start-up"
+    beats: int = 0
+    ticks: int = 0  # of its watchdog
+    done: bool = False  # it has left the run
+
+    def __str__(self) -> str:
+        """Return where it is: `rank 3 (node7, process 4711) in step 12, waiting for data`."""
+        return f"rank {self.rank} ({self.host}, process {self.process}) in step {self.step}, {self.phase}"
+
+
+class Watchdog:
+    """Shows this rank's heartbeat in a run's folder, and ends the process when the run hangs.
+
+    hang_seconds: without a beat of any rank. They count from the first call of `arm`; what comes before, such as
+    compilation, may take any time.
+    """
+
+    def __init__(self, run_folder: Path, rank: int, world_size: int, hang_seconds: float) -> None:
+        self._folder, self._world_size, self._hang_seconds = run_folder / FOLDER_NAME, world_size, hang_seconds
+        self._hung = self._folder / HUNG_NAME
+        self._tick_seconds = min(max(hang_seconds / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
+        self._ticks_to_look = max(4, round(_SHORTEST_LOOK / self._tick_seconds))
+        self._own = Heartbeat(rank, socket.gethostname(), os.getpid())
+        self._armed, self._closed = False, threading.Event()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            self._hung.unlink(missing_ok=True)
+        self._path(rank).write_bytes(b"")
+        self._show()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        """Note that this rank has come to a phase of `step`, counted from 0."""
+        self._own.step, self._own.phase = step + 1, phase
+        self._own.beats += 1
+
+    def arm(self) -> None:
+        """Begin to watch."""
+        self._armed = True
+
+    def close(self) -> None:
+        """Leave the run."""
+        self._closed.set()
+        self._thread.join()
+        self._own.done = True
+        self._show()
+
+    def _watch(self) -> None:
+        beats, changed = 0, time.monotonic()
+        while not self._closed.is_set():
+            began = time.monotonic()
+            self._tick()
+            now = time.monotonic()
+            was_stopped = now - began > 2 * self._tick_seconds + 1  # as this process was, or its machine
+            if self._own.beats != beats or was_stopped or not self._armed:
+                beats, changed = self._own.beats, now
+            if self._armed and (self._hung.exists() or (now - changed > self._hang_seconds and self._is_hung())):
+                self._end()
+
+    def _tick(self) -> None:
+        self._closed.wait(self._tick_seconds)
+        self._own.ticks += 1
+        self._show()
+
+    def _is_hung(self) -> bool:
+        """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others."""
+        before = self._heartbeats()
+        for _ in range(self._ticks_to_look):
+            self._tick()
+        after = self._heartbeats()
+        known = after.keys() & before.keys()
+        if self._closed.is_set() or any(after[rank].beats != before[rank].beats for rank in known):
+            return False
+        silent = [rank for rank in known if after[rank].ticks == before[rank].ticks and not after[rank].done]
+        reason = describe_hang(list(after.values()), silent)
+        with suppress(FileExistsError), open(self._hung, "x", encoding="utf-8") as file:
+            file.write(f"{reason}\n")
+            _write_stderr(
+                f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in"
+                f" {self._folder}; the same command goes on from the last checkpoint\n"
+            )
+        return True
+
+    def _end(self) -> NoReturn:
+        """Write the stacks of this rank's threads, give the other ranks the time to do so, and end the process."""
+        with suppress(OSError), open(self._path(self._own.rank).with_suffix(".txt"), "w+", encoding="utf-8") as file:
+            file.write(f"{self._own}\n")
+            file.flush()
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            _write_stderr(file.read())
+        for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
+            self._tick()
+        os._exit(EXIT_RESUME)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05d}.json"
+
+    def _show(self) -> None:
+        record = json.dumps(asdict(self._own)).encode().ljust(_RECORD_BYTES)
+        with suppress(OSError), open(self._path(self._own.rank), "r+b", buffering=0) as file:
+            file.write(record)
+
+    def _heartbeats(self) -> dict[int, Heartbeat]:
+        """Return the heartbeats that can be read, by rank."""
+        found = {}
+        for rank in range(self._world_size):
+            with suppress(OSError, ValueError, TypeError):
+                found[rank] = Heartbeat(**json.loads(self._path(rank).read_bytes()))
+        return found
+
+
+def describe_hang(heartbeats: list[Heartbeat], silent: list[int]) -> str:
+    """Say for which ranks the others wait, by all heartbeats and the ranks whose heartbeat has stopped."""
+    fewest = min(heartbeat.beats for heartbeat in heartbeats)
+    if silent:
+        named, fault = [found for found in heartbeats if found.rank in silent], "stopped or gone"
+    elif all(found.beats == fewest for found in heartbeats):
+        return f"all ranks have come to the same point, as {heartbeats[0]}"
+    else:
+        named, fault = [found for found in heartbeats if found.beats == fewest], "behind the others"
+    return f"{'; '.join(map(str, named))}: {fault}"
+
+
+def _write_stderr(text: str) -> None:
+    """Write to standard error from this thread, whatever the main thread holds."""
+    os.write(2, text.encode())
