@@ -43,8 +43,11 @@ POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" 
 # train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job. Requeues the job if the
 # run stopped before its end; any other exit code of srun is the job's.
 train() {
-    local config=$1 cpus=${SLURM_CPUS_PER_TASK:-1} modules status=0
+    local config=$1 cpus=${SLURM_CPUS_PER_TASK:-1} output=$POLAFORMER_RUNS/$SLURM_JOB_NAME modules argument status=0
     shift
+    for argument in "$@"; do
+        [[ $argument != output=* ]] || output=${argument#output=}
+    done
 
     read -ra modules <<<"$POLAFORMER_MODULES"
     set +u # `module` is not ours
@@ -70,12 +73,15 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}  # by default each task takes the whole node's
     echo "job $SLURM_JOB_ID: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
 
+    # The ranks leave this file if the run hung. srun then has to kill the rank that hangs, and ends with 137.
+    rm -f -- "$output/heartbeats/hung"
     # srun does not inherit --cpus-per-task from sbatch. A failed task ends the others, which would wait for it; after
     # the first task has ended, the last may take 60 s more.
     srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="$cpus" \
         "$POLAFORMER_PYTHON" launch/train.py --config "$config" \
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
         output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
+    [[ ! -e $output/heartbeats/hung ]] || status=$EXIT_RESUME
     ((status != EXIT_RESUME)) || requeue
     return "$status"
 }

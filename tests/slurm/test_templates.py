@@ -1,6 +1,7 @@
 """The Slurm templates: as text, and submitted to a real Slurm of two nodes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -218,15 +219,35 @@ def test_train_b4_trains_to_the_end_on_two_nodes(whole):
     assert [line["step"] for line in metrics(whole) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
-def test_a_job_that_gets_a_signal_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
-    """As before a time limit: USR1 to the tasks in their second step → checkpoint → requeued → the same metrics."""
-    root, run_folder, log = tmp_path / "project", tmp_path / "run", tmp_path / "job.log"
+def project_with(train: Path, root: Path) -> Path:
+    """Returns a new folder with the project's templates, and `train` in the place of launch/train.py."""
     for name in ("slurm", "configs"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(ROOT / name)
     (root / "launch").mkdir()
-    (root / "launch/train.py").symlink_to(ROOT / "tests/launch/stopped_run.py")
+    (root / "launch/train.py").symlink_to(train)
+    return root
+
+
+@pytest.mark.slow
+def test_a_job_that_hangs_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
+    """A task that is stopped in its third step, and that srun therefore kills."""
+    root = project_with(ROOT / "tests/launch/faults/harmed_run.py", tmp_path / "project")
+    harm, settings = [{"step": 3, "to": "process", "rank": 1}], overrides(fashion_shards, tmp_path / "run")
+    job, log = submit(
+        cluster, TEMPLATES[0], *settings, "guard.hang_seconds=8", root=root, log=tmp_path / "job.log",
+        HARM=json.dumps(harm), PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
+    assert re.search(r"error: no progress for 8 s: rank 1 \(.*\) in step 2, .*: stopped or gone\. ", log), log
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_a_signal_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
+    """As before a time limit: USR1 to the tasks in their second step → checkpoint → requeued → the same metrics."""
+    root = project_with(ROOT / "tests/launch/stopped_run.py", tmp_path / "project")
+    run_folder, log = tmp_path / "run", tmp_path / "job.log"
     held = json.dumps({"at": "step 2", "reached": str(tmp_path / "reached")})
     settings = overrides(fashion_shards, run_folder)
     job_id = begin(cluster, TEMPLATES[0], *settings, root=root, log=log, STOP_AT=held, PYTHONPATH=str(ROOT))

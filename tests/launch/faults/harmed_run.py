@@ -13,13 +13,19 @@ import signal
 import sys
 import threading
 
-import torch
+from launch.interrupt import StopSignals, exit_process
 
-from launch import guard, train
-from launch.batchnorm import GroupBatchNorm2d
+signals = StopSignals().listen()
+
+import torch  # noqa: E402  (as in launch/train.py, signals come first)
+
+from launch import guard, train  # noqa: E402
+from launch.batchnorm import GroupBatchNorm2d  # noqa: E402
 
 harms, skipped = (json.loads(os.environ.get(name, "[]")) for name in ("HARM", "SKIP"))
-rank = int(os.environ.get("RANK", "0"))
+rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+if "SLURM_RESTART_COUNT" in os.environ:
+    harms = []
 train_step, initialize = train.train_step, guard.Guard.__init__
 
 
@@ -67,4 +73,4 @@ def guard_that_skips(self, *arguments):
 
 
 train.train_step, guard.Guard.__init__ = step_with_harm, guard_that_skips
-sys.exit(train.main(sys.argv[1:]))
+exit_process(train.main(sys.argv[1:], signals))
