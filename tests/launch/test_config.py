@@ -117,8 +117,8 @@ def explanation(path: Path, *overrides: str) -> str:
         ),
         (
             "guard.hang_seconds=600",
-            "guard.hang_seconds 600 is not below the 600 s of engine.timeout_minutes, which would end the run before the"
-            " hang is explained; lower it",
+            "guard.hang_seconds 600 is not below the 600 s of engine.timeout_minutes, which would end the run before"
+            " the hang is explained; lower it",
         ),
         ("optimizer.min_lr=0.1", "optimizer.min_lr 0.1 is above optimizer.lr 0.0005; lower it"),
         (
