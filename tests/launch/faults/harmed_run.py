@@ -4,14 +4,17 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
 - "image", "target", "spike" (targets that multiply the loss), "gradient", "weight", "sums" (of BatchNorm);
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever.
+With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save, "call": from 1, SIGKILL ends the rank.
 SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
 """
 
+import itertools
 import json
 import os
 import signal
 import sys
 import threading
+from threading import Timer
 
 from launch.interrupt import StopSignals, exit_process
 
@@ -21,11 +24,35 @@ import torch  # noqa: E402  (as in launch/train.py, signals come first)
 
 from launch import guard, train  # noqa: E402
 from launch.batchnorm import GroupBatchNorm2d  # noqa: E402
+from launch.checkpoint import layout, writer  # noqa: E402
 
 harms, skipped = (json.loads(os.environ.get(name, "[]")) for name in ("HARM", "SKIP"))
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 if "SLURM_RESTART_COUNT" in os.environ:
     harms = []
+
+
+def kill_self(*_arguments) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(name: str, call: int) -> None:
+    """Kills this process when it calls a function of the modules that save, for the so-manieth time."""
+    owner = next(owner for owner in (writer.CheckpointWriter, writer, layout) if hasattr(owner, name))
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def killing(*arguments, **options):
+        if next(calls) == call:
+            kill_self()
+        return function(*arguments, **options)
+
+    setattr(owner, name, killing)
+
+
+for kill in [harm for harm in harms if "kill" in harm]:
+    harms.remove(kill)
+    if kill["rank"] == rank:
+        kill_at(kill["at"], kill["call"]) if "at" in kill else Timer(kill["after"], kill_self).start()
 train_step, initialize = train.train_step, guard.Guard.__init__
 
 
