@@ -5,7 +5,7 @@ python -m launch.evaluate --weights RUN/checkpoints/best --kind model --data SHA
 torchrun --standalone --nproc-per-node 8 -m launch.evaluate --weights model.safetensors --data SHARDS
 """
 
-from launch.interrupt import EXIT_REFUSED, exit_on_interrupt
+from launch.interrupt import EXIT_REFUSED, exit_on_interrupt, exit_process
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -212,4 +212,4 @@ def _write(path: Path, text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

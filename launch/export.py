@@ -6,7 +6,7 @@ timm.create_model("polaformerpp_b5", checkpoint_path="runs/b5/export/model.safet
 timm.create_model("local-dir:runs/b5/export", pretrained=True)
 """
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import exit_on_interrupt, exit_process
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -76,4 +76,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

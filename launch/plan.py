@@ -3,7 +3,7 @@
 python -m launch.plan --config configs/X.yaml [--world-size N] [--nodes N] [key=value …]
 """
 
-from launch.interrupt import exit_on_interrupt
+from launch.interrupt import exit_on_interrupt, exit_process
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -253,4 +253,4 @@ def _missing_classes(plan: Plan) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

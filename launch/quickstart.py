@@ -4,7 +4,7 @@ quickstart.sh starts it after the set-up. Each stage is a command of this projec
 if its result exists. The summary, with the machine and the time of each stage, is kept in the run's folder.
 """
 
-from launch.interrupt import EXIT_INTERRUPTED, EXIT_RESUME, exit_on_interrupt
+from launch.interrupt import EXIT_INTERRUPTED, EXIT_RESUME, exit_on_interrupt, exit_process
 
 if __name__ == "__main__":
     exit_on_interrupt()
@@ -333,4 +333,4 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

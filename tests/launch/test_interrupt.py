@@ -99,6 +99,26 @@ def test_ctrl_c_ends_a_benchmark_and_its_processes(environ):
     assert (errors, process.returncode) == ("interrupted\n", 130)
 
 
+@pytest.mark.parametrize(("status", "output"), [(0, "unflushed, at exit"), (2, "unflushed")])
+def test_a_process_ends_without_being_torn_down(environ, status, output):
+    script = """
+import atexit, sys
+from launch.interrupt import exit_process
+
+class Object:
+    def __del__(self):
+        print(", torn down")
+
+kept = Object()
+atexit.register(print, ", at exit", end="")
+print("unflushed", end="")
+exit_process(int(sys.argv[1]))
+"""
+    process = start(("-c", script, status), environ)
+    assert process.communicate() == (output, "")
+    assert process.returncode == status
+
+
 def test_a_background_job_ignores_ctrl_c(no_launcher):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
