@@ -302,19 +302,19 @@ def test_wrong_arguments_of_the_raw_gradient(device, name, number, change, messa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_ten_thousand_random_calls(device, tmp_path):
+def test_four_thousand_random_calls(device, tmp_path):
     """Every call raises or returns the right result; on the CPU under the address sanitizer, where available."""
     environment = dict(os.environ)
     if device == "cpu" and Path(find_library("libasan.so")).is_absolute():
         environment |= build_sanitized(tmp_path)
     script = Path(__file__).with_name("fuzz_operators.py")
-    command = [sys.executable, "-W", "ignore", script, device, "0", "10000"]
+    command = [sys.executable, "-W", "ignore", script, device, "0", "4000"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-4000:]}"
     counts = json.loads(finished.stdout)
-    assert sum(counts.values()) == 10_000
+    assert sum(counts.values()) == 4000
     assert len(counts) == 8  # each of the four operators refused some and computed some
-    assert min(counts.values()) > 500
+    assert min(counts.values()) > 200
 
 
 def build_sanitized(folder: Path) -> dict[str, str]:
