@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ def held_run(words: list[object], environ: dict[str, str], output: Path) -> Iter
     try:
         while not output.with_suffix(".record-0.jsonl").exists():
             assert process.poll() is None, log.read_text()
+            time.sleep(0.02)
         yield process
     finally:
         process.kill()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -184,6 +185,7 @@ def test_an_owner_on_another_host_with_heartbeat_is_alive(hold, folder):
         before = (folder / LOCK_NAME).read_bytes()
         while (folder / LOCK_NAME).read_bytes() == before:  # until it has beaten
             assert first.poll() is None
+            time.sleep(0.01)
 
     with pytest.raises(RuntimeError, match=f"is in use by another run .process {first.pid} on"):
         acquire(folder, sleep=pause)
