@@ -25,7 +25,8 @@ from dataio.manifest import MANIFEST_NAME, SAMPLE_DTYPE, SAMPLES_NAME, load_mani
 from dataio.remote.options import CacheOptions, RetryPolicy
 from dataio.shards import open_dataset
 
-OPTIONS = ImageOptions(image_size=32, threads=2, prefetch_batches=1, augmentation="simple")  # others take 0.1 s to build
+# RandAugment would take 0.1 s to build, for each variant.
+OPTIONS = ImageOptions(image_size=32, threads=2, prefetch_batches=1, augmentation="simple")
 BATCH, STEPS = 24, 1  # so large that DALI reads headers in threads
 Damage = Callable[[random.Random, Path], str]
 
