@@ -33,6 +33,7 @@ from dataio.manifest import MANIFEST_NAME, load_manifest
 from dataio.pack.options import PackOptions, add_options
 from dataio.urls import redact_url
 from launch.benchmark.report import describe_run, write_report
+from launch.checkpoint.layout import LATEST
 from launch.config import load_config
 from launch.custom_dataset import (
     DEFAULT_VAL_PERCENT,
@@ -107,7 +108,9 @@ def run_stages(arguments: argparse.Namespace) -> None:
     top1 = {}
     for label, kind in KINDS.items():
         out = run / f"evaluation-{kind}.json"
-        stages.run(f"evaluation of the {label}", evaluate_command(run, kind, shards / "val", out))
+        known = read_top1(out, run / "checkpoints" / LATEST, shards / "val" / MANIFEST_NAME)
+        command = evaluate_command(run, kind, shards / "val", out)
+        stages.run(f"evaluation of the {label}", command, done=known is not None)
         top1[label] = json.loads(out.read_text())["top1"]
     better = max(top1, key=lambda label: (top1[label], label == "EMA"))
     stages.run("export", module_command("launch.export", run, "--kind", KINDS[better]))
@@ -253,6 +256,14 @@ def evaluate_command(run: Path, kind: str, data: Path, out: Path) -> list[str]:
     world_size = torch.cuda.device_count() or CPU_RANKS
     flags = ["--weights", run, "--kind", kind, "--data", data, "--batch-size", "250", "--out", out]
     return ["torchrun", "--standalone", "--nproc-per-node", str(world_size), "-m", "launch.evaluate", *map(str, flags)]
+
+
+def read_top1(report: Path, *sources: Path) -> float | None:
+    """Return the top-1 in an evaluation's report; None if it is absent, incomplete or older than one of its sources."""
+    with suppress(OSError, ValueError):
+        if all(source.stat().st_mtime_ns < report.stat().st_mtime_ns for source in sources):
+            return float(json.loads(report.read_text())["top1"])
+    return None
 
 
 def module_command(name: str, *arguments: object) -> list[str]:

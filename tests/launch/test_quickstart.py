@@ -22,7 +22,7 @@ from launch.checkpoint import layout
 from launch.custom_dataset import inspect_dataset
 from launch.find_weights import find_weights
 from launch.interrupt import EXIT_RESUME
-from launch.quickstart import SUMMARY_NAME, main, pack_commands
+from launch.quickstart import SUMMARY_NAME, main, pack_commands, read_top1
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch_size=32", "data.image_size=32"]
@@ -73,10 +73,11 @@ def odd(fashion, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
-    refused = quickstart(project, f"--data={odd}", *SHORT)
-    assert refused.returncode == 2
-    assert "film.mp4: its name ends with none of" in refused.stderr
+def test_a_class_folder_becomes_a_model_and_is_reused(project, odd, monkeypatch, capfd):
+    monkeypatch.chdir(project)
+    with pytest.raises(SystemExit, match="2"):  # the status of a packing command
+        main([f"--data={odd}", *SHORT])
+    assert "film.mp4: its name ends with none of" in capfd.readouterr().err
     finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (run,) = (project / "runs").glob("quickstart-it-s*")
@@ -104,9 +105,12 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd):
     before = [path.stat().st_mtime_ns for path in kept]
     again = quickstart(project, f"--data={odd}", *SHORT, "--resize=24", "--skip-broken")
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "already done" in again.stdout
     assert "step 1" not in again.stdout
-    assert len(commands(finished)) == 2 + len(commands(again))  # two of them packed
+    assert len(commands(finished)) == 6
+    stages = [re.search(r"train\.py|launch\.\w+", command)[0] for command in commands(again)]
+    assert stages == ["train.py", "launch.export"]
+    assert len(re.findall("(packing|evaluation of the (weights|EMA)) +│ already done", again.stdout)) == 3
+    assert json.loads((run / SUMMARY_NAME).read_text()) == summary
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert "of which steps" not in again.stdout
 
@@ -187,6 +191,19 @@ def test_the_packing_commands(photos, tmp_path):
     names = {inspect_dataset(photos, *given).name for given in ((PackOptions(resize=64), None), (PackOptions(), 20))}
     assert len({dataset.name, *names}) == 3
     assert inspect_dataset(photos, PackOptions(workers=2, skip_broken=True), 10).name == dataset.name
+
+
+def test_only_complete_reports_of_the_newest_weights_are_reused(tmp_path):
+    report, weights, images = (tmp_path / name for name in ("report", "weights", "images"))
+    assert read_top1(report, weights, images) is None
+    for number, path in enumerate((weights, images, report)):
+        path.write_text('{"top1": 50.0}')
+        os.utime(path, ns=(0, number))
+    assert read_top1(report, weights, images) == 50.0
+    os.utime(weights, ns=(0, 3))
+    assert read_top1(report, weights, images) is None
+    report.write_text('{"top1": 5')
+    assert read_top1(report, images) is None
 
 
 def test_splits_and_archives(workdir, photos):
