@@ -12,7 +12,7 @@ from launch.checkpoint import layout
 from launch.interrupt import EXIT_RESUME
 
 STOPPED_RUN = Path(__file__).with_name("stopped_run.py")
-STEPS = 31
+STEPS = 16
 EVERYTHING = "model.drop_path_rate=0.3", "model.norm_group=8", "checkpoint.every_epochs=99", "log.eval_every_epochs=99"
 ACCUMULATION = {1: 1, 2: 2, 4: 1}  # micro-steps by ranks: 4 groups of BatchNorm in a batch, or 1
 
@@ -40,7 +40,7 @@ def train(forked, train_arguments, small_shards, tmp_path_factory) -> Callable[.
 @pytest.fixture(scope="module")
 def one(train) -> Path:
     """The whole run on one rank."""
-    return train(1, "optimizer.epochs=6")
+    return train(1, "optimizer.epochs=3")
 
 
 def losses(run: Path) -> list[float]:
@@ -64,7 +64,7 @@ def assert_near(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor], k
 
 @pytest.mark.slow
 def test_losses_and_variances_do_not_depend_on_the_number_of_ranks(train, one):
-    others = [train(ranks, "optimizer.epochs=6") for ranks in (2, 4)]
+    others = [train(ranks, "optimizer.epochs=3") for ranks in (2, 4)]
     assert len(losses(one)) == STEPS
     assert losses(one)[-1] < losses(one)[0]
     for other in others:
@@ -75,9 +75,9 @@ def test_losses_and_variances_do_not_depend_on_the_number_of_ranks(train, one):
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_zero_stages_in_mid_epoch(train, one):
     """4 → 1 → 2 ranks under ZeRO-1, 3 and 0, with the same command but for the stage."""
-    run = train(4, "optimizer.epochs=6", stop=9)
-    train(1, "optimizer.epochs=6", "engine.zero_stage=3", stop=19, output=run)
-    train(2, "optimizer.epochs=6", "engine.zero_stage=0", output=run)
+    run = train(4, "optimizer.epochs=3", stop=5)
+    train(1, "optimizer.epochs=3", "engine.zero_stage=3", stop=10, output=run)
+    train(2, "optimizer.epochs=3", "engine.zero_stage=0", output=run)
     assert len(losses(run)) == STEPS
     assert losses(run) == pytest.approx(losses(one), rel=1e-5)
     assert_near(weights(run), weights(one), "running_var")

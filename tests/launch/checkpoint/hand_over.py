@@ -35,16 +35,18 @@ if loaded != "-":
     load(Path(loaded), engine, ema)
     first = layout.read_state(Path(loaded)).step
 set_lr(engine, 1e-4)
+batch = config.optimizer.global_batch_size
 micro_steps, micro_batch = config.optimizer.gradient_accumulation_steps, plan.loader_options.micro_batch_size
 for step in range(first, first + steps):
-    images = torch.rand(config.optimizer.global_batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+    images = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(step))
     for micro_step in range(micro_steps):
         part = (micro_step * rank_info.world_size + rank_info.rank) * micro_batch
         engine.backward(engine(images[part : part + micro_batch]).square().mean())
         engine.step()
     sync_batchnorm_buffers(engine.module, torch.zeros(1))
     ema.update(engine, 0.5)
-loader = {"seed": 0, "samples_seen": 192 * (first + steps), "manifest_hash": "", "global_batch": 192, "order": "full"}
+loader = {"seed": 0, "samples_seen": batch * (first + steps), "global_batch": batch}
+loader |= {"manifest_hash": "", "order": "full"}
 stage = config.engine.zero_stage
 state = RunState(first + steps, config.model.name, 10, dist.get_world_size(), stage, loader, 0.0, plan.norm_group)
 writer = CheckpointWriter(saved, engine, ema, state, {}, Retention(9))
