@@ -64,7 +64,7 @@ class StopAgreement:
         for index, flag in enumerate([*(name == reason for name in REASONS), save_due and self._decides, save_failed]):
             if flag:
                 flags[index].fill_(1)  # a kernel: an assignment would copy from the host, and wait
-        flags[-1] = math.nan if loss is None else loss
+        flags[-1].fill_(math.nan) if loss is None else flags[-1].copy_(loss)
         return flags
 
     def exchange(self, sums: Tensor) -> Agreed:

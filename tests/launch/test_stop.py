@@ -217,7 +217,7 @@ def test_the_agreement_does_not_synchronise_with_the_gpu(no_launcher):
         reasons = []
         for received in (None, "SIGUSR2", "SIGUSR2"):
             signals.received = received
-            reasons.append(stop.exchange(stop.flags()).reason)
+            reasons.append(stop.exchange(stop.flags(loss=torch.ones((), device=device))).reason)
     finally:
         torch.cuda.set_sync_debug_mode("default")
         destroy_process_group()
