@@ -201,7 +201,7 @@ class GuardSection(Options):
     spike_window: Annotated[int, Field(ge=8)] = 100
     # So often, and at checkpoints of `checkpoint.every_epochs`, ranks compare their copies of the state; null: never
     compare_every_steps: Count | None = 100
-    # The run ends with exit code 75 if no rank has made progress for so long; null: half of `engine.timeout_minutes`
+    # The run ends with exit code 75 if no rank has made progress for so long; null: 3/4 of `engine.timeout_minutes`
     hang_seconds: Positive | None = None
 
 
@@ -240,7 +240,7 @@ class Config(Options):
     @property
     def hang_seconds(self) -> float:
         """The time without progress after which a run hangs."""
-        return self.guard.hang_seconds or 30 * self.engine.timeout_minutes
+        return self.guard.hang_seconds or 0.75 * 60 * self.engine.timeout_minutes
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from polaformer.model import TOTAL_STRIDE
 #: Group of BatchNorm where model.norm_group is null: the authors' micro-batch.
 _DEFAULT_NORM_GROUP = 128
 #: How long fetching a file, and a batch, may take: a share of the time for which ranks wait for each other.
-_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.8
+_FILE_TIMEOUT_SHARE, _BATCH_TIMEOUT_SHARE = 0.4, 0.65
 
 
 @dataclass(frozen=True)
