@@ -20,7 +20,7 @@ class RetryPolicy:
     read_timeout_seconds: float = 30  # for a server that sends nothing
     eviction_timeout_seconds: float = 60  # for space, while shards in use fill the cache
     file_timeout_seconds: float = 240  # for one file in all: for space, for another process that fetches it, to come
-    batch_timeout_seconds: float = 480  # for all files of a batch
+    batch_timeout_seconds: float = 390  # for all files of a batch
     timeout_hint: str = ""  # end of a message: how to raise the last two
 
 

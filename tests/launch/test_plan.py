@@ -62,10 +62,14 @@ def test_a_mixup_group_is_at_most_a_step(configure):
     assert groups == {64, 128}
 
 
-def test_fetching_times_out_before_collectives_do(configure, fashion_shards, tmp_path):
+def test_fetching_times_out_before_a_hang_is_diagnosed_and_that_before_collectives_time_out(
+    configure, fashion_shards, tmp_path
+):
     paths = f"data.train={(fashion_shards / 'train').as_uri()}", f"data.cache={tmp_path / 'cache'}"
-    retry_policy = make_plan(configure(*paths, "engine.timeout_minutes=30"), 0, 1).train.remote.cache.retry_policy
-    assert (retry_policy.file_timeout_seconds, retry_policy.batch_timeout_seconds) == (0.4 * 30 * 60, 0.8 * 30 * 60)
+    config = configure(*paths, "engine.timeout_minutes=30")
+    assert config.hang_seconds == 0.75 * 30 * 60
+    retry_policy = make_plan(config, 0, 1).train.remote.cache.retry_policy
+    assert (retry_policy.file_timeout_seconds, retry_policy.batch_timeout_seconds) == (0.4 * 30 * 60, 0.65 * 30 * 60)
 
 
 @pytest.mark.parametrize(
