@@ -20,6 +20,7 @@ from dataio.augment.batch_augment import BatchAugmentOptions
 from dataio.augment.params import ImageOptions
 from dataio.options import Count, Fraction, NonNegative, Options, Positive, describe_fault
 from launch.typed_yaml import field_type, read_value, read_yaml
+from launch.watchdog import seconds_until_end
 from polaformer import PRESETS
 from polaformer.model import TOTAL_STRIDE
 
@@ -196,12 +197,13 @@ class GuardSection(Options):
 
     max_bad_steps: Count = 10  # so many in a row: back to the last checkpoint; the second time ends the run
     # A loss is a spike if it exceeds the median of the last `spike_window` good steps by more than so many robust
-    # standard deviations (1.4826 × the median absolute deviation), for example 20; null: never
+    # standard deviations (1.4826 × the median absolute deviation), for example 20, once there are so many; null: never
     spike_sigmas: Positive | None = None
     spike_window: Annotated[int, Field(ge=8)] = 100
     # So often, and at checkpoints of `checkpoint.every_epochs`, ranks compare their copies of the state; null: never
     compare_every_steps: Count | None = 100
-    # The run ends with exit code 75 if no rank has made progress for so long; null: 3/4 of `engine.timeout_minutes`
+    # The run ends with exit code 75 if no rank has made progress for so long, from the first step of a start on; null:
+    # 3/4 of `engine.timeout_minutes`
     hang_seconds: Positive | None = None
 
 
@@ -230,10 +232,11 @@ class Config(Options):
     def check(self) -> "Config":
         """Raise ValueError for DeepSpeed keys that a run cannot use, or a hang that is longer than a timeout."""
         _check_deepspeed(self.deepspeed)
-        if self.hang_seconds >= 60 * self.engine.timeout_minutes:
+        hang, timeout = self.guard.hang_seconds, 60 * self.engine.timeout_minutes
+        if hang is not None and seconds_until_end(hang) > timeout:
             raise ValueError(
-                f"guard.hang_seconds {self.hang_seconds:g} is not below the {60 * self.engine.timeout_minutes:g} s of"
-                " engine.timeout_minutes, which would end the run before the hang is explained; lower it"
+                f"guard.hang_seconds {hang:g} is too near to the {timeout:g} s of engine.timeout_minutes, which would"
+                f" end the run before the hang is explained; use at most {0.75 * timeout:g}, or raise the timeout"
             )
         return self
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import timm
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
@@ -73,7 +74,9 @@ class ClippedAdamW(torch.optim.AdamW):
         """Clip and update, or skip. Waits for the device, as ZeRO's optimizers do."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        self._global_grad_norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(gradients) / dist.get_world_size()
+        dist.all_reduce(norm)  # so that all ranks decide alike, as in DeepSpeed's own clipping
+        self._global_grad_norm = norm
         self.overflow = not self._global_grad_norm.isfinite()
         if self.overflow:
             return

@@ -1,14 +1,16 @@
 """Guards against bad steps: those with a loss or gradient that is not finite, and spikes of the loss.
 
 A step that is not finite on one rank is skipped on all: parameters, moments, EMA and BatchNorm's statistics stay as
-they were, and the next step follows. A spike is known one step later, so it has changed the weights. After
-`guard.max_bad_steps` in a row the run goes back to its last checkpoint, once, and skips these steps from there on.
+they were, and the next step follows. A spike is detected one step late; its update stays. After `guard.max_bad_steps`
+in a row the run goes back to the newest checkpoint from before them, and skips these steps from there on. It does so
+again only if it has got further meanwhile.
 """
 
 import json
 import math
 import statistics
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from dataio.files import atomic_write, read_small_file
 from dataio.manifest import Manifest
 from launch.batchnorm import GroupBatchNorm2d
-from launch.config import GuardSection
-from launch.distributed import RunError, gather_objects
+from launch.config import Config
+from launch.distributed import RunError, broadcast_object, gather_objects, raise_on_all_ranks
 from launch.monitor import Monitor
 
-BAD_STEPS_NAME = "bad_steps.jsonl"
+BAD_STEPS_NAME, STATE_NAME = "bad_steps.jsonl", "guard.json"
 _SIGMAS_PER_MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-
-
-def spread_non_finite(loss: Tensor, model: nn.Module) -> Tensor:
-    """Return the loss of a micro-step, with gradients that are NaN if it or a sum of BatchNorm's is not finite.
-
-    Gradients are added over the ranks, so the optimizer then skips the step on all of them.
-    """
-    sums = [module.sums for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
-    return loss * (1 + 0 * (loss.detach() + nn.utils.get_total_norm(sums)))
 
 
 @dataclass(frozen=True)
@@ -60,57 +56,101 @@ class TrainedStep:
 class Guard:
     """Finds and reports bad steps, and says when there are too many. Every rank has one, with the same findings.
 
-    folder: of the run, in which BAD_STEPS_NAME names the samples of bad steps.
-    Attributes are `in_a_row`, the numbers of the bad steps since the last good one; and `skipped`, those of the steps
-    that are not to be trained on.
+    In the run's folder, BAD_STEPS_NAME names the samples of bad steps, and STATE_NAME lets a restarted run skip the
+    same steps. first_step: the completed steps of the start.
+    Attributes are `count`, of the bad steps since the start; `in_a_row`, the numbers of those since the last good one;
+    and `skipped`, those of the steps that are not to be trained on.
     """
 
-    def __init__(self, options: GuardSection, folder: Path, manifest: Manifest, monitor: Monitor) -> None:
-        self._options, self._manifest, self._monitor = options, manifest, monitor
-        self._path = folder / BAD_STEPS_NAME
+    def __init__(self, config: Config, manifest: Manifest, monitor: Monitor, model: nn.Module, first_step: int) -> None:
+        options, folder = config.guard, config.output
+        self._config, self._options, self._manifest, self._monitor = config, options, manifest, monitor
+        self._norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
+        self._path, self._state_path = folder / BAD_STEPS_NAME, folder / STATE_NAME
         self._losses: deque[float] = deque(maxlen=options.spike_window)  # of good steps, over all ranks
-        self._previous: TrainedStep | None = None
-        self._count = 0  # of bad steps since the start
-        self._went_back_to: int | None = None
+        self._previous: TrainedStep | None = None  # whose loss over all ranks is not known yet
+        self._has_spikes = False
+        self.count = 0
         self.in_a_row: list[int] = []
-        self.skipped: set[int] = set()
+        state = broadcast_object(_read_state(self._state_path) if dist.get_rank() == 0 else None)
+        is_current = state is not None and 0 < first_step <= state["at"]  # else the run has got further, or began anew
+        self._went_back_at: int | None = state["at"] if is_current else None
+        self.skipped = set[int](state["skipped"] if is_current else ())
+
+    def spread_non_finite(self, loss: Tensor) -> Tensor:
+        """Return the loss of a micro-step, with gradients that are NaN if it or a sum of BatchNorm's is not finite.
+
+        Gradients are added over the ranks, so the optimizer then skips the step on all of them.
+        """
+        sums = nn.utils.get_total_norm([norm.sums for norm in self._norms])
+        return loss * (1 + 0 * (loss.detach() + sums))
 
     def check(self, step: TrainedStep, previous_loss: float) -> bool:
         """Take in a step; return whether the run has to go back. Waits for the device only if a step is bad.
 
-        previous_loss: of the step before, the mean over all ranks; NaN if it is not known.
+        previous_loss: of the step before, the mean over all ranks.
         """
-        previous, self._previous = self._previous, step
-        if previous is not None and previous.applied:
-            if self._is_spike(previous_loss):
-                self._report(previous, f"has a loss of {previous_loss:.4g}, a spike")
-            else:
-                self.in_a_row.clear()
-                if math.isfinite(previous_loss):
-                    self._losses.append(previous_loss)
+        self.judge(previous_loss)
+        self._previous = step
         if step.losses and not step.applied:
             self._report(step, "is skipped")
         return len(self.in_a_row) >= self._options.max_bad_steps
 
-    def go_back(self, step: int | None) -> None:
-        """Note that the run goes on from `step` completed steps, and skips the bad steps from there on.
-
-        Raises RunError on every rank if it has gone back before, or step is None: there is no checkpoint.
-        """
-        found = f"the last {len(self.in_a_row)} steps were bad"
-        if step is None:
-            tried = "and there is no checkpoint from before them to go back to"
-        elif self._went_back_to is not None:
-            tried = f"although the run had gone back to step {self._went_back_to} and skipped {len(self.skipped)} steps"
-        else:
-            self._monitor.log(f"{found}: back to step {step}; from there on, their samples are skipped")
-            self._went_back_to, self._previous = step, None
-            self.skipped = set(self.in_a_row)
-            self.in_a_row.clear()
+    def judge(self, loss: float) -> None:
+        """Take in the loss of the last step, the mean over all ranks, unless that was done before."""
+        step, self._previous = self._previous, None
+        if step is None or not step.applied:
             return
-        raise RunError(
-            f"{found}, {tried}; lower optimizer.lr or optimizer.max_grad_norm, or set engine.precision=fp32, and start"
-            f" again from the last checkpoint. The samples of these steps are in {self._path}"
+        if self._is_spike(loss):
+            self._has_spikes = True
+            self._report(step, f"has a loss of {loss:.4g}, a spike")
+            return
+        self.in_a_row.clear()
+        self._losses.append(loss)
+        if self._went_back_at is not None and step.number > self._went_back_at:
+            self._went_back_at = None
+
+    def go_back(self, at: int, to: int | None, fault: str | None = None) -> None:
+        """Note that the run goes back in step `at`, counted from 0, to `to` completed ones, and skips the bad steps.
+
+        fault: what is wrong, by default the bad steps.
+        Raises RunError on every rank if the run has not got further since it went back last, or `to` is None: there is
+        no checkpoint.
+        """
+        fault = fault or f"the last {len(self.in_a_row)} steps were bad"
+        if to is None or self._went_back_at is not None:
+            tried = "and there is no checkpoint from before that to go back to"
+            if to is not None:
+                tried = f"although the run had gone back before step {at + 1} and skipped {len(self.skipped)} steps"
+            raise RunError(f"{fault}, {tried}; {self._advice()}. The samples of bad steps are in {self._path}")
+        skipping = f", and skips {len(self.in_a_row)} steps from there on" if self.in_a_row else ""
+        self._monitor.log(f"{fault}: the run goes back to step {to}{skipping}")
+        self._went_back_at, self._previous = at, None
+        self.skipped |= set(self.in_a_row)
+        self.in_a_row.clear()
+        with raise_on_all_ranks():
+            if dist.get_rank() == 0:
+                atomic_write(self._state_path, json.dumps({"at": at, "skipped": sorted(self.skipped)}).encode())
+
+    def report_going_back(self, step: int) -> None:
+        """Write again what was removed with the metrics of the steps after `step`, to which the run went back."""
+        self._monitor.scalars(step, {"guard/bad_steps": self.count, "guard/went_back": 1})
+
+    @property
+    def is_checkpoint_safe(self) -> bool:
+        """Whether the last steps were good, and beyond those from which the run has gone back."""
+        return not self.in_a_row and self._went_back_at is None
+
+    def _advice(self) -> str:
+        """Return what to try against bad steps, by what the configuration has not tried."""
+        norm = "set" if self._config.optimizer.max_grad_norm is None else "lower"
+        remedies = ["lower optimizer.lr", f"{norm} optimizer.max_grad_norm"]
+        if self._config.engine.precision == "bf16":
+            remedies.append("set engine.precision=fp32")
+        if self._has_spikes:
+            remedies.append("raise guard.spike_sigmas")
+        return (
+            f"try to {', '.join(remedies)}; where the weights are spoilt already, remove the newest checkpoints first"
         )
 
     def _is_spike(self, loss: float) -> bool:
@@ -125,7 +165,7 @@ class Guard:
     def _report(self, step: TrainedStep, what: str) -> None:
         """Count a bad step, print it, and write the samples of the ranks with a loss that is not finite, or of all."""
         self.in_a_row.append(step.number)
-        self._count += 1
+        self.count += 1
         loss = float("nan" if step.loss is None else step.loss)
         samples = [self._manifest.describe(row) for row in step.samples]
         records: list[dict[str, Any]] = gather_objects(
@@ -135,7 +175,7 @@ class Guard:
             what += ": the loss is " + ", ".join(f"{record['loss']} on rank {record['rank']}" for record in faulty)
         elif not step.applied:
             what += ": the gradient is not finite"
-        self._monitor.scalars(step.number + 1, {"guard/bad_steps": self._count})
+        self._monitor.scalars(step.number + 1, {"guard/bad_steps": self.count})
         if dist.get_rank() == 0:
             self._monitor.warn(
                 f"step {step.number + 1} {what}; bad steps in a row: {len(self.in_a_row)}; samples: {self._path}"
@@ -145,3 +185,17 @@ class Guard:
                     file.writelines(json.dumps(record) + "\n" for record in faulty or records)
             except OSError as error:
                 self._monitor.warn(f"cannot write to {self._path}: {error.strerror}; training goes on")
+
+
+class _State(TypedDict):
+    """What a restarted run needs to know: the step, counted from 0, in which it went back, and those that it skips."""
+
+    at: int
+    skipped: list[int]
+
+
+def _read_state(path: Path) -> _State | None:
+    """Return the guard's state of an earlier start; None if that never went back, or the file is damaged."""
+    with suppress(OSError, ValueError):
+        return TypeAdapter(_State).validate_json(read_small_file(path))
+    return None

@@ -127,7 +127,7 @@ class Monitor:
         scalars = {
             "train/loss": mean_loss,
             "train/learning_rate": lr,
-            "train/gradient_norm": norm if math.isfinite(norm := float(gradient_norm)) else None,
+            "train/gradient_norm": float(gradient_norm),
             "speed/images_per_second": rate,
             "speed/waiting_for_data": self._waited / seconds,
             "speed/mfu": rate * self._mfu_constants.flops_per_image / self._mfu_constants.peak_flops,
@@ -139,8 +139,8 @@ class Monitor:
         if bad_sum > self._max_bad_samples:
             raise RunError(describe_excess(bad_sum, self._max_bad_samples, step + 1))
         self.log(
-            f"step {step + 1}/{self._steps}  loss {math.nan if mean_loss is None else mean_loss:.4f}  lr {lr:.2e}"
-            f"  {rate:,.0f} images/s"
+            f"step {step + 1}/{self._steps}  {'skipped' if mean_loss is None else f'loss {mean_loss:.4f}'}"
+            f"  lr {lr:.2e}  {rate:,.0f} images/s"
             f"  {scalars['speed/waiting_for_data']:.0%} waiting for data",
             step + 1,
         )
@@ -163,10 +163,10 @@ class Monitor:
         self._last += time.perf_counter() - began
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Write named numbers after `step` completed steps, on rank 0; None is left out."""
+        """Write named numbers after `step` completed steps, on rank 0; None and what is not finite are left out."""
         if not self._is_rank_zero:
             return
-        known = {name: value for name, value in values.items() if value is not None}
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         self._append_metrics(json.dumps({"step": step, "time": round(time.time(), 3), **known}).encode() + b"\n")
         for name, value in known.items():
             self._to_tensorboard("add_scalar", name, value, step)

@@ -60,13 +60,17 @@ class ReplicaCheck:
             values[dist.get_rank(), kind] = fingerprint(tensors)
         return values.flatten()
 
-    def exchange(self, step: int, sums: Tensor) -> None:
+    def exchange(self, step: int, applied: bool, sums: Tensor) -> None:
         """Compare what the last call began to read, and begin to read the sums of `fingerprints` after `step`.
+
+        applied: whether the step changed the weights. A skipped one leaves the comparison to the next: the run may have
+        to go back from what it would find.
 
         step: counted from 0.
         Raises RunError on every rank, naming those that are not like the others.
         """
-        self.finish()
+        if applied:
+            self.finish()
         if sums.numel():
             self._sums.start(sums.view(self._sums.shape))
             self._pending_after = step + 1
@@ -83,11 +87,16 @@ class ReplicaCheck:
         ]
         if faults:
             raise RunError(
-                f"after step {self._pending_after} the ranks are not equal: {', '.join(faults)}. A machine may compute"
-                f" wrongly; they were equal after step {self._equal_after}: remove checkpoints of later steps, and"
-                " start again without that machine"
+                f"after step {self._pending_after} the ranks are not equal: {', '.join(faults)}. A machine computes"
+                " wrongly, or unlike models of GPUs round otherwise. The ranks were equal after step"
+                f" {self._equal_after}: remove checkpoints of later steps, and start again on other machines"
             )
-        self._equal_after, self._pending_after = self._pending_after, None
+        # Statistics and EMA are those of before the step.
+        self._equal_after, self._pending_after = self._pending_after - 1, None
+
+    def rewind(self, step: int) -> None:
+        """Forget what was read after `step` completed steps, to which the run goes back."""
+        self._equal_after, self._pending_after = min(self._equal_after, step), None
 
     def _copies(self) -> dict[str, list[Tensor]]:
         """Return the tensors of which every rank has a copy, by what they are."""

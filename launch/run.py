@@ -46,10 +46,11 @@ class Run:
 
     def close(self) -> None:
         """Leave the run: close its files, and wait for the threads."""
-        self.watchdog.close()
-        self.writer.close()
+        with self.watchdog.paused():
+            self.writer.close()
         self.loader.close()
         self.monitor.close()
+        self.watchdog.close()
 
     def exchange(self, trained: TrainedStep) -> Agreed:
         """Update BatchNorm's statistics and hear from the other ranks, in a step's one all-reduce of ours.
@@ -60,9 +61,10 @@ class Run:
         every_minutes = self.config.checkpoint.every_minutes
         is_save_due = every_minutes is not None and self.writer.seconds_since_save >= 60 * every_minutes
         flags = self.stop.flags(is_save_due, self.writer.failed, trained.loss)
-        riders = torch.cat([flags, self.replicas.fingerprints(self.is_comparison_due(trained.number))])
+        comparing = trained.applied and self.is_comparison_due(trained.number)
+        riders = torch.cat([flags, self.replicas.fingerprints(comparing)])
         sums = sync_batchnorm_buffers(self.engine.module, riders, trained.applied)
-        self.replicas.exchange(trained.number, sums[len(flags) :])
+        self.replicas.exchange(trained.number, trained.applied, sums[len(flags) :])
         return self.stop.exchange(sums[: len(flags)])
 
     def is_comparison_due(self, step: int) -> bool:
@@ -81,30 +83,39 @@ class Run:
         self.save_due |= self.plan.is_due(step, section.every_epochs) or kept or by_clock
         # The run may have to go back to before the bad steps.
         is_last = agreed.reason is not None or step + 1 == self.plan.steps
-        if not is_last and (self.guard.in_a_row or not self.save_due):
+        if not is_last and not (self.save_due and self.guard.is_checkpoint_safe):
             return False
         self.save_due = False
         return True
 
-    def go_back(self) -> int:
-        """Load the newest checkpoint from before too many bad steps; return the step to go on with.
+    def go_back(self, step: int, fault: str | None = None) -> int:
+        """Load the newest checkpoint from before the bad steps, during `step`; return the step to go on with.
 
-        Raises RunError on every rank if there is none, or the run has gone back before.
+        fault: what is wrong if it is not the steps.
+        Raises RunError on every rank if there is none, or the run has gone back before and got no further.
         """
-        self.writer.wait()
-        # A spike is known a step later, when there may be a checkpoint of what it did.
-        before = self.guard.in_a_row[0]
-        found, _ = find_checkpoint(checkpoint_folder(self.config), self.plan.loader_options.rank, before)
-        self.guard.go_back(None if found is None else layout.step_of(found))
+        self.watchdog.beat(step, "going back")
+        with self.watchdog.paused():
+            self.writer.wait()
+        # There may be a checkpoint of what a spike did, since that is detected a step late.
+        first_bad = min(self.guard.in_a_row, default=step)
+        folder, is_rank_zero = checkpoint_folder(self.config), self.plan.loader_options.rank == 0
+        found, _ = find_checkpoint(folder, self.plan.loader_options.rank, first_bad)
+        self.guard.go_back(step, None if found is None else layout.step_of(found), fault)
         assert found is not None  # else the guard has raised
         with raise_on_all_ranks():
             saved = layout.read_state(found)
             self.loader.restore(saved.loader)
         load(found, self.engine, self.ema)
+        with raise_on_all_ranks():
+            if is_rank_zero:
+                layout.remove_newer(found)
+            self.monitor.rewind(saved.step)
         state = replace(self.writer.saved, step=saved.step, epoch=saved.epoch, loader=saved.loader)
+        self.writer.rewind(replace(state, best_top1=saved.best_top1, evaluation_due=False))
+        self.guard.report_going_back(saved.step)
+        self.replicas.rewind(saved.step)
         self.save_due = False
-        self.writer.rewind(state)
-        self.monitor.rewind(saved.step)
         return saved.step
 
     def evaluate_and_save(self, step: int, saving: bool, reason: str | None) -> str | None:
@@ -116,6 +127,7 @@ class Run:
         """
         evaluating, top1 = self.plan.is_due(step, self.config.log.eval_every_epochs), 0.0
         if evaluating and reason is None:
+            self.guard.judge(self.stop.latest().loss)  # which an evaluation overwrites
             try:
                 top1, evaluating = self.evaluate(step), False
             except Stopped as stopped:
@@ -130,7 +142,8 @@ class Run:
                 loader=self.loader.state(),
                 evaluation_due=evaluating,
             )
-            self.writer.save(state, top1)
+            with self.watchdog.paused():  # until the checkpoint before is written
+                self.writer.save(state, top1)
         return reason
 
     def evaluate_resumed(self) -> str | None:
@@ -161,6 +174,9 @@ class Run:
         """
         steps, saved = self.plan.steps, self.writer.saved
         self.report_failed_saves(saved.step - 1)
+        if self.guard.count:
+            ending = f", {len(self.guard.in_a_row)} of them the last" if self.guard.in_a_row else ""
+            self.monitor.warn(f"{self.guard.count} steps of this start were bad{ending}, see the warnings above")
         if self.failed_saves:
             self.monitor.warn(f"{self.failed_saves} saves of checkpoints failed, see the warnings above")
         newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)

@@ -73,6 +73,10 @@ class StopAgreement:
         self._sums.start(sums)
         return agreed
 
+    def latest(self) -> Agreed:
+        """Return the agreement of the last step; waits until it has arrived. A later `exchange` returns it again."""
+        return self._read()
+
     def polled(self, batches: EvalLoader, beat: Callable[[], None] = lambda: None) -> Iterator[Batch]:
         """Yield this rank's batches of an evaluation, and agree on a stop after each; ranks may have unequal numbers.
 

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import math
+import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -63,7 +64,7 @@ from launch.engine import (
     start_engine,
 )
 from launch.flops import measure_mfu_constants
-from launch.guard import Guard, TrainedStep, spread_non_finite
+from launch.guard import Guard, TrainedStep
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
 from launch.plan import Plan, keep_norm_group, make_plan
@@ -124,9 +125,13 @@ def train(run: Run, augment: BatchAugment) -> int:
     """
     run.stop.check()
     try:
-        reason = train_steps(run, augment)
-        run.writer.wait()
-        return run.finish(reason)
+        while True:
+            reason = train_steps(run, augment)
+            with run.watchdog.paused():
+                run.writer.wait()
+            if reason is not None or run.writer.not_finite is None:
+                return run.finish(reason)
+            run.first_step = run.go_back(run.plan.steps, run.writer.not_finite)
     except RunError as error:
         error.status = EXIT_FATAL
         raise
@@ -147,18 +152,22 @@ def train_steps(run: Run, augment: BatchAugment) -> str | None:
         if trained.applied:
             run.ema.update(engine, ema_decay_at(step, config.optimizer))
         if run.guard.check(trained, agreed.loss):
-            step = run.go_back()
+            step = run.go_back(step)
             continue
-
         if agreed.save_failed:
-            run.writer.wait()  # raises on every rank
+            with run.watchdog.paused():
+                run.writer.wait()  # raises on every rank, unless the state was not finite
+            if run.writer.not_finite is not None:
+                step = run.go_back(step, run.writer.not_finite)
+                continue
+
         run.report_failed_saves(step)
         saving = run.is_save_due(step, agreed)
         # `write` raises, before a save, if an epoch has too many bad samples. Their count restarts in each epoch, so
         # the last step of an epoch writes too.
         if saving or monitor.due(step) or plan.is_due(step, 1):
             norm = engine.get_global_grad_norm() if trained.applied else math.nan
-            monitor.write(step, lr, norm, run.loader.bad_samples)  # the loop's only synchronisation with the device
+            monitor.write(step, lr, norm, run.loader.bad_samples)  # waits for the device
         with monitor.paused():
             if reason := run.evaluate_and_save(step, saving, agreed.reason):
                 return reason
@@ -191,7 +200,7 @@ def train_step(run: Run, augment: BatchAugment, step: int) -> TrainedStep:
         if step == 0 and not losses:
             monitor.images(images, config.data.mean, config.data.std)
         loss = loss_fn(engine(images).float(), targets)
-        engine.backward(spread_non_finite(loss, engine.module))
+        engine.backward(run.guard.spread_non_finite(loss))
         engine.step()  # updates the weights in the last micro-step only
         losses.append(loss.detach())  # stays on the device
     applied = not skipped and engine.was_step_applied()
@@ -262,10 +271,12 @@ def prepare(
     retention = Retention(config.checkpoint.keep, lambda steps: plan.ends_epochs(steps - 1, kept_epochs))
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
-    guard = Guard(config.guard, config.output, plan.train, monitor)
+    guard = Guard(config, plan.train, monitor, engine.module, state.step)
     replicas = ReplicaCheck(engine, ema, state.step)
     ranks = plan.loader_options.rank, plan.loader_options.world_size
-    watchdog = Watchdog(config.output, *ranks, config.hang_seconds)
+    start_id = broadcast_object(secrets.token_hex(8))
+    with raise_on_all_ranks():
+        watchdog = Watchdog(config.output, *ranks, config.hang_seconds, start_id)
     return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, watchdog, state.step)
 
 

@@ -12,7 +12,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -20,11 +21,11 @@ from typing import NoReturn
 from launch.interrupt import EXIT_RESUME
 
 FOLDER_NAME = "heartbeats"  # in the run's folder
-HUNG_NAME = "hung"  # file in it: why the last start ended, if it hung
+HUNG_NAME = "hung"  # file in it of the last start that hung: lines with its id, its start of a Slurm job, the reason
 _RECORD_BYTES = 1024  # of a heartbeat's file, whose content is replaced in place: other hosts see that soonest
 _TICKS = 30  # of the watchdog in the time that makes a hang
 _SHORTEST_TICK, _LONGEST_TICK = 0.1, 10.0  # seconds
-_SHORTEST_LOOK = 3.0  # seconds in which a process that runs has ticked, on a busy machine too
+_SHORTEST_LOOK = 5.0  # seconds in which a process that runs has ticked, on a busy machine too
 
 
 @dataclass
@@ -49,19 +50,18 @@ class Watchdog:
     """Shows this rank's heartbeat in a run's folder, and ends the process when the run hangs.
 
     hang_seconds: without a beat of any rank. They count from the first call of `arm`; what comes before, such as
-    compilation, may take any time.
+    compilation, may take any time. start_id: the same on all ranks of this start, and another than those of others.
+    Raises OSError if the folder cannot be written to.
     """
 
-    def __init__(self, run_folder: Path, rank: int, world_size: int, hang_seconds: float) -> None:
+    def __init__(self, run_folder: Path, rank: int, world_size: int, hang_seconds: float, start_id: str) -> None:
         self._folder, self._world_size, self._hang_seconds = run_folder / FOLDER_NAME, world_size, hang_seconds
-        self._hung = self._folder / HUNG_NAME
-        self._tick_seconds = min(max(hang_seconds / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
-        self._ticks_to_look = max(4, round(_SHORTEST_LOOK / self._tick_seconds))
+        self._hung, self._start_id = self._folder / HUNG_NAME, start_id
+        self._tick_seconds, self._ticks_to_look = _tick_seconds(hang_seconds), _ticks_to_look(hang_seconds)
         self._own = Heartbeat(rank, socket.gethostname(), os.getpid())
-        self._armed, self._closed = False, threading.Event()
+        self._armed, self._pauses, self._closed = False, 0, threading.Event()
         self._folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            self._hung.unlink(missing_ok=True)
+        self._path(rank).with_suffix(".txt").unlink(missing_ok=True)
         self._path(rank).write_bytes(b"")
         self._show()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -75,6 +75,17 @@ class Watchdog:
     def arm(self) -> None:
         """Begin to watch."""
         self._armed = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not take the time inside the block for a hang: a wait with a limit of its own, such as for a slow disk."""
+        self._own.beats += 1
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._own.beats += 1
 
     def close(self) -> None:
         """Leave the run."""
@@ -90,9 +101,9 @@ class Watchdog:
             self._tick()
             now = time.monotonic()
             was_stopped = now - began > 2 * self._tick_seconds + 1  # as this process was, or its machine
-            if self._own.beats != beats or was_stopped or not self._armed:
+            if self._own.beats != beats or was_stopped or self._pauses or not self._armed:
                 beats, changed = self._own.beats, now
-            if self._armed and (self._hung.exists() or (now - changed > self._hang_seconds and self._is_hung())):
+            if self._is_known_to_hang() or (now - changed > self._hang_seconds and self._is_hung()):
                 self._end()
 
     def _tick(self) -> None:
@@ -100,42 +111,54 @@ class Watchdog:
         self._own.ticks += 1
         self._show()
 
+    def _is_known_to_hang(self) -> bool:
+        """Return whether a rank of this start has found the run to hang."""
+        with suppress(OSError):
+            return self._hung.read_bytes().startswith(self._start_id.encode())
+        return False
+
     def _is_hung(self) -> bool:
         """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others."""
         before = self._heartbeats()
         for _ in range(self._ticks_to_look):
             self._tick()
+            if self._closed.is_set():
+                return False
+            if self._is_known_to_hang():
+                return True
         after = self._heartbeats()
         known = after.keys() & before.keys()
-        if self._closed.is_set() or any(after[rank].beats != before[rank].beats for rank in known):
+        if any(after[rank].beats != before[rank].beats for rank in known):
             return False
         silent = [rank for rank in known if after[rank].ticks == before[rank].ticks and not after[rank].done]
-        reason = describe_hang(list(after.values()), silent)
-        with suppress(FileExistsError), open(self._hung, "x", encoding="utf-8") as file:
-            file.write(f"{reason}\n")
-            _write_stderr(
-                f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in"
-                f" {self._folder}; the same command goes on from the last checkpoint\n"
-            )
+        reason = describe_hang(list(after.values()) or [self._own], silent)
+        with suppress(OSError):
+            self._hung.write_text(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n", encoding="utf-8")
+        _write_stderr(
+            f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in {self._folder};"
+            " the same command goes on from the last checkpoint, if there is one\n"
+        )
         return True
 
     def _end(self) -> NoReturn:
         """Write the stacks of this rank's threads, give the other ranks the time to do so, and end the process."""
-        with suppress(OSError), open(self._path(self._own.rank).with_suffix(".txt"), "w+", encoding="utf-8") as file:
-            file.write(f"{self._own}\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
-            file.seek(0)
-            _write_stderr(file.read())
-        for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
-            self._tick()
-        os._exit(EXIT_RESUME)
+        try:
+            _write_stderr(f"{self._own}\n")
+            faulthandler.dump_traceback(2)
+            with suppress(OSError), open(self._path(self._own.rank).with_suffix(".txt"), "w", encoding="utf-8") as file:
+                file.write(f"{self._own}\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
+            for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
+                self._tick()
+        finally:
+            os._exit(EXIT_RESUME)
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05d}.json"
 
     def _show(self) -> None:
-        record = json.dumps(asdict(self._own)).encode().ljust(_RECORD_BYTES)
+        record = json.dumps(asdict(self._own)).encode().ljust(_RECORD_BYTES - 1) + b"\n"
         with suppress(OSError), open(self._path(self._own.rank), "r+b", buffering=0) as file:
             file.write(record)
 
@@ -146,6 +169,26 @@ class Watchdog:
             with suppress(OSError, ValueError, TypeError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_bytes()))
         return found
+
+
+def seconds_until_end(hang_seconds: float) -> float:
+    """Return how long after the last beat a watchdog ends the process, at the latest."""
+    ticks = 2 + 2 * _ticks_to_look(hang_seconds)
+    return hang_seconds + ticks * _tick_seconds(hang_seconds)
+
+
+def slurm_start(environ: Mapping[str, str]) -> str:
+    """Return which start of a Slurm job this is, `4711.0`; "" outside Slurm."""
+    job = environ.get("SLURM_JOB_ID")
+    return f"{job}.{environ.get('SLURM_RESTART_COUNT', '0')}" if job else ""
+
+
+def _tick_seconds(hang_seconds: float) -> float:
+    return min(max(hang_seconds / _TICKS, _SHORTEST_TICK), _LONGEST_TICK)
+
+
+def _ticks_to_look(hang_seconds: float) -> int:
+    return max(4, round(_SHORTEST_LOOK / _tick_seconds(hang_seconds)))
 
 
 def describe_hang(heartbeats: list[Heartbeat], silent: list[int]) -> str:
@@ -162,4 +205,5 @@ def describe_hang(heartbeats: list[Heartbeat], silent: list[int]) -> str:
 
 def _write_stderr(text: str) -> None:
     """Write to standard error from this thread, whatever the main thread holds."""
-    os.write(2, text.encode())
+    with suppress(OSError):
+        os.write(2, text.encode())

@@ -73,15 +73,17 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}  # by default each task takes the whole node's
     echo "job $SLURM_JOB_ID: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST, meeting at $MASTER_ADDR:$MASTER_PORT"
 
-    # The ranks leave this file if the run hung. srun then has to kill the rank that hangs, and ends with 137.
-    rm -f -- "$output/heartbeats/hung"
     # srun does not inherit --cpus-per-task from sbatch. A failed task ends the others, which would wait for it; after
     # the first task has ended, the last may take 60 s more.
     srun --kill-on-bad-exit=1 --wait=60 --cpus-per-task="$cpus" \
         "$POLAFORMER_PYTHON" launch/train.py --config "$config" \
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
         output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
-    [[ ! -e $output/heartbeats/hung ]] || status=$EXIT_RESUME
+    # srun has to kill a rank that hangs, and ends with 137. The other ranks have written which start of the job it was.
+    if ((status > EXIT_RESUME)) && [[ -f $output/heartbeats/hung ]] &&
+        [[ $(sed -n 2p "$output/heartbeats/hung") == "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]]; then
+        status=$EXIT_RESUME
+    fi
     ((status != EXIT_RESUME)) || requeue
     return "$status"
 }

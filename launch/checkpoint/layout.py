@@ -19,6 +19,7 @@ import shutil
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,6 +284,17 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(
         _hide(checkpoint, _REMOVED), ignore_errors=True
     )  # files that are open on NFS go with the leftovers later
+
+
+def remove_newer(checkpoint: Path) -> None:
+    """Remove the checkpoints of more steps, which a run has gone back from; pointers to them lead to this one."""
+    for pointer in POINTERS:
+        with suppress(FileNotFoundError, ValueError):
+            if step_of(resolve_pointer(checkpoint.parent / pointer)) > step_of(checkpoint):
+                write_pointer(checkpoint, pointer)
+    for other in list_checkpoints(checkpoint.parent):
+        if step_of(other) > step_of(checkpoint):
+            remove(other)
 
 
 def restore_replaced(folder: Path) -> None:

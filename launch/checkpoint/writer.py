@@ -57,8 +57,9 @@ class CheckpointWriter:
     check_lock: raises RuntimeError if another run has locked the run's folder.
     timeout: for which a thread waits for those of other ranks; None is PyTorch's default.
     Attributes are `saved`, the run state of the newest checkpoint or of the run's start; `begun_step`, the completed
-    steps of the last checkpoint that was begun; and `warnings`, on rank 0 a line for each checkpoint for which the disk
-    had no space, whose tensors were not finite, or whose pointers could not be written.
+    steps of the last checkpoint that was begun; `warnings`, on rank 0 a line for each checkpoint for which the disk had
+    no space, or whose pointers could not be written; and `not_finite`, which after `wait` says what was not finite in
+    the state that was begun to be saved last, and which is therefore no checkpoint; None if all was.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class CheckpointWriter:
         timeout: timedelta | None = None,
     ) -> None:
         self.saved, self.begun_step, self.warnings = initial_state, initial_state.step, list[str]()
+        self.not_finite: str | None = None
         self._folder, self._engine, self._ema = folder, engine, ema
         self._metadata, self._retention, self._check_lock = dict(metadata), retention, check_lock
         self._device = next(ema.module.parameters()).device
@@ -99,6 +101,7 @@ class CheckpointWriter:
         Waits for the checkpoint before, and raises as `wait` does.
         """
         self.wait()
+        self.not_finite = None
         self._began, self.begun_step = time.monotonic(), state.step
         is_best = top1 > self.saved.best_top1
         state = replace(state, best_top1=max(top1, self.saved.best_top1))
@@ -110,12 +113,14 @@ class CheckpointWriter:
 
     def rewind(self, state: RunState) -> None:
         """Take a checkpoint that the run goes back to for the newest one. None is being written."""
-        self.saved, self.begun_step = state, state.step
+        self.saved, self.begun_step, self.not_finite = state, state.step, None
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that `wait` will raise."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        """Whether this rank knows that the last save made no checkpoint: `wait` will raise, or `not_finite` is set."""
+        if self._pending is None or not self._pending.done():
+            return False
+        return self._pending.exception() is not None or self.not_finite is not None
 
     def wait(self) -> None:
         """Wait until the checkpoint that was begun is on disk.
@@ -151,7 +156,7 @@ class CheckpointWriter:
                     copied.synchronize()
                 not_finite = _find_not_finite(self._files)
             if found := [name for name in gather_objects(not_finite, self._group) if name is not None]:
-                self._skip(state, found[0])
+                self.not_finite = found[0]
                 return
             with raise_on_all_ranks(self._group):
                 if is_rank_zero:
@@ -210,12 +215,6 @@ class CheckpointWriter:
             except OSError as error:  # the checkpoint itself is complete
                 text = f"{saved} is written, but its pointers or older checkpoints are not in order: {error}"
                 self.warnings.append(text)
-
-    def _skip(self, state: RunState, name: str) -> None:
-        """Warn that there is no checkpoint of a state from which no run could go on."""
-        if dist.get_rank() == 0:
-            path = self._folder / layout.checkpoint_name(state.step)
-            self.warnings.append(f"the checkpoint {path} is not written, because {name} is not finite")
 
     def _give_up(self, staging: Path, error: RunError) -> None:
         """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""
@@ -290,11 +289,11 @@ def _allocate(specs: Mapping[str, TensorSpec], pin_memory: bool) -> dict[str, Te
 
 
 def _find_not_finite(files: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """Name a tensor with a NaN or an infinity: `head.bias in model.safetensors`; None if there is none."""
+    """Say which tensor has a NaN or an infinity: `head.bias in model.safetensors is not finite`; None if none has."""
     for file, tensors in files.items():
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                return f"{name} in {file}"
+                return f"{name} in {file} is not finite"
     return None
 
 

@@ -116,9 +116,9 @@ def explanation(path: Path, *overrides: str) -> str:
             "optimizer.warmup_epochs 5 leaves nothing of 4 epochs; use fewer, for example 0.2",
         ),
         (
-            "guard.hang_seconds=600",
-            "guard.hang_seconds 600 is not below the 600 s of engine.timeout_minutes, which would end the run before"
-            " the hang is explained; lower it",
+            "guard.hang_seconds=560",
+            "guard.hang_seconds 560 is too near to the 600 s of engine.timeout_minutes, which would end the run before"
+            " the hang is explained; use at most 450, or raise the timeout",
         ),
         ("optimizer.min_lr=0.1", "optimizer.min_lr 0.1 is above optimizer.lr 0.0005; lower it"),
         (

@@ -9,17 +9,19 @@ from torch import nn
 
 from dataio.manifest import load_manifest
 from launch.batchnorm import convert_batchnorm
-from launch.config import GuardSection
+from launch.distributed import RunError
 from launch.flops import MfuConstants
-from launch.guard import Guard, TrainedStep, spread_non_finite
+from launch.guard import Guard, TrainedStep
 from launch.monitor import Monitor
 
 
 @pytest.fixture
-def make_guard(alone, small_shards, tmp_path):
-    """Returns a function: options of the guard → the guard."""
-    monitor = Monitor(tmp_path, 0, 1000, 1, MfuConstants(1, 1.0))
-    yield lambda **options: Guard(GuardSection(**options), tmp_path, load_manifest(small_shards / "train"), monitor)
+def make_guard(alone, small_shards, configure, tmp_path):
+    """Returns a function: overrides, the start's first step → the guard of a run with a small model."""
+    monitor = Monitor(tmp_path / "run", 0, 1000, 1, MfuConstants(1, 1.0))
+    manifest, model = load_manifest(small_shards / "train"), nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    convert_batchnorm(model, 2)
+    yield lambda *overrides, first_step=0: Guard(configure(*overrides), manifest, monitor, model, first_step)
     monitor.close()
 
 
@@ -32,41 +34,69 @@ def skipped(number: int, loss: float = math.nan) -> TrainedStep:
 
 
 def test_only_bad_steps_in_a_row_count(make_guard):
-    guard = make_guard(max_bad_steps=3)
+    guard = make_guard("guard.max_bad_steps=3")
     found = [guard.check((skipped if bad else good)(step), 1.0) for step, bad in enumerate([1, 1, 0, 1, 1, 1])]
     assert found == [False] * 5 + [True]
     assert guard.in_a_row == [3, 4, 5]
 
 
 def test_a_step_that_is_passed_over_is_neither_good_nor_bad(make_guard):
-    guard = make_guard(max_bad_steps=3)
+    guard = make_guard("guard.max_bad_steps=3")
     for step in (skipped(0), skipped(1), TrainedStep(2, np.array([2]), [], applied=False)):
         assert not guard.check(step, math.nan)
     assert guard.check(skipped(3), math.nan)
 
 
 def test_spikes_are_measured_by_the_median_absolute_deviation(make_guard):
-    guard = make_guard(spike_sigmas=10, spike_window=9)
+    guard = make_guard("guard.spike_sigmas=10", "guard.spike_window=9")
     losses = [1.0 + 0.01 * number for number in range(9)]
     for number, loss in enumerate(losses, 1):
         guard.check(good(number), loss if number > 1 else math.nan)
     guard.check(good(10), 1e9)
     assert guard.in_a_row == []  # the window was not full: this is one of the good losses
     # Now they are 1.01 … 1.08 and 1e9: the median is 1.05, the deviation 0.02, ten sigmas 0.297.
-    for number, (loss, bad) in enumerate([(1.05 + 0.31, True), (1.05 + 0.29, False), (math.nan, False)], 11):
+    for number, (loss, bad) in enumerate([(1.05 + 0.31, True), (1.05 + 0.29, False)], 11):
         guard.check(good(number), loss)
         assert bool(guard.in_a_row) == bad, loss
 
 
-def test_gradients_are_nan_where_the_loss_or_batchnorm_is_not_finite():
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
-    convert_batchnorm(model, 2)
+def test_a_run_goes_back_again_only_when_it_has_got_further(make_guard, capsys):
+    guard = make_guard("guard.max_bad_steps=2", "optimizer.max_grad_norm=null")
+    assert [guard.check(skipped(step), 1.0) for step in (5, 6)] == [False, True]
+    guard.go_back(at=6, to=4)
+    assert "the last 2 steps were bad: the run goes back to step 4, and skips 2 steps from there on\n" in (
+        capsys.readouterr().out
+    )
+    assert (guard.skipped, guard.in_a_row, guard.is_checkpoint_safe) == ({5, 6}, [], False)
+    killed = make_guard("guard.max_bad_steps=2", first_step=4)  # and started again
+    assert (killed.skipped, killed.is_checkpoint_safe) == ({5, 6}, False)
+    for first_step in (0, 7):  # anew, or from a later checkpoint
+        assert make_guard(first_step=first_step).is_checkpoint_safe
+    with pytest.raises(RunError) as caught:
+        guard.go_back(at=8, to=4)
+    assert str(caught.value).startswith(
+        "the last 0 steps were bad, although the run had gone back before step 9 and skipped 2 steps; try to lower"
+        " optimizer.lr, set optimizer.max_grad_norm; where the weights are spoilt already, remove the newest"
+        " checkpoints first. The samples of bad steps are in"
+    )
+    for step in (7, 8):
+        guard.check(good(step), 1.0)
+    assert guard.is_checkpoint_safe
+    guard.go_back(at=9, to=8, fault="the EMA is not finite")
+    with pytest.raises(RunError, match="^the EMA is not finite, and there is no checkpoint from before that"):
+        make_guard().go_back(9, None, "the EMA is not finite")
+
+
+def test_gradients_are_nan_where_the_loss_or_batchnorm_is_not_finite(make_guard):
+    guard = make_guard()
+    (norm,) = guard._norms
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), norm)
     images = torch.randn(2, 1, 3, 3)
 
     def gradient(loss=1.0, sums=0.0) -> torch.Tensor:
         model[1].sums.zero_()[0] = sums
         out = model(images).square().mean() * loss
-        (found,) = torch.autograd.grad(spread_non_finite(out, model), model[1].weight)
+        (found,) = torch.autograd.grad(guard.spread_non_finite(out), model[1].weight)
         return found
 
     (plain,) = torch.autograd.grad(model(images).square().mean(), model[1].weight)

@@ -1,7 +1,8 @@
 """launch/train.py that does harm to itself: harmed_run.py [arguments], with HARM and SKIP in the environment.
 
 HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on": false}. Places are
-- "image", "target", "spike" (targets that multiply the loss), "gradient", "weight", "sums" (of BatchNorm);
+- "image" (in the first micro-step), "target" (in the second), "spike" (targets that multiply the loss), "gradient",
+  "weight", "sums" (of BatchNorm), "statistics", "EMA";
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever.
 With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save, "call": from 1, SIGKILL ends the rank.
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from threading import Timer
 
 from launch.interrupt import StopSignals, exit_process
@@ -33,6 +35,7 @@ if "SLURM_RESTART_COUNT" in os.environ:
 
 
 def kill_self(*_arguments) -> None:
+    Path(os.environ["KILLED"]).touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -69,6 +72,10 @@ def step_with_harm(run, augment, step):
         weight.data.view(-1)[0] = torch.nan
     if "sums" in done:
         next(module for module in model.modules() if isinstance(module, GroupBatchNorm2d)).sums[0] = torch.inf
+    if "statistics" in done:
+        model.norm.running_var[0] = torch.inf
+    if "EMA" in done:
+        run.ema.module.norm.weight.data[0] = torch.nan
     if "process" in done:
         os.kill(os.getpid(), signal.SIGSTOP)
     if "main thread" in done:
@@ -80,11 +87,14 @@ def step_with_harm(run, augment, step):
             tensor.data.view(torch.int32).view(-1)[0] ^= 1
     hook = model.head.bias.register_hook(lambda gradient: gradient * torch.inf) if "gradient" in done else None
 
+    calls = itertools.count(1)
+
     def augment_with_harm(batch):
         images, targets = augment(batch)
-        if "image" in done:
+        micro_step = next(calls)
+        if "image" in done and micro_step == 1:
             images[1, 2, 3, 4] = torch.nan
-        if "target" in done:
+        if "target" in done and micro_step == 2:
             targets[0, 0] = torch.inf
         return images, targets * 1000 if "spike" in done else targets
 

@@ -19,7 +19,7 @@ HARMED_RUN = Path(__file__).with_name("harmed_run.py")
 )
 def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_path, ranks, rank, place, fault):
     run = tmp_path / "run"
-    more = "optimizer.global_batch_size=24", "guard.hang_seconds=8", "checkpoint.every_epochs=0.1"
+    more = "optimizer.global_batch_size=24", "guard.hang_seconds=15", "checkpoint.every_epochs=0.4"
     arguments = train_arguments(small_shards, run, "optimizer.epochs=1", "optimizer.warmup_epochs=0.2", *more)
     harm = [{"step": 4, "to": place, "rank": rank}]
     finished = forked(ranks, HARMED_RUN, *arguments, HARM=json.dumps(harm))
@@ -27,8 +27,8 @@ def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_p
     lines = [line for line in finished.stderr.splitlines() if line.startswith("error: no progress")]
     assert len(lines) == 1, finished.stderr
     assert re.fullmatch(
-        rf"error: no progress for 8 s: rank {rank} \([^ ]+, process [0-9]+\) in step 3, saving: {fault}. The stacks of"
-        rf" the ranks are in {run}/heartbeats; the same command goes on from the last checkpoint",
+        rf"error: no progress for 15 s: rank {rank} \([^ ]+, process [0-9]+\) in step 3, saving: {fault}. The stacks of"
+        rf" the ranks are in {run}/heartbeats; the same command goes on from the last checkpoint, if there is one",
         lines[0],
     )
     stacks = re.findall(r"^rank ([0-9]) \(.*\) in step 4, .*\n(?:Thread|Current thread)", finished.stderr, re.MULTILINE)
@@ -37,9 +37,7 @@ def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_p
     assert finished.stderr.count("in train_step") >= len(stuck)
     resumed = forked(ranks, HARMED_RUN, *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    # That of step 3 was being written.
-    assert re.search(rf"resumes from {run}/checkpoints/step-0000000[23]\n", resumed.stdout)
-    assert not (run / "heartbeats" / "hung").exists()
+    assert f"trained for 7 steps; {run} holds the run" in resumed.stdout
 
 
 def test_whom_the_others_wait_for():

@@ -61,12 +61,14 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_was_left_alone(
     finished = forked(2, HARMED_RUN, *train_arguments(small_shards, tmp_path / "whole", *more))
     assert finished.returncode == 0, finished.stderr
     expected, expected_losses = state(tmp_path / "whole"), losses(tmp_path / "whole")
-    chance, killed, run = random.Random(SEED), Counter(), tmp_path / "run"
+    chance, killed, run, mark = random.Random(SEED), Counter(), tmp_path / "run", tmp_path / "killed"
     arguments = train_arguments(small_shards, run, *more)
     while killed.total() < KILLS:
         what, harm = draw_kill(chance)
-        finished = forked(2, HARMED_RUN, *arguments, HARM=json.dumps(harm))
+        finished = forked(2, HARMED_RUN, *arguments, HARM=json.dumps(harm), KILLED=str(mark))
         if finished.returncode:
+            mark.unlink()  # else nobody was killed, and the run failed by itself
+            assert "error: " not in finished.stderr, (SEED, killed, finished.stderr)
             killed[what] += 1
             print(f"{killed.total():4} {what} {harm[0]}")
         if killed.total() == KILLS:

@@ -32,9 +32,9 @@ def test_ranks_that_drift_apart_are_named(forked, train_arguments, small_shards,
     assert finished.returncode == 1
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert line == (
-        f"error: after step 4 the ranks are not equal: {named.replace('HOST', socket.gethostname())}. A machine may"
-        " compute wrongly; they were equal after step 3: remove checkpoints of later steps, and start again without"
-        " that machine"
+        f"error: after step 4 the ranks are not equal: {named.replace('HOST', socket.gethostname())}. A machine"
+        " computes wrongly, or unlike models of GPUs round otherwise. The ranks were equal after step 2: remove"
+        " checkpoints of later steps, and start again on other machines"
     )
     assert [path.name for path in layout.list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
 
