@@ -32,6 +32,7 @@ settings.load_profile("any machine")
 # (of those that use two, to that of the first by name), so that it is made once.
 EXPENSIVE = {
     "runs",
+    "one",
     "trained_run",
     "cluster",
     "outcomes",
@@ -46,6 +47,7 @@ EXPENSIVE = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the last ones are short
         for item in items:
             for name in sorted(EXPENSIVE.intersection(item.fixturenames))[:1]:
                 item.add_marker(pytest.mark.xdist_group(name))
