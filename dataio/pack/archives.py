@@ -6,6 +6,7 @@ among them.
 
 import io
 import os
+import stat
 import struct
 import tarfile
 import zipfile
@@ -25,6 +26,8 @@ _COMPRESSED = {  # first bytes of a file → format, and the command that unpack
 _ZIP_HEADER_BYTES = 30  # size of a member's local header, before its name and extra field
 _ZIP_LENGTHS = struct.Struct("<HH")  # lengths of the name and the extra field, the end of that header
 _ENCRYPTED = 1  # bit of a zip member's flags
+_MAX_DEFLATE_RATIO = 1032  # 258 bytes take 2 bits at least
+_NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
 _OPEN_FILES = 256
 
 
@@ -72,7 +75,7 @@ def _tar_member(info: tarfile.TarInfo, number: int, before: dict[str, Member]) -
     if info.islnk() and info.linkname in before:  # the same file under another name
         return before[info.linkname]._replace(name=info.name)
     if info.issparse() or not info.isreg():
-        return Member(info.name, fault="it is a link or no regular file, which cannot be read inside an archive")
+        return Member(info.name, fault=_NO_FILE)
     return Member(info.name, info.size, (number, info.offset_data))
 
 
@@ -118,8 +121,12 @@ class ZipReader:
 def _zip_fault(info: zipfile.ZipInfo) -> str | None:
     if info.flag_bits & _ENCRYPTED:
         return "it is encrypted"
+    if stat.S_ISLNK(info.external_attr >> 16):  # where zip on Unix keeps the mode
+        return _NO_FILE
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"it is compressed by zip's method {info.compress_type}; repack the archive with method 0 or 8"
+    if info.file_size > info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO):
+        return f"it cannot have the {info.file_size} bytes that the archive claims, of {info.compress_size} stored"
     return None
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dataio.files import list_folder
+from dataio.files import escape_unprintable, list_folder
 from dataio.pack.archives import Member, TarReader, ZipReader
 from dataio.pack.image_checks import EXTENSIONS
 
@@ -35,7 +35,7 @@ _ARCHIVES = (".zip", ".tar")
 
 def is_visible(path: str) -> bool:
     """Tell whether no component of a path is hidden, or left there by an operating system or a viewer."""
-    return not any(name.startswith(".") or name.lower() in _SYSTEM_FILES for name in path.removeprefix("./").split("/"))
+    return not any(name.startswith(".") or name.lower() in _SYSTEM_FILES for name in path.split("/"))
 
 
 def is_image(name: str) -> bool:
@@ -163,10 +163,23 @@ def split_archive(path: Path) -> tuple[Path | None, str]:
     return None, ""
 
 
-def read_members(reader: ZipReader | TarReader) -> list[Member]:
-    """List all members of an archive, without the leading ./ of names. Raises ValueError if it is damaged."""
+def read_members(archive: Path, reader: ZipReader | TarReader) -> list[Member]:
+    """List all members of an archive, by their paths below its root: ./a//b and /a/b are a/b, and the root is "".
+
+    Raises ValueError if it is damaged, or a name has a component `..`.
+    """
     members = reader.members() if isinstance(reader, ZipReader) else reader.members(0)
-    return [member._replace(name=member.name.removeprefix("./")) for member in members]
+    return [member._replace(name=_path_inside(archive, member.name)) for member in members]
+
+
+def _path_inside(archive: Path, name: str) -> str:
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ValueError(
+            f"{archive} holds {escape_unprintable(name)}, a name that may lead out of the archive; write the archive"
+            " again without .. in names"
+        )
+    return "/".join(parts) + "/" * (name.endswith("/") and bool(parts))
 
 
 def open_archive(archive: Path) -> ZipReader | TarReader:
@@ -195,4 +208,4 @@ def archive_listings(members: Iterable[Member]) -> dict[str, FolderListing]:
 
 @lru_cache(maxsize=8)
 def _read_archive_listings(archive: Path, changed_ns: int, size: int) -> dict[str, FolderListing]:
-    return archive_listings(read_members(open_archive(archive)))
+    return archive_listings(read_members(archive, open_archive(archive)))

@@ -188,7 +188,7 @@ def _files_below(top: Path, name: str) -> Iterator[tuple[Member, int]]:
 
 def _find_in_archive(archive: Path, inside: str, class_names: Sequence[str] | None) -> Source:
     reader = open_archive(archive)
-    members = read_members(reader)
+    members = read_members(archive, reader)
     _require_unique(archive, members)
     listings = archive_listings(members)
     if inside not in listings:

@@ -1,0 +1,173 @@
+"""Archives whose members would leave the folder in which they are unpacked, or fill the disk: nothing is unpacked."""
+
+import io
+import os
+import stat
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dataio.manifest import load_manifest
+from dataio.pack.__main__ import main
+
+NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
+
+
+@pytest.fixture
+def jpeg(photos) -> bytes:
+    return (photos / "cat" / "00.jpg").read_bytes()
+
+
+@pytest.fixture
+def below(tmp_path, monkeypatch) -> Path:
+    """The working folder, three folders below tmp_path, so that ../ leads to folders that the test sees."""
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def outcome(tmp_path, below, capsys, packed_images) -> Callable[[Path], tuple[str, Counter]]:
+    """Returns a function: archive → the lines on standard error, and what is packed, skipping broken files.
+
+    It checks that packing has created nothing but the target, or nothing at all.
+    """
+
+    def pack(archive: Path) -> tuple[str, Counter]:
+        before, target = set(tmp_path.rglob("*")), below / "target"
+        status = main([str(archive), str(target), "--skip-broken", "--workers=1"])
+        created = {path for path in tmp_path.rglob("*") if path not in before}
+        files = {target, *target.iterdir()} if status == 0 else set()
+        assert created == files
+        names = {"manifest.json", "report.json", "samples.npy", "shard-000000.tar", "shard-000000.idx"}
+        assert {path.name for path in files - {target}} <= names
+        return capsys.readouterr().err, packed_images(target) if files else Counter()
+
+    return pack
+
+
+def write_zip(path: Path, images: dict[str, bytes], *others: tuple[zipfile.ZipInfo, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in images.items():
+            archive.writestr(name, content)
+        for info, content in others:
+            archive.writestr(info, content)
+    return path
+
+
+def write_tar(path: Path, images: dict[str, bytes], *others: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in images.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in others:
+            archive.addfile(info)
+    return path
+
+
+WRITERS = {"zip": write_zip, "tar": write_tar}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "cat/../../evil.jpg", "./../cat/evil.jpg", "cat/../dog/b.jpg", "/../b.jpg"]
+)
+def test_names_that_lead_upwards_are_errors(kind, name, jpeg, below, outcome):
+    archive = WRITERS[kind](below / f"a.{kind}", {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg, name: jpeg})
+    error = f"error: {archive} holds {name}, a name that may lead out of the archive; write the archive again"
+    assert outcome(archive) == (f"{error} without .. in names\n", Counter())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("prefix", ["/", "//", "./", "././", "/photos/", "photos//./"])
+def test_absolute_names_are_taken_below_the_root(kind, prefix, jpeg, below, outcome):
+    archive = WRITERS[kind](below / f"a.{kind}", {f"{prefix}{name}/a.jpg": jpeg for name in ("cat", "dog")})
+    assert outcome(archive) == ("", Counter({("cat", jpeg): 1, ("dog", jpeg): 1}))
+    assert load_manifest(below / "target").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_absolute_name_of_an_existing_file(kind, jpeg, photos, below, outcome):
+    """The bytes come from the archive, never from the disk."""
+    other = photos / "rocket" / "00.jpg"
+    archive = WRITERS[kind](below / f"a.{kind}", {str(other): jpeg, str(photos / "cat" / "00.jpg"): jpeg})
+    assert outcome(archive) == ("", Counter({("cat", jpeg): 1, ("rocket", jpeg): 1}))
+
+
+def link(kind: bytes, target: Path) -> tarfile.TarInfo:
+    info = tarfile.TarInfo("cat/evil.jpg")
+    info.type, info.linkname, info.devmajor, info.devminor = kind, str(target), 1, 5  # /dev/zero
+    return info
+
+
+@pytest.mark.parametrize("target", ["/photograph", "../photograph", "../../one/two/photograph"])
+@pytest.mark.parametrize("kind", ["SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE"])
+def test_links_and_devices_in_a_tar_file_are_skipped_by_name(kind, target, jpeg, photos, below, outcome):
+    os.link(photos / "rocket" / "00.jpg", below / "photograph")
+    target = below / "photograph" if target.startswith("/") else target
+    images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg}
+    errors, packed = outcome(write_tar(below / "a.tar", images, link(getattr(tarfile, kind), target)))
+    assert errors.splitlines()[0] == f"skipped cat/evil.jpg: {NO_FILE}"
+    assert packed == Counter({("cat", jpeg): 1, ("dog", jpeg): 1})
+
+
+def test_files_below_a_link_of_the_archive(jpeg, below, tmp_path, outcome):
+    """An unpacker would follow the link cat → tmp_path, and write a.jpg there."""
+    archive = below / "a.tar"
+    with tarfile.open(archive, "w") as tar:
+        info = link(tarfile.SYMTYPE, tmp_path)
+        info.name = "cat"
+        tar.addfile(info)
+    images = write_tar(below / "images.tar", {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg})
+    archive.write_bytes(archive.read_bytes()[: tarfile.BLOCKSIZE] + images.read_bytes())
+    errors, packed = outcome(archive)
+    assert errors.splitlines()[0] == f"skipped cat: {NO_FILE}"
+    assert packed == Counter({("cat", jpeg): 1, ("dog", jpeg): 1})
+
+
+def test_a_link_in_a_zip_file_is_skipped_by_name(jpeg, photos, below, outcome):
+    info = zipfile.ZipInfo("cat/evil.jpg")
+    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16  # as zip --symlinks on Unix
+    target = str(photos / "rocket" / "00.jpg").encode()
+    errors, packed = outcome(write_zip(below / "a.zip", {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg}, (info, target)))
+    assert errors.splitlines()[0] == f"skipped cat/evil.jpg: {NO_FILE}"
+    assert packed == Counter({("cat", jpeg): 1, ("dog", jpeg): 1})
+
+
+@pytest.mark.parametrize("claim", [2**31 - 2**14, 2**40, 2**62])
+def test_a_size_that_a_zip_member_cannot_have_is_skipped_by_name(claim, jpeg, below, outcome):
+    """It counts neither as memory nor as disk space that the shards need."""
+    with zipfile.ZipFile(below / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("cat/a.jpg", "dog/a.jpg", "cat/bomb.jpg"):
+            archive.writestr(name, jpeg)
+        archive.filelist[-1].file_size = claim
+        stored = archive.filelist[-1].compress_size
+    errors, packed = outcome(below / "a.zip")
+    reason = f"it cannot have the {claim} bytes that the archive claims, of {stored} stored"
+    assert errors.splitlines()[0] == f"skipped cat/bomb.jpg: {reason}"
+    assert packed == Counter({("cat", jpeg): 1, ("dog", jpeg): 1})
+
+
+def test_the_largest_factor_of_deflate_is_no_fault(jpeg, below, outcome):
+    """Zeros are deflated by it: they are unpacked, and are no image."""
+    images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg, "dog/zeros.jpg": bytes(2**26)}
+    errors, _ = outcome(write_zip(below / "a.zip", images))
+    assert errors.splitlines()[0] == "skipped dog/zeros.jpg: it is no image, or of an unknown format"
+
+
+@pytest.mark.parametrize("claim", [2**31, 2**40, 2**62])
+def test_a_size_larger_than_its_tar_file_is_an_error(claim, jpeg, below, outcome):
+    archive = write_tar(below / "a.tar", {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg})
+    info = tarfile.TarInfo("cat/bomb.jpg")
+    info.size = claim
+    with tarfile.open(archive, "a") as tar:
+        tar.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+    errors, packed = outcome(archive)
+    assert errors == f"error: {archive} is not a complete tar file (it ends inside cat/bomb.jpg); copy it again\n"
+    assert not packed
