@@ -63,7 +63,8 @@ def _write(folder: Path, numbers: Iterable[int]) -> None:
     names = list(SOURCE_IMAGES)
     for number in numbers:
         name = names[number % len(names)]
-        _vary(pictures[name], random.Random(number)).save(folder / name / f"{number:06d}.jpg", quality=_QUALITY)
+        draw = random.Random(number)  # noqa: S311  (the same images each time)
+        _vary(pictures[name], draw).save(folder / name / f"{number:06d}.jpg", quality=_QUALITY)
 
 
 def _open(file: str) -> Image.Image:
