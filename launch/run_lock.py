@@ -178,7 +178,7 @@ def current_owner() -> LockOwner:
 def _create(path: Path, owner: LockOwner) -> tuple[int, LockOwner] | None:
     """Create a lock's file and return it, open, with the owner it names; None if there is one already."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except (FileExistsError, FileNotFoundError):  # the latter if another release has just removed the folder
         return None
     try:

@@ -159,7 +159,7 @@ def _claim(cache: CacheOptions, entry: CacheEntry, deadline: Deadline) -> int | 
         if entry.path.exists() or not _remove_stale_claim(entry.claim):
             return None
         _evict(cache, entry.bytes)
-        file = os.open(entry.claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        file = os.open(entry.claim, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with _closed_on_error(file):
             fcntl.flock(file, fcntl.LOCK_EX)
         return file

@@ -161,6 +161,17 @@ def test_a_released_lock_leaves_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "old").iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_the_lock_has_the_mode_that_the_umask_leaves(folder, umask):
+    before = os.umask(umask)
+    try:
+        lock = acquire(folder)
+    finally:
+        os.umask(before)
+    assert (folder / LOCK_NAME).stat().st_mode & 0o777 == 0o666 & ~umask
+    lock.release()
+
+
 def test_an_owner_on_another_host_without_heartbeat_is_dead(hold, folder):
     first = hold()
     first.kill()

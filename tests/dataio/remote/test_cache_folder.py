@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -104,6 +105,28 @@ def test_another_process_stopped_while_fetching(http_server, served, local, cach
     prefetch_and_read(patient, manifest, [0])
     impatient.close()
     patient.close()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_files_have_the_modes_that_the_umask_leaves(http_server, served, cache, umask, prefetch_and_read):
+    """Finished ones, and the claim of one that does not come."""
+    server = http_server(served)
+    before = os.umask(umask)
+    try:
+        manifest = open_dataset(server.url, cache)
+        shards = RemoteShards(manifest)
+        prefetch_and_read(shards, manifest, [1])
+        server.faults["shard-000000.tar"] = ["silent"]
+        shards.prefetch([0])
+        while not list(manifest.folder.glob(".shard-000000.tar.*.claim")):
+            time.sleep(0.01)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in cache.folder.rglob("*") if path.is_file()}
+    finally:
+        os.umask(before)
+    assert len(modes) >= 4
+    assert set(modes.values()) == {0o666 & ~umask}
+    server.stop()
+    shards.close()
 
 
 @pytest.mark.parametrize("name", ["lock", "shard-000000.tar"])
