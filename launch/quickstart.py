@@ -315,7 +315,7 @@ def show(console: Console, summary: dict[str, Any], results: dict[str, Path]) ->
     table.add_row("total", f"{whole:.0f} s")
     for name, path in results.items():
         table.add_row(name, str(path))
-    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {results['run']}")
+    table.add_row("TensorBoard", f".venv/bin/tensorboard --logdir {shlex.quote(str(results['run']))}")
     console.print(table)
 
 

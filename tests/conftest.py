@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
+def hostile() -> str:
+    """A file name from which a shell would create the file `created`, however it is quoted, and a line break."""
+    words = "$(touch created)", "`touch created`", "; touch created", "'; touch created '", '"; touch created "'
+    return " ".join((*words, "| touch created & #\\ * ?\ntouch created\n"))
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Class folder of 48 crops of 4 photographs, 160 to 508 pixels a side: JPEG, and one each of PNG (with alpha),
     WebP, grey, CMYK and progressive JPEG, and a JPEG whose EXIF asks for a rotation by 90 degrees.

@@ -1,8 +1,10 @@
 """The quickstart after its set-up, on a small class folder, in a copy of the project's folder."""
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import psutil
 import pytest
 import timm
 import torch
+from rich.console import Console
 
 from dataio.manifest import load_manifest
 from dataio.pack.options import PackOptions
@@ -22,7 +25,7 @@ from launch.checkpoint import layout
 from launch.custom_dataset import inspect_dataset
 from launch.find_weights import find_weights
 from launch.interrupt import EXIT_RESUME
-from launch.quickstart import SUMMARY_NAME, main, pack_commands, read_top1
+from launch.quickstart import SUMMARY_NAME, main, pack_commands, read_top1, show
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["optimizer.epochs=0.2", "optimizer.warmup_epochs=0.1", "optimizer.global_batch_size=32", "data.image_size=32"]
@@ -39,7 +42,7 @@ def project(tmp_path_factory) -> Path:
 
 def begin(project: Path, *arguments: object) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environ = os.environ | {"PATH": path, "PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    environ = os.environ | {"PATH": path, "PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400"}
     command, pipe = [sys.executable, "-m", "launch.quickstart", *map(str, arguments)], subprocess.PIPE
     return subprocess.Popen(
         command, cwd=project, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -57,9 +60,9 @@ def commands(finished: subprocess.CompletedProcess) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def odd(fashion, tmp_path_factory) -> Path:
+def odd(fashion, hostile, tmp_path_factory) -> Path:
     """`fashion` in a folder with special characters, in two splits; validation lacks one class."""
-    root = tmp_path_factory.mktemp("odd") / "-it's: [bold]~ #1 :smile: é\n"
+    root = tmp_path_factory.mktemp("odd") / f"-it's: [bold]~ #1 :smile: é\n{hostile}"
     for folder in fashion.iterdir():
         for number, file in enumerate(sorted(folder.iterdir())):
             target = root / ("Valid" if number % 4 == 0 else "Train") / folder.name
@@ -82,9 +85,10 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd, monkeypatch,
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (run,) = (project / "runs").glob("quickstart-it-s*")
     (shards,) = (target for target in (project / "data" / "shards").glob("it-s*") if (target / "train").exists())
+    assert not [path for folder in (project, odd.parent) for path in folder.rglob("created")]
     assert run.name == f"quickstart-{shards.name}"
-    assert re.fullmatch(r"it-s-bold-1-smile-é-[0-9a-f]{8}", shards.name)
-    for line in ("top-1 of the weights", "top-1 of the EMA", "total", f"tensorboard --logdir runs/{run.name}"):
+    assert re.fullmatch(r"it-s-bold-1-smile-é-touch-created-[a-z-]*-[0-9a-f]{8}", shards.name)
+    for line in ("top-1 of the weights", "top-1 of the EMA", "total", f"tensorboard --logdir 'runs/{run.name}'"):
         assert line in finished.stdout
     assert [read_report(shards / split).resize for split in ("train", "val")] == [24, 24]
     summary = json.loads((run / SUMMARY_NAME).read_text())
@@ -132,6 +136,29 @@ def test_ctrl_c_while_training_leaves_a_checkpoint_and_no_process(project, fashi
     (stopped,) = re.findall(r"stopped by SIGINT after step (\d+)/", output)
     (run,) = (project / "runs").glob(f"quickstart-{fashion.name}*")
     assert layout.find_newest(run / "checkpoints")[0].name == f"step-{int(stopped):08d}"
+
+
+def test_the_tensorboard_command_keeps_the_path_and_listens_to_this_machine_only(tmp_path):
+    run = tmp_path / "a run's $(touch created)"
+    run.mkdir()
+    summary = {"device": {"name": "CPU"}, "gpus": 0, "cores": 2, "speed": None, "top1": {}, "seconds": {"set-up": 1.0}}
+    console = Console(file=io.StringIO(), width=1000, markup=False)
+    show(console, summary, {"run": run})
+    [row] = [line for line in console.file.getvalue().splitlines() if "TensorBoard" in line]
+    words = shlex.split(row.split("│")[2])
+    assert words == [".venv/bin/tensorboard", "--logdir", str(run)]
+    words = [sys.executable, "-m", "tensorboard.main", *words[1:], "--port=0"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert any(line.startswith("TensorBoard ") for line in process.stderr)  # it is listening
+        server = psutil.Process(process.pid)
+        sockets = [each for part in (server, *server.children(recursive=True)) for each in part.net_connections()]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    addresses = {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::1"}
 
 
 @pytest.fixture
