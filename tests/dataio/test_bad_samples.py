@@ -243,7 +243,7 @@ def test_a_bad_image_of_any_size_is_substituted(tmp_path, truncate, monkeypatch,
     loader_options = LoaderOptions(seed=0, global_batch_size=2, max_bad_samples=1)
     batch = next(TrainLoader(manifest, ImageOptions(image_size=32), loader_options, CPU))
     assert [(each.sample, each.substitute) for each in batch.substituted] == [(bad, 1 - bad)]
-    assert "unrecognized data stream" in batch.substituted[0].reason
+    assert "data stream" in batch.substituted[0].reason  # broken or unrecognized, by the noise
 
 
 LIMITED_MEMORY = """

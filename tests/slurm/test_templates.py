@@ -229,11 +229,11 @@ def test_a_job_that_hangs_is_requeued_and_resumes(cluster, whole, fashion_shards
     root = project_with(ROOT / "tests/launch/faults/harmed_run.py", tmp_path / "project")
     harm, settings = [{"step": 3, "to": "process", "rank": 1}], overrides(fashion_shards, tmp_path / "run")
     job, log = submit(
-        cluster, TEMPLATES[0], *settings, "guard.hang_seconds=15", root=root, log=tmp_path / "job.log",
+        cluster, TEMPLATES[0], *settings, "guard.hang_seconds=20", root=root, log=tmp_path / "job.log",
         HARM=json.dumps(harm), PYTHONPATH=str(ROOT),
     )  # fmt: skip
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
-    assert re.search(r"error: no progress for 15 s: rank 1 \(.*\) in step [12], .*: stopped or gone\. ", log), log
+    assert re.search(r"error: no progress for 20 s: rank 1 \(.*\) in step [12], .*: stopped or gone\. ", log), log
     assert metrics(tmp_path / "run") == metrics(whole)
 
 

@@ -19,7 +19,7 @@ HARMED_RUN = Path(__file__).with_name("harmed_run.py")
 )
 def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_path, ranks, rank, place, fault):
     run = tmp_path / "run"
-    more = "optimizer.global_batch_size=24", "guard.hang_seconds=15", "checkpoint.every_epochs=0.4"
+    more = "optimizer.global_batch_size=24", "guard.hang_seconds=20", "checkpoint.every_epochs=0.4"
     arguments = train_arguments(small_shards, run, "optimizer.epochs=1", "optimizer.warmup_epochs=0.2", *more)
     harm = [{"step": 4, "to": place, "rank": rank}]
     finished = forked(ranks, HARMED_RUN, *arguments, HARM=json.dumps(harm))
@@ -29,13 +29,13 @@ def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_p
     # Of a process that stops, the others see the last heartbeat.
     where = "step 3, saving" if place == "main thread" else r"step [1-3], [a-z ]+"
     assert re.fullmatch(
-        rf"error: no progress for 15 s: rank {rank} \([^ ]+, process [0-9]+\) in {where}: {fault}. The stacks of the"
+        rf"error: no progress for 20 s: rank {rank} \([^ ]+, process [0-9]+\) in {where}: {fault}. The stacks of the"
         rf" ranks are in {run}/heartbeats; the same command goes on from the last checkpoint, if there is one",
         lines[0],
     )
     stacks = re.findall(r"^rank ([0-9]) \(.*\) in step 4, .*\n(?:Thread|Current thread)", finished.stderr, re.MULTILINE)
     stuck = [str(other) for other in range(ranks) if other != rank]
-    assert sorted(stacks) == stuck
+    assert set(stuck) <= set(stacks)  # the stopped one, if it goes on, sees that the run hung
     assert finished.stderr.count("in train_step") >= len(stuck)
     resumed = forked(ranks, HARMED_RUN, *arguments)
     assert resumed.returncode == 0, resumed.stderr

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from launch.checkpoint import layout
 
 HARMED_RUN = Path(__file__).with_name("harmed_run.py")
-KILLS, SEED = int(os.environ.get("FAULTS_KILLS", "4")), int(os.environ.get("FAULTS_SEED", "0"))
+KILLS, SEED = int(os.environ.get("FAULTS_KILLS", "3")), int(os.environ.get("FAULTS_SEED", "0"))
 LONGEST = 8.0  # seconds after which a run is killed
 #: Functions in which a checkpoint is made, and how often one start calls each.
 OF_A_SAVE = {
