@@ -11,9 +11,9 @@ apt_install slurm-wlm munge dataset-fashion-mnist
 find polaformer/csrc tests/polaformer/cuda -regex '.*\.\(cpp\|cu\|cuh\|h\|inl\)' -print0 |
   xargs -0 clang-format --dry-run --Werror || setup_fail "the style check of C++ failed; clang-format -i FILE fixes it"
 mypy --no-error-summary || setup_fail "the type check failed, see above"
-cores=$(nproc)
-workers=$((cores < 4 ? cores + 1 : 4)) # one more than there are cores: many tests wait for other processes
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))} # more would wait for each other
+workers=$(nproc)
+workers=$((workers < 4 ? workers : 4))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / workers))} # more would only wait for each other
 # Tests wait for events. Only these limits end one that hangs, the second of them also after a test, by ending the process.
 # The slowest test takes a minute, and eight where four processes more want the two cores of the same machine.
 exec python -m pytest --timeout 3600 -o faulthandler_timeout=4000 -o faulthandler_exit_on_timeout=true \

@@ -61,6 +61,8 @@ class Watchdog:
         self._own = Heartbeat(rank, socket.gethostname(), os.getpid())
         self._armed, self._pauses, self._closed = False, 0, threading.Event()
         self._folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            self._hung.unlink(missing_ok=True)
         self._path(rank).with_suffix(".txt").unlink(missing_ok=True)
         self._path(rank).write_bytes(b"")
         self._show()
@@ -132,8 +134,13 @@ class Watchdog:
             return False
         silent = [rank for rank in known if after[rank].ticks == before[rank].ticks and not after[rank].done]
         reason = describe_hang(list(after.values()) or [self._own], silent)
-        with suppress(OSError):
-            self._hung.write_text(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n", encoding="utf-8")
+        try:
+            with open(self._hung, "x", encoding="utf-8") as file:
+                file.write(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n")
+        except FileExistsError:  # another rank was quicker
+            return True
+        except OSError:  # a full disk, for example: more than one rank may say the same
+            pass
         _write_stderr(
             f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in {self._folder};"
             " the same command goes on from the last checkpoint, if there is one\n"
