@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from launch.first_collective import check_first_collective
 from launch.interrupt import EXIT_FATAL, EXIT_REFUSED
 
 _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
@@ -329,6 +330,7 @@ def run_distributed(
         device = init_distributed(rank_info, device_type, timeout)
     except (ValueError, RuntimeError) as error:
         return report_error(error)
+    check_first_collective(device)
     try:
         with raise_on_all_ranks():
             if fault is not None:
