@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import nvidia.dali
 import nvidia.dali.fn as fn
 import torch
 from nvidia.dali.data_node import DataNode
@@ -28,6 +29,7 @@ from dataio.augment.resize import Resizer
 
 Feed = Callable[[], tuple[Any, ...]]
 
+DALI_VERSION: str = nvidia.dali.__version__
 DALI_ERRORS = (RuntimeError, MemoryError)  # the types that DALI raises
 
 

@@ -73,6 +73,7 @@ from launch.run import Run, checkpoint_folder, find_checkpoint
 from launch.run_header import log_run_header
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, lr_at
+from launch.startup_check import check_ranks, check_shared_folder
 from launch.stop import StopAgreement, Stopped
 from launch.watchdog import Watchdog
 
@@ -102,6 +103,7 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
     print_rank_0(f"opening {redact_url(config.data.train)} and {redact_url(config.data.val)}", rank)
     try:
         stop.check()
+        check_ranks(device)
         with raise_on_all_ranks():
             plan = make_plan(config, rank, rank_info.world_size, local_world_size)
             check_engine(config, plan)
@@ -216,11 +218,12 @@ def prepare(
 
     Raises Stopped on every rank between these parts, if the run is stopped.
     Raises RunError on every rank if checkpoint, weights or kernels do not fit the configuration, or the ranks have
-    different data.
+    different data or output folders.
     """
     hashes = broadcast_object((plan.train.hash, plan.val.hash))
     with raise_on_all_ranks():
         require_same_data(plan, hashes)
+    check_shared_folder(config.output)
     loader = TrainLoader(plan.train, config.data, plan.loader_options, device)
     initial_state = RunState(
         step=0,
