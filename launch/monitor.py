@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from dataio.bad_samples import describe_excess
 from dataio.files import atomic_write
 from launch.distributed import RunError, gather_objects
 from launch.flops import MfuConstants
+from launch.stragglers import SlowestRank, StragglerAlarm, WorkTimer, find_slowest
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -38,6 +40,7 @@ class Monitor:
 
     first_step: the step at which the run starts or resumes.
     max_bad_samples: how many images may be substituted in an epoch, over all ranks.
+    own_work: an attribute, for the caller to time the part of each step in which this rank waits for no other.
     evaluates_first: the run begins with the evaluation after `first_step`; an earlier start may have got to it too.
     """
 
@@ -56,6 +59,7 @@ class Monitor:
         self._warned: set[str] = set()
         self._losses: list[torch.Tensor] = []
         self._waited, self._images, self._last = 0.0, 0, time.perf_counter()
+        self.own_work, self._alarm = WorkTimer(torch.cuda.is_available()), StragglerAlarm()
         self._folder, self._is_rank_zero = folder, dist.get_rank() == 0
         if not self._is_rank_zero:
             return
@@ -92,6 +96,7 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """Forget all steps after `step` completed ones, to which the run goes back."""
         self._losses, self._waited, self._images, self._last = [], 0.0, 0, time.perf_counter()
+        self.own_work.take()
         if self._is_rank_zero:
             self._to_tensorboard("close")
             self._metrics_file.close()
@@ -120,7 +125,7 @@ class Monitor:
         bad_samples: images that this rank substituted in this epoch; summed over ranks.
         Raises RunError on every rank if there are too many bad samples.
         """
-        mean_loss, bad_sum = self._reduce(bad_samples)
+        mean_loss, bad_sum, slowest = self._reduce(bad_samples)
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = self._images * dist.get_world_size() / seconds
@@ -131,11 +136,15 @@ class Monitor:
             "speed/images_per_second": rate,
             "speed/waiting_for_data": self._waited / seconds,
             "speed/mfu": rate * self._mfu_constants.flops_per_image / self._mfu_constants.peak_flops,
+            "speed/slowest_rank": slowest and slowest.rank,
+            "speed/slowest_over_median": slowest and slowest.over_median,
             "memory/peak_gib": _peak_memory() / 2**30,
             "data/broken_images": bad_sum,
         }
         self._losses, self._waited, self._images = [], 0.0, 0
         self.scalars(step + 1, scalars)
+        if slowest is not None:
+            self._warn_of_straggler(slowest)
         if bad_sum > self._max_bad_samples:
             raise RunError(describe_excess(bad_sum, self._max_bad_samples, step + 1))
         self.log(
@@ -145,15 +154,33 @@ class Monitor:
             step + 1,
         )
 
-    def _reduce(self, bad_samples: int) -> tuple[float | None, int]:
-        """Return the mean loss over ranks and steps, None if all steps were skipped, and the sum of bad samples."""
+    def _reduce(self, bad_samples: int) -> tuple[float | None, int, SlowestRank | None]:
+        """Return the mean loss over ranks and steps, None if all steps were skipped, the sum of bad samples, and the
+        slowest rank of several.
+        """
+        own_seconds = self.own_work.take()
         if not self._losses:
-            return None, sum(gather_objects(bad_samples))
-        loss = torch.stack(self._losses).mean()
-        sums = torch.stack([loss, torch.full_like(loss, bad_samples)])
+            return None, sum(gather_objects(bad_samples)), None
+        sums = torch.zeros(2 + dist.get_world_size())
+        sums[1], sums[2 + dist.get_rank()] = bad_samples, own_seconds
+        sums = sums.to(self._losses[0].device)
+        sums[0] = torch.stack(self._losses).mean()
         dist.all_reduce(sums)
-        loss_sum, bad_sum = sums.tolist()  # synchronises with the device
-        return loss_sum / dist.get_world_size(), int(bad_sum)
+        loss_sum, bad_sum, *by_rank = sums.tolist()  # synchronises with the device
+        return loss_sum / dist.get_world_size(), int(bad_sum), find_slowest(by_rank)
+
+    def _warn_of_straggler(self, slowest: SlowestRank) -> None:
+        """Warn, on rank 0, if a rank has been much slower than the others for a while. Every rank calls it."""
+        if not self._alarm.is_due(slowest):
+            return
+        host = gather_objects(socket.gethostname())[slowest.rank]
+        if self._is_rank_zero:
+            line = (
+                f"rank {slowest.rank} ({host}) is slow, and the others wait for it: its data and forward passes take"
+                f" {slowest.over_median:.1f} times as long as the median rank's"
+            )
+            self.warn(line)
+            self.text("slow rank", line)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

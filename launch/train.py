@@ -185,23 +185,26 @@ def train_step(run: Run, augment: BatchAugment, step: int) -> TrainedStep:
     """
     config, plan, engine, monitor = run.config, run.plan, run.engine, run.monitor
     loss_fn, skipped = SoftTargetCrossEntropy(), step in run.guard.skipped
+    # The forward pass of ZeRO-3 waits for other ranks.
+    own_work = monitor.own_work.running if config.engine.zero_stage < 3 else contextlib.nullcontext
     losses: list[Tensor] = []
     samples: list[npt.NDArray[np.int64]] = []
     for _ in range(config.optimizer.gradient_accumulation_steps):
-        run.watchdog.beat(step, "waiting for data")
-        with monitor.data_wait():
-            batch = next(run.loader)
-        run.watchdog.beat(step, "computing")
-        for bad in batch.substituted:
-            monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
-        samples.append(batch.samples)
-        if skipped:
-            continue
-        draw_drop_paths(engine.module, config.seed, batch.position)
-        images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
-        if step == 0 and not losses:
-            monitor.images(images, config.data.mean, config.data.std)
-        loss = loss_fn(engine(images).float(), targets)
+        with own_work():
+            run.watchdog.beat(step, "waiting for data")
+            with monitor.data_wait():
+                batch = next(run.loader)
+            run.watchdog.beat(step, "computing")
+            for bad in batch.substituted:
+                monitor.warn(f"sample {bad.substitute} replaces {plan.train.describe(bad.sample)}: {bad.reason}")
+            samples.append(batch.samples)
+            if skipped:
+                continue
+            draw_drop_paths(engine.module, config.seed, batch.position)
+            images, targets = augment(batch)  # (B, 3, S, S); (B, num_classes), rows sum to 1
+            if step == 0 and not losses:
+                monitor.images(images, config.data.mean, config.data.std)
+            loss = loss_fn(engine(images).float(), targets)
         engine.backward(run.guard.spread_non_finite(loss))
         engine.step()  # updates the weights in the last micro-step only
         losses.append(loss.detach())  # stays on the device

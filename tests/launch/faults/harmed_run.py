@@ -4,6 +4,7 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
 - "image" (in the first micro-step), "target" (in the second), "spike" (targets that multiply the loss), "gradient",
   "weight", "sums" (of BatchNorm), "statistics", "EMA";
 - "weight bit", "statistics bit", "EMA bit": one that flips;
+- "speed": a sleep of two seconds in each micro-step, between data and forward pass;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever.
 With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save, "call": from 1, SIGKILL ends the rank.
 SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from threading import Timer
 
@@ -92,6 +94,8 @@ def step_with_harm(run, augment, step):
     def augment_with_harm(batch):
         images, targets = augment(batch)
         micro_step = next(calls)
+        if "speed" in done:
+            time.sleep(2)
         if "image" in done and micro_step == 1:
             images[1, 2, 3, 4] = torch.nan
         if "target" in done and micro_step == 2:
