@@ -38,6 +38,7 @@ from dataio.augment.batch_augment import BatchAugment
 from dataio.files import user_path
 from dataio.loader import TrainLoader
 from dataio.urls import redact_url
+from launch import flight_recorder
 from launch.checkpoint import layout
 from launch.checkpoint.layout import RunState
 from launch.checkpoint.tensors import load
@@ -75,6 +76,7 @@ from launch.run_lock import locked
 from launch.schedule import ema_decay_at, lr_at
 from launch.startup_check import check_ranks, check_shared_folder
 from launch.stop import StopAgreement, Stopped
+from launch.watchdog import FOLDER_NAME as HEARTBEATS_NAME
 from launch.watchdog import Watchdog
 
 
@@ -86,6 +88,8 @@ def main(argv: list[str] | None = None, signals: StopSignals | None = None) -> i
     except (ValueError, OSError) as error:
         timeout = timedelta(minutes=EngineSection().timeout_minutes)
         return run_distributed(lambda rank_info, device: 0, device_type, timeout, fault=error, settled=signals.ignore)
+    if device_type == "cuda":
+        flight_recorder.configure(config.output / HEARTBEATS_NAME)
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     body = partial(start, config, signals)
     return run_distributed(body, device_type, timeout, title=config.model.name, settled=signals.ignore)

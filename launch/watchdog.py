@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from launch.flight_recorder import dump_path, write_dump
 from launch.interrupt import EXIT_RESUME
 
 FOLDER_NAME = "heartbeats"  # in the run's folder
@@ -64,6 +65,7 @@ class Watchdog:
         if rank == 0:
             self._hung.unlink(missing_ok=True)
         self._path(rank).with_suffix(".txt").unlink(missing_ok=True)
+        dump_path(self._folder, rank).unlink(missing_ok=True)
         self._path(rank).write_bytes(b"")
         self._show()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -148,7 +150,10 @@ class Watchdog:
         return True
 
     def _end(self) -> NoReturn:
-        """Write the stacks of this rank's threads, give the other ranks the time to do so, and end the process."""
+        """Write the stacks of this rank's threads, give the other ranks the time to do so, and end the process.
+
+        NCCL's flight recorder is written meanwhile, in a thread: NCCL may hang there too.
+        """
         try:
             _write_stderr(f"{self._own}\n")
             faulthandler.dump_traceback(2)
@@ -156,6 +161,7 @@ class Watchdog:
                 file.write(f"{self._own}\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
+            threading.Thread(target=write_dump, args=(self._folder, self._own.rank), daemon=True).start()
             for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
                 self._tick()
         finally:

@@ -1,0 +1,49 @@
+"""NCCL's flight recorder: the last collectives of each rank, in a file beside the heartbeats when a run hangs.
+
+    torchfrtrace RUN/heartbeats --prefix nccl-rank- --allow-incomplete-ranks
+
+PyTorch records them in memory. It writes the files itself when a collective of NCCL times out, and launch.watchdog has
+them written when a run hangs. With gloo there are none: PyTorch's command cannot analyse them.
+"""
+
+import os
+from collections.abc import MutableMapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PREFIX = "nccl-rank-"  # of the files' names, which end with the rank
+_COLLECTIVES = 2000  # that a rank records: dozens of steps
+
+
+def configure(folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables with which PyTorch records, and writes into a folder when a collective times out.
+
+    To be called before the process group forms. Values that the user has set stay, under their old names too.
+    """
+    for name, old_name, value in (
+        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", str(_COLLECTIVES)),
+        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(folder.absolute() / PREFIX)),
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    ):
+        environ.setdefault(name, environ.get(old_name, value))
+
+
+def dump_path(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's file."""
+    return folder / f"{PREFIX}{rank}"
+
+
+def write_dump(folder: Path, rank: int) -> None:
+    """Write what this rank has recorded, if NCCL connects the ranks. May wait for ever where NCCL does."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+        write_trace(folder, rank, trace)
+
+
+def write_trace(folder: Path, rank: int, trace: bytes) -> None:
+    """Write a rank's file, unless the disk cannot take it."""
+    with suppress(OSError):
+        dump_path(folder, rank).write_bytes(trace)
