@@ -118,11 +118,19 @@ class Monitor:
         """Return whether `write` is due after `step`, counted from 0."""
         return (step + 1) % self._log_every_steps == 0 or step + 1 == self._steps
 
-    def write(self, step: int, lr: float, gradient_norm: torch.Tensor | float, bad_samples: int = 0) -> None:
+    def write(
+        self,
+        step: int,
+        lr: float,
+        gradient_norm: torch.Tensor | float,
+        bad_samples: int = 0,
+        goodput: Mapping[str, float] | None = None,
+    ) -> None:
         """Write the means over ranks and over all steps since the last call. Every rank calls it.
 
         gradient_norm: of this step; left out if it is not finite, as the loss is if all steps were skipped.
         bad_samples: images that this rank substituted in this epoch; summed over ranks.
+        goodput: the scalars of `Goodput.shares`; rank 0's are written.
         Raises RunError on every rank if there are too many bad samples.
         """
         mean_loss, bad_sum, slowest = self._reduce(bad_samples)
@@ -140,6 +148,7 @@ class Monitor:
             "speed/slowest_over_median": slowest and slowest.over_median,
             "memory/peak_gib": _peak_memory() / 2**30,
             "data/broken_images": bad_sum,
+            **(goodput or {}),
         }
         self._losses, self._waited, self._images = [], 0.0, 0
         self.scalars(step + 1, scalars)

@@ -1,6 +1,7 @@
 """Plan a run: batch sizes, steps and learning rates of a configuration on given data and ranks; allocates nothing.
 
 python -m launch.plan --config configs/X.yaml [--world-size N] [--nodes N] [key=value …]
+    … --mtbf HOURS [--save-seconds S] [--start-seconds S]     the expected goodput as well
 """
 
 from launch.interrupt import exit_on_interrupt, exit_process
@@ -9,6 +10,7 @@ if __name__ == "__main__":
     exit_on_interrupt()
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ from dataio.remote.options import RetryPolicy, cache_options
 from dataio.shards import open_dataset
 from dataio.urls import is_url
 from launch.config import Config, load_config
+from launch.goodput import SAVING, START, best_interval, expected_goodput, read_ledger
 from launch.schedule import Schedule, ends_interval, lr_at, make_schedule
 from polaformer.model import TOTAL_STRIDE
 
@@ -209,21 +212,30 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--world-size", type=int, default=1, help="processes that would train, one per GPU (default 1)")
     parser.add_argument("--nodes", type=int, default=1, help="over which these are spread evenly (default 1)")
+    parser.add_argument("--mtbf", type=float, metavar="HOURS", help="mean time between failures of the whole job")
+    measured = "default: as measured by the run in the output folder"
+    parser.add_argument("--save-seconds", type=float, help=f"for which training waits at a checkpoint ({measured})")
+    parser.add_argument("--start-seconds", type=float, help=f"until a start makes its first step ({measured})")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.epochs=10")
     add_renamed_flag(parser, "--ranks", "--world-size")
     add_renamed_flag(parser, "--machines", "--nodes")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     world_size, nodes = arguments.world_size, arguments.nodes
     if nodes < 1 or world_size % nodes:
         parser.error(f"{world_size} ranks are not spread evenly over {nodes} nodes; use a divisor of {world_size}")
+    if arguments.mtbf is None and (arguments.save_seconds, arguments.start_seconds) != (None, None):
+        parser.error("--save-seconds and --start-seconds are for the expected goodput; give --mtbf as well")
     try:
         config = load_config(arguments.config, arguments.overrides)
         plan = make_plan(config, 0, world_size, world_size // nodes)
+        rows = describe(config, plan)
+        if arguments.mtbf is not None:
+            rows |= describe_goodput(config, arguments.mtbf, arguments.save_seconds, arguments.start_seconds)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = Table("quantity", "value", title=str(arguments.config))
-    for name, value in describe(config, plan).items():
+    for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
     return 0
@@ -244,6 +256,50 @@ def describe(config: Config, plan: Plan) -> dict[str, str]:
         "learning rate": f"{schedule.warmup_lr:.3g} → {schedule.peak_lr:.3g} → {lr_at(plan.steps - 1, schedule):.3g}",
         "engine": f"ZeRO-{config.engine.zero_stage}, {config.engine.precision}",
     }
+
+
+def describe_goodput(
+    config: Config, mtbf_hours: float, save_seconds: float | None, start_seconds: float | None
+) -> dict[str, str]:
+    """Return the expected goodput as quantity → value, for the best interval between checkpoints and the configured.
+
+    save_seconds and start_seconds: None is what the run in `config.output` has measured.
+    Raises ValueError if a number is not positive, or there is no such run.
+    """
+    ledger = read_ledger(config.output)
+    if save_seconds is None and ledger["saves"]:
+        save_seconds = ledger["seconds"].get(SAVING, 0.0) / ledger["saves"]
+    if start_seconds is None and ledger["starts"]:
+        start_seconds = ledger["seconds"].get(START, 0.0) / ledger["starts"]
+    mtbf = 3600 * _positive("--mtbf", mtbf_hours, config)
+    save_seconds = _positive("--save-seconds", save_seconds, config)
+    start_seconds = _positive("--start-seconds", start_seconds, config)
+    best = best_interval(mtbf, save_seconds)
+    rows = {
+        "failures": f"one in {mtbf_hours:g} h; a checkpoint takes {_rounded(save_seconds)} s of training,"
+        f" a start {_rounded(start_seconds)} s",
+        "best interval": f"checkpoint.every_minutes={_rounded(best / 60)}, expected goodput"
+        f" {100 * expected_goodput(best, mtbf, save_seconds, start_seconds):.1f} %",
+    }
+    if config.checkpoint.every_minutes is not None:
+        share = expected_goodput(60 * config.checkpoint.every_minutes, mtbf, save_seconds, start_seconds)
+        rows["configured interval"] = (
+            f"checkpoint.every_minutes={config.checkpoint.every_minutes:g}, expected goodput {100 * share:.1f} %"
+        )
+    return rows
+
+
+def _positive(flag: str, value: float | None, config: Config) -> float:
+    if value is None:
+        raise ValueError(f"{config.output} holds no run that has measured it; give {flag}, or train there first")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{flag} is {value:g}; use a number above 0")
+    return value
+
+
+def _rounded(value: float) -> str:
+    """Return a number with two significant digits, and no exponent: 1234 → "1200"."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _missing_classes(plan: Plan) -> str:

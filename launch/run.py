@@ -16,6 +16,7 @@ from launch.distributed import RunError, broadcast_object, raise_on_all_ranks
 from launch.ema import ModelEma
 from launch.engine import Engine, unwrapped_model
 from launch.evaluate import evaluate
+from launch.goodput import EVALUATION, SAVING, Goodput
 from launch.guard import Guard, TrainedStep
 from launch.interrupt import EXIT_RESUME
 from launch.monitor import Monitor
@@ -40,6 +41,7 @@ class Run:
     guard: Guard
     replicas: ReplicaCheck
     watchdog: Watchdog
+    goodput: Goodput
     first_step: int
     failed_saves: int = 0  # on rank 0
     save_due: bool = False  # a checkpoint that waits for the end of bad steps
@@ -115,6 +117,7 @@ class Run:
         self.writer.rewind(replace(state, best_top1=saved.best_top1, evaluation_due=False))
         self.guard.report_going_back(saved.step)
         self.replicas.rewind(saved.step)
+        self.goodput.resume(saved.step)
         self.save_due = False
         return saved.step
 
@@ -129,7 +132,8 @@ class Run:
         if evaluating and reason is None:
             self.guard.judge(self.stop.latest().loss)  # which an evaluation overwrites
             try:
-                top1, evaluating = self.evaluate(step), False
+                with self.goodput.spending(EVALUATION):
+                    top1, evaluating = self.evaluate(step), False
             except Stopped as stopped:
                 reason = str(stopped)
         if saving or reason:
@@ -142,7 +146,9 @@ class Run:
                 loader=self.loader.state(),
                 evaluation_due=evaluating,
             )
-            with self.watchdog.paused():  # until the checkpoint before is written
+            # the watchdog, until the checkpoint before is written
+            with self.goodput.spending(SAVING), self.watchdog.paused():
+                self.goodput.begin_save(step + 1)
                 self.writer.save(state, top1)
         return reason
 
@@ -152,10 +158,13 @@ class Run:
         Returns the reason if this evaluation is stopped as well, and remains due.
         """
         try:
-            top1 = self.evaluate(self.first_step - 1)
+            with self.goodput.spending(EVALUATION):
+                top1 = self.evaluate(self.first_step - 1)
         except Stopped as stopped:
             return str(stopped)
-        self.writer.save(replace(self.writer.saved, evaluation_due=False), top1)
+        with self.goodput.spending(SAVING):
+            self.goodput.begin_save(self.first_step)
+            self.writer.save(replace(self.writer.saved, evaluation_due=False), top1)
         return None
 
     def report_failed_saves(self, step: int) -> None:
@@ -173,6 +182,8 @@ class Run:
         Raises RunError on every rank if the last checkpoint of a finished run could not be written.
         """
         steps, saved = self.plan.steps, self.writer.saved
+        self.goodput.write()
+        self.monitor.log(str(self.goodput))
         self.report_failed_saves(saved.step - 1)
         if self.guard.count:
             ending = f", {len(self.guard.in_a_row)} of them the last" if self.guard.in_a_row else ""

@@ -65,6 +65,7 @@ from launch.engine import (
     start_engine,
 )
 from launch.flops import measure_mfu_constants
+from launch.goodput import DATA, SAVING, TRAINING, Goodput, unrecorded_seconds
 from launch.guard import Guard, TrainedStep
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
@@ -75,7 +76,7 @@ from launch.run_header import log_run_header
 from launch.run_lock import locked
 from launch.schedule import ema_decay_at, lr_at
 from launch.startup_check import check_ranks, check_shared_folder
-from launch.stop import StopAgreement, Stopped
+from launch.stop import StopAgreement, Stopped, process_age_seconds
 from launch.watchdog import FOLDER_NAME as HEARTBEATS_NAME
 from launch.watchdog import Watchdog
 
@@ -132,8 +133,9 @@ def train(run: Run, augment: BatchAugment) -> int:
     run.stop.check()
     try:
         while True:
-            reason = train_steps(run, augment)
-            with run.watchdog.paused():
+            with run.goodput.spending(TRAINING):
+                reason = train_steps(run, augment)
+            with run.goodput.spending(SAVING), run.watchdog.paused():
                 run.writer.wait()
             if reason is not None or run.writer.not_finite is None:
                 return run.finish(reason)
@@ -173,7 +175,8 @@ def train_steps(run: Run, augment: BatchAugment) -> str | None:
         # the last step of an epoch writes too.
         if saving or monitor.due(step) or plan.is_due(step, 1):
             norm = engine.get_global_grad_norm() if trained.applied else math.nan
-            monitor.write(step, lr, norm, run.loader.bad_samples)  # waits for the device
+            monitor.write(step, lr, norm, run.loader.bad_samples, run.goodput.shares())  # waits for the device
+            run.goodput.write()
         with monitor.paused():
             if reason := run.evaluate_and_save(step, saving, agreed.reason):
                 return reason
@@ -196,7 +199,7 @@ def train_step(run: Run, augment: BatchAugment, step: int) -> TrainedStep:
     for _ in range(config.optimizer.gradient_accumulation_steps):
         with own_work():
             run.watchdog.beat(step, "waiting for data")
-            with monitor.data_wait():
+            with monitor.data_wait(), run.goodput.spending(DATA):
                 batch = next(run.loader)
             run.watchdog.beat(step, "computing")
             for bad in batch.substituted:
@@ -283,11 +286,14 @@ def prepare(
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     guard = Guard(config, plan.train, monitor, engine.module, state.step)
     replicas = ReplicaCheck(engine, ema, state.step)
+    goodput = Goodput(config.output if plan.loader_options.rank == 0 else None, process_age_seconds())
+    goodput.resume(state.step, unrecorded_seconds(config.output))
+    goodput.write()
     ranks = plan.loader_options.rank, plan.loader_options.world_size
     start_id = broadcast_object(secrets.token_hex(8))
     with raise_on_all_ranks():
         watchdog = Watchdog(config.output, *ranks, config.hang_seconds, start_id)
-    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, watchdog, state.step)
+    return Run(config, plan, engine, ema, loader, monitor, writer, stop, guard, replicas, watchdog, goodput, state.step)
 
 
 def require_same_data(plan: Plan, hashes: tuple[str, str]) -> None:

@@ -168,7 +168,7 @@ class Watchdog:
             os._exit(EXIT_RESUME)
 
     def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+        return heartbeat_path(self._folder.parent, rank)
 
     def _show(self) -> None:
         record = json.dumps(asdict(self._own)).encode().ljust(_RECORD_BYTES - 1) + b"\n"
@@ -182,6 +182,11 @@ class Watchdog:
             with suppress(OSError, ValueError, TypeError):
                 found[rank] = Heartbeat(**json.loads(self._path(rank).read_bytes()))
         return found
+
+
+def heartbeat_path(run_folder: Path, rank: int) -> Path:
+    """Return a rank's file, which is rewritten as long as its process runs."""
+    return run_folder / FOLDER_NAME / f"rank-{rank:05d}.json"
 
 
 def seconds_until_end(hang_seconds: float) -> float:

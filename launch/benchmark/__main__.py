@@ -12,6 +12,7 @@ COMMANDS = {
     "pack": "dataio.pack beside cp -r, tar and webdataset's ShardWriter",
     "resume": "the first batch after a resume beside that after a fresh start; the quality of the shuffle",
     "checkpoint": "saving and loading a checkpoint beside cp, and steps while one is written",
+    "goodput": "a training run that is killed again and again beside what launch.plan expects of it",
     "parity": "our RandAugment beside timm's, in pixels and in draws",
     "gpu": "on a machine with a GPU: checks, tests, benchmarks, counters, sanitizers, into one folder",
     "step": "whole training steps of b5 and b4 beside ViT-B, ConvNeXt-B and CAFormer-M36 of timm",

@@ -47,7 +47,7 @@ def resolve_device(name: str | None, remedy: str = "use --device cpu") -> torch.
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:
     """Raise ValueError if one of these options was given a number that is not above 0."""
     for name in names:
-        value = getattr(arguments, name)
+        value = getattr(arguments, name.replace("-", "_"))
         if value is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; give a number above 0")
 

@@ -17,6 +17,7 @@ EXAMPLES = {
     "pack": 3,
     "resume": 3,
     "checkpoint": 3,
+    "goodput": 3,
     "parity": 2,
     "gpu": 3,
     "step": 4,
@@ -25,7 +26,15 @@ EXAMPLES = {
 }
 NO_GPU = "PyTorch sees no NVIDIA GPU; use --device cpu"
 NO_GPU_HERE = "PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one"
-ON_CPU = ("kernel", "data", "resume", "checkpoint", "step", "profile")  # commands whose --device is the GPU by default
+ON_CPU = (
+    "kernel",
+    "data",
+    "resume",
+    "checkpoint",
+    "goodput",
+    "step",
+    "profile",
+)  # commands whose --device is the GPU by default
 
 BAD_SHAPE = "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"
 UNKNOWN_MODEL = "timm knows no model {!r}; use one that timm.list_models() names, or polaformerpp_b5"
@@ -58,6 +67,15 @@ REFUSALS = {
         for option, least in (("--samples", 560), ("--step", 1), ("--rounds", 1))
     },
     "checkpoint": {f"{option} 0": ABOVE_0.format(option, "0") for option in ("--resolution", "--batch", "--rounds")},
+    "goodput": {
+        "--minutes nan": ABOVE_0.format("--minutes", "nan"),
+        "--mtbf 0": ABOVE_0.format("--mtbf", "0.0"),
+        "--world-size 0": ABOVE_0.format("--world-size", "0"),
+        "checkpoint.every_minutes=null": (
+            "the key every_minutes of checkpoint is null; give a number, as the expectation depends on it"
+        ),
+        "--config tests/nowhere.yaml": "no configuration at tests/nowhere.yaml; there are: none in that folder",
+    },
     "step": {
         "--models polaformerpp_b9": UNKNOWN_MODEL.format("polaformerpp_b9"),
         "--batch 0": ABOVE_0.format("--batch", "0"),
@@ -94,7 +112,7 @@ REFUSALS = {
         ),
     },
 }
-for name in ("kernel", "data", "pack", "resume", "checkpoint", "step", "profile", "sass"):
+for name in ("kernel", "data", "pack", "resume", "checkpoint", "goodput", "step", "profile", "sass"):
     if name != "sass":  # which reads the extension first; test_benchmark_sass.py has it
         REFUSALS[name]["--output setup.py/x.json"] = NO_FOLDER
     REFUSALS[name]["--show setup.py"] = f"setup.py is no report of python -m launch.benchmark {name}; name one"

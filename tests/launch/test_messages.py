@@ -56,6 +56,7 @@ PRINTED_BY = {
     "launch/engine.py": ("launch.train",),
     "launch/guard.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
+    "launch/plan.py:main": ("launch.plan",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/cli.py": tuple(

@@ -6,6 +6,7 @@ CI kills it a few times. FAULTS_KILLS=200 FAULTS_SEED=7 pytest -s tests/launch/f
 import json
 import os
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,9 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_was_left_alone(
             found = state(run)
             assert [name for name in expected if found[name] != expected[name]] == [], (SEED, killed)
             assert losses(run) == expected_losses, (SEED, killed)
+            starts = json.loads((run / "goodput.json").read_text())["starts"]
+            restarts = f"; {starts - 1} restarts? lost [0-9.]+ (s|min)" if starts > 1 else ""
+            assert re.search(rf"^[0-9.]+ % of [0-9.]+ (s|min) trained{restarts}$", finished.stdout, re.MULTILINE)
             shutil.rmtree(run)
     for what, count in sorted(killed.items()):
         print(f"{count:4} {what}")

@@ -1,0 +1,38 @@
+"""The benchmark that kills a run again and again: what it counts, and a run that ends by itself."""
+
+import json
+
+import pytest
+
+from launch.benchmark import goodput
+
+
+@pytest.mark.slow
+def test_a_report(run_benchmark, tmp_path, monkeypatch):
+    """All kills are in start-up here, so that the time does not depend on the machine's speed."""
+    monkeypatch.setattr(goodput, "_IMAGES", 12)
+    path = tmp_path / "goodput.json"
+    status, report, said, _ = run_benchmark(goodput, path, "--device=cpu", "--minutes=0.05", "--mtbf=0.5")
+    assert status == 0
+    assert report["kills"] >= 1
+    assert report["seconds"] >= 3
+    assert (report["starts"], report["saves"], report["goodput"]) == (0, 0, 0.0)
+    assert f"{report['kills']} kills of a rank of 2 in 0." in said
+    assert "between starts, or killed in start-up" in said
+    assert said.endswith("goodput 0.0%, no checkpoint, so none is expected\n")
+
+
+def test_a_run_that_ends_by_itself_is_an_error(run_benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(goodput, "_IMAGES", 12)
+    arguments = "--device=cpu", "--world-size=1", "--mtbf=1000000", "data.val=/nowhere"
+    status, report, _, errors = run_benchmark(goodput, tmp_path / "goodput.json", *arguments)
+    assert (status, report) == (2, None)
+    assert errors.endswith("error: the run ended by itself, with [2], after 0 kills; see above\n")
+
+
+def test_a_restart_ends_with_the_first_new_step(tmp_path):
+    lines = [{"step": 7, "time": 99.0}, {"step": 8, "time": 112.5}, {"step": 9, "time": 113.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert goodput._first_step_after(tmp_path, 100.0) == [12.5]
+    assert goodput._first_step_after(tmp_path, 120.0) == []
+    assert goodput._first_step_after(tmp_path / "nothing", 100.0) == []
