@@ -56,7 +56,16 @@ def test_files_are_created_below_the_output_alone_with_the_modes_of_the_umask(en
     created = [output, *output.rglob("*")]
     modes = {path: path.stat().st_mode & 0o777 for path in created}
     assert modes == {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in created}
-    of_run = {"config.yaml", "metrics.jsonl", "evaluation.json", "checkpoints", "heartbeats", "tensorboard", "export"}
+    of_run = {
+        "config.yaml",
+        "metrics.jsonl",
+        "evaluation.json",
+        "checkpoints",
+        "heartbeats",
+        "goodput.json",
+        "tensorboard",
+        "export",
+    }
     assert {path.name for path in (output / "run").iterdir()} == of_run
     assert {path.name for path in output.iterdir()} == {"train", "val", "run"}
     assert any(path.name.startswith("events.out") for path in created)

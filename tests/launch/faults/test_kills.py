@@ -37,9 +37,12 @@ def draw_kill(chance: random.Random) -> tuple[str, list[dict]]:
     return f"{whom} in {name}", [{"kill": True, "rank": rank, "at": name, "call": call} for rank in ranks]
 
 
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[dict]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    kept = [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in lines]
+    kept = [{k: v for k, v in line.items() if k.startswith(("step", "train/", "eval"))} for line in metrics(run)]
     return [line for line in kept if len(line) > 1]
 
 
@@ -79,6 +82,8 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_was_left_alone(
             found = state(run)
             assert [name for name in expected if found[name] != expected[name]] == [], (SEED, killed)
             assert losses(run) == expected_losses, (SEED, killed)
+            shares = [share for name, share in metrics(run)[-1].items() if name.startswith("goodput/")]
+            assert sum(shares) == pytest.approx(1)
             starts = json.loads((run / "goodput.json").read_text())["starts"]
             restarts = f"; {starts - 1} restarts? lost [0-9.]+ (s|min)" if starts > 1 else ""
             assert re.search(rf"^[0-9.]+ % of [0-9.]+ (s|min) trained{restarts}$", finished.stdout, re.MULTILINE)
