@@ -1,5 +1,6 @@
 """A run's parts, and what it does beside training steps: evaluations, checkpoints, going back, its end."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ class Run:
     first_step: int
     failed_saves: int = 0  # on rank 0
     save_due: bool = False  # a checkpoint that waits for the end of bad steps
+    has_evaluated: bool = False  # in this start
 
     def close(self) -> None:
         """Leave the run: close its files, and wait for the threads."""
@@ -210,6 +212,7 @@ class Run:
 
         Raises Stopped on every rank.
         """
+        self.watchdog.beat(step, "evaluating")
         plan, loader_options, ema = self.plan, self.plan.loader_options, self.ema.module
         device = next(ema.parameters()).device
         rank, world_size = loader_options.rank, loader_options.world_size
@@ -218,7 +221,10 @@ class Run:
         )
         models = unwrapped_model(self.engine, ema), ema
         batches = self.stop.polled(loader, partial(self.watchdog.beat, step, "evaluating"))
-        of_weights, of_ema = evaluate(models, batches, plan.num_classes, self.config.engine.precision)
+        # The first evaluation of a start may compile for minutes, as the first step may.
+        with nullcontext() if self.has_evaluated else self.watchdog.paused():
+            of_weights, of_ema = evaluate(models, batches, plan.num_classes, self.config.engine.precision)
+        self.has_evaluated = True
         scores = {f"eval/{name}": value for name, value in of_weights.items()}
         scores |= {f"eval_ema/{name}": value for name, value in of_ema.items()}
         self.monitor.scalars(step + 1, scores)

@@ -40,6 +40,7 @@ class Heartbeat:
     phase: str = "start-up"
     beats: int = 0
     ticks: int = 0  # of its watchdog
+    pauses: int = 0  # that it is in
     done: bool = False  # it has left the run
 
     def __str__(self) -> str:
@@ -60,7 +61,7 @@ class Watchdog:
         self._hung, self._start_id = self._folder / HUNG_NAME, start_id
         self._tick_seconds, self._ticks_to_look = _tick_seconds(hang_seconds), _ticks_to_look(hang_seconds)
         self._own = Heartbeat(rank, socket.gethostname(), os.getpid())
-        self._armed, self._pauses, self._closed = False, 0, threading.Event()
+        self._armed, self._closed = False, threading.Event()
         self._folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             self._hung.unlink(missing_ok=True)
@@ -82,13 +83,16 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not take the time inside the block for a hang: a wait with a limit of its own, such as for a slow disk."""
+        """Inside the block, wait for other ranks as long as their processes run, and let them wait for this one.
+
+        It is for waits that may take any time or have a limit of their own, such as for a slow disk.
+        """
         self._own.beats += 1
-        self._pauses += 1
+        self._own.pauses += 1
         try:
             yield
         finally:
-            self._pauses -= 1
+            self._own.pauses -= 1
             self._own.beats += 1
 
     def close(self) -> None:
@@ -105,10 +109,14 @@ class Watchdog:
             self._tick()
             now = time.monotonic()
             was_stopped = now - began > 2 * self._tick_seconds + 1  # as this process was, or its machine
-            if self._own.beats != beats or was_stopped or self._pauses or not self._armed:
+            if self._own.beats != beats or was_stopped or not self._armed:
                 beats, changed = self._own.beats, now
-            if self._is_known_to_hang() or (now - changed > self._hang_seconds and self._is_hung()):
+            if self._is_known_to_hang():
                 self._end()
+            if now - changed > self._hang_seconds:
+                if self._is_hung():
+                    self._end()
+                changed = time.monotonic()
 
     def _tick(self) -> None:
         self._closed.wait(self._tick_seconds)
@@ -123,7 +131,7 @@ class Watchdog:
 
     def _is_hung(self) -> bool:
         """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others."""
-        before = self._heartbeats()
+        before, began = self._heartbeats(), time.monotonic()
         for _ in range(self._ticks_to_look):
             self._tick()
             if self._closed.is_set():
@@ -132,10 +140,15 @@ class Watchdog:
                 return True
         after = self._heartbeats()
         known = after.keys() & before.keys()
-        if any(after[rank].beats != before[rank].beats for rank in known):
+        was_stopped = time.monotonic() - began > 2 * self._ticks_to_look * self._tick_seconds + 1
+        if was_stopped or any(after[rank].beats != before[rank].beats for rank in known):
             return False
         silent = [rank for rank in known if after[rank].ticks == before[rank].ticks and not after[rank].done]
-        reason = describe_hang(list(after.values()) or [self._own], silent)
+        # If not even this rank's can be read, it is the folder that is lost.
+        lost = set(range(self._world_size)) - after.keys() - before.keys() if self._own.rank in after else set()
+        if not silent and not lost and (self._own.pauses or any(found.pauses for found in after.values())):
+            return False
+        reason = describe_hang(list(after.values()) or [self._own], silent, sorted(lost))
         try:
             with open(self._hung, "x", encoding="utf-8") as file:
                 file.write(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n")
@@ -209,8 +222,13 @@ def _ticks_to_look(hang_seconds: float) -> int:
     return max(4, round(_SHORTEST_LOOK / _tick_seconds(hang_seconds)))
 
 
-def describe_hang(heartbeats: list[Heartbeat], silent: list[int]) -> str:
-    """Say for which ranks the others wait, by all heartbeats and the ranks whose heartbeat has stopped."""
+def describe_hang(heartbeats: list[Heartbeat], silent: list[int], lost: list[int]) -> str:
+    """Say for which ranks the others wait.
+
+    heartbeats: all that can be read. silent, lost: ranks whose heartbeat has stopped, or cannot be read.
+    """
+    if lost:
+        return f"rank {', '.join(map(str, lost))}: no heartbeat can be read"
     fewest = min(heartbeat.beats for heartbeat in heartbeats)
     if silent:
         named, fault = [found for found in heartbeats if found.rank in silent], "stopped or gone"

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launch.interrupt import EXIT_RESUME
-from launch.watchdog import Heartbeat, describe_hang
 
 HARMED_RUN = Path(__file__).with_name("harmed_run.py")
 
@@ -37,12 +36,3 @@ def test_a_rank_that_hangs_is_named(forked, train_arguments, small_shards, tmp_p
     resumed = forked(3, HARMED_RUN, *arguments)
     assert resumed.returncode == 0, resumed.stderr
     assert f"trained for 7 steps; {run} holds the run" in resumed.stdout
-
-
-def test_whom_the_others_wait_for():
-    beats = [Heartbeat(rank, "node7", 10 + rank, step=5, phase="computing", beats=9 - (rank == 2)) for rank in range(3)]
-    assert describe_hang(beats, [1]) == "rank 1 (node7, process 11) in step 5, computing: stopped or gone"
-    assert describe_hang(beats, []) == "rank 2 (node7, process 12) in step 5, computing: behind the others"
-    assert describe_hang(beats[:2], []) == (
-        "all ranks have come to the same point, as rank 0 (node7, process 10) in step 5, computing"
-    )
