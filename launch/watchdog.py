@@ -168,12 +168,10 @@ class Watchdog:
         NCCL's flight recorder is written meanwhile, in a thread: NCCL may hang there too.
         """
         try:
-            _write_stderr(f"{self._own}\n")
-            faulthandler.dump_traceback(2)
-            with suppress(OSError), open(self._path(self._own.rank).with_suffix(".txt"), "w", encoding="utf-8") as file:
-                file.write(f"{self._own}\n")
-                file.flush()
-                faulthandler.dump_traceback(file)
+            stacks = f"{self._own}\n{_stacks()}"
+            _write_stderr(stacks)
+            with suppress(OSError):
+                self._path(self._own.rank).with_suffix(".txt").write_text(stacks)
             threading.Thread(target=write_dump, args=(self._folder, self._own.rank), daemon=True).start()
             for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
                 self._tick()
@@ -237,6 +235,14 @@ def describe_hang(heartbeats: list[Heartbeat], silent: list[int], lost: list[int
     else:
         named, fault = [found for found in heartbeats if found.beats == fewest], "behind the others"
     return f"{'; '.join(map(str, named))}: {fault}"
+
+
+def _stacks() -> str:
+    """Return the stacks of all threads. faulthandler writes in small pieces, which several ranks' would mix."""
+    with open(os.memfd_create("stacks"), "w+", encoding="utf-8", errors="replace") as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        return file.read()
 
 
 def _write_stderr(text: str) -> None:
