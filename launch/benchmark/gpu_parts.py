@@ -109,6 +109,7 @@ def _plan_long(folder: Path) -> list[Part]:
     no_run = missing_modules("deepspeed", "nvidia.dali", "pydantic", "matplotlib", "skimage")
     data, resume = _benchmark(folder / "data", "data", *of_data), _benchmark(folder / "resume", "resume")
     checkpoint = _benchmark(folder / "checkpoint", "checkpoint", "--resolution", "224", "--batch", "64")
+    goodput = _benchmark(folder / "goodput", "goodput", "--minutes", "10", "--world-size", "1")
     return [
         Part("compiled", _benchmark(folder / "compiled", "kernel", *compiled), 60, 180, parse_kernel),
         Part("operators", _benchmark(folder / "operators", "profile", *of_b5), 40, 120, parse_profile),
@@ -117,6 +118,7 @@ def _plan_long(folder: Path) -> list[Part]:
         Part("data", data, 600, 3600, last_line, no_data, needs_kernels=False),
         Part("resume", resume, 300, 1800, last_line, no_resume, needs_kernels=False),
         Part("checkpoint", checkpoint, 120, 600, last_line, no_run, needs_kernels=False),
+        Part("goodput", goodput, 660, 1200, last_line, no_run, needs_kernels=False),
         Part("full", _benchmark(folder / "full", "kernel", "--full"), 1800, 5400, parse_kernel),
     ]
 

@@ -252,7 +252,7 @@ def planned(tmp_path):
 
 def test_the_plan(planned):
     order = "build check check-awkward kernels tests kernel step counters memcheck racecheck compiled operators"
-    order += " compiled-step all-tests data resume checkpoint full"
+    order += " compiled-step all-tests data resume checkpoint goodput full"
     assert list(planned) == order.split()
     assert all(0 < part.expected_seconds < part.timeout_seconds for part in planned.values())
     within = gpu.choose_parts(list(planned.values()), ["kernels", "check"])
