@@ -8,6 +8,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TextIO
 
@@ -166,6 +167,18 @@ def atomic_write(path: Path, content: bytes) -> None:
             aside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
     sync(path.parent)
+
+
+def append(file: FileIO, content: bytes) -> None:
+    """Append all of the content to an unbuffered file, or nothing if that fails."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)
+        raise
 
 
 def sync(path: Path, keep_cached: bool = True) -> None:

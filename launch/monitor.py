@@ -6,7 +6,6 @@ warning, and does not end the training.
 
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -15,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from dataio.bad_samples import describe_excess
-from dataio.files import atomic_write
+from dataio.files import append, atomic_write
 from launch.distributed import RunError, gather_objects
 from launch.flops import MfuConstants
 from launch.stragglers import SlowestRank, StragglerAlarm, WorkTimer, find_slowest
@@ -64,7 +63,8 @@ class Monitor:
         if not self._is_rank_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        replaced = self._open(first_step, evaluates_first)
+        replaced = truncate_metrics(folder / METRICS_NAME, first_step, evaluates_first)
+        self._open(first_step)
         self._previous_excepthook, threading.excepthook = threading.excepthook, self._excepthook
         self._console = Console(markup=False, emoji=False, highlight=False)
         self._bar = None
@@ -84,23 +84,30 @@ class Monitor:
                 f"no checkpoint to resume from, the run starts over; the metrics of the last start are in {replaced}"
             )
 
-    def _open(self, first_step: int, evaluates_first: bool = False) -> Path | None:
-        """Open the files for the steps after `first_step`, without what they hold of these. As `truncate_metrics`."""
-        replaced = truncate_metrics(self._folder / METRICS_NAME, first_step, evaluates_first)
+    def _open(self, first_step: int) -> None:
+        """Open the files for the steps after `first_step`."""
+        self._tensorboard: SummaryWriter | None = None
         self._metrics_file = open(self._folder / METRICS_NAME, "ab", buffering=0)  # noqa: SIM115  (closed by close())
-        self._tensorboard: SummaryWriter | None = SummaryWriter(
-            str(self._folder / "tensorboard"), purge_step=first_step + 1
-        )
-        return replaced
+        self._tensorboard = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1)
 
     def rewind(self, step: int) -> None:
         """Forget all steps after `step` completed ones, to which the run goes back."""
         self._losses, self._waited, self._images, self._last = [], 0.0, 0, time.perf_counter()
         self.own_work.take()
-        if self._is_rank_zero:
-            self._to_tensorboard("close")
-            self._metrics_file.close()
+        if not self._is_rank_zero:
+            return
+        self._to_tensorboard("close")
+        self._metrics_file.close()
+        try:
+            truncate_metrics(self._folder / METRICS_NAME, step)
+        except OSError as error:
+            self.warn(
+                f"cannot remove the steps after {step} from {error.filename}: {error.strerror}; they are repeated"
+            )
+        try:
             self._open(step)
+        except OSError as error:
+            self._warn_of_tensorboard(error)
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -246,13 +253,9 @@ class Monitor:
 
     def _append_metrics(self, line: bytes) -> None:
         """Append a whole line, or nothing if the disk is full."""
-        end = self._metrics_file.seek(0, os.SEEK_END)
         try:
-            while line:
-                line = line[self._metrics_file.write(line) :]
+            append(self._metrics_file, line)
         except OSError as error:
-            with suppress(OSError):
-                self._metrics_file.truncate(end)
             self.warn(
                 f"cannot write to {self._metrics_file.name}: {error.strerror}; training goes on, with steps missing"
             )
@@ -264,8 +267,12 @@ class Monitor:
         try:
             getattr(self._tensorboard, method)(*arguments)
         except OSError as error:
-            folder, self._tensorboard = self._tensorboard.log_dir, None
-            self.warn(f"cannot write to {folder}: {error.strerror}; training goes on, without TensorBoard")
+            self._tensorboard = None
+            self._warn_of_tensorboard(error)
+
+    def _warn_of_tensorboard(self, error: OSError) -> None:
+        folder = self._folder / "tensorboard"
+        self.warn(f"cannot write to {folder}: {error.strerror}; training goes on, without TensorBoard")
 
     def _excepthook(self, fault: threading.ExceptHookArgs) -> None:
         """Print the exception that ended a thread; TensorBoard's is left to `_to_tensorboard`, which meets it again."""

@@ -266,6 +266,22 @@ def test_a_run_that_goes_back_writes_its_steps_once(alone, tmp_path):
     assert_equal_to_lines(read_board(tmp_path), lines)
 
 
+def test_a_full_disk_does_not_end_a_run_that_goes_back(alone, tmp_path, capsys, no_file_larger_than):
+    monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
+    train(monitor, 0, 2)
+    with no_file_larger_than(10):
+        monitor.rewind(1)
+        monitor.scalars(2, {"eval/top1": 1.0})
+    train(monitor, 1, 3)
+    monitor.close()
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 2, 2, 3]
+    errors = capsys.readouterr().err
+    assert f"cannot remove the steps after 1 from {tmp_path / METRICS_NAME}: File too large; they are rep" in errors
+    assert (
+        f"cannot write to {tmp_path / 'tensorboard'}: File too large; training goes on, without TensorBoard" in errors
+    )
+
+
 def test_bad_samples_are_counted_up_to_the_limit(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS, max_bad_samples=3)
     for step, broken in enumerate((0, 3)):
