@@ -287,14 +287,20 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_newer(checkpoint: Path) -> None:
-    """Remove the checkpoints of more steps, which a run has gone back from; pointers to them lead to this one."""
+    """Remove the checkpoints of more steps, the newest first, which a run has gone back from, and pointers to them.
+
+    `latest` leads to this one. There is no `best` until a checkpoint has a better score than all up to this one.
+    """
+    folder = checkpoint.parent
     for pointer in POINTERS:
         with suppress(FileNotFoundError, ValueError):
-            if step_of(resolve_pointer(checkpoint.parent / pointer)) > step_of(checkpoint):
-                write_pointer(checkpoint, pointer)
-    for other in list_checkpoints(checkpoint.parent):
+            if step_of(resolve_pointer(folder / pointer)) > step_of(checkpoint):
+                (folder / pointer).unlink()
+    for other in reversed(list_checkpoints(folder)):
         if step_of(other) > step_of(checkpoint):
             remove(other)
+    if not (folder / LATEST).exists():  # a full disk has space now
+        write_pointer(checkpoint, LATEST)
 
 
 def restore_replaced(folder: Path) -> None:

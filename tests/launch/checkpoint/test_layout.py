@@ -142,6 +142,21 @@ def test_the_best_and_milestones_are_kept_besides_the_newest(folder, tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def test_a_run_that_goes_back_has_no_best_checkpoint_until_it_is_better(folder):
+    """Unless the best one stays. Scores of others are not known."""
+    first, second = (folder / name for name in names(folder))
+    newest = shutil.copytree(second, folder / "step-90000000")
+    for best, pointers in ((first, {"best", "latest"}), (newest, {"latest"})):
+        layout.write_pointer(best, layout.BEST)
+        layout.write_pointer(newest, layout.LATEST)
+        newest.mkdir(exist_ok=True)
+        layout.remove_newer(second)
+        assert names(folder) == [first.name, second.name]
+        assert {pointer for pointer in layout.POINTERS if (folder / pointer).exists()} == pointers
+        assert layout.resolve_pointer(folder / layout.LATEST) == second
+    assert not list(folder.glob(".*"))
+
+
 def test_a_corrupt_checkpoint_does_not_count_as_kept(folder):
     older, newer = names(folder)
     truncate(folder / newer / layout.MODEL_NAME)
