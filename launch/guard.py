@@ -1,33 +1,36 @@
 """Guards against bad steps: those with a loss or gradient that is not finite, and spikes of the loss.
 
 A step that is not finite on one rank is skipped on all: parameters, moments, EMA and BatchNorm's statistics stay as
-they were, and the next step follows. A spike is detected one step late; its update stays. After `guard.max_bad_steps`
-in a row the run goes back to the newest checkpoint from before them, and skips these steps from there on. It does so
-again only if it has got further meanwhile.
+they were, and the next step follows. A spike is detected one step late; its update stays. A checkpoint that is due
+waits for the end of the bad steps; only that of a stop or of the run's end does not. After `guard.max_bad_steps` in a
+row the run goes back to the newest checkpoint from before them, and skips these steps from there on. It does so again
+only if it has got further meanwhile.
+
+What a guard knows of earlier steps is saved with a checkpoint, so kills and stops do not change which steps are bad.
 """
 
 import json
 import math
+import os
 import statistics
 from collections import deque
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
-from dataio.files import atomic_write, read_small_file
+from dataio.files import append, atomic_write, read_small_file
 from dataio.manifest import Manifest
 from launch.batchnorm import GroupBatchNorm2d
+from launch.checkpoint.layout import GuardState, first_fault
 from launch.config import Config
-from launch.distributed import RunError, broadcast_object, gather_objects, raise_on_all_ranks
+from launch.distributed import RunError, broadcast_object, gather_objects
 from launch.monitor import Monitor
 
 BAD_STEPS_NAME, STATE_NAME = "bad_steps.jsonl", "guard.json"
@@ -57,7 +60,7 @@ class Guard:
     """Finds and reports bad steps, and says when there are too many. Every rank has one, with the same findings.
 
     In the run's folder, BAD_STEPS_NAME names the samples of bad steps, and STATE_NAME lets a restarted run skip the
-    same steps. first_step: the completed steps of the start.
+    same steps. first_step: the completed steps of the start; if there are any, `restore` follows.
     Attributes are `count`, of the bad steps since the start; `in_a_row`, the numbers of those since the last good one;
     and `skipped`, those of the steps that are not to be trained on.
     """
@@ -67,15 +70,30 @@ class Guard:
         self._config, self._options, self._manifest, self._monitor = config, options, manifest, monitor
         self._norms = [module for module in model.modules() if isinstance(module, GroupBatchNorm2d)]
         self._path, self._state_path = folder / BAD_STEPS_NAME, folder / STATE_NAME
-        self._losses: deque[float] = deque(maxlen=options.spike_window)  # of good steps, over all ranks
+        window = 0 if options.spike_sigmas is None else options.spike_window
+        self._losses: deque[float] = deque(maxlen=window)  # of good steps, over all ranks
         self._previous: TrainedStep | None = None  # whose loss over all ranks is not known yet
         self._has_spikes = False
         self.count = 0
         self.in_a_row: list[int] = []
-        state = broadcast_object(_read_state(self._state_path) if dist.get_rank() == 0 else None)
-        is_current = state is not None and 0 < first_step <= state["at"]  # else the run has got further, or began anew
-        self._went_back_at: int | None = state["at"] if is_current else None
-        self.skipped = set[int](state["skipped"] if is_current else ())
+        self._went_back_at: int | None = None
+        self.skipped = set[int]()
+        state = broadcast_object(self._read_state() if first_step and dist.get_rank() == 0 else None)
+        if state is not None:
+            self.skipped.update(state.skipped)
+            # Else the run has got further, or begins from an older checkpoint than it went back to.
+            if state.to <= first_step <= state.at:
+                self._went_back_at = state.at
+
+    def state(self) -> GuardState:
+        """Return what `restore` needs after the last step, whose loss has been judged."""
+        return GuardState(losses=list(self._losses), in_a_row=list(self.in_a_row))
+
+    def restore(self, state: GuardState) -> None:
+        """Go on after the checkpoint with this state."""
+        self._losses.clear()
+        self._losses.extend(state["losses"])
+        self.in_a_row = list(state["in_a_row"])
 
     def spread_non_finite(self, loss: Tensor) -> Tensor:
         """Return the loss of a micro-step, with gradients that are NaN if it or a sum of BatchNorm's is not finite.
@@ -128,13 +146,22 @@ class Guard:
         self._went_back_at, self._previous = at, None
         self.skipped |= set(self.in_a_row)
         self.in_a_row.clear()
-        with raise_on_all_ranks():
-            if dist.get_rank() == 0:
-                atomic_write(self._state_path, json.dumps({"at": at, "skipped": sorted(self.skipped)}).encode())
 
-    def report_going_back(self, step: int) -> None:
-        """Write again what was removed with the metrics of the steps after `step`, to which the run went back."""
-        self._monitor.scalars(step, {"guard/bad_steps": self.count, "guard/went_back": 1})
+    def report_going_back(self, at: int, to: int) -> None:
+        """Write STATE_NAME, and again what was removed with the metrics of the steps after `to`. As `go_back`.
+
+        A run that is killed before meets the bad steps again, and goes back again.
+        """
+        self._monitor.scalars(to, {"guard/bad_steps": self.count, "guard/went_back": 1})
+        if dist.get_rank() != 0:
+            return
+        try:
+            atomic_write(self._state_path, json.dumps(asdict(_State(at, to, sorted(self.skipped)))).encode())
+        except OSError as error:
+            self._monitor.warn(
+                f"cannot write {self._state_path}: {error.strerror}; training goes on, but when the run is restarted,"
+                " it meets the bad steps again"
+            )
 
     @property
     def is_checkpoint_safe(self) -> bool:
@@ -180,22 +207,39 @@ class Guard:
             self._monitor.warn(
                 f"step {step.number + 1} {what}; bad steps in a row: {len(self.in_a_row)}; samples: {self._path}"
             )
+            lines = "".join(json.dumps(record) + "\n" for record in faulty or records)
             try:
-                with open(self._path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in faulty or records)
+                _append_lines(self._path, lines.encode())
             except OSError as error:
                 self._monitor.warn(f"cannot write to {self._path}: {error.strerror}; training goes on")
 
+    def _read_state(self) -> "_State | None":
+        """Return what the last start that went back has left; None if none did, or the file is damaged."""
+        try:
+            return TypeAdapter(_State).validate_json(read_small_file(self._state_path))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            fault = first_fault(error) if isinstance(error, ValidationError) else error
+            self._monitor.warn(f"{self._state_path} cannot be read ({fault}); the steps that it names are not skipped")
+            return None
 
-class _State(TypedDict):
-    """What a restarted run needs to know: the step, counted from 0, in which it went back, and those that it skips."""
 
-    at: int
-    skipped: list[int]
+@dataclass(frozen=True)
+class _State:
+    """What a restarted run needs to know of the last time it went back, with steps counted from 0."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    at: Annotated[int, Field(ge=0)]  # the step in which the run went back
+    to: Annotated[int, Field(ge=0)]  # the completed steps of the checkpoint
+    skipped: list[Annotated[int, Field(ge=0)]]
 
 
-def _read_state(path: Path) -> _State | None:
-    """Return the guard's state of an earlier start; None if that never went back, or the file is damaged."""
-    with suppress(OSError, ValueError):
-        return TypeAdapter(_State).validate_json(read_small_file(path))
-    return None
+def _append_lines(path: Path, lines: bytes) -> None:
+    """Append all of these lines to a file, or none if there is no space; a line that was cut off there stays alone."""
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else b"\n" + lines
+        append(file, lines)

@@ -85,9 +85,12 @@ class Run:
         by_clock = agreed.save_due and step > self.writer.begun_step
         kept = self.plan.ends_epochs(step, section.keep_every_epochs)
         self.save_due |= self.plan.is_due(step, section.every_epochs) or kept or by_clock
-        # The run may have to go back to before the bad steps.
         is_last = agreed.reason is not None or step + 1 == self.plan.steps
-        if not is_last and not (self.save_due and self.guard.is_checkpoint_safe):
+        if not (is_last or self.save_due):
+            return False
+        self.guard.judge(self.stop.latest().loss)  # a save waits for the device anyway
+        # The run may have to go back to before the bad steps.
+        if not (is_last or self.guard.is_checkpoint_safe):
             return False
         self.save_due = False
         return True
@@ -99,25 +102,32 @@ class Run:
         Raises RunError on every rank if there is none, or the run has gone back before and got no further.
         """
         self.watchdog.beat(step, "going back")
-        with self.watchdog.paused():
+        with self.watchdog.paused():  # a checkpoint may be large, and its disk slow
             self.writer.wait()
-        # There may be a checkpoint of what a spike did, since that is detected a step late.
+            return self._load_earlier(step, fault)
+
+    def _load_earlier(self, step: int, fault: str | None) -> int:
+        """Do what `go_back` says; no checkpoint is being written."""
+        # A stop between the bad steps has left a checkpoint of them.
         first_bad = min(self.guard.in_a_row, default=step)
         folder, is_rank_zero = checkpoint_folder(self.config), self.plan.loader_options.rank == 0
-        found, _ = find_checkpoint(folder, self.plan.loader_options.rank, first_bad)
+        found, faults = find_checkpoint(folder, self.plan.loader_options.rank, first_bad)
+        for fault_of_newer in faults:
+            self.monitor.log(f"{fault_of_newer}; passed over, and removed")
         self.guard.go_back(step, None if found is None else layout.step_of(found), fault)
         assert found is not None  # else the guard has raised
         with raise_on_all_ranks():
             saved = layout.read_state(found)
             self.loader.restore(saved.loader)
         load(found, self.engine, self.ema)
+        self.guard.restore(saved.guard)
         with raise_on_all_ranks():
             if is_rank_zero:
                 layout.remove_newer(found)
             self.monitor.rewind(saved.step)
-        state = replace(self.writer.saved, step=saved.step, epoch=saved.epoch, loader=saved.loader)
+        state = replace(self.writer.saved, step=saved.step, epoch=saved.epoch, loader=saved.loader, guard=saved.guard)
         self.writer.rewind(replace(state, best_top1=saved.best_top1, evaluation_due=False))
-        self.guard.report_going_back(saved.step)
+        self.guard.report_going_back(step, saved.step)
         self.replicas.rewind(saved.step)
         self.goodput.resume(saved.step)
         self.save_due = False
@@ -147,6 +157,7 @@ class Run:
                 epoch=self.plan.epochs(step + 1),
                 loader=self.loader.state(),
                 evaluation_due=evaluating,
+                guard=self.guard.state(),
             )
             # the watchdog, until the checkpoint before is written
             with self.goodput.spending(SAVING), self.watchdog.paused():

@@ -258,6 +258,7 @@ def prepare(
             loader=saved.loader,
             best_top1=saved.best_top1,
             evaluation_due=saved.evaluation_due,
+            guard=saved.guard,
         )
         loader.restore(state.loader)
         plan, changes = keep_norm_group(config, plan, saved.norm_group)
@@ -285,6 +286,7 @@ def prepare(
     timeout = timedelta(minutes=config.engine.timeout_minutes)
     writer = CheckpointWriter(checkpoint_folder(config), engine, ema, state, metadata, retention, check_lock, timeout)
     guard = Guard(config, plan.train, monitor, engine.module, state.step)
+    guard.restore(state.guard)
     replicas = ReplicaCheck(engine, ema, state.step)
     goodput = Goodput(config.output if plan.loader_options.rank == 0 else None, process_age_seconds())
     goodput.resume(state.step, unrecorded_seconds(config.output))

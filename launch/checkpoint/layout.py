@@ -51,6 +51,13 @@ def _our_version() -> str:
     return str(importlib.import_module("polaformer").__version__)
 
 
+class GuardState(TypedDict):
+    """What `launch.guard` knows of the steps before a checkpoint, which decides about those that follow."""
+
+    losses: list[Annotated[float, Field(allow_inf_nan=False)]]  # of the last good steps, over all ranks
+    in_a_row: list[Annotated[int, Field(ge=0)]]  # numbers, from 0, of the bad steps since then
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of a run besides its tensors, as a resumed run needs it."""
@@ -67,6 +74,7 @@ class RunState:
     norm_group: Annotated[int, Field(ge=1)]  # samples over which BatchNorm takes its statistics
     evaluation_due: bool = False  # the run was stopped before an evaluation at this step
     epoch: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # completed, for people: nothing depends on it
+    guard: GuardState = field(default_factory=lambda: GuardState(losses=[], in_a_row=[]))
     version: str = field(default_factory=_our_version)
 
     def check_compatible(self, other: "RunState") -> None:
@@ -138,7 +146,7 @@ def read_state(checkpoint: Path) -> RunState:
         state = TypeAdapter(RunState).validate_json(read_small_file(path))
     except ValidationError as error:
         raise ValueError(
-            f"{path} is of another version, or damaged ({_first_fault(error)}); resume with the version that wrote it"
+            f"{path} is of another version, or damaged ({first_fault(error)}); resume with the version that wrote it"
         ) from error
     position = state.step * state.loader["global_batch"]
     if state.loader["samples_seen"] != position or (has_step_name(checkpoint) and state.step != step_of(checkpoint)):
@@ -163,7 +171,8 @@ def describe_old_version(checkpoint: Path) -> str:
     )
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
+    """Return where the first fault of a file is, and what."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the file"
     return f"{escape_unprintable(where)}: {escape_unprintable(first['msg'])}"
@@ -225,7 +234,7 @@ def _read_manifest(path: Path) -> dict[str, _ManifestEntry]:
     try:
         files = schema.validate_json(read_small_file(path))
     except ValidationError as error:
-        raise ValueError(f"{path} cannot be read ({_first_fault(error)})") from error
+        raise ValueError(f"{path} cannot be read ({first_fault(error)})") from error
     if strange := [name for name in files if len(name) > _NAME_LENGTH or not _FILE_NAME.fullmatch(name)]:
         raise ValueError(f"{path} names {escape_unprintable(strange[0])}, which is no file of a checkpoint")
     required = {MODEL_NAME, EMA_NAME, STATE_NAME}

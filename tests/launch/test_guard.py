@@ -1,5 +1,6 @@
 """What the guard counts as bad: its rules, on steps as the loop hands them in. Runs are in faults/."""
 
+import json
 import math
 
 import numpy as np
@@ -9,9 +10,10 @@ from torch import nn
 
 from dataio.manifest import load_manifest
 from launch.batchnorm import convert_batchnorm
+from launch.checkpoint.layout import GuardState
 from launch.distributed import RunError
 from launch.flops import MfuConstants
-from launch.guard import Guard, TrainedStep
+from launch.guard import BAD_STEPS_NAME, STATE_NAME, Guard, TrainedStep
 from launch.monitor import Monitor
 
 
@@ -60,18 +62,20 @@ def test_spikes_are_measured_by_the_median_absolute_deviation(make_guard):
         assert bool(guard.in_a_row) == bad, loss
 
 
+def go_back(guard: Guard, at: int, to: int, fault: str | None = None) -> None:
+    guard.go_back(at, to, fault)
+    guard.restore(GuardState(losses=[], in_a_row=[]))  # the checkpoint's
+    guard.report_going_back(at, to)
+
+
 def test_a_run_goes_back_again_only_when_it_has_got_further(make_guard, capsys):
     guard = make_guard("guard.max_bad_steps=2", "optimizer.max_grad_norm=null")
     assert [guard.check(skipped(step), 1.0) for step in (5, 6)] == [False, True]
-    guard.go_back(at=6, to=4)
+    go_back(guard, at=6, to=4)
     assert "the last 2 steps were bad: the run goes back to step 4, and skips 2 steps from there on\n" in (
         capsys.readouterr().out
     )
     assert (guard.skipped, guard.in_a_row, guard.is_checkpoint_safe) == ({5, 6}, [], False)
-    killed = make_guard("guard.max_bad_steps=2", first_step=4)  # and started again
-    assert (killed.skipped, killed.is_checkpoint_safe) == ({5, 6}, False)
-    for first_step in (0, 7):  # anew, or from a later checkpoint
-        assert make_guard(first_step=first_step).is_checkpoint_safe
     with pytest.raises(RunError) as caught:
         guard.go_back(at=8, to=4)
     assert str(caught.value).startswith(
@@ -85,6 +89,74 @@ def test_a_run_goes_back_again_only_when_it_has_got_further(make_guard, capsys):
     guard.go_back(at=9, to=8, fault="the EMA is not finite")
     with pytest.raises(RunError, match="^the EMA is not finite, and there is no checkpoint from before that"):
         make_guard().go_back(9, None, "the EMA is not finite")
+
+
+def test_a_restarted_run_skips_the_same_steps(make_guard):
+    guard = make_guard("guard.max_bad_steps=2")
+    for step in (5, 6):
+        guard.check(skipped(step), 1.0)
+    go_back(guard, at=6, to=4)
+    for first_step in (4, 6):  # the run has got no further: it does not go back again, and saves nothing
+        again = make_guard(first_step=first_step)
+        assert (again.skipped, again.is_checkpoint_safe) == ({5, 6}, False)
+    assert make_guard(first_step=7).is_checkpoint_safe
+    older = make_guard(first_step=3)  # as the newer checkpoints were removed, or are damaged
+    assert (older.skipped, older.is_checkpoint_safe) == ({5, 6}, True)
+    for step in (8, 9):
+        older.check(skipped(step), 1.0)
+    go_back(older, at=9, to=3)
+    assert make_guard(first_step=3).skipped == {5, 6, 8, 9}
+    assert make_guard().skipped == set()  # anew
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"at": 6, "to": 4', "the file: Invalid JSON: EOF while parsing an object at line 1 column 17"),
+        ('{"at": 6, "to": 4, "skipped": [-1]}', "skipped.0: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_damaged_state_is_named(make_guard, tmp_path, capsys, content, fault):
+    path = tmp_path / "run" / STATE_NAME
+    path.write_text(content)
+    assert make_guard(first_step=4).skipped == set()
+    assert f"{path} cannot be read ({fault}); the steps that it names are not skipped" in capsys.readouterr().err
+
+
+def test_the_state_is_restored_as_it_was_saved(make_guard):
+    """Otherwise a kill would decide which steps are spikes."""
+    options = "guard.spike_sigmas=10", "guard.spike_window=8"
+    guard = make_guard(*options)
+    for number in range(10):
+        guard.check(good(number), 1.0 + 0.01 * number)
+    guard.judge(9.0)
+    guard.check(skipped(10), 0.0)
+    state = guard.state()
+    assert state == GuardState(losses=[1.0 + 0.01 * number for number in range(2, 10)], in_a_row=[9, 10])
+    again = make_guard(*options, first_step=11)
+    again.restore(json.loads(json.dumps(state)))
+    for copy in (guard, again):
+        copy.check(good(11), 0.0)
+        copy.judge(1.06 + 0.31)
+    assert guard.state() == again.state() == state | {"in_a_row": [9, 10, 11]}
+
+
+def test_a_full_disk_costs_records_and_ends_no_run(make_guard, tmp_path, capsys, no_file_larger_than):
+    guard, path = make_guard("guard.max_bad_steps=2"), tmp_path / "run" / BAD_STEPS_NAME
+    guard.check(skipped(1), 1.0)
+    whole = path.read_bytes()
+    with no_file_larger_than(len(whole) + 10):
+        guard.check(skipped(2), 1.0)
+    assert path.read_bytes() == whole
+    with no_file_larger_than(10):
+        go_back(guard, at=3, to=0)
+    assert guard.skipped == {1, 2}
+    path.write_bytes(whole[:-1])  # as after a kill
+    guard.check(skipped(3), 1.0)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4]
+    errors = capsys.readouterr().err
+    assert f"cannot write to {path}: File too large; training goes on" in errors
+    assert f"cannot write {tmp_path / 'run' / STATE_NAME}: File too large; training goes on" in errors
 
 
 def test_gradients_are_nan_where_the_loss_or_batchnorm_is_not_finite(make_guard):

@@ -223,6 +223,7 @@ def with_other_states(_: random.Random) -> Iterator[Damage]:
         "best_top1": (None, "1", nan, inf, -0.5, 100.5, []),
         "epoch": (None, "1", nan, inf, -1),
         "loader": (None, [], {}, "x"),
+        "guard": (None, [], {}, "x", {"losses": [nan], "in_a_row": []}, {"losses": [], "in_a_row": [-1]}),
         "surprise": (1,),
         HOSTILE_NAME: (1,),
     }

@@ -5,8 +5,10 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
   "weight", "sums" (of BatchNorm), "statistics", "EMA";
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "speed": a sleep of two seconds in each micro-step, between data and forward pass;
+- "stop", the signal that stops a run with a checkpoint;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever.
-With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save, "call": from 1, SIGKILL ends the rank.
+With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save or of going back, "call": from 1,
+SIGKILL ends the rank.
 SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
 """
 
@@ -17,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
 
@@ -27,8 +30,10 @@ signals = StopSignals().listen()
 import torch  # noqa: E402  (as in launch/train.py, signals come first)
 
 from launch import guard, train  # noqa: E402
+from launch import run as run_module  # noqa: E402
 from launch.batchnorm import GroupBatchNorm2d  # noqa: E402
 from launch.checkpoint import layout, writer  # noqa: E402
+from launch.watchdog import Watchdog  # noqa: E402
 
 harms, skipped = (json.loads(os.environ.get(name, "[]")) for name in ("HARM", "SKIP"))
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
@@ -58,7 +63,30 @@ for kill in [harm for harm in harms if "kill" in harm]:
     harms.remove(kill)
     if kill["rank"] == rank:
         kill_at(kill["at"], kill["call"]) if "at" in kill else Timer(kill["after"], kill_self).start()
-train_step, initialize = train.train_step, guard.Guard.__init__
+train_step, initialize, paused = train.train_step, guard.Guard.__init__, Watchdog.paused
+pauses = []
+
+
+@contextmanager
+def counted_pause(self):
+    with paused(self):
+        pauses.append(self)
+        yield
+        pauses.pop()
+
+
+def unwatched(function):
+    """Checks that the watchdog does not take a function of going back for a hang: it may read for hours."""
+
+    def checked(*arguments):
+        assert pauses
+        return function(*arguments)
+
+    return checked
+
+
+for owner, name in ((run_module, "find_checkpoint"), (run_module, "load"), (layout, "remove_newer")):
+    setattr(owner, name, unwatched(getattr(owner, name)))
 
 
 def step_with_harm(run, augment, step):
@@ -78,6 +106,8 @@ def step_with_harm(run, augment, step):
         model.norm.running_var[0] = torch.inf
     if "EMA" in done:
         run.ema.module.norm.weight.data[0] = torch.nan
+    if "stop" in done:
+        os.kill(os.getpid(), signal.SIGTERM)
     if "process" in done:
         os.kill(os.getpid(), signal.SIGSTOP)
     if "main thread" in done:
@@ -110,8 +140,8 @@ def step_with_harm(run, augment, step):
 
 def guard_that_skips(self, *arguments):
     initialize(self, *arguments)
-    self.skipped = {step - 1 for step in skipped}
+    self.skipped |= {step - 1 for step in skipped}
 
 
-train.train_step, guard.Guard.__init__ = step_with_harm, guard_that_skips
+train.train_step, guard.Guard.__init__, Watchdog.paused = step_with_harm, guard_that_skips, counted_pause
 exit_process(train.main(sys.argv[1:], signals))
