@@ -198,11 +198,8 @@ class Run:
         self.goodput.write()
         self.monitor.log(str(self.goodput))
         self.report_failed_saves(saved.step - 1)
-        if self.guard.count:
-            ending = f", {len(self.guard.in_a_row)} of them the last" if self.guard.in_a_row else ""
-            self.monitor.warn(f"{self.guard.count} steps of this start were bad{ending}, see the warnings above")
-        if self.failed_saves:
-            self.monitor.warn(f"{self.failed_saves} saves of checkpoints failed, see the warnings above")
+        if self.plan.loader_options.rank == 0:
+            self._warn_of_faults()
         newest = checkpoint_folder(self.config) / layout.checkpoint_name(saved.step)
         if reason is not None:
             where = f"resumes from {newest}" if saved.step else "starts it over, as no checkpoint could be written"
@@ -217,6 +214,15 @@ class Run:
             )
         self.monitor.log(f"trained for {saved.step} steps; {self.config.output} holds the run")
         return 0
+
+    def _warn_of_faults(self) -> None:
+        if self.guard.count:
+            ending = f", {len(self.guard.in_a_row)} of them the last" if self.guard.in_a_row else ""
+            self.monitor.warn(f"{self.guard.count} steps of this start were bad{ending}, see the warnings above")
+        if self.writer.not_finite is not None:
+            self.monitor.warn(f"{self.writer.not_finite}: there is no checkpoint of step {self.writer.begun_step}")
+        if self.failed_saves:
+            self.monitor.warn(f"{self.failed_saves} saves of checkpoints failed, see the warnings above")
 
     def evaluate(self, step: int) -> float:
         """Evaluate weights and EMA after `step`, counted from 0; return the EMA's top-1 accuracy in percent.

@@ -154,14 +154,22 @@ def test_bad_steps_that_go_on_are_an_error_and_no_checkpoint_of_them_is_kept(tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["statistics", "EMA"])
-def test_a_state_that_is_not_finite_is_found_by_the_next_checkpoint(train, place):
-    """It has no effect on losses and gradients."""
+def test_a_state_that_is_not_finite_is_found_by_the_next_checkpoint(train):
+    """It has no effect on losses and gradients. The last checkpoint is that of a stop, or of the end."""
     more = "checkpoint.every_epochs=0.4", "optimizer.epochs=2"
-    run, status, output = train([{"step": 4, "to": place, "rank": 0}], [], *more, ranks=1)
+    ema, statistics = ({"to": to, "rank": 0} for to in ("EMA", "statistics"))
+    expected, status, output = train([], [], *more, ranks=1)
     assert status == 0, output
-    name = "norm.running_var in model.safetensors" if place == "statistics" else "norm.weight in ema.safetensors"
-    assert f"{name} is not finite: the run goes back to step 3\n" in output
-    expected, status, _ = train([], [], *more, ranks=1)
-    assert status == 0
+    run, status, output = train([ema | {"step": 4}, {"step": 4, "to": "stop", "rank": 0}], [], *more, ranks=1)
+    assert status == EXIT_RESUME, output
+    assert "rank 0: norm.weight in ema.safetensors is not finite: there is no checkpoint of step 5\n" in output
+    assert f"step 5/11; the same command resumes from {run / 'checkpoints' / layout.checkpoint_name(3)}\n" in output
+    _, status, output = train([ema | {"step": 4}], [], *more, ranks=1, folder=run)
+    assert status == 0, output
+    assert "norm.weight in ema.safetensors is not finite: the run goes back to step 3\n" in output
+    assert_equal(run, expected)
+    shutil.rmtree(run / "checkpoints" / layout.checkpoint_name(11))
+    _, status, output = train([statistics | {"step": 11}], [], *more, ranks=1, folder=run)
+    assert status == 0, output
+    assert "norm.running_var in model.safetensors is not finite: the run goes back to step 9\n" in output
     assert_equal(run, expected)
