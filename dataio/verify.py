@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from dataio.files import sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
+from dataio.pack.archives import tar_headers
 from dataio.pack.image_checks import check_image
 from dataio.progress import progress_bar
 from dataio.urls import is_url, redact_url
@@ -150,7 +151,7 @@ def _shard_faults(task: ShardCheck) -> Iterator[str]:
 def _members(path: Path) -> Iterator[ShardSample]:
     """Yield the samples of a shard in order. Raises TarError or ValueError if they are not images with labels."""
     with tarfile.open(path, "r:") as tar:
-        files = iter(tar)
+        files = tar_headers(tar)
         for image in files:
             key, _, extension = image.name.partition(".")
             label = next(files, None)

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from dataio.files import escape_unprintable
 
 _COMPRESSED = {  # first bytes of a file → format, and the command that unpacks it
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -54,19 +56,35 @@ class TarReader:
         links: dict[str, Member] = {}
         try:
             with tarfile.open(path, "r:") as tar:
-                for info in tar:
+                for info in tar_headers(tar):
                     member = _tar_member(info, number, links)
                     if info.offset_data + info.size > size and info.isreg():
-                        raise tarfile.ReadError(f"it ends inside {info.name}")
+                        raise tarfile.ReadError(f"it ends inside {escape_unprintable(info.name)}")
                     links[info.name] = member
                     yield member
-        except (tarfile.TarError, RecursionError, OverflowError, MemoryError) as error:  # malformed headers
+        except (tarfile.TarError, ValueError, RecursionError, OverflowError, MemoryError) as error:  # malformed headers
             raise ValueError(f"{path} is not a complete tar file ({error}); copy it again") from error
 
     def read(self, size: int, locator: tuple[int, ...]) -> bytes:
         """Return the `size` bytes of a member."""
         number, offset = locator
         return os.pread(_opened(self.paths[number]).fileno(), size, offset)
+
+
+def tar_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of a tar file. Raises ReadError where one is damaged or has a negative size.
+
+    tarfile takes a damaged header for the end of the file, and would step backwards over a negative size, and read the
+    same headers for ever (CVE-2025-8194).
+    """
+    for info in tar:
+        if info.size < 0 or tar.offset < info.offset_data:  # a sparse file has one size here and another in the header
+            raise tarfile.ReadError(f"{escape_unprintable(info.name)} has a negative size")
+        yield info
+    file = cast(BinaryIO, tar.fileobj)
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
 
 
 def _tar_member(info: tarfile.TarInfo, number: int, before: dict[str, Member]) -> Member:

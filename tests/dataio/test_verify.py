@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dataio.files import sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, load_manifest
 from dataio.pack.archives import TarReader
 from dataio.pack.packer import PackOptions, pack
-from dataio.verify import main, verify
+from dataio.verify import _members, main, verify
 
 REMEDY = "copy it again, or pack the folder again"
 
@@ -175,6 +176,19 @@ def test_deeply_nested_headers(copy):
         ValueError, match=r"shard-000000.tar is not a complete tar file \(maximum recursion depth exceeded"
     ):
         list(TarReader((path,)).members(0))
+
+
+def test_negative_size_in_a_tar_header(copy):
+    """tarfile would step back from the label to the image, for ever."""
+    path = copy / "shard-000000.tar"
+    image, label = tarfile.TarInfo("0.jpg"), tarfile.TarInfo("0.cls")
+    label.size = -1024
+    content = image.tobuf(tarfile.GNU_FORMAT) + label.tobuf(tarfile.GNU_FORMAT) + b"7".ljust(512)
+    path.write_bytes(content.ljust(path.stat().st_size, b"\0"))
+    with pytest.raises(tarfile.ReadError, match="0.cls has a negative size"):
+        list(islice(_members(path), 10))
+    _, fault, *_ = verify(copy)
+    assert fault == f"shard-000000.tar: not a tar file of images and labels (0.cls has a negative size); {REMEDY}"
 
 
 def ending_of(folder):

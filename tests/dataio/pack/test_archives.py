@@ -146,6 +146,20 @@ def test_truncated_archives(photos, tmp_path):
         list(ZipReader(zipped).members())
 
 
+def test_damaged_tar_header_is_an_error(photos, tmp_path):
+    """tarfile takes it for the end of the file, and the images behind it would be missing."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(photos, arcname=".")
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[5].offset
+    data = bytearray(path.read_bytes())
+    data[header] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"a.tar is not a complete tar file .the header at byte {header} is damaged"):
+        list(TarReader((path,)).members(0))
+
+
 def test_file_that_is_not_an_archive(tmp_path):
     (tmp_path / "a.tar").write_text("no archive")
     with pytest.raises(ValueError, match=r"a.tar is not a complete tar file \(.*\); copy it again"):

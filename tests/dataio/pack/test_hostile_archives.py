@@ -2,17 +2,20 @@
 
 import io
 import os
+import re
 import stat
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from dataio.manifest import load_manifest
 from dataio.pack.__main__ import main
+from dataio.pack.archives import TarReader
 
 NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
 
@@ -159,6 +162,48 @@ def test_the_largest_factor_of_deflate_is_no_fault(jpeg, below, outcome):
     images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg, "dog/zeros.jpg": bytes(2**26)}
     errors, _ = outcome(write_zip(below / "a.zip", images))
     assert errors.splitlines()[0] == "skipped dog/zeros.jpg: it is no image, or of an unknown format"
+
+
+def negative_size(size: int) -> bytes:
+    info = tarfile.TarInfo("cat/bomb.jpg")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def sparse(stored: int, size: int) -> bytes:
+    """The header of a file with holes, which has a size in the archive and another one when it is unpacked."""
+    header = bytearray(negative_size(stored))
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def extended(size: int) -> bytes:
+    info = tarfile.TarInfo("cat/bomb.jpg")
+    info.pax_headers = {"size": str(size)}
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+NEGATIVE_SIZES = {
+    **{str(size): negative_size(size) for size in (-1, -512, -1024, -(2**40))},
+    "sparse": sparse(-512, 5),
+    "extended": extended(-512),
+}
+
+
+@pytest.mark.parametrize("names", [["cat/a.jpg", "dog/a.jpg"], ["1.jpg", "1.cls"]], ids=["folders", "samples"])
+@pytest.mark.parametrize("header", NEGATIVE_SIZES.values(), ids=NEGATIVE_SIZES)
+def test_negative_sizes_in_a_tar_file_are_errors(header, names, jpeg, below, outcome):
+    """tarfile would read the same headers for ever."""
+    archive = write_tar(below / "a.tar", dict.fromkeys(names, jpeg))
+    with tarfile.open(archive, "a") as tar:
+        tar.fileobj.write(header)
+    error = f"{archive} is not a complete tar file (cat/bomb.jpg has a negative size); copy it again"
+    with pytest.raises(ValueError, match=re.escape(error)):
+        list(islice(TarReader((archive,)).members(0), 10))
+    assert outcome(archive) == (f"error: {error}\n", Counter())
 
 
 @pytest.mark.parametrize("claim", [2**31, 2**40, 2**62])
