@@ -29,6 +29,7 @@ _ZIP_HEADER_BYTES = 30  # size of a member's local header, before its name and e
 _ZIP_LENGTHS = struct.Struct("<HH")  # lengths of the name and the extra field, the end of that header
 _ENCRYPTED = 1  # bit of a zip member's flags
 _MAX_DEFLATE_RATIO = 1032  # 258 bytes take 2 bits at least
+_BOMB_RATIO, _BOMB_BYTES = 100, 1 << 26  # of images, only large blank ones without compression deflate like this
 _NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
 _OPEN_FILES = 256
 
@@ -143,8 +144,11 @@ def _zip_fault(info: zipfile.ZipInfo) -> str | None:
         return _NO_FILE
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"it is compressed by zip's method {info.compress_type}; repack the archive with method 0 or 8"
-    if info.file_size > info.compress_size * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO):
-        return f"it cannot have the {info.file_size} bytes that the archive claims, of {info.compress_size} stored"
+    stored, size = info.compress_size, info.file_size
+    if size > stored * (1 if info.compress_type == zipfile.ZIP_STORED else _MAX_DEFLATE_RATIO):
+        return f"it cannot have the {size} bytes that the archive claims, of {stored} stored"
+    if size > max(_BOMB_BYTES, stored * _BOMB_RATIO):
+        return f"its {stored} bytes unpack to {size}, as no usual image's do; if it is one, convert it to JPEG or PNG"
     return None
 
 

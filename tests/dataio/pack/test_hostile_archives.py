@@ -15,7 +15,7 @@ import pytest
 
 from dataio.manifest import load_manifest
 from dataio.pack.__main__ import main
-from dataio.pack.archives import TarReader
+from dataio.pack.archives import TarReader, ZipReader
 
 NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
 
@@ -158,10 +158,24 @@ def test_a_size_that_a_zip_member_cannot_have_is_skipped_by_name(claim, jpeg, be
 
 
 def test_the_largest_factor_of_deflate_is_no_fault(jpeg, below, outcome):
-    """Zeros are deflated by it: they are unpacked, and are no image."""
+    """Zeros are deflated by it: up to 64 MiB are unpacked, and are no image."""
     images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg, "dog/zeros.jpg": bytes(2**26)}
     errors, _ = outcome(write_zip(below / "a.zip", images))
     assert errors.splitlines()[0] == "skipped dog/zeros.jpg: it is no image, or of an unknown format"
+
+
+def test_a_member_that_unpacks_to_far_more_than_images_do_is_never_unpacked(jpeg, below, outcome):
+    images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg, "dog/bomb.jpg": jpeg + bytes(2**26)}
+    archive = write_zip(below / "a.zip", images)
+    (bomb,) = (member for member in ZipReader(archive).members() if member.fault)
+    errors, packed = outcome(archive)
+    assert errors.splitlines()[0] == f"skipped dog/bomb.jpg: {bomb.fault}"
+    assert re.fullmatch(
+        f"its \\d{{5}} bytes unpack to {len(jpeg) + 2**26}, as no usual image's do; if it is one, convert it to JPEG or"
+        " PNG",
+        bomb.fault,
+    )
+    assert packed == Counter({("cat", jpeg): 1, ("dog", jpeg): 1})
 
 
 def negative_size(size: int) -> bytes:
