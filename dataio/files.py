@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import stat
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 _LOCK_NAME, _CONTENT_NAME = "lock", "content"
-_SHOWN_CHARACTERS = 200
+_CONTROL = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029]")
 _LOCK_SECONDS = 2.0  # time for the last worker processes of a killed command to end
 
 
@@ -40,12 +41,16 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def escape_unprintable(text: object) -> str:
-    r"""Return a text of a file, as a message may show it: control characters escaped (\x1b), cut after 200."""
-    shown = str(text)
-    end = "…" if len(shown) > _SHOWN_CHARACTERS else ""
-    shown = shown[:_SHOWN_CHARACTERS]
+def escape_unprintable(text: object, limit: int | None = 200) -> str:
+    r"""Return a text of a file, as a message may show it: control characters escaped (\x1b), cut after `limit`."""
+    shown = str(text)[:limit]
+    end = "…" if len(shown) < len(str(text)) else ""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) + end
+
+
+def has_control_character(text: str) -> bool:
+    """Tell whether a text has a character that breaks a line or commands a terminal."""
+    return _CONTROL.search(text) is not None
 
 
 def read_small_file(path: Path, max_bytes: int = 1 << 24) -> bytes:

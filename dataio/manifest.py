@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from dataio.files import sha256_of
+from dataio.files import escape_unprintable, has_control_character, sha256_of
 from dataio.urls import redact_url
 
 if TYPE_CHECKING:  # local data sets never import it
@@ -192,12 +192,13 @@ def parse_manifest(text: bytes, source: str) -> tuple[ManifestFile, str]:
         reason = str(error) if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"{source} is not a manifest ({reason}); pack the folder again") from error
     if version != FORMAT_VERSION:
-        raise ValueError(f"{source} has format {version}, this code reads {FORMAT_VERSION}; pack the folder again")
+        found = escape_unprintable(version)
+        raise ValueError(f"{source} has format {found}, this code reads {FORMAT_VERSION}; pack the folder again")
     try:
         file = TypeAdapter(ManifestFile).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = escape_unprintable(".".join(str(part) for part in first["loc"]))
         raise ValueError(f"{source} is not a manifest ({where}: {first['msg']}); pack the folder again") from error
     fault = _find_fault(file)
     if fault:
@@ -216,6 +217,9 @@ def _find_fault(file: ManifestFile) -> str | None:
             return f"{name!r} is not a valid shard name"
     if len(set(names)) < len(names):
         return "two shards have the same name"
+    for name in file.classes:
+        if has_control_character(name):
+            return f"class {escape_unprintable(name)} has control characters in its name"
     if len(set(file.classes)) < len(file.classes):
         return "two classes have the same name"
     for digest in (file.samples_sha256, *(shard.sha256 for shard in file.shards)):

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dataio.files import sha256_of
+from dataio.files import escape_unprintable, sha256_of
 from dataio.manifest import MANIFEST_NAME, SAMPLES_NAME, ManifestFile, Shard, load_samples, read_manifest_file
 from dataio.pack.archives import tar_headers
 from dataio.pack.image_checks import check_image
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     for fault in faults:
-        print(fault)
+        print(escape_unprintable(fault, None))  # it may name anything that a damaged shard holds
     if faults:
         print(f"faults in {target}: {len(faults)}")
         return 1

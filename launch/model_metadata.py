@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_pretrained_cfg
 
 from dataio.augment.params import ImageOptions
+from dataio.files import has_control_character
 from dataio.options import parse_options
 from polaformer.model import TOTAL_STRIDE
 
@@ -108,6 +109,8 @@ def read_model_metadata(path: Path) -> ModelMetadata | None:
         }
         fields["crop_mode"] = {value: name for name, value in _CROP_MODES_ON_DISK.items()}[fields["crop_mode"]]
         fields |= {name: tuple(fields[name]) for name in ("classes", "mean", "std")}
+        if any(map(has_control_character, fields["classes"])):
+            raise ValueError("a class has control characters in its name")
     except KeyError as error:
         raise ValueError(f"{path} has metadata of another version, without {error}; export it again") from error
     except (ValueError, TypeError, RecursionError) as error:

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from dataio.files import FolderLockedError, staging_folder, user_path
+from dataio.files import FolderLockedError, escape_unprintable, staging_folder, user_path
 from dataio.manifest import MANIFEST_NAME, SkippedFile
 from dataio.options import add_renamed_flag
 from dataio.pack.options import SPLITS, PackOptions, add_options
@@ -79,9 +79,10 @@ def _print_unusual(report: PackReport, broken: tuple[SkippedFile, ...]) -> None:
     for kind, paths in unusual.items():
         if paths:
             more = f", …; {REPORT_NAME} lists them all" if len(paths) > _NAMES_SHOWN else ""
-            print(f"{kind}: {len(paths)} ({', '.join(paths[:_NAMES_SHOWN])}{more})", file=sys.stderr)
+            shown = ", ".join(map(escape_unprintable, paths[:_NAMES_SHOWN]))
+            print(f"{kind}: {len(paths)} ({shown}{more})", file=sys.stderr)
     for file in broken[:_BROKEN_SHOWN]:
-        print(f"skipped {file.file}: {file.reason}", file=sys.stderr)
+        print(f"skipped {escape_unprintable(file.file)}: {file.reason}", file=sys.stderr)
     if broken:
         more = f", {_BROKEN_SHOWN} of them shown" if len(broken) > _BROKEN_SHOWN else ""
         print(f"skipped {len(broken)} broken files{more}; {MANIFEST_NAME} lists them all", file=sys.stderr)

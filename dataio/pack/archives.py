@@ -115,7 +115,8 @@ class ZipReader:
         for info in infos:
             if info.header_offset + info.compress_size > size:
                 raise ValueError(
-                    f"{self.path} is not a complete zip file (it ends inside {info.filename}); copy it again"
+                    f"{self.path} is not a complete zip file (it ends inside {escape_unprintable(info.filename)}); copy"
+                    " it again"
                 )
             locator = info.header_offset, info.compress_size, info.compress_type, info.CRC
             yield Member(info.filename, info.file_size, locator, _zip_fault(info))

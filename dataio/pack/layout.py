@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from dataio.files import escape_unprintable, list_folder
+from dataio.files import escape_unprintable, has_control_character, list_folder
 from dataio.pack.archives import Member, TarReader, ZipReader
 from dataio.pack.image_checks import EXTENSIONS
 
@@ -119,6 +119,7 @@ def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
     folders = inspect_folder(path).folders
     known: dict[str, str] = {}
     for folder in folders:
+        require_plain_name(path, folder)
         name = _split_name(folder)
         if name in known:
             raise ValueError(f"{path} holds {known[name]} and {folder}; rename one of them")
@@ -135,6 +136,12 @@ def _find_splits(path: Path, inspect_folder: FolderLister) -> Layout | None:
     if are_classes and (not vals or inspect_folder(trains[0]).images):  # one of the classes is called train
         return None
     return Layout(trains[0], vals[0] if vals else None, (*trains[1:], *vals[1:], *others))
+
+
+def require_plain_name(path: Path, name: str) -> None:
+    """Raise ValueError if the name of a folder or file below `path` would break lines, or command a terminal."""
+    if has_control_character(name):
+        raise ValueError(f"{path} holds {escape_unprintable(name)}, a name with control characters; rename it")
 
 
 def _split_name(folder: str) -> str:

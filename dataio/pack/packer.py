@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dataio.files import atomic_folder, clear_folder, printable, sync
+from dataio.files import atomic_folder, clear_folder, escape_unprintable, printable, sync
 from dataio.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -243,8 +243,8 @@ def _results(tasks: list[ShardTask], pool: ProcessPoolExecutor) -> Iterator[Writ
 
 def _broken_error(found: Source, broken: SkippedFile) -> ValueError:
     return ValueError(
-        f"broken image {found.name}/{broken.file}: {broken.reason}; repair or remove it, or pack with --skip-broken"
-        f" to leave out all such files"
+        f"broken image {found.name}/{escape_unprintable(broken.file)}: {broken.reason}; repair or remove it, or pack"
+        f" with --skip-broken to leave out all such files"
     )
 
 

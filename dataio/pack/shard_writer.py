@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from dataio.files import escape_unprintable
 from dataio.manifest import SAMPLE_DTYPE, SkippedFile
 from dataio.pack.image_checks import Downscale, Header, check_image, downscale_image
 from dataio.pack.source import LABEL_EXTENSION, ImageFile, Reader
@@ -97,7 +98,8 @@ def _read(task: ShardTask, image: ImageFile, written: WrittenShard) -> tuple[byt
     except OSError as error:
         raise ValueError(f"it cannot be read: {error.strerror or error}") from error
     if len(data) != image.bytes:
-        raise RuntimeError(f"{image.path} was changed while it was being packed; pack again when nothing changes it")
+        path = escape_unprintable(image.path)
+        raise RuntimeError(f"{path} was changed while it was being packed; pack again when nothing changes it")
     header = check_image(data, task.check, task.max_megapixels)
     if task.downscale is not None:
         stored, header = downscale_image(data, header, task.downscale)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its stubs lack the error
 
-from dataio.files import list_folder, printable
+from dataio.files import escape_unprintable, has_control_character, list_folder, printable
 from dataio.manifest import MANIFEST_NAME, SkippedFile, read_manifest_file
 from dataio.pack.archives import Member, TarReader
 from dataio.pack.image_checks import EXTENSIONS
@@ -30,6 +30,7 @@ from dataio.pack.layout import (
     is_visible,
     open_archive,
     read_members,
+    require_plain_name,
     split_archive,
 )
 
@@ -138,8 +139,11 @@ def read_names(file: Path) -> list[str]:
     names: dict[str, None] = {}
     for number, line in enumerate(file.read_text("utf-8-sig").rstrip("\n").split("\n"), 1):
         name = unicodedata.normalize("NFC", line)
-        if not name.strip() or name in names:
-            raise ValueError(f'{file}: line {number} is "{name}", empty or there twice; write a name a line')
+        if not name.strip() or name in names or has_control_character(name):
+            raise ValueError(
+                f'{file}: line {number} is "{escape_unprintable(name)}", empty, there twice or with control characters;'
+                " write a name a line"
+            )
         names[name] = None
     return list(names)
 
@@ -262,8 +266,6 @@ def _label_folders(
     for folder in folders:
         if folder != printable(folder):
             raise ValueError(f'the name of class "{printable(folder)}" in {path} is not UTF-8; rename the folder')
-        if "\n" in folder or "\r" in folder:
-            raise ValueError(f"the name of class {folder!r} in {path} has a line break; rename the folder")
         name = unicodedata.normalize("NFC", folder)  # macOS decomposes accents, and other systems do not
         if name in names:
             raise ValueError(f"{path} holds two folders {name}, written with other Unicode characters; rename one")
@@ -303,6 +305,8 @@ def _shards_of(path: Path) -> list[Path]:
     """List the tar files of a WebDataset; none if `path` is something else. Raises ValueError if one is missing."""
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
+        for tar in tars:
+            require_plain_name(path, tar.name)
         folders = any(entry.is_dir() and is_visible(entry.name) for entry in path.iterdir())
         return [] if folders else tars
     if path.is_file():
@@ -336,8 +340,11 @@ def _find_samples(path: Path, shards: list[Path], class_names: Sequence[str] | N
             images.append(image._replace(name=f"{shard.name}/{image.name}"))
             text = reader.read(label.bytes, label.locator).decode(errors="replace").strip()
             labels.append(unicodedata.normalize("NFC", text))
-            if not labels[-1]:
-                raise ValueError(f"{shard}: {label.name} is empty; write the class's number or name into it")
+            if not labels[-1] or has_control_character(labels[-1]):
+                raise ValueError(
+                    f"{shard}: {escape_unprintable(label.name)} is empty or has control characters; write the class's"
+                    " number or name into it"
+                )
     if not images:
         raise ValueError(f"{path} holds no samples: no member of its tar files ends with .{LABEL_EXTENSION}")
     classes, numbers, natural = _classes(path, labels, class_names)
@@ -363,7 +370,7 @@ def _samples(shard: Path, members: list[Member]) -> Iterator[tuple[Member, Membe
         if key and extension:
             samples.setdefault(f"{folder}{slash}{key}", {})[extension] = member
     for key, fields in samples.items():
-        label = fields.get(LABEL_EXTENSION)
+        label, key = fields.get(LABEL_EXTENSION), escape_unprintable(key)
         images = [member for extension, member in fields.items() if f".{extension.lower()}" in EXTENSIONS]
         if label is None and not images:
             continue
@@ -405,7 +412,9 @@ def _require_unique(path: Path, members: list[Member]) -> None:
     names = set()
     for member in members:
         if member.name in names and not member.name.endswith("/"):
-            raise ValueError(f"{path} holds {member.name} twice; write that archive again with one of them")
+            raise ValueError(
+                f"{path} holds {escape_unprintable(member.name)} twice; write that archive again with one of them"
+            )
         names.add(member.name)
 
 

@@ -221,3 +221,4 @@ def test_a_small_file_is_read_and_nothing_else(tmp_path):
 def test_control_characters_are_shown_as_such():
     assert escape_unprintable("\x1b[2J\ud800 – é\n") == r"\x1b[2J\ud800 – é\n"
     assert escape_unprintable("x" * 300) == "x" * 200 + "…"
+    assert escape_unprintable("x" * 300, None) == "x" * 300

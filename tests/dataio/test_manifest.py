@@ -57,6 +57,8 @@ def change_first_shard(**fields):
         (lambda manifest: manifest.update(samples="48"), "samples: Input should be a valid integer"),
         (lambda manifest: manifest.update(sample=48), "sample: Unexpected keyword argument"),
         (lambda manifest: manifest.pop("classes"), "classes: Field required"),
+        (lambda manifest: manifest["classes"].__setitem__(2, "\x1bc\n"), r"class \\x1bc\\n has control characters in"),
+        (lambda manifest: manifest.update({"\x1bc": 1}), r"\\x1bc: Unexpected keyword argument"),
         (lambda manifest: manifest["classes"].__setitem__(2, "cat"), "two classes have the same name"),
         (lambda manifest: manifest.update(samples_sha256="0" * 63), "'0{63}' is not a sha256"),
         (lambda manifest: manifest["shards"].reverse() or manifest["shards"][0].pop("bytes"), "shards.0.bytes: Field"),

@@ -191,6 +191,16 @@ def test_negative_size_in_a_tar_header(copy):
     assert fault == f"shard-000000.tar: not a tar file of images and labels (0.cls has a negative size); {REMEDY}"
 
 
+def test_names_in_a_shard_do_not_reach_the_terminal_as_they_are(copy, capsys):
+    path = copy / "shard-000000.tar"
+    header = tarfile.TarInfo("0\x1b[2J\nforged.jpg").tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(header.ljust(path.stat().st_size, b"\0"))
+    assert main([str(copy)]) == 1
+    said = capsys.readouterr().out
+    assert r"(0\x1b[2J\nforged.jpg is not followed by 0\x1b[2J\nforged.cls)" in said
+    assert all(line.isprintable() for line in said.splitlines())
+
+
 def ending_of(folder):
     """Return the extension of the first image, by the index."""
     return (folder / "shard-000000.idx").read_text().splitlines()[1].split()[0]

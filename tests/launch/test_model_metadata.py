@@ -1,6 +1,7 @@
 """Model metadata: to a safetensors file and back, and as timm reads it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import timm
@@ -82,6 +83,13 @@ def test_a_malformed_file_is_an_error(tmp_path):
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="broken.safetensors is not a safetensors file .*; copy or export it again"):
+        read_model_metadata(path)
+
+
+def test_class_names_with_control_characters_are_an_error(tmp_path):
+    path = tmp_path / "hostile.safetensors"
+    save_weights({"x": torch.zeros(1)}, path, replace(METADATA, classes=("cat", "\x1bc")).safetensors_metadata())
+    with pytest.raises(ValueError, match="has damaged metadata .a class has control characters in its name.; copy"):
         read_model_metadata(path)
 
 

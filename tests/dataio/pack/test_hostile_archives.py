@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dataio.manifest import load_manifest
 from dataio.pack.__main__ import main
@@ -75,6 +76,41 @@ def write_tar(path: Path, images: dict[str, bytes], *others: tarfile.TarInfo) ->
 
 
 WRITERS = {"zip": write_zip, "tar": write_tar}
+
+
+FORGED = "b\x1b]0;pwned\x07\nerror: fake"  # sets a terminal's title, and adds a line
+ESCAPED = r"b\x1b]0;pwned\x07\nerror: fake"
+
+
+def with_forged_names(jpeg: bytes) -> dict[str, tuple[dict[str, bytes], str]]:
+    """The members of archives, and what packing says about them."""
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(cmyk, "JPEG")
+    images = {"cat/a.jpg": jpeg, "dog/a.jpg": jpeg}
+    return {
+        "image": (images | {f"dog/{FORGED}.jpg": b"no image"}, f"skipped dog/{ESCAPED}.jpg: it is no image"),
+        "quoted": (images | {"dog/b.jpg": b"P6\n\x1b[2J1234567"}, "skipped dog/b.jpg: it cannot be decoded"),
+        "other file": (images | {f"dog/{FORGED}": b""}, f"skipped dog/{ESCAPED}: its name ends with none"),
+        "CMYK": (images | {f"dog/{FORGED}.jpg": cmyk.getvalue()}, f"as RGB: 1 (dog/{ESCAPED}.jpg)"),
+        "class": (images | {f"{FORGED}/a.jpg": jpeg}, f"holds {ESCAPED}, a name with control characters; rename it"),
+        "key": ({f"{FORGED}.jpg": jpeg, "1.cls": b"1"}, f"sample {ESCAPED} has no .cls"),
+        "empty label": ({f"{FORGED}.jpg": jpeg, f"{FORGED}.cls": b""}, f"{ESCAPED}.cls is empty or has control"),
+        "label": ({"1.jpg": jpeg, "1.cls": FORGED.encode()}, "1.cls is empty or has control characters; write"),
+    }
+
+
+@pytest.mark.parametrize("case", with_forged_names(b""))
+def test_names_in_an_archive_neither_forge_lines_nor_command_a_terminal(case, jpeg, below, capsys):
+    members, message = with_forged_names(jpeg)[case]
+    archive = write_tar(below / "a.tar", members)
+    assert main([str(archive), str(below / "skipped"), "--skip-broken", "--workers=1"]) in (0, 2)
+    said = capsys.readouterr().err
+    main([str(archive), str(below / "packed"), "--workers=1"])
+    assert message in said
+    assert all(line.isprintable() and not line.startswith("error: fake") for line in said.splitlines())
+    said = capsys.readouterr().err
+    assert message.removeprefix("skipped ").partition(":")[0] in said
+    assert all(line.isprintable() and not line.startswith("error: fake") for line in said.splitlines())
 
 
 @pytest.mark.parametrize("kind", WRITERS)

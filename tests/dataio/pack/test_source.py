@@ -1,6 +1,7 @@
 """Finding images and classes in folders, archives and WebDatasets, among other files."""
 
 import os
+import re
 import shutil
 import subprocess
 import tarfile
@@ -182,10 +183,22 @@ def test_class_folder_that_is_a_symlink(source, tmp_path):
     assert [(file.file, file.reason[:20]) for file in find_images(source).broken] == [("cat", "it is a link to noth")]
 
 
-def test_class_name_with_a_line_break(source):
-    (source / "cat").rename(source / "c\nat")
-    with pytest.raises(ValueError, match=r"the name of class 'c\\nat' in .* has a line break; rename the folder"):
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x1b", "\x9b", "\u2028"])
+def test_class_name_with_a_control_character(character, source, tmp_path):
+    (source / "cat").rename(source / f"c{character}at")
+    shown = re.escape(f"c{character.encode('unicode_escape').decode()}at")
+    with pytest.raises(ValueError, match=rf"source holds {shown}, a name with control characters; rename it"):
         find_images(source)
+    (tmp_path / "names").write_text(f"c{character}at\ncoffee", newline="")
+    if character not in "\r\n":
+        with pytest.raises(ValueError, match=f'names: line 1 is "{shown}", empty, there twice or with control'):
+            read_names(tmp_path / "names")
+
+
+def test_class_name_with_joiners(source):
+    """Characters without a glyph that Persian and emoji need."""
+    (source / "cat").rename(source / "\u0645\u06cc\u200c\u0634\u0648\u062f")
+    assert find_images(source).classes[-1] == "\u0645\u06cc\u200c\u0634\u0648\u062f"
 
 
 def test_fingerprint_changes_with_the_source(source):
@@ -368,7 +381,10 @@ def write_tar_of(path: Path, members: list[tuple[str, bytes]]) -> None:
         (["a.jpg", "a.cls", "a.png"], r"sample a has 2 images; a sample needs one image and its class"),
         (["a.jpg", "a.cls", "b.jpg", "b.cls", "a.jpg"], r"holds a.jpg twice; write that archive again with one"),
         (["a.jpg", "a.cls", "x/a.jpg", "x/a.cls", "x/a.cls"], r"holds x/a.cls twice"),
-        (["a.jpg", "empty.cls", "empty.jpg", "a.cls"], r"empty.cls is empty; write the class's number or name"),
+        (
+            ["a.jpg", "empty.cls", "empty.jpg", "a.cls"],
+            r"empty.cls is empty or has control characters; write the",
+        ),
         (["notes.txt", "a.cls.txt", "b.cls", "b.jpg", "b.txt", "a.JPEG"], r"sample a has no .cls"),
     ],
 )
@@ -418,8 +434,8 @@ def test_keys_with_dots(photos, tmp_path):
         ("2", "a\nb\n", r"has class 2, and names are known for 2 from 0 on; give a file with 3 lines to --classes"),
         ("9999999999", None, r"has class 9999999999, and names are known for 0 from 0 on"),
         ("dog", "cat\nrocket\n", r'has class "dog", which is none of the 2 names; add it to these'),
-        ("dog", "cat\n\ndog\n", r'names: line 2 is "", empty or there twice; write a name a line'),
-        ("dog", "cat\ndog\ncat\n", r'names: line 3 is "cat", empty or there twice'),
+        ("dog", "cat\n\ndog\n", r'names: line 2 is "", empty, there twice or with control characters; write a name a'),
+        ("dog", "cat\ndog\ncat\n", r'names: line 3 is "cat", empty, there twice'),
     ],
 )
 def test_labels_that_do_not_match_the_classes(label, names, message, photos, tmp_path):
