@@ -122,7 +122,8 @@ def find_free_port() -> int:
     """Return a TCP port that is free, below the ephemeral ports of Linux."""
     while True:
         port = secrets.choice(range(10_000, 32_768))
-        with suppress(OSError), socket.create_server(("", port)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))  # at all addresses, as rank 0 will be; nobody can connect, since it does not listen
             return port
 
 

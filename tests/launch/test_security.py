@@ -7,6 +7,7 @@ tests/dataio/pack/test_hostile_archives.py, the files that commands create in te
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -27,21 +28,32 @@ UNSAFE_CALLS = {
     *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile"),
     *("yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all", "yaml.load_all"),
     *("torch.jit.load", "torch.package.PackageImporter", "torch.hub.load", "torch.export.load"),
+    *("torch.distributed.checkpoint.load", "pandas.read_pickle", "runpy.run_path", "runpy.run_module"),
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),  # a shell
     *("asyncio.create_subprocess_shell", "pty.spawn"),
+    *(f"os.{name}" for name in dir(os) if name.startswith(("exec", "spawn", "posix_spawn"))),
     *("tempfile.mktemp", "shutil.unpack_archive"),
 }
-#: Methods of DeepSpeed's engine and their like that call torch.load inside; those that unpack an archive.
-UNSAFE_METHODS = {"load_checkpoint", "load_module_state_dict", "load_state_dict_from_url", "Unpickler", "extractall"}
-#: Calls that are safe with this argument alone.
-SAFE_WITH = {"torch.load": ("weights_only", "True"), "yaml.load": ("Loader", "yaml.SafeLoader")}
-#: Calls that are safe unless this argument is true.
-SAFE_WITHOUT = {"numpy.load": "allow_pickle"} | {
-    f"subprocess.{name}": "shell" for name in ("run", "Popen", "call", "check_call", "check_output")
+#: Methods of DeepSpeed's engine and their like that call torch.load inside; those that unpickle, or unpack an archive.
+UNSAFE_METHODS = {
+    *("load_checkpoint", "load_module_state_dict", "load_state_dict_from_url"),
+    *("Unpickler", "ForkingPickler", "extract", "extractall"),
 }
+#: Functions that are safe with this argument alone.
+SAFE_WITH = {
+    **dict.fromkeys(("torch.load", "torch.serialization.load"), ("weights_only", "True")),
+    "yaml.load": ("Loader", "yaml.SafeLoader"),
+}
+#: Functions that are safe unless this argument is true.
+SAFE_WITHOUT = {
+    **dict.fromkeys(("numpy.load", "numpy.lib.format.read_array"), "allow_pickle"),
+    **{f"subprocess.{name}": "shell" for name in ("run", "Popen", "call", "check_call", "check_output")},
+}
+GUARDED = SAFE_WITH.keys() | SAFE_WITHOUT.keys()
+SHELLS = {"sh", "bash", "dash", "zsh", "/bin/sh", "/bin/bash"}
 #: Words of a shell script that execute a text; and what makes a server listen to other machines.
 UNSAFE_WORDS = re.compile(r"(?<![\w-])(eval|(ba|da|z)?sh +-\w*c)(?![\w-])")
-OPEN_TO_OTHERS = re.compile(r"bind_all|0\.0\.0\.0")
+OPEN_TO_OTHERS = re.compile(r"""bind_all|0\.0\.0\.0|--host[ =](""|\'\'|::)|["']::["']|create_server\(\(["']{2}""")
 
 
 def names_of(tree: ast.AST) -> dict[str, str]:
@@ -55,26 +67,46 @@ def names_of(tree: ast.AST) -> dict[str, str]:
     return names
 
 
+def is_unsafe(name: str, call: ast.Call) -> bool:
+    """Whether a call of a guarded function lacks the argument that makes it safe, or may hide one that does not."""
+    words = {word.arg or "**": ast.unparse(word.value) for word in call.keywords}
+    if "**" in words or len(call.args) > 1 or any(isinstance(arg, ast.Starred) for arg in call.args):
+        return True
+    if name in SAFE_WITH:
+        keyword, value = SAFE_WITH[name]
+        return words.get(keyword) != value
+    return words.get(SAFE_WITHOUT[name], "False") != "False"
+
+
 def faults_of(source: str) -> Iterator[str]:
-    """The calls and imports in a source that would execute what they read."""
+    """What in a source would execute what it reads: imports, functions that are called or passed on, shells."""
     tree = ast.parse(source)
     names = names_of(tree)
+
+    def full_name(node: ast.expr) -> str:
+        first, dot, rest = ast.unparse(node).partition(".")
+        return names.get(first, first) + dot + rest
+
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    called |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript)}  # Popen[bytes], a type
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             imported = {f"{prefix}{alias.name}" for alias in node.names} - HARMLESS
             yield from (name for name in imported if name.partition(".")[0] in UNSAFE_MODULES)
-        elif isinstance(node, ast.Call):
-            first, dot, rest = ast.unparse(node.func).partition(".")
-            name = names.get(first, first) + dot + rest
-            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            if (
-                name in UNSAFE_CALLS
-                or (isinstance(node.func, ast.Attribute) and node.func.attr in UNSAFE_METHODS)
-                or (name in SAFE_WITH and (SAFE_WITH[name][0], words.get(SAFE_WITH[name][0])) != SAFE_WITH[name])
-                or words.get(SAFE_WITHOUT.get(name, ""), "False") != "False"
-            ):
+        elif isinstance(node, ast.Call) and (name := full_name(node.func)) in GUARDED:
+            if is_unsafe(name, node):
                 yield ast.unparse(node)
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load):
+            name = full_name(node)
+            is_method = isinstance(node, ast.Attribute) and node.attr in UNSAFE_METHODS
+            if name in UNSAFE_CALLS or is_method or (name in GUARDED and id(node) not in called):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.List | ast.Tuple):
+            match node.elts:
+                case [ast.Constant(value=shell), ast.Constant(value=flag), text, *_]:
+                    if shell in SHELLS and "c" in str(flag) and not isinstance(text, ast.Constant):
+                        yield ast.unparse(node)
 
 
 def script_faults(source: str) -> list[str]:
@@ -100,11 +132,14 @@ def test_nothing_that_is_read_is_executed():
         *("import os\nos.system(x)", "from os import popen\npopen(x)", "import tempfile as t\nt.mktemp()"),
         *("import subprocess\nsubprocess.run(x, shell=True)", "from subprocess import Popen\nPopen(x, shell=y)"),
         *("import yaml\nyaml.unsafe_load(x)", "import builtins\nbuiltins.exec(x)", "tarfile.open(x).extractall()"),
-        *(
-            "import shutil\nshutil.unpack_archive(x)",
-            "import subprocess as s\ns.getoutput(x)",
-            "compile(x, '', 'exec')",
-        ),
+        *("import shutil\nshutil.unpack_archive(x)", "import subprocess as s\ns.getoutput(x)"),
+        "compile(x, '', 'exec')",
+        *("import torch\nmap(torch.load, x)", "import torch\nload = torch.load", "f = eval", "archive.extract(x)"),
+        *("import numpy as np\nnp.load(x, None, True)", "import torch\ntorch.serialization.load(x)"),
+        *("import subprocess\nsubprocess.run(['bash', '-ec', x])", "command = 'sh', '-c', f'touch {x}', y"),
+        *("import subprocess\nsubprocess.run(x, **y)", "import subprocess\nsubprocess.run(*x)"),
+        *("import os\nos.execv(x, y)", "import pandas\npandas.read_pickle(x)", "from runpy import run_path as r\nr(x)"),
+        "import numpy.lib.format as f\nf.read_array(x, allow_pickle=True)",
     ],
 )
 def test_what_would_be_executed_is_found(source):
@@ -117,6 +152,7 @@ def test_what_would_be_executed_is_found(source):
         *("import torch\ntorch.load(x, weights_only=True)", "from pickle import UnpicklingError", "model.eval()"),
         *("import yaml\nyaml.load(x, Loader=yaml.SafeLoader)", "import numpy as np\nnp.load(x)", "engine.compile()"),
         *("import subprocess\nsubprocess.run(x)", "import subprocess\nsubprocess.run(x, shell=False)", "re.compile(x)"),
+        *("command = 'sh', '-c', 'touch \"$1\"', x", "import subprocess\nprocess: subprocess.Popen[bytes]"),
         *("import yaml\nyaml.safe_load(x)", "import tempfile\ntempfile.mkdtemp()", "zipfile.ZipFile(x).infolist()"),
     ],
 )
@@ -151,3 +187,10 @@ def test_no_command_of_ours_opens_a_port_to_other_machines():
     read = [*FILES, *SCRIPTS, *DOCUMENTS]
     assert any("tensorboard --logdir" in path.read_text() for path in read)
     assert [path for path in read if OPEN_TO_OTHERS.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    "source", ["--host 0.0.0.0", '--host ""', "--host=::", "--bind_all", 'create_server(("", 1))', 'run(host="::")']
+)
+def test_what_opens_a_port_to_other_machines_is_found(source):
+    assert OPEN_TO_OTHERS.search(source)
