@@ -40,23 +40,19 @@ def project(tmp_path_factory) -> Path:
     return root
 
 
-def begin(project: Path, *arguments: object) -> subprocess.Popen:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environ = os.environ | {"PATH": path, "PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400"}
-    command, pipe = [sys.executable, "-m", "launch.quickstart", *map(str, arguments)], subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=project, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+@pytest.fixture
+def environ(project, no_launcher, monkeypatch) -> None:
+    """The project's folder as working folder, and the environment of a machine without a GPU."""
+    monkeypatch.chdir(project)
+    for name, value in {"PYTHONPATH": str(project), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "400"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
-def quickstart(project: Path, *arguments: object) -> subprocess.CompletedProcess:
-    process = begin(project, *arguments)
-    output, errors = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
-
-
-def commands(finished: subprocess.CompletedProcess) -> list[str]:
-    return [line for line in finished.stdout.splitlines() if line.startswith("$ ")]
+def commands(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("$ ")]
 
 
 @pytest.fixture(scope="module")
@@ -76,28 +72,27 @@ def odd(fashion, hostile, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_class_folder_becomes_a_model_and_is_reused(project, odd, monkeypatch, capfd):
-    monkeypatch.chdir(project)
+def test_a_class_folder_becomes_a_model_and_is_reused(project, environ, odd, capfd):
     with pytest.raises(SystemExit, match="2"):  # the status of a packing command
         main([f"--data={odd}", *SHORT])
     assert "film.mp4: its name ends with none of" in capfd.readouterr().err
-    finished = quickstart(project, f"--data={odd}", "--skip-broken", *SHORT, "--resize=24")  # options anywhere
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert main([f"--data={odd}", "--skip-broken", *SHORT, "--resize=24"]) == 0  # options anywhere
+    finished = capfd.readouterr().out
     (run,) = (project / "runs").glob("quickstart-it-s*")
     (shards,) = (target for target in (project / "data" / "shards").glob("it-s*") if (target / "train").exists())
     assert not [path for folder in (project, odd.parent) for path in folder.rglob("created")]
     assert run.name == f"quickstart-{shards.name}"
     assert re.fullmatch(r"it-s-bold-1-smile-é-touch-created-[a-z-]*-[0-9a-f]{8}", shards.name)
     for line in ("top-1 of the weights", "top-1 of the EMA", "total", f"tensorboard --logdir 'runs/{run.name}'"):
-        assert line in finished.stdout
+        assert line in finished
     assert [read_report(shards / split).resize for split in ("train", "val")] == [24, 24]
     summary = json.loads((run / SUMMARY_NAME).read_text())
     better = max(summary["top1"].values())
     assert summary["top1"][summary["exported"]] == better
-    assert re.search(rf"exported, the better: {summary['exported']}", finished.stdout)
-    assert re.search(rf"top-1 of the weights +│ {summary['top1']['weights']:.2f} %", finished.stdout)
-    assert f"cores: {summary['cores']}" in finished.stdout
-    assert "of which steps" in finished.stdout
+    assert re.search(rf"exported, the better: {summary['exported']}", finished)
+    assert re.search(rf"top-1 of the weights +│ {summary['top1']['weights']:.2f} %", finished)
+    assert f"cores: {summary['cores']}" in finished
+    assert "of which steps" in finished
     assert 0 < summary["speed"]["seconds"] < summary["seconds"]["training"]
     kept = [run / "checkpoints" / "latest", run / SUMMARY_NAME]
     weights = run / "export" / "model.safetensors"
@@ -107,21 +102,28 @@ def test_a_class_folder_becomes_a_model_and_is_reused(project, odd, monkeypatch,
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
     before = [path.stat().st_mtime_ns for path in kept]
-    again = quickstart(project, f"--data={odd}", *SHORT, "--resize=24", "--skip-broken")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "step 1" not in again.stdout
+    assert main([f"--data={odd}", *SHORT, "--resize=24", "--skip-broken"]) == 0
+    again = capfd.readouterr().out
+    assert "step 1" not in again
     assert len(commands(finished)) == 6
     stages = [re.search(r"train\.py|launch\.\w+", command)[0] for command in commands(again)]
     assert stages == ["train.py", "launch.export"]
-    assert len(re.findall("(packing|evaluation of the (weights|EMA)) +│ already done", again.stdout)) == 3
+    assert len(re.findall("(packing|evaluation of the (weights|EMA)) +│ already done", again)) == 3
     assert json.loads((run / SUMMARY_NAME).read_text()) == summary
     assert [path.stat().st_mtime_ns for path in kept] == before
-    assert "of which steps" not in again.stdout
+    assert "of which steps" not in again
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_training_leaves_a_checkpoint_and_no_process(project, fashion):
-    process = begin(project, f"--data={fashion}", *SHORT, "log.every_steps=1", "optimizer.epochs=1000")
+def test_ctrl_c_while_training_leaves_a_checkpoint_and_no_process(project, environ, fashion):
+    command = [sys.executable, "-m", "launch.quickstart", f"--data={fashion}", *SHORT, "log.every_steps=1"]
+    process = subprocess.Popen(
+        [*command, "optimizer.epochs=1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
         if line.startswith("step 1/"):
             break

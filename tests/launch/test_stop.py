@@ -365,17 +365,22 @@ def wait_for(condition, process: subprocess.Popen, log: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "sent", "status"),
-    [("torchrun", "SIGTERM", 1), ("torchrun", "Ctrl-C", 1), ("deepspeed", "Ctrl-C", -2), ("deepspeed", "a rank", 75)],
+    ("launcher", "sent", "ranks", "status"),
+    [
+        ("torchrun", "SIGTERM", 2, 1),
+        ("torchrun", "Ctrl-C", 1, 1),  # a terminal sends it to all ranks: one is enough
+        ("deepspeed", "Ctrl-C", 1, -2),
+        ("deepspeed", "a rank", 2, 75),
+    ],
 )
-def test_launchers_pass_signals_on(environ, short, free_port, tmp_path, launcher, sent, status):
+def test_launchers_pass_signals_on(environ, short, free_port, tmp_path, launcher, sent, ranks, status):
     """A checkpoint is written, whatever the launcher makes of the ranks' exit code; the README has a table of that."""
     commands = {
-        "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        "deepspeed": ("deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={free_port}"),
+        "torchrun": ("torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"),
+        "deepspeed": ("deepspeed.launcher.runner", f"--num_accelerators={ranks}", f"--master_port={free_port}"),
     }
     command = [sys.executable, "-m", *commands[launcher], STOPPED_RUN, *short]
-    held = stop_at("step 1", reached=str(tmp_path / "reached"), rank=1)
+    held = stop_at("step 1", reached=str(tmp_path / "reached"), rank=ranks - 1)
     log = tmp_path / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(
@@ -383,12 +388,13 @@ def test_launchers_pass_signals_on(environ, short, free_port, tmp_path, launcher
         )
     others: list[psutil.Process] = []
     try:
-        wait_for((tmp_path / "reached-1").exists, process, log)
+        reached = tmp_path / f"reached-{ranks - 1}"
+        wait_for(reached.exists, process, log)
         others = psutil.Process(process.pid).children(recursive=True)
         if sent == "Ctrl-C":
             os.killpg(process.pid, signal.SIGINT)
         elif sent == "a rank":
-            os.kill(int((tmp_path / "reached-1").read_text()), signal.SIGUSR1)
+            os.kill(int(reached.read_text()), signal.SIGUSR1)
         else:
             process.send_signal(signal.Signals[sent])
         assert process.wait() == status, log.read_text()
