@@ -114,7 +114,7 @@ def find_images(source: str | Path, class_names: Sequence[str] | None = None) ->
     class_names: all classes in their order; some may have no images. None: the classes are in natural order (2 before
     10), or as the numbers or the manifest of a WebDataset say.
     Raises ValueError if there is no class, `class_names` lacks one, one has no images and they are None, the folders
-    are splits of a data set (train, val), or a sample is incomplete.
+    are splits of a data set (train, val), a sample is incomplete, or the name of a class has control characters.
     """
     path = Path(source)
     archive, inside = split_archive(path)

@@ -93,6 +93,7 @@ def with_forged_names(jpeg: bytes) -> dict[str, tuple[dict[str, bytes], str]]:
         "other file": (images | {f"dog/{FORGED}": b""}, f"skipped dog/{ESCAPED}: its name ends with none"),
         "CMYK": (images | {f"dog/{FORGED}.jpg": cmyk.getvalue()}, f"as RGB: 1 (dog/{ESCAPED}.jpg)"),
         "class": (images | {f"{FORGED}/a.jpg": jpeg}, f"holds {ESCAPED}, a name with control characters; rename it"),
+        "twice": (images | {f"dog/{FORGED}.jpg": jpeg, f"./dog/{FORGED}.jpg": jpeg}, f"holds dog/{ESCAPED}.jpg twice"),
         "key": ({f"{FORGED}.jpg": jpeg, "1.cls": b"1"}, f"sample {ESCAPED} has no .cls"),
         "empty label": ({f"{FORGED}.jpg": jpeg, f"{FORGED}.cls": b""}, f"{ESCAPED}.cls is empty or has control"),
         "label": ({"1.jpg": jpeg, "1.cls": FORGED.encode()}, "1.cls is empty or has control characters; write"),
