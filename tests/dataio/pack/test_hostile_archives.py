@@ -1,4 +1,4 @@
-"""Archives whose members would leave the folder in which they are unpacked, or fill the disk: nothing is unpacked."""
+"""Archives and names that would leave the folder, fill memory or disk, loop for ever, or command the terminal."""
 
 import io
 import os
@@ -17,6 +17,7 @@ from PIL import Image
 from dataio.manifest import load_manifest
 from dataio.pack.__main__ import main
 from dataio.pack.archives import TarReader, ZipReader
+from dataio.pack.source import find_images, read_names
 
 NO_FILE = "it is a link or no regular file, which cannot be read inside an archive"
 
@@ -112,6 +113,24 @@ def test_names_in_an_archive_neither_forge_lines_nor_command_a_terminal(case, jp
     said = capsys.readouterr().err
     assert message.removeprefix("skipped ").partition(":")[0] in said
     assert all(line.isprintable() and not line.startswith("error: fake") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\x1b", "\x9b", "\u2028"])
+def test_class_name_with_a_control_character(character, source, tmp_path):
+    (source / "cat").rename(source / f"c{character}at")
+    shown = re.escape(f"c{character.encode('unicode_escape').decode()}at")
+    with pytest.raises(ValueError, match=rf"source holds {shown}, a name with control characters; rename it"):
+        find_images(source)
+    (tmp_path / "names").write_text(f"c{character}at\ncoffee", newline="")
+    if character not in "\r\n":
+        with pytest.raises(ValueError, match=f'names: line 1 is "{shown}", empty, there twice or with control'):
+            read_names(tmp_path / "names")
+
+
+def test_class_name_with_joiners(source):
+    """Characters without a glyph that Persian and emoji need."""
+    (source / "cat").rename(source / "\u0645\u06cc\u200c\u0634\u0648\u062f")
+    assert find_images(source).classes[-1] == "\u0645\u06cc\u200c\u0634\u0648\u062f"
 
 
 @pytest.mark.parametrize("kind", WRITERS)
