@@ -8,6 +8,7 @@ a whole command.
 
 import errno
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -24,12 +25,16 @@ import torch
 import torch.distributed as dist
 
 from launch.first_collective import check_first_collective
-from launch.interrupt import EXIT_FATAL, EXIT_REFUSED
+from launch.interrupt import EXIT_FATAL, EXIT_REFUSED, EXIT_RESUME, exit_process
 
 _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of these, or unset them all"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-_FAILED_KEY = "launch: a rank has failed"  # in the group's store
+_FAILED_KEY, _LOST_KEY = "launch: a rank has failed", "launch: a rank is gone"  # in the group's store
+_CONNECTION_LOSS = re.compile(
+    "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|failed to recv, got 0 bytes"
+    "|remote process exited|ncclRemoteError).*"
+)
 
 
 @dataclass(frozen=True)
@@ -135,34 +140,65 @@ def destroy_process_group() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def abort_process() -> NoReturn:
-    """End this process with the traceback of the current exception, without leaving the process group.
+def abort_process(error: Exception) -> NoReturn:
+    """End this process because of `error`, without leaving the process group.
 
-    With NCCL, leaving the group would wait for ranks that wait for this one; the launcher ends those.
+    With NCCL, leaving the group would wait for ranks that wait for this one; the launcher ends those. The status is
+    EXIT_FATAL, after a traceback. Where the error is only that another rank is gone, one rank prints a line instead,
+    and the status is EXIT_RESUME if that rank was killed.
     """
-    traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    loss = connection_loss(error)
+    if loss is not None:
+        exit_process(_report_loss(loss))
+    traceback.print_exception(error)
     with suppress(RuntimeError, ValueError):
-        dist.distributed_c10d._get_default_store().set(_FAILED_KEY, "")
-    os._exit(EXIT_FATAL)
+        store = _default_store()
+        store.set(_FAILED_KEY, "")
+        store.get(_FAILED_KEY)  # the others notice that this rank is gone, and must find it
+    exit_process(EXIT_FATAL)
 
 
-def failed_rank_check() -> Callable[[], bool]:
-    """Return a function that says whether a rank has called `abort_process`, or rank 0, which answers this, is gone.
+def connection_loss(error: Exception) -> str | None:
+    """Return what gloo, NCCL or the store says of another rank that is gone; None if `error` is anything else."""
+    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        return None
+    found = _CONNECTION_LOSS.search(str(error))
+    return found and found[0]
+
+
+def _report_loss(loss: str) -> int:
+    """Print, on one rank, that another is gone, unless it has failed and said why; return the exit status."""
+    try:
+        store = _default_store()
+        if store.check([_FAILED_KEY]):
+            return EXIT_FATAL
+        if store.add(_LOST_KEY, 1) == 1:
+            print(f"error: gone, killed or out of memory: another rank ({loss}); start again", file=sys.stderr)
+    except RuntimeError:
+        if dist.get_rank() == 1:
+            print("error: rank 0 is gone: it has failed, if it says so above, or was killed", file=sys.stderr)
+        return EXIT_FATAL
+    return EXIT_RESUME
+
+
+def failed_rank_check() -> Callable[[], int | None]:
+    """Return a function: EXIT_FATAL if a rank has called `abort_process`, or rank 0, which knows, is gone; else None.
 
     It asks over a connection of its own, so it does not wait for another thread that waits for the store.
     """
-    store: Any = dist.distributed_c10d._get_default_store()
-    store = store.clone()
+    store = _default_store().clone()
 
-    def has_failed_rank() -> bool:
+    def status_without_rank() -> int | None:
         try:
-            return bool(store.check([_FAILED_KEY]))
+            return EXIT_FATAL if store.check([_FAILED_KEY]) else None
         except RuntimeError:
-            return True
+            return EXIT_FATAL
 
-    return has_failed_rank
+    return status_without_rank
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _select_device(rank_info: RankInfo, device_type: str) -> torch.device:
@@ -313,7 +349,7 @@ def run_distributed(
     """Join the process group, call `body` on every rank and leave the group; return `body`'s or an error's exit status.
 
     Errors print one message for all ranks: rank 0's, or that of a rank that could not join. An exception that is not
-    a RunError ends the process with its traceback.
+    a RunError ends the process by `abort_process`.
     title: what rank 0 announces before DeepSpeed is imported.
     fault: an error of this rank's arguments; `body` is not called on any rank.
     settled: called when all ranks know the exit status, and before any of them exits.
@@ -340,8 +376,8 @@ def run_distributed(
     except RunError as error:
         report_error(error, rank_info.rank)
         status = error.status
-    except Exception:
-        abort_process()
+    except Exception as error:
+        abort_process(error)
     settled()
     if status:
         dist.barrier()  # launchers end all ranks as soon as one fails: rank 0 reports first

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 EXIT_FATAL = 1  # exit status: an error after the first step
 EXIT_REFUSED = 2  # configuration, data or machine cannot work; nothing was trained
-EXIT_RESUME = 75  # stopped before its end; the same command resumes (EX_TEMPFAIL of sysexits.h)
+EXIT_RESUME = 75  # stopped or without a rank before its end; the same command resumes (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 130  # Ctrl-C of a command that does not resume, as of shells: 128 + SIGINT
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -56,7 +56,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None  # name of the first signal after `defer`
-        self._has_failed_rank: Callable[[], bool] = lambda: False
+        self._status_without_rank: Callable[[], int | None] = lambda: None
         self._deferred, self._ended, self._requests, self._last = False, False, 0, -_SAME_REQUEST_SECONDS
         self._lock = threading.Lock()
         self._is_rank_zero = _is_rank_zero()
@@ -71,14 +71,15 @@ class StopSignals:
         threading.Thread(target=self._listen, args=(signals,), name="signals", daemon=True).start()
         return self
 
-    def defer(self, has_failed_rank: Callable[[], bool] = lambda: False) -> None:
+    def defer(self, status_without_rank: Callable[[], int | None] = lambda: None) -> None:
         """Keep signals from now on instead of ending the process.
 
-        has_failed_rank: whether another rank has failed, so that no agreement is possible: then the next signal, by
-        which launchers end the others, ends this process at once. It is called in a thread.
+        status_without_rank: the exit status if another rank has failed or is gone, so that no agreement is possible:
+        then the next signal, by which launchers end the others, ends this process at once; else None. It is called in
+        a thread.
         """
         with self._lock:
-            self._deferred, self._has_failed_rank = True, has_failed_rank
+            self._deferred, self._status_without_rank = True, status_without_rank
 
     def ignore(self) -> None:
         """Ignore signals from now on: this rank's exit status is settled, and launchers signal those that exit last."""
@@ -89,9 +90,9 @@ class StopSignals:
             number = signal.sigwait(signals)
             if self._ended:
                 continue
-            # The others would wait for the failed rank for ever.
-            if self._deferred and self._has_failed_rank():
-                os._exit(128 + number)
+            # The others would wait for the missing rank for ever. A third signal ends the ranks one by one.
+            if self._deferred and self._requests < 2 and (status := self._status_without_rank()) is not None:
+                os._exit(status)
             with self._lock:
                 self._handle(signal.Signals(number), time.monotonic())
 

@@ -168,7 +168,7 @@ def current_owner() -> LockOwner:
         process=os.getpid(),
         started=datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
         born=start_ticks(os.getpid()),
-        machine=Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid"),
+        machine=process_table(),
         job=job and f"{environ.get('SLURM_CLUSTER_NAME', '')}/{job}",
         restarts=int(environ.get("SLURM_RESTART_COUNT") or 0),
         token=secrets.token_hex(8),
@@ -215,7 +215,7 @@ def _parse(content: bytes | None) -> LockOwner | None:
 def _is_dead(other: LockOwner, own: LockOwner, path: Path) -> bool | None:
     """Return whether a lock's owner is dead; None if this machine cannot tell."""
     if other.machine == own.machine:
-        if not _is_alive(other):
+        if not is_alive(other.process, other.born):
             return True
         with suppress(FileNotFoundError):
             if path.stat().st_ino == other.inode:
@@ -226,15 +226,21 @@ def _is_dead(other: LockOwner, own: LockOwner, path: Path) -> bool | None:
     return None
 
 
-def _is_alive(owner: LockOwner) -> bool:
+def is_alive(process: int, born: int | None) -> bool:
+    """Return whether a process of this machine is alive. born: its `start_ticks`."""
     try:
-        os.kill(owner.process, 0)
+        os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
         pass
-    born = start_ticks(owner.process)
-    return born is None or born == owner.born
+    ticks = start_ticks(process)
+    return ticks is None or ticks == born
+
+
+def process_table() -> str:
+    """Return the boot id and PID namespace in which process ids of this process are valid."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
 def start_ticks(process: int) -> int | None:

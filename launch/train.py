@@ -5,7 +5,8 @@
     srun python launch/train.py --config configs/X.yaml [key=value …]
 
 The same command resumes a run from its newest intact checkpoint, in the middle of an epoch too. SIGINT, SIGTERM,
-SIGUSR1 and SIGUSR2 stop it with a checkpoint. Exit status: 0 done, 2 refused, 75 stopped (start it again), 1 failed.
+SIGUSR1 and SIGUSR2 stop it with a checkpoint. Exit status: 0 done, 2 refused, 1 failed, 75 stopped, or ended because
+another rank was killed or hung (start it again).
 """
 
 import os
@@ -118,7 +119,8 @@ def start(config: Config, signals: StopSignals, rank_info: RankInfo, device: tor
         stop.check()
         with locked(config.output, partial(print_rank_0, rank=rank)) as check_lock:
             run = prepare(config, plan, device, check_lock, stop)
-            with contextlib.closing(run):
+            signals.defer(run.watchdog.status_without_rank)
+            with contextlib.closing(run), run.watchdog.ending_lost_runs():
                 return train(run, augment)
     except Stopped as stopped:
         print_rank_0(f"stopped by {stopped} before the first step; the same command starts it again", rank)

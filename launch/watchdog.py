@@ -1,9 +1,12 @@
-"""A watchdog in each rank: it ends a run that hangs, and says for which rank the others wait.
+"""A watchdog in each rank: it ends a run that hangs or has lost a rank, and says for which rank the others wait.
 
 When one rank hangs, all others soon wait for it in a collective, and none makes progress. So each rank also shows that
 its process runs: a thread rewrites a small file in the run's folder, with the number of *beats*, points of the run that
 all ranks pass in the same order. A rank whose file no longer changes is stopped or gone; if there is none, the rank
 with the fewest beats is behind.
+
+A rank that is killed ends the others at once: their collectives fail, or the launcher signals them. One on the same
+machine finds that its process has ended without having left the run, and names it.
 """
 
 import faulthandler
@@ -18,15 +21,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from launch.distributed import RunError, connection_loss
 from launch.flight_recorder import dump_path, write_dump
-from launch.interrupt import EXIT_RESUME
+from launch.interrupt import EXIT_FATAL, EXIT_RESUME, exit_process
+from launch.run_lock import is_alive, process_table, start_ticks
+from launch.stop import Stopped
 
 FOLDER_NAME = "heartbeats"  # in the run's folder
-HUNG_NAME = "hung"  # file in it of the last start that hung: lines with its id, its start of a Slurm job, the reason
+# Files in it of a start that hung, or lost a rank: lines with its id, its start of a Slurm job, the reason.
+HUNG_NAME, LOST_NAME = "hung", "lost"
 _RECORD_BYTES = 1024  # of a heartbeat's file, whose content is replaced in place: other hosts see that soonest
 _TICKS = 30  # of the watchdog in the time that makes a hang
 _SHORTEST_TICK, _LONGEST_TICK = 0.1, 10.0  # seconds
 _SHORTEST_LOOK = 5.0  # seconds in which a process that runs has ticked, on a busy machine too
+_LOOKS_FOR_LOST, _LOOK_SECONDS = 40, 0.05  # until a rank of the lost one's machine has named it
 
 
 @dataclass
@@ -42,10 +50,18 @@ class Heartbeat:
     ticks: int = 0  # of its watchdog
     pauses: int = 0  # that it is in
     done: bool = False  # it has left the run
+    failed: bool = False  # by an exception of its own
+    machine: str = ""  # in whose process table it has this id
+    born: int | None = None  # its start, as of `start_ticks`
+
+    @property
+    def name(self) -> str:
+        """Which rank this is: `rank 3 (node7, process 4711)`."""
+        return f"rank {self.rank} ({self.host}, process {self.process})"
 
     def __str__(self) -> str:
         """Return where it is: `rank 3 (node7, process 4711) in step 12, waiting for data`."""
-        return f"rank {self.rank} ({self.host}, process {self.process}) in step {self.step}, {self.phase}"
+        return f"{self.name} in step {self.step}, {self.phase}"
 
 
 class Watchdog:
@@ -58,13 +74,15 @@ class Watchdog:
 
     def __init__(self, run_folder: Path, rank: int, world_size: int, hang_seconds: float, start_id: str) -> None:
         self._folder, self._world_size, self._hang_seconds = run_folder / FOLDER_NAME, world_size, hang_seconds
-        self._hung, self._start_id = self._folder / HUNG_NAME, start_id
+        self._start_id, self._ending = start_id, threading.Lock()
         self._tick_seconds, self._ticks_to_look = _tick_seconds(hang_seconds), _ticks_to_look(hang_seconds)
-        self._own = Heartbeat(rank, socket.gethostname(), os.getpid())
+        process = os.getpid()
+        self._own = Heartbeat(rank, socket.gethostname(), process, machine=process_table(), born=start_ticks(process))
         self._armed, self._closed = False, threading.Event()
         self._folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            self._hung.unlink(missing_ok=True)
+            for name in (HUNG_NAME, LOST_NAME):
+                (self._folder / name).unlink(missing_ok=True)
         self._path(rank).with_suffix(".txt").unlink(missing_ok=True)
         dump_path(self._folder, rank).unlink(missing_ok=True)
         self._path(rank).write_bytes(b"")
@@ -102,6 +120,54 @@ class Watchdog:
         self._own.done = True
         self._show()
 
+    @contextmanager
+    def ending_lost_runs(self) -> Iterator[None]:
+        """End the process if a collective inside the block fails because another rank is gone."""
+        try:
+            yield
+        except (RunError, Stopped):  # on all ranks
+            raise
+        except Exception as error:
+            loss = connection_loss(error)
+            if loss is None:
+                self._own.failed = True  # before this process ends, which the others notice
+                self._show()
+                raise
+            exit_process(self.status_without_rank(loss) or EXIT_FATAL)
+
+    def status_without_rank(self, loss: str = "") -> int | None:
+        """Return the exit status if the run cannot go on without another rank; None if all are there.
+
+        It is EXIT_RESUME if that rank is gone or hangs, which one rank says for all, and EXIT_FATAL if it has failed.
+        loss: of a connection, which says that some rank is gone; "" if that is only a question.
+        """
+        with self._ending:
+            for _ in range(_LOOKS_FOR_LOST if loss else 1):
+                if self._is_known(HUNG_NAME) or self._is_known(LOST_NAME):
+                    return EXIT_RESUME
+                others = [found for found in self._heartbeats().values() if found.rank != self._own.rank]
+                if any(found.failed for found in others):  # and more may be gone because of that
+                    return EXIT_FATAL
+                names = ", ".join(found.name for found in others if self._is_lost(found))
+                if names or not loss:
+                    break
+                time.sleep(_LOOK_SECONDS)
+            if names or loss:
+                self._report_lost(names or f"a rank on another machine ({loss})")
+                return EXIT_RESUME
+        return None
+
+    def _report_lost(self, names: str) -> None:
+        if self._record(LOST_NAME, names):
+            _write_stderr(
+                f"error: gone in step {self._own.step}, killed or out of memory: {names}; the same command goes on from"
+                " the last checkpoint, if there is one\n"
+            )
+
+    def _is_lost(self, other: Heartbeat) -> bool:
+        """Return whether the process of another rank has ended without leaving the run, on this machine."""
+        return not other.done and other.machine == self._own.machine and not is_alive(other.process, other.born)
+
     def _watch(self) -> None:
         beats, changed = 0, time.monotonic()
         while not self._closed.is_set():
@@ -111,7 +177,10 @@ class Watchdog:
             was_stopped = now - began > 2 * self._tick_seconds + 1  # as this process was, or its machine
             if self._own.beats != beats or was_stopped or not self._armed:
                 beats, changed = self._own.beats, now
-            if self._is_known_to_hang():
+            with self._ending:  # a rank that has found one to be gone prints a line first
+                if self._is_known(LOST_NAME):
+                    os._exit(EXIT_RESUME)
+            if self._is_known(HUNG_NAME):
                 self._end()
             if now - changed > self._hang_seconds:
                 if self._is_hung():
@@ -123,11 +192,22 @@ class Watchdog:
         self._own.ticks += 1
         self._show()
 
-    def _is_known_to_hang(self) -> bool:
-        """Return whether a rank of this start has found the run to hang."""
+    def _is_known(self, name: str) -> bool:
+        """Return whether a rank of this start has left the file HUNG_NAME or LOST_NAME."""
         with suppress(OSError):
-            return self._hung.read_bytes().startswith(self._start_id.encode())
+            return (self._folder / name).read_bytes().startswith(self._start_id.encode())
         return False
+
+    def _record(self, name: str, reason: str) -> bool:
+        """Leave such a file for the other ranks and the Slurm job; return False if another rank was quicker."""
+        try:
+            with open(self._folder / name, "x", encoding="utf-8") as file:
+                file.write(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n")
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk, for example: more than one rank may say the same
+            pass
+        return True
 
     def _is_hung(self) -> bool:
         """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others."""
@@ -136,7 +216,7 @@ class Watchdog:
             self._tick()
             if self._closed.is_set():
                 return False
-            if self._is_known_to_hang():
+            if self._is_known(HUNG_NAME):
                 return True
         after = self._heartbeats()
         known = after.keys() & before.keys()
@@ -149,17 +229,11 @@ class Watchdog:
         if not silent and not lost and (self._own.pauses or any(found.pauses for found in after.values())):
             return False
         reason = describe_hang(list(after.values()) or [self._own], silent, sorted(lost))
-        try:
-            with open(self._hung, "x", encoding="utf-8") as file:
-                file.write(f"{self._start_id}\n{slurm_start(os.environ)}\n{reason}\n")
-        except FileExistsError:  # another rank was quicker
-            return True
-        except OSError:  # a full disk, for example: more than one rank may say the same
-            pass
-        _write_stderr(
-            f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in {self._folder};"
-            " the same command goes on from the last checkpoint, if there is one\n"
-        )
+        if self._record(HUNG_NAME, reason):
+            _write_stderr(
+                f"error: no progress for {self._hang_seconds:g} s: {reason}. The stacks of the ranks are in"
+                f" {self._folder}; the same command goes on from the last checkpoint, if there is one\n"
+            )
         return True
 
     def _end(self) -> NoReturn:

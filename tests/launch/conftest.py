@@ -130,13 +130,15 @@ class Forks:
         start = {"ranks": ranks, "words": [*map(str, words)], "variables": variables}
         start |= {"output": str(output), "errors": str(errors)}
         try:
-            status = self._answer(json.dumps(start))
+            answer = self._answer(json.dumps(start))
         except BaseException:
             self.close()  # ranks that hang among them
             raise
-        return subprocess.CompletedProcess(words, status, output.read_text(), errors.read_text())
+        finished = subprocess.CompletedProcess(words, answer["status"], output.read_text(), errors.read_text())
+        finished.statuses = answer["statuses"]  # of all ranks
+        return finished
 
-    def _answer(self, line: str) -> int:
+    def _answer(self, line: str) -> dict:
         if self._server is None:
             command = [sys.executable, Path(__file__).with_name("forked_ranks.py")]
             self._server = subprocess.Popen(
@@ -145,7 +147,7 @@ class Forks:
             )  # fmt: skip
         print(line, file=self._server.stdin, flush=True)
         if answer := self._server.stdout.readline():
-            return int(answer)
+            return json.loads(answer)
         raise RuntimeError("forked_ranks.py has ended; its last output is among the captured errors")
 
     def close(self) -> None:

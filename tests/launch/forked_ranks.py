@@ -1,8 +1,8 @@
 """Runs Python scripts and modules on one or more ranks, as forks of this process, which has imported the packages.
 
 Reads a request from each line of standard input, as JSON: {"ranks", "words": what follows `python`, "variables": of the
-environment, "output", "errors": files}. Answers with the exit status. Like torchrun, it ends all ranks when one fails
-(and waits for those that ignore SIGTERM).
+environment, "output", "errors": files}. Answers with {"status": the first exit status that is not 0, "statuses": of all
+ranks}. Like torchrun, it ends all ranks when one fails (and waits for those that ignore SIGTERM).
 """
 
 import atexit
@@ -57,25 +57,25 @@ def run(words: list[str]) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def wait(ranks: set[int]) -> int:
-    """Waits for all ranks and returns the first exit status that is not 0, else 0."""
-    failed = 0
-    while ranks:
+def wait(ranks: list[int]) -> dict:
+    """Waits for all ranks, and returns the answer."""
+    failed, statuses = 0, {}
+    while len(statuses) < len(ranks):
         ended, status = os.wait()
-        ranks.remove(ended)
+        statuses[ended] = os.waitstatus_to_exitcode(status)
         if status and not failed:
-            failed = os.waitstatus_to_exitcode(status)
-            for rank in ranks:
+            failed = statuses[ended]
+            for rank in set(ranks) - statuses.keys():
                 os.kill(rank, signal.SIGTERM)
                 os.kill(rank, signal.SIGCONT)  # tests stop some
-    return failed
+    return {"status": failed, "statuses": [statuses[rank] for rank in ranks]}
 
 
 for line in sys.stdin:
-    start, ranks = json.loads(line), set()
+    start, ranks = json.loads(line), []
     for rank in range(start["ranks"]):
         child = os.fork()
         if child == 0:
             become(rank, start)
-        ranks.add(child)
-    print(wait(ranks), file=answers, flush=True)
+        ranks.append(child)
+    print(json.dumps(wait(ranks)), file=answers, flush=True)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from launch import interrupt
 from launch.checkpoint import layout
 from launch.distributed import destroy_process_group, failed_rank_check, init_distributed, read_rank_info
-from launch.interrupt import EXIT_REFUSED, EXIT_RESUME, StopSignals
+from launch.interrupt import EXIT_FATAL, EXIT_REFUSED, EXIT_RESUME, StopSignals
 from launch.stop import StopAgreement
 
 ROOT = Path(__file__).parents[2]
@@ -257,7 +257,7 @@ import os, signal, sys
 from launch import distributed, train
 from launch.interrupt import StopSignals, exit_process
 signals = StopSignals().listen()
-train.failed_rank_check = lambda: lambda: True  # as when rank 0 has exited, and with it the store that answers this
+train.failed_rank_check = lambda: lambda: 1  # as when rank 0 has exited, and with it the store that answers this
 leave = distributed.destroy_process_group
 
 def get_signals_and_leave():
@@ -285,15 +285,15 @@ def test_signals_to_a_rank_that_exits_after_others_keep_its_status(forked, short
 def test_the_check_for_a_failed_rank_does_not_wait_for_the_store(no_launcher):
     """As while ranks wait for each other to form a group: a signal must still be heard."""
     init_distributed(read_rank_info(os.environ), "cpu", timedelta(hours=1))
-    store, has_failed_rank = torch.distributed.distributed_c10d._get_default_store(), failed_rank_check()
+    store, status_without_rank = torch.distributed.distributed_c10d._get_default_store(), failed_rank_check()
     other = store.clone()
     waiting = threading.Thread(target=store.wait, args=(["never set"],), daemon=True)
     waiting.start()
-    assert not has_failed_rank()
+    assert status_without_rank() is None
     assert waiting.is_alive()
     other.set("launch: a rank has failed", "")
     other.get("launch: a rank has failed")  # setting does not wait for the store to have the value
-    assert has_failed_rank()
+    assert status_without_rank() == EXIT_FATAL
     other.set("never set", "")
     waiting.join()
     destroy_process_group()

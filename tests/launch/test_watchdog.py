@@ -58,7 +58,7 @@ def test_a_rank_that_is_behind(ranks, tmp_path, capfd):
     assert reason.startswith("rank 1 (")
     assert reason.endswith(") in step 5, computing: behind the others")
     assert capfd.readouterr().err.startswith(f"error: no progress for {HANG_SECONDS:g} s: {reason}. The stacks")
-    assert ranks[1]._is_known_to_hang()
+    assert ranks[1]._is_known(HUNG_NAME)
     assert is_hung(ranks[1])  # it says nothing more
     assert capfd.readouterr().err == ""
 
@@ -109,7 +109,7 @@ def test_what_earlier_starts_left_is_not_of_this_one(start, tmp_path):
     assert is_hung(start(0, 1, "an earlier start"))
     later = start(1, 2, "this start")  # rank 0 has not removed the file yet
     assert said(tmp_path)[0] == "an earlier start"
-    assert not later._is_known_to_hang()
+    assert not later._is_known(HUNG_NAME)
     start(0, 2, "this start")
     assert said(tmp_path) == []
 

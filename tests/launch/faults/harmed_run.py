@@ -6,9 +6,11 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "speed": a sleep of two seconds in each micro-step, between data and forward pass;
 - "stop", the signal that stops a run with a checkpoint;
-- "process", which stops by SIGSTOP, and "main thread", which waits for ever.
+- "process", which stops by SIGSTOP, and "main thread", which waits for ever;
+- "life", which SIGKILL ends, and "code", which raises an AssertionError.
 With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save or of going back, "call": from 1,
 SIGKILL ends the rank.
+Harm is done in the first start of a Slurm job, or in that with "restart": its number.
 SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
 """
 
@@ -37,12 +39,12 @@ from launch.watchdog import Watchdog  # noqa: E402
 
 harms, skipped = (json.loads(os.environ.get(name, "[]")) for name in ("HARM", "SKIP"))
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-if "SLURM_RESTART_COUNT" in os.environ:
-    harms = []
+harms = [harm for harm in harms if harm.get("restart", 0) == int(os.environ.get("SLURM_RESTART_COUNT", "0"))]
 
 
 def kill_self(*_arguments) -> None:
-    Path(os.environ["KILLED"]).touch()
+    if "KILLED" in os.environ:
+        Path(os.environ["KILLED"]).touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -110,6 +112,9 @@ def step_with_harm(run, augment, step):
         os.kill(os.getpid(), signal.SIGTERM)
     if "process" in done:
         os.kill(os.getpid(), signal.SIGSTOP)
+    if "life" in done:
+        kill_self()
+    assert "code" not in done
     if "main thread" in done:
         threading.Event().wait()
     for place, tensor in {
