@@ -27,7 +27,7 @@ fail() {
     exit "${2:-2}"
 }
 
-# The exit code of a run that was stopped and has saved a checkpoint: start it again.
+# The exit code of a run that was stopped, or of which a rank was killed or hung: start it again.
 readonly EXIT_RESUME=75
 
 # requeue: puts this job back into the queue, from where it resumes the run, unless that was done too often.
@@ -40,8 +40,26 @@ POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" 
     echo "job $SLURM_JOB_ID: requeued, restart $((restarts + 1)) of at most $POLAFORMER_MAX_RESTARTS"
 }
 
+# lost_a_rank RUN: whether a rank of this start of the job was killed or hung, as the others have recorded.
+lost_a_rank() {
+    local record
+    for record in "$1"/heartbeats/{lost,hung}; do
+        [[ ! -f $record || $(sed -n 2p "$record") != "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]] || return 0
+    done
+    return 1
+}
+
+# require_progress RUN: ends the job if it lost a rank before, and has no newer checkpoint than then.
+require_progress() {
+    local newest before=$1/heartbeats/newest_when_lost
+    newest=$(cat "$1/checkpoints/latest" 2>/dev/null) || newest="the start"
+    [[ ! -f $before || $(<"$before") != "$newest" ]] || fail "job $SLURM_JOB_ID has lost a rank twice since $newest; \
+see above for the reason, and submit it again to resume" "$EXIT_RESUME"
+    echo "$newest" >"$before"
+}
+
 # train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job. Requeues the job if the
-# run stopped before its end; any other exit code of srun is the job's.
+# run stopped before its end, or a rank was killed or hung; any other exit code of srun is the job's.
 train() {
     local config=$1 cpus=${SLURM_CPUS_PER_TASK:-1} output=$POLAFORMER_RUNS/$SLURM_JOB_NAME modules argument status=0
     shift
@@ -79,10 +97,10 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
         "$POLAFORMER_PYTHON" launch/train.py --config "$config" \
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
         output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
-    # srun has to kill a rank that hangs, and ends with 137. The other ranks have written which start of the job it was.
-    if ((status > EXIT_RESUME)) && [[ -f $output/heartbeats/hung ]] &&
-        [[ $(sed -n 2p "$output/heartbeats/hung") == "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]]; then
+    # srun ends with 137 if a rank was killed, or has to kill one that hangs; and with less if one failed.
+    if ((status >= EXIT_RESUME)) && lost_a_rank "$output"; then
         status=$EXIT_RESUME
+        require_progress "$output"
     fi
     ((status != EXIT_RESUME)) || requeue
     return "$status"

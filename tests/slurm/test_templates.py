@@ -73,6 +73,14 @@ if "fail" in sys.argv and rank == "1":
     sys.exit(7)
 if "fail" in sys.argv:
     signal.pause()
+if "lose" in sys.argv:  # as launch/train.py: a rank that is killed, and one that records it
+    if rank == "0":
+        with open("run/heartbeats/lost", "w") as file:
+            file.write("id\\n" + os.environ["SLURM_JOB_ID"] + ".0\\nrank 1\\n")
+        sys.exit(75)
+    while not os.path.exists("run/heartbeats/lost"):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
 if "stop" in sys.argv:  # as launch/train.py: the rank that exits last does not end by srun's signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     open(f"blocked{rank}", "w")
@@ -139,6 +147,17 @@ def test_a_job_is_not_requeued_for_ever(cluster, project, tmp_path):
     job, log = submit(cluster, TEMPLATES[0], "stop", root=project, log=log, POLAFORMER_MAX_RESTARTS="0")
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
     assert log.endswith("was restarted 0 times and POLAFORMER_MAX_RESTARTS is 0; submit it again to resume\n")
+
+
+def test_a_job_that_loses_ranks_and_gets_no_further_is_not_requeued(cluster, project, tmp_path):
+    """The job before has lost a rank after the same checkpoint. A run that gets further is below."""
+    for path in (project / "run/checkpoints/latest", project / "run/heartbeats/newest_when_lost"):
+        path.parent.mkdir(parents=True)
+        path.write_text("step-00000003\n")
+    log = tmp_path / "job.log"
+    job, log = submit(cluster, TEMPLATES[0], "lose", "output=run", root=project, log=log)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
+    assert f"error: job {job['JobId']} has lost a rank twice since step-00000003; see above for the reason, and" in log
 
 
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
@@ -224,16 +243,21 @@ def project_with(train: Path, root: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_job_that_hangs_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
-    """A task that is stopped in its third step, and that srun therefore kills."""
+def test_a_job_that_loses_a_rank_and_then_hangs_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
+    """A task that is killed in its third step; then one that is stopped in its fifth, and that srun therefore kills."""
     root = project_with(ROOT / "tests/launch/faults/harmed_run.py", tmp_path / "project")
-    harm, settings = [{"step": 3, "to": "process", "rank": 1}], overrides(fashion_shards, tmp_path / "run")
+    settings = [*overrides(fashion_shards, tmp_path / "run"), "guard.hang_seconds=20", "checkpoint.every_epochs=0.1"]
+    harm = {"step": 3, "to": "life", "rank": 1}, {"step": 5, "to": "process", "rank": 1, "restart": 1}
     job, log = submit(
-        cluster, TEMPLATES[0], *settings, "guard.hang_seconds=20", root=root, log=tmp_path / "job.log",
-        HARM=json.dumps(harm), PYTHONPATH=str(ROOT),
+        cluster, TEMPLATES[0], *settings, root=root, log=tmp_path / "job.log", HARM=json.dumps(harm),
+        PYTHONPATH=str(ROOT),
     )  # fmt: skip
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
-    assert re.search(r"error: no progress for 20 s: rank 1 \(.*\) in step [12], .*: stopped or gone\. ", log), log
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), log
+    assert re.search(r"error: gone in step 3, killed or out of memory: rank 1 \(.*\); the same command goes on", log), (
+        log
+    )
+    assert re.search(r"error: no progress for 20 s: rank 1 \(.*\) in step [34], .*: stopped or gone\. ", log), log
+    assert "Traceback" not in log
     assert metrics(tmp_path / "run") == metrics(whole)
 
 
