@@ -380,7 +380,8 @@ def run_distributed(
         abort_process(error)
     settled()
     if status:
-        dist.barrier()  # launchers end all ranks as soon as one fails: rank 0 reports first
+        with suppress(RuntimeError):  # a rank may be gone
+            dist.barrier()  # launchers end all ranks as soon as one fails: rank 0 reports first
     destroy_process_group()
     return status
 

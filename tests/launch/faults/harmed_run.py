@@ -10,6 +10,7 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
 - "life", which SIGKILL ends, and "code", which raises an AssertionError.
 With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save or of going back, "call": from 1,
 SIGKILL ends the rank.
+The file KILLED is made before a kill, and STEPPED after the first step.
 Harm is done in the first start of a Slurm job, or in that with "restart": its number.
 SKIP is a list of steps, from 1, that the run skips, as a run that has gone back does.
 """
@@ -140,6 +141,8 @@ def step_with_harm(run, augment, step):
     trained = train_step(run, augment_with_harm, step)
     if hook:
         hook.remove()
+    if "STEPPED" in os.environ:
+        Path(os.environ.pop("STEPPED")).touch()
     return trained
 
 
