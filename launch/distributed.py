@@ -33,7 +33,7 @@ _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _FAILED_KEY, _LOST_KEY = "launch: a rank has failed", "launch: a rank is gone"  # in the group's store
 _CONNECTION_LOSS = re.compile(
     "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|failed to recv, got 0 bytes"
-    "|remote process exited|ncclRemoteError).*"
+    "|failed to connect|remote process exited|ncclRemoteError).*"
 )
 
 

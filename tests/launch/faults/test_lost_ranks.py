@@ -42,6 +42,7 @@ def meet(rank, here):
 def body(rank_info, device):
     rank = rank_info.rank
     signals.defer(failed_rank_check())
+    torch.distributed.barrier()
     meet(rank, "start-up")
     with raise_on_all_ranks():
         watchdog = Watchdog(Path(folder), rank, rank_info.world_size, 450.0, "a start")
@@ -122,6 +123,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
         ),
         (dist.DistBackendError("NCCL error in: x.cpp, remote process exited or there was a network"), "remote process"),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), "failed to recv"),
+        (dist.DistNetworkError("The client socket has failed to connect to (node7, 29500)"), "failed to connect"),
         (RuntimeError("cannot read shard-00001.tar: Connection reset by peer"), None),
         (RuntimeError(f"[enforce fail at {GLOO}pair.cc:446] op.preamble.length <= op.nbytes. 8 vs 4"), None),
         (dist.DistBackendError("NCCL error in: x.cpp, unhandled cuda error"), None),
