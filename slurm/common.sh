@@ -49,13 +49,15 @@ lost_a_rank() {
     return 1
 }
 
-# require_progress RUN: ends the job if it lost a rank before, and has no newer checkpoint than then.
+# require_progress RUN: ends the job if the run has lost a rank three times since its newest checkpoint.
 require_progress() {
-    local newest before=$1/heartbeats/newest_when_lost
+    local newest losses=$1/heartbeats/newest_when_lost
     newest=$(cat "$1/checkpoints/latest" 2>/dev/null) || newest="the start"
-    [[ ! -f $before || $(<"$before") != "$newest" ]] || fail "job $SLURM_JOB_ID has lost a rank twice since $newest; \
-see above for the reason, and submit it again to resume" "$EXIT_RESUME"
-    echo "$newest" >"$before"
+    echo "$newest" >>"$losses"
+    (($(grep --count --line-regexp --fixed-strings -e "$newest" "$losses") >= 3)) || return 0
+    rm "$losses" # to begin anew when it is submitted again
+    fail "job $SLURM_JOB_ID: the run has lost a rank three times since $newest; see above for the reason, and submit it \
+again to resume" "$EXIT_RESUME"
 }
 
 # train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job. Requeues the job if the

@@ -150,14 +150,16 @@ def test_a_job_is_not_requeued_for_ever(cluster, project, tmp_path):
 
 
 def test_a_job_that_loses_ranks_and_gets_no_further_is_not_requeued(cluster, project, tmp_path):
-    """The job before has lost a rank after the same checkpoint. A run that gets further is below."""
-    for path in (project / "run/checkpoints/latest", project / "run/heartbeats/newest_when_lost"):
+    """It has lost ranks twice before after the same checkpoint. A run that gets further is below."""
+    latest, losses = project / "run/checkpoints/latest", project / "run/heartbeats/newest_when_lost"
+    for path, lines in ((latest, "step-00000003\n"), (losses, "step-00000002\n" + 2 * "step-00000003\n")):
         path.parent.mkdir(parents=True)
-        path.write_text("step-00000003\n")
+        path.write_text(lines)
     log = tmp_path / "job.log"
     job, log = submit(cluster, TEMPLATES[0], "lose", "output=run", root=project, log=log)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
-    assert f"error: job {job['JobId']} has lost a rank twice since step-00000003; see above for the reason, and" in log
+    assert f"error: job {job['JobId']}: the run has lost a rank three times since step-00000003; see above" in log
+    assert not losses.exists()
 
 
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
