@@ -40,13 +40,19 @@ POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" 
     echo "job $SLURM_JOB_ID: requeued, restart $((restarts + 1)) of at most $POLAFORMER_MAX_RESTARTS"
 }
 
-# lost_a_rank RUN: whether a rank of this start of the job was killed or hung, as the others have recorded.
+# lost_a_rank RUN STATUS: whether a rank of this start of the job was killed, crashed or hung. STATUS: of srun.
 lost_a_rank() {
     local record
+    (($2 >= EXIT_RESUME)) || return 1
     for record in "$1"/heartbeats/{lost,hung}; do
         [[ ! -f $record || $(sed -n 2p "$record") != "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]] || return 0
     done
-    return 1
+    # None is left to record it where all were killed, or each has a node of its own and NCCL aborts it. But srun also
+    # kills ranks that do not end after another one has failed.
+    case $(($2 - 128)) in
+    6 | 7 | 9 | 11) ! grep --quiet --no-messages '"failed": true' "$1"/heartbeats/rank-*.json ;; # ABRT, BUS, KILL, SEGV
+    *) return 1 ;;
+    esac
 }
 
 # require_progress RUN: ends the job if the run has lost a rank three times since its newest checkpoint.
@@ -100,7 +106,7 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
         output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
     # srun ends with 137 if a rank was killed, or has to kill one that hangs; and with less if one failed.
-    if ((status >= EXIT_RESUME)) && lost_a_rank "$output"; then
+    if lost_a_rank "$output" "$status"; then
         status=$EXIT_RESUME
         require_progress "$output"
     fi

@@ -6,9 +6,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from launch.watchdog import Heartbeat
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "slurm").glob("train_*.sh"))
@@ -81,11 +84,13 @@ if "lose" in sys.argv:  # as launch/train.py: a rank that is killed, and one tha
     while not os.path.exists("run/heartbeats/lost"):
         time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
-if "stop" in sys.argv:  # as launch/train.py: the rank that exits last does not end by srun's signal
+if {"stop", "die"} & {*sys.argv}:  # as launch/train.py: the rank that exits last does not end by srun's signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     open(f"blocked{rank}", "w")
     while not (os.path.exists("blocked0") and os.path.exists("blocked1")):
         time.sleep(0.05)
+    if "die" in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
     if rank == "0":
         signal.sigwait({signal.SIGTERM})
     sys.exit(75)
@@ -149,17 +154,26 @@ def test_a_job_is_not_requeued_for_ever(cluster, project, tmp_path):
     assert log.endswith("was restarted 0 times and POLAFORMER_MAX_RESTARTS is 0; submit it again to resume\n")
 
 
-def test_a_job_that_loses_ranks_and_gets_no_further_is_not_requeued(cluster, project, tmp_path):
+@pytest.mark.parametrize("fault", ["lose", "die"])
+def test_a_job_that_loses_ranks_and_gets_no_further_is_not_requeued(cluster, project, tmp_path, fault):
     """It has lost ranks twice before after the same checkpoint. A run that gets further is below."""
     latest, losses = project / "run/checkpoints/latest", project / "run/heartbeats/newest_when_lost"
     for path, lines in ((latest, "step-00000003\n"), (losses, "step-00000002\n" + 2 * "step-00000003\n")):
         path.parent.mkdir(parents=True)
         path.write_text(lines)
     log = tmp_path / "job.log"
-    job, log = submit(cluster, TEMPLATES[0], "lose", "output=run", root=project, log=log)
+    job, log = submit(cluster, TEMPLATES[0], fault, "output=run", root=project, log=log)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
     assert f"error: job {job['JobId']}: the run has lost a rank three times since step-00000003; see above" in log
     assert not losses.exists()
+
+
+def test_a_job_that_has_to_be_killed_after_a_task_has_failed_is_not_requeued(cluster, project, tmp_path):
+    heartbeat = project / "run/heartbeats/rank-00001.json"
+    heartbeat.parent.mkdir(parents=True)
+    heartbeat.write_text(json.dumps(asdict(Heartbeat(1, "node", 17, failed=True))))
+    job, log = submit(cluster, TEMPLATES[0], "die", "output=run", root=project, log=tmp_path / "job.log")
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), log
 
 
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):
