@@ -6,17 +6,20 @@ it, which are made again. Time between two starts is nobody's.
 
 import json
 import math
+import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from dataio.files import read_small_file
-from launch.watchdog import heartbeat_path
+from launch.checkpoint.layout import first_fault
+from launch.watchdog import Heartbeat, read_heartbeat
 
 LEDGER_NAME = "goodput.json"
 TRAINING, DATA, EVALUATION, SAVING, START, LOST = KINDS = (
@@ -35,34 +38,45 @@ class Ledger(TypedDict):
     saves: Annotated[int, Field(ge=0)]
     seconds: _Seconds  # by kind
     at_step: dict[int, _Seconds]  # the same when a checkpoint of so many completed steps was begun
+    written: tuple[str, int, float]  # host and process, and seconds of its monotonic clock, when this was written
 
 
 class Goodput:
     """The seconds of a run by kind, kept in its folder from start to start.
 
     folder: the run's, on rank 0; None keeps nothing.
-    start_seconds: what this start has taken so far. Time is of the kind START until the first `spending`.
+    start_seconds: what this start has taken so far. Time is of the kind START until `begin`.
+    warn: is told of a damaged record, which is begun anew.
     """
 
-    def __init__(self, folder: Path | None, start_seconds: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path | None, start_seconds: float = 0.0, warn: Callable[[str], None] = lambda line: None
+    ) -> None:
         self._path = None if folder is None else folder / LEDGER_NAME
-        self._ledger = read_ledger(folder)
+        self._ledger = _new_ledger()
+        if folder is not None:
+            try:
+                self._ledger = read_ledger(folder)
+            except ValueError as error:
+                warn(f"{error}; it is begun anew")
+            self._add(LOST, unrecorded_seconds(self._ledger, read_heartbeat(folder, rank=0)))
         self._ledger["starts"] += 1
         self._kind, self._since = START, time.monotonic() - start_seconds
 
-    def resume(self, step: int, unrecorded_seconds: float = 0.0) -> None:
-        """Count as lost what was spent on the steps after `step` completed ones, from which the run goes on.
-
-        unrecorded_seconds: by a process that was killed, after the ledger was written last.
-        """
+    def resume(self, step: int) -> None:
+        """Count as lost what was spent on the steps after `step` completed ones, from which the run goes on."""
         self._book()
         seconds, before = self._ledger["seconds"], self._ledger["at_step"].get(step, {})
         for kind in _REPEATED if step == 0 or before else ():
             spent = max(0.0, seconds.get(kind, 0.0) - before.get(kind, 0.0))
-            seconds[kind] = seconds.get(kind, 0.0) - spent
-            seconds[LOST] = seconds.get(LOST, 0.0) + spent
-        seconds[LOST] = seconds.get(LOST, 0.0) + unrecorded_seconds
+            self._add(kind, -spent)
+            self._add(LOST, spent)
         self._ledger["at_step"] = {saved: at for saved, at in self._ledger["at_step"].items() if saved <= step}
+
+    def begin(self, kind: str) -> None:
+        """Count the time from now on as of this kind."""
+        self._book()
+        self._kind = kind
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:
@@ -88,6 +102,7 @@ class Goodput:
         self._book()
         if self._path is None:
             return
+        self._ledger["written"] = socket.gethostname(), os.getpid(), time.monotonic()
         aside = self._path.with_name(f".{self._path.name}")
         with suppress(OSError):
             aside.write_text(json.dumps(self._ledger))
@@ -114,25 +129,35 @@ class Goodput:
 
     def _book(self) -> None:
         now = time.monotonic()
-        seconds = self._ledger["seconds"]
-        seconds[self._kind] = seconds.get(self._kind, 0.0) + now - self._since
+        self._add(self._kind, now - self._since)
         self._since = now
 
-
-def unrecorded_seconds(folder: Path) -> float:
-    """Return for how long a killed process lived after it had written the ledger, by its last heartbeat; else 0."""
-    with suppress(OSError):
-        heartbeat = heartbeat_path(folder, rank=0).stat().st_mtime
-        return max(0.0, heartbeat - (folder / LEDGER_NAME).stat().st_mtime)
-    return 0.0
+    def _add(self, kind: str, seconds: float) -> None:
+        self._ledger["seconds"][kind] = self._ledger["seconds"].get(kind, 0.0) + seconds
 
 
-def read_ledger(folder: Path | None) -> Ledger:
-    """Return what the run in a folder has recorded; nothing if there is no ledger, or it is damaged."""
-    if folder is not None:
-        with suppress(OSError, ValueError):
-            return TypeAdapter(Ledger).validate_json(read_small_file(folder / LEDGER_NAME))
-    return {"starts": 0, "saves": 0, "seconds": {}, "at_step": {}}
+def unrecorded_seconds(ledger: Ledger, heartbeat: Heartbeat | None) -> float:
+    """Return for how long a process that was killed lived after it had written the ledger, by its last heartbeat."""
+    host, process, clock = ledger["written"]
+    if heartbeat is None or (heartbeat.host, heartbeat.process) != (host, process):
+        return 0.0
+    return max(0.0, heartbeat.clock - clock)
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """Return what the run in a folder has recorded, if anything. Raises ValueError if the file is damaged."""
+    path = folder / LEDGER_NAME
+    try:
+        return TypeAdapter(Ledger).validate_json(read_small_file(path))
+    except FileNotFoundError:
+        return _new_ledger()
+    except (OSError, ValueError) as error:
+        fault = first_fault(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"{path} cannot be read ({fault})") from error
+
+
+def _new_ledger() -> Ledger:
+    return {"starts": 0, "saves": 0, "seconds": {}, "at_step": {}, "written": ("", 0, 0.0)}
 
 
 def expected_goodput(interval: float, mtbf: float, save: float, start: float) -> float:
@@ -141,7 +166,10 @@ def expected_goodput(interval: float, mtbf: float, save: float, start: float) ->
     All in seconds. interval: of training between two checkpoints. mtbf: mean time between failures of the whole job.
     save: for which training waits at a checkpoint. start: from a failure to the first step.
     """
-    return interval / (mtbf * math.exp(start / mtbf) * math.expm1((interval + save) / mtbf))
+    try:
+        return interval / (mtbf * math.exp(start / mtbf) * math.expm1((interval + save) / mtbf))
+    except OverflowError:  # of the time in which one interval succeeds
+        return 0.0
 
 
 def best_interval(mtbf: float, save: float) -> float:

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import NoReturn
 
@@ -22,6 +24,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C of a command that does not resume, as of shells
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 #: Signals closer together count as one: launchers pass Ctrl-C on to ranks that the terminal has sent it to already.
 _SAME_REQUEST_SECONDS = 1.0
+_ANSWER_SECONDS = 5.0  # in which the files that say whether a rank is missing can be read
 
 
 def exit_on_interrupt(remedy: str = "") -> None:
@@ -91,10 +94,18 @@ class StopSignals:
             if self._ended:
                 continue
             # The others would wait for the missing rank for ever. A third signal ends the ranks one by one.
-            if self._deferred and self._requests < 2 and (status := self._status_without_rank()) is not None:
+            if self._deferred and self._requests < 2 and (status := self._ask_for_status()) is not None:
                 os._exit(status)
             with self._lock:
                 self._handle(signal.Signals(number), time.monotonic())
+
+    def _ask_for_status(self) -> int | None:
+        """Return the exit status if a rank is missing; None if not, or a file system that hangs does not say it."""
+        answers = SimpleQueue[int | None]()
+        threading.Thread(target=lambda: answers.put(self._status_without_rank()), daemon=True).start()
+        with suppress(Empty):
+            return answers.get(timeout=_ANSWER_SECONDS)
+        return None
 
     def _handle(self, number: signal.Signals, now: float) -> None:
         if now - self._last < _SAME_REQUEST_SECONDS:

@@ -299,7 +299,7 @@ def _positive(flag: str, value: float | None, config: Config) -> float:
 
 def _rounded(value: float) -> str:
     """Return a number with two significant digits, and no exponent: 1234 → "1200"."""
-    return f"{float(f'{value:.2g}'):g}"
+    return f"{float(f'{value:.2g}'):.9f}".rstrip("0").rstrip(".")
 
 
 def _missing_classes(plan: Plan) -> str:

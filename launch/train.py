@@ -66,7 +66,7 @@ from launch.engine import (
     start_engine,
 )
 from launch.flops import measure_mfu_constants
-from launch.goodput import DATA, SAVING, TRAINING, Goodput, unrecorded_seconds
+from launch.goodput import DATA, SAVING, TRAINING, Goodput
 from launch.guard import Guard, TrainedStep
 from launch.model_metadata import make_model_metadata
 from launch.monitor import Monitor
@@ -135,8 +135,7 @@ def train(run: Run, augment: BatchAugment) -> int:
     run.stop.check()
     try:
         while True:
-            with run.goodput.spending(TRAINING):
-                reason = train_steps(run, augment)
+            reason = train_steps(run, augment)
             with run.goodput.spending(SAVING), run.watchdog.paused():
                 run.writer.wait()
             if reason is not None or run.writer.not_finite is None:
@@ -183,6 +182,7 @@ def train_steps(run: Run, augment: BatchAugment) -> str | None:
             if reason := run.evaluate_and_save(step, saving, agreed.reason):
                 return reason
         run.watchdog.arm()
+        run.goodput.begin(TRAINING)
         step += 1
     return None
 
@@ -290,8 +290,8 @@ def prepare(
     guard = Guard(config, plan.train, monitor, engine.module, state.step)
     guard.restore(state.guard)
     replicas = ReplicaCheck(engine, ema, state.step)
-    goodput = Goodput(config.output if plan.loader_options.rank == 0 else None, process_age_seconds())
-    goodput.resume(state.step, unrecorded_seconds(config.output))
+    goodput = Goodput(config.output if plan.loader_options.rank == 0 else None, process_age_seconds(), monitor.warn)
+    goodput.resume(state.step)
     goodput.write()
     ranks = plan.loader_options.rank, plan.loader_options.world_size
     start_id = broadcast_object(secrets.token_hex(8))

@@ -34,6 +34,7 @@ _RECORD_BYTES = 1024  # of a heartbeat's file, whose content is replaced in plac
 _TICKS = 30  # of the watchdog in the time that makes a hang
 _SHORTEST_TICK, _LONGEST_TICK = 0.1, 10.0  # seconds
 _SHORTEST_LOOK = 5.0  # seconds in which a process that runs has ticked, on a busy machine too
+_RANKS_TO_LOOK = 8  # at a time, whether the run hangs; the next ones look if these do not find out
 _LOOKS_FOR_LOST, _LOOK_SECONDS = 40, 0.05  # until a rank of the lost one's machine has named it
 
 
@@ -48,6 +49,7 @@ class Heartbeat:
     phase: str = "start-up"
     beats: int = 0
     ticks: int = 0  # of its watchdog
+    clock: float = 0.0  # seconds, of its host's monotonic clock, at the last tick
     pauses: int = 0  # that it is in
     done: bool = False  # it has left the run
     failed: bool = False  # by an exception of its own
@@ -76,9 +78,11 @@ class Watchdog:
         self._folder, self._world_size, self._hang_seconds = run_folder / FOLDER_NAME, world_size, hang_seconds
         self._start_id, self._ending = start_id, threading.Lock()
         self._tick_seconds, self._ticks_to_look = _tick_seconds(hang_seconds), _ticks_to_look(hang_seconds)
+        # All ranks find themselves without a beat at once, but need not all read the files of all.
+        self._turn_seconds = rank // _RANKS_TO_LOOK * self._ticks_to_look * self._tick_seconds
         process = os.getpid()
         self._own = Heartbeat(rank, socket.gethostname(), process, machine=process_table(), born=start_ticks(process))
-        self._armed, self._closed = False, threading.Event()
+        self._armed, self._closed, self._last_look = False, threading.Event(), dict[int, Heartbeat]()
         self._folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             for name in (HUNG_NAME, LOST_NAME):
@@ -182,7 +186,7 @@ class Watchdog:
                     os._exit(EXIT_RESUME)
             if self._is_known(HUNG_NAME):
                 self._end()
-            if now - changed > self._hang_seconds:
+            if now - changed > self._hang_seconds + self._turn_seconds:
                 if self._is_hung():
                     self._end()
                 changed = time.monotonic()
@@ -190,11 +194,13 @@ class Watchdog:
     def _tick(self) -> None:
         self._closed.wait(self._tick_seconds)
         self._own.ticks += 1
+        self._own.clock = time.monotonic()
         self._show()
 
     def _is_known(self, name: str) -> bool:
         """Return whether a rank of this start has left the file HUNG_NAME or LOST_NAME."""
         with suppress(OSError):
+            os.close(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY))  # makes NFS notice new files of other hosts
             return (self._folder / name).read_bytes().startswith(self._start_id.encode())
         return False
 
@@ -218,16 +224,21 @@ class Watchdog:
                 return False
             if self._is_known(HUNG_NAME):
                 return True
+        was_stopped = time.monotonic() - began > 2 * self._ticks_to_look * self._tick_seconds + 1
         after = self._heartbeats()
         known = after.keys() & before.keys()
-        was_stopped = time.monotonic() - began > 2 * self._ticks_to_look * self._tick_seconds + 1
         if was_stopped or any(after[rank].beats != before[rank].beats for rank in known):
             return False
         silent = [rank for rank in known if after[rank].ticks == before[rank].ticks and not after[rank].done]
         # If not even this rank's can be read, it is the folder that is lost.
         lost = set(range(self._world_size)) - after.keys() - before.keys() if self._own.rank in after else set()
-        if not silent and not lost and (self._own.pauses or any(found.pauses for found in after.values())):
-            return False
+        if self._own.pauses or any(found.pauses for found in after.values()):
+            # The disk that they wait for may be that of the heartbeats: it had time since the look before.
+            earlier, self._last_look = self._last_look, after
+            silent = [rank for rank in silent if rank in earlier and earlier[rank].ticks == after[rank].ticks]
+            lost = set()
+            if not silent:
+                return False
         reason = describe_hang(list(after.values()) or [self._own], silent, sorted(lost))
         if self._record(HUNG_NAME, reason):
             _write_stderr(
@@ -253,7 +264,7 @@ class Watchdog:
             os._exit(EXIT_RESUME)
 
     def _path(self, rank: int) -> Path:
-        return heartbeat_path(self._folder.parent, rank)
+        return _heartbeat_path(self._folder.parent, rank)
 
     def _show(self) -> None:
         record = json.dumps(asdict(self._own)).encode().ljust(_RECORD_BYTES - 1) + b"\n"
@@ -262,15 +273,18 @@ class Watchdog:
 
     def _heartbeats(self) -> dict[int, Heartbeat]:
         """Return the heartbeats that can be read, by rank."""
-        found = {}
-        for rank in range(self._world_size):
-            with suppress(OSError, ValueError, TypeError):
-                found[rank] = Heartbeat(**json.loads(self._path(rank).read_bytes()))
-        return found
+        read = {rank: read_heartbeat(self._folder.parent, rank) for rank in range(self._world_size)}
+        return {rank: found for rank, found in read.items() if found is not None}
 
 
-def heartbeat_path(run_folder: Path, rank: int) -> Path:
-    """Return a rank's file, which is rewritten as long as its process runs."""
+def read_heartbeat(run_folder: Path, rank: int) -> Heartbeat | None:
+    """Return the last heartbeat of a rank; None if it cannot be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return Heartbeat(**json.loads(_heartbeat_path(run_folder, rank).read_bytes()))
+    return None
+
+
+def _heartbeat_path(run_folder: Path, rank: int) -> Path:
     return run_folder / FOLDER_NAME / f"rank-{rank:05d}.json"
 
 

@@ -44,6 +44,7 @@ POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" 
 lost_a_rank() {
     local record
     (($2 >= EXIT_RESUME)) || return 1
+    ls "$1/heartbeats" >/dev/null 2>&1 || true # makes NFS notice new files of other hosts
     for record in "$1"/heartbeats/{lost,hung}; do
         [[ ! -f $record || $(sed -n 2p "$record") != "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]] || return 0
     done
@@ -59,7 +60,7 @@ lost_a_rank() {
 require_progress() {
     local newest losses=$1/heartbeats/newest_when_lost
     newest=$(cat "$1/checkpoints/latest" 2>/dev/null) || newest="the start"
-    echo "$newest" >>"$losses"
+    echo "$newest" >>"$losses" || true # a full disk
     (($(grep --count --line-regexp --fixed-strings -e "$newest" "$losses") >= 3)) || return 0
     rm "$losses" # to begin anew when it is submitted again
     fail "job $SLURM_JOB_ID: the run has lost a rank three times since $newest; see above for the reason, and submit it \

@@ -9,17 +9,18 @@ from launch.benchmark import goodput
 
 @pytest.mark.slow
 def test_a_report(run_benchmark, tmp_path, monkeypatch):
-    """All kills are in start-up here, so that the time does not depend on the machine's speed."""
+    """Most kills are in start-up here, on a fast machine not all."""
     monkeypatch.setattr(goodput, "_IMAGES", 12)
     path = tmp_path / "goodput.json"
     status, report, said, _ = run_benchmark(goodput, path, "--device=cpu", "--minutes=0.05", "--mtbf=0.5")
     assert status == 0
     assert report["kills"] >= 1
     assert report["seconds"] >= 3
-    assert (report["starts"], report["saves"], report["goodput"]) == (0, 0, 0.0)
+    assert sum(report["spent"].values()) <= report["seconds"]
+    assert report["goodput"] == report["spent"].get("training", 0.0) / report["seconds"]
     assert f"{report['kills']} kills of a rank of 2 in 0." in said
     assert "between starts, or killed in start-up" in said
-    assert said.endswith("goodput 0.0%, no checkpoint, so none is expected\n")
+    assert f"\ngoodput {report['goodput']:.1%}, " in said
 
 
 def test_a_run_that_ends_by_itself_is_an_error(run_benchmark, tmp_path, monkeypatch):

@@ -1,14 +1,18 @@
 """Where a run's time goes, over starts that end in any way; and what the planner expects of it."""
 
 import json
+import os
 import random
+import socket
 import time
+from dataclasses import asdict
 
 import pytest
 
 from launch import goodput
 from launch.goodput import DATA, EVALUATION, LOST, SAVING, START, TRAINING, Goodput, best_interval, expected_goodput
 from launch.plan import main
+from launch.watchdog import Heartbeat
 
 
 @pytest.fixture
@@ -54,9 +58,13 @@ def test_a_restart_loses_what_came_after_its_checkpoint(tmp_path, clock):
         first.begin_save(7)
         clock(40)
         first.write()
+        clock(4)
+        heartbeat = Heartbeat(0, socket.gethostname(), os.getpid(), clock=time.monotonic())  # then it is killed
+        (tmp_path / "heartbeats").mkdir()
+        (tmp_path / "heartbeats/rank-00000.json").write_text(json.dumps(asdict(heartbeat)))
         clock(1e6)  # the machine is off
     second = Goodput(tmp_path, 10)
-    second.resume(5, unrecorded_seconds=4)  # that of step 7 is damaged
+    second.resume(5)  # that of step 7 is damaged
     assert second.seconds == {TRAINING: 100, DATA: 0, EVALUATION: 0, SAVING: 2, START: 20, LOST: 30 + 3 + 40 + 4}
     with second.spending(TRAINING):
         clock(50)
@@ -73,11 +81,24 @@ def test_a_restart_loses_what_came_after_its_checkpoint(tmp_path, clock):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"starts": -1}', b'{"starts": 1, "saves": 0, "seconds": {"lost": NaN}, "at_step": {}}']
+    ("content", "fault"),
+    [
+        (b"", "Invalid JSON"),
+        (b'{"starts": -1}', "starts: Input should be greater than or equal to 0"),
+        (
+            b'{"starts": 1, "saves": 0, "seconds": {"lost": NaN}, "at_step": {}}',
+            "seconds.lost: Input should be",
+        ),
+    ],
 )
-def test_a_damaged_ledger_is_started_over(tmp_path, content):
+def test_a_damaged_ledger_is_begun_anew(tmp_path, content, fault):
     (tmp_path / goodput.LEDGER_NAME).write_bytes(content)
-    run = Goodput(tmp_path)
+    warnings = list[str]()
+    run = Goodput(tmp_path, warn=warnings.append)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{tmp_path / goodput.LEDGER_NAME} cannot be read (")
+    assert fault in warnings[0]
+    assert warnings[0].endswith("); it is begun anew")
     run.write()
     assert json.loads((tmp_path / goodput.LEDGER_NAME).read_bytes())["starts"] == 1
 
@@ -96,6 +117,21 @@ def simulated_goodput(interval: float, mtbf: float, save: float, start: float) -
         total += lifetime
         useful += interval * (max(0.0, lifetime - start) // (interval + save))
     return useful / total
+
+
+def test_an_interval_that_never_succeeds_has_no_goodput():
+    assert expected_goodput(36_000, 45, 0.1, 10) == 0
+
+
+def test_another_process_s_heartbeat_says_nothing_of_this_ledger(tmp_path, clock):
+    Goodput(tmp_path).write()
+    ledger = goodput.read_ledger(tmp_path)
+    host, process, _ = ledger["written"]
+    assert goodput.unrecorded_seconds(ledger, Heartbeat(0, host, process, clock=1007.0)) == 7
+    assert goodput.unrecorded_seconds(ledger, Heartbeat(0, host, process, clock=999.0)) == 0
+    assert goodput.unrecorded_seconds(ledger, Heartbeat(0, host, process + 1, clock=1007.0)) == 0
+    assert goodput.unrecorded_seconds(ledger, Heartbeat(0, "other", process, clock=1007.0)) == 0
+    assert goodput.unrecorded_seconds(ledger, None) == 0
 
 
 @pytest.mark.parametrize(("mtbf", "save", "start"), [(3600.0, 2.0, 30.0), (45.0, 0.2, 10.0), (600.0, 60.0, 5.0)])

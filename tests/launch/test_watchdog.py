@@ -79,11 +79,36 @@ def test_ranks_wait_for_one_that_pauses(ranks, pausing, tmp_path):
 
 @pytest.mark.parametrize("pausing", [True, False])
 def test_a_process_that_is_stopped_is_named_in_pauses_too(start, pausing, tmp_path):
+    """There after a second look: heartbeats may wait for the same disk."""
     dog, _ = start(0), start(1)
     with dog.paused() if pausing else contextlib.nullcontext():
+        assert is_hung(dog) != pausing
         assert is_hung(dog)
     assert said(tmp_path)[2].startswith("rank 1 (")
     assert said(tmp_path)[2].endswith(") in step 0, start-up: stopped or gone")
+
+
+def test_a_disk_that_all_wait_for_is_no_hang(start, tmp_path):
+    dog, other = start(0), start(1)
+    with dog.paused():
+        for _ in range(3):
+            assert not is_hung(dog)
+            other._tick()  # at last
+    assert said(tmp_path) == []
+
+
+def test_after_a_stop_of_this_process_the_others_have_time(start, monkeypatch, tmp_path):
+    dog, _ = start(0), start(1)
+    tick = dog._tick
+
+    def long_tick():
+        monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+        tick()
+
+    monkeypatch.setattr(dog, "_tick", long_tick)
+    assert not dog._is_hung()
+    monkeypatch.setattr(dog, "_tick", tick)
+    assert is_hung(dog)
 
 
 def test_a_rank_that_has_left_is_not_stopped(start, tmp_path):
