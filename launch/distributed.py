@@ -173,7 +173,7 @@ def _report_loss(loss: str) -> int:
         if store.check([_FAILED_KEY]):
             return EXIT_FATAL
         if store.add(_LOST_KEY, 1) == 1:
-            print(f"error: gone, killed or out of memory: another rank ({loss}); start again", file=sys.stderr)
+            print(f"error: another rank is gone, killed or out of memory ({loss}); start again", file=sys.stderr)
     except RuntimeError:
         if dist.get_rank() == 1:
             print("error: rank 0 is gone: it has failed, if it says so above, or was killed", file=sys.stderr)

@@ -121,11 +121,14 @@ class Goodput:
         return {f"goodput/{kind.replace(' ', '_')}": value / total for kind, value in seconds.items()}
 
     def __str__(self) -> str:
-        """Return for example "92.1 % of 6.4 h trained; 3 restarts lost 11 min"."""
+        """Return, for example, "92.1 % of 6.4 h trained; 3 restarts lost 11 min of training, all starts took 8 min"."""
         seconds, restarts = self.seconds, self._ledger["starts"] - 1
         total = sum(seconds.values())
-        lost = f"; {restarts} restart{'s' * (restarts > 1)} lost {_duration(seconds[LOST])}" if restarts else ""
-        return f"{seconds[TRAINING] / total:.1%} of {_duration(total)} trained{lost}".replace("%", " %")
+        text = f"{100 * seconds[TRAINING] / total:.1f} % of {_duration(total)} trained"
+        if restarts:
+            text += f"; {restarts} restart{'s' * (restarts > 1)} lost {_duration(seconds[LOST])} of training"
+            text += f", all starts took {_duration(seconds[START])}"
+        return text
 
     def _book(self) -> None:
         now = time.monotonic()

@@ -137,7 +137,9 @@ def check_output(folder: Path) -> None:
         kind = "a broken link" if nearest.is_symlink() and not nearest.exists() else "a file"
         raise ValueError(f"output is {folder}, and {nearest} is {kind}; choose another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output is {folder}, and {nearest} may not be written to; choose another folder")
+        raise ValueError(
+            f"output is {folder}, and {nearest} may not be written to; make it writable, or choose another folder"
+        )
 
 
 def choose_norm_group(config: Config, micro_batch_size: int) -> int:
@@ -271,9 +273,13 @@ def describe_goodput(
         save_seconds = ledger["seconds"].get(SAVING, 0.0) / ledger["saves"]
     if start_seconds is None and ledger["starts"]:
         start_seconds = ledger["seconds"].get(START, 0.0) / ledger["starts"]
-    mtbf = 3600 * _positive("--mtbf", mtbf_hours, config)
-    save_seconds = _positive("--save-seconds", save_seconds, config)
-    start_seconds = _positive("--start-seconds", start_seconds, config)
+    mtbf = 3600 * _positive("--mtbf", mtbf_hours)
+    if save_seconds is None or start_seconds is None:
+        raise ValueError(
+            f"{config.output} holds no run that has measured how long saving and starting take; give --save-seconds and"
+            " --start-seconds, or train there first"
+        )
+    save_seconds, start_seconds = _positive("--save-seconds", save_seconds), _positive("--start-seconds", start_seconds)
     best = best_interval(mtbf, save_seconds)
     rows = {
         "failures": f"one in {mtbf_hours:g} h; a checkpoint takes {_rounded(save_seconds)} s of training,"
@@ -289,11 +295,9 @@ def describe_goodput(
     return rows
 
 
-def _positive(flag: str, value: float | None, config: Config) -> float:
-    if value is None:
-        raise ValueError(f"{config.output} holds no run that has measured it; give {flag}, or train there first")
+def _positive(flag: str, value: float) -> float:
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{flag} is {value:g}; use a number above 0")
+        raise ValueError(f"{flag} is {value:g}; use a finite number above 0")
     return value
 
 

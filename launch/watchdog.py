@@ -164,7 +164,7 @@ class Watchdog:
     def _report_lost(self, names: str) -> None:
         if self._record(LOST_NAME, names):
             _write_stderr(
-                f"error: gone in step {self._own.step}, killed or out of memory: {names}; the same command goes on from"
+                f"error: {names} gone in step {self._own.step}, killed or out of memory; the same command goes on from"
                 " the last checkpoint, if there is one\n"
             )
 

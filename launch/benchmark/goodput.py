@@ -1,7 +1,7 @@
 """Goodput of a training run that is killed again and again, beside what `launch.plan --mtbf` expects of it.
 
 python -m launch.benchmark goodput
-python -m launch.benchmark goodput --minutes 60 --mtbf 45 --world-size 2 checkpoint.every_minutes=0.1
+python -m launch.benchmark goodput --minutes 60 --mtbf-seconds 45 --world-size 2 checkpoint.every_minutes=0.1
 python -m launch.benchmark goodput --show launch/benchmark/results/goodput-cpu.json
 
 Processes of launch/train.py, by default with the quickstart's configuration on generated images, are killed by SIGKILL:
@@ -154,8 +154,9 @@ def show(report: Report, _markdown: bool) -> None:
     """Print a report."""
     total = report["seconds"]
     print(
-        heading(report) + f"{report['kills']} kills of a rank of {report['world_size']} in {total / 60:.1f} min, one in"
-        f" {report['mtbf']:g} s; {report['saves']} checkpoints, one in {report['interval']:g} s"
+        heading(report)
+        + f"{report['kills']} kills of a rank of {report['world_size']} in {total / 60:.1f} min, one due"
+        f" in {report['mtbf']:g} s; {report['saves']} checkpoints, one due in {report['interval']:g} s"
     )
     unrecorded = total - sum(report["spent"].values())
     for kind, seconds in {**report["spent"], "between starts, or killed in start-up": unrecorded}.items():
@@ -172,20 +173,20 @@ def add_options(add: AddOption) -> None:
     add("--config", type=user_path, default=ROOT / "configs/quickstart.yaml", help="default: configs/quickstart.yaml")
     add("--world-size", type=int, default=2, help="ranks, all on this machine (default 2)")
     add("--minutes", type=float, default=20, help="of the whole run (default 20)")
-    add("--mtbf", type=float, default=45, metavar="SECONDS", help="mean time between two kills (default 45)")
+    add("--mtbf-seconds", type=float, default=45, help="mean time between two kills (default 45)")
     add("--seed", type=int, default=0, help="of the times, and of which rank is killed (default 0)")
     add("overrides", nargs="*", metavar="key=value", help="of the configuration, such as checkpoint.every_minutes=0.2")
 
 
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError, RuntimeError or OSError."""
-    require_positive(arguments, "world-size", "minutes", "mtbf")
+    require_positive(arguments, "world-size", "minutes", "mtbf-seconds")
     device = resolve_device(arguments.device)
     settings = ["output=run", "data.train=train", "data.val=val", *_SETTINGS, *arguments.overrides]
     if load_config(arguments.config, settings).checkpoint.every_minutes is None:
         raise ValueError("the key every_minutes of checkpoint is null; give a number, as the expectation depends on it")
     return partial(
-        measure, arguments.config, arguments.overrides, arguments.world_size, arguments.minutes, arguments.mtbf,
+        measure, arguments.config, arguments.overrides, arguments.world_size, arguments.minutes, arguments.mtbf_seconds,
         arguments.seed, device,
     )  # fmt: skip
 

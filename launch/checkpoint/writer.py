@@ -220,7 +220,7 @@ class CheckpointWriter:
         """Remove what was written. Raises RunError unless the disk has no space, which adds a warning."""
         fault = None
         if dist.get_rank() == 0:
-            fault = _describe_failure(staging, self._ema, str(error).splitlines()[0])
+            fault = _describe_failure(staging, self._ema, str(error).splitlines()[0], error.disk_full)
             shutil.rmtree(staging, ignore_errors=True)
             if error.disk_full:
                 self.warnings.append(fault)
@@ -252,7 +252,7 @@ def expected_bytes(ema: ModelEma) -> int:
     return 4 * sum(value.nbytes for value in ema.module.state_dict().values()) + _SMALL_FILES_BYTES
 
 
-def _describe_failure(staging: Path, ema: ModelEma, reason: str) -> str:
+def _describe_failure(staging: Path, ema: ModelEma, reason: str, disk_full: bool) -> str:
     """Describe a checkpoint that could not be written, with its files still in `staging`."""
     failed = f"cannot write the checkpoint {layout.target_of(staging).name} in {staging.parent} ({reason})"
     try:
@@ -261,6 +261,8 @@ def _describe_failure(staging: Path, ema: ModelEma, reason: str) -> str:
     except OSError:  # the folder is gone
         return failed
     newest = found[-1].name if found else "none"
+    if not disk_full:
+        return f"{failed}. The newest is {newest}; mend that, and the same command goes on from there"
     return f"{failed}: it needs {_mib(expected_bytes(ema))}, {_mib(free)} are free. The newest is {newest}"
 
 

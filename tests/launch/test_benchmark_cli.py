@@ -69,7 +69,7 @@ REFUSALS = {
     "checkpoint": {f"{option} 0": ABOVE_0.format(option, "0") for option in ("--resolution", "--batch", "--rounds")},
     "goodput": {
         "--minutes nan": ABOVE_0.format("--minutes", "nan"),
-        "--mtbf 0": ABOVE_0.format("--mtbf", "0.0"),
+        "--mtbf-seconds 0": ABOVE_0.format("--mtbf-seconds", "0.0"),
         "--world-size 0": ABOVE_0.format("--world-size", "0"),
         "checkpoint.every_minutes=null": (
             "the key every_minutes of checkpoint is null; give a number, as the expectation depends on it"

@@ -12,7 +12,7 @@ def test_a_report(run_benchmark, tmp_path, monkeypatch):
     """Most kills are in start-up here, on a fast machine not all."""
     monkeypatch.setattr(goodput, "_IMAGES", 12)
     path = tmp_path / "goodput.json"
-    status, report, said, _ = run_benchmark(goodput, path, "--device=cpu", "--minutes=0.05", "--mtbf=0.5")
+    status, report, said, _ = run_benchmark(goodput, path, "--device=cpu", "--minutes=0.05", "--mtbf-seconds=0.5")
     assert status == 0
     assert report["kills"] >= 1
     assert report["seconds"] >= 3
@@ -25,7 +25,7 @@ def test_a_report(run_benchmark, tmp_path, monkeypatch):
 
 def test_a_run_that_ends_by_itself_is_an_error(run_benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(goodput, "_IMAGES", 12)
-    arguments = "--device=cpu", "--world-size=1", "--mtbf=1000000", "data.val=/nowhere"
+    arguments = "--device=cpu", "--world-size=1", "--mtbf-seconds=1000000", "data.val=/nowhere"
     status, report, _, errors = run_benchmark(goodput, tmp_path / "goodput.json", *arguments)
     assert (status, report) == (2, None)
     assert errors.endswith("error: the run ended by itself, with [2], after 0 kills; see above\n")

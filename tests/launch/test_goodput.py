@@ -73,7 +73,7 @@ def test_a_restart_loses_what_came_after_its_checkpoint(tmp_path, clock):
         second.resume(7)  # the run goes back by itself
     assert second.seconds[TRAINING] == 150
     assert second.seconds[LOST] == 87
-    assert str(second) == "57.9 % of 4.3 min trained; 1 restart lost 1.4 min"
+    assert str(second) == "57.9 % of 4.3 min trained; 1 restart lost 1.4 min of training, all starts took 20 s"
     second.write()
     third = Goodput(tmp_path)
     third.resume(0)
@@ -148,7 +148,9 @@ def test_the_planner_takes_what_a_run_has_measured(small_config, tmp_path, capsy
     arguments = ["--config", str(small_config), f"output={tmp_path}", "--mtbf=3"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert f"{tmp_path} holds no run that has measured it; give --save-seconds, or train there first" in error
+    assert (
+        f"{tmp_path} holds no run that has measured how long saving and starting take; give --save-seconds and" in error
+    )
     run = Goodput(tmp_path, start_seconds=40)
     for step in (1, 2):
         run.begin_save(step)
@@ -165,7 +167,7 @@ def test_the_planner_takes_what_a_run_has_measured(small_config, tmp_path, capsy
     assert "a checkpoint takes 130 s of training, a start 40 s" in printed
     assert "checkpoint.every_minutes=2800," in printed
     assert main([*arguments, "--save-seconds=-1"]) == 2
-    assert "--save-seconds is -1; use a number above 0" in capsys.readouterr().err
+    assert "--save-seconds is -1; use a finite number above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments[:-1], "--start-seconds=3"])
     assert "give --mtbf as well" in capsys.readouterr().err

@@ -57,6 +57,8 @@ PRINTED_BY = {
     "launch/guard.py": ("launch.train",),
     "launch/monitor.py": ("launch.train",),
     "launch/plan.py:main": ("launch.plan",),
+    "launch/plan.py:describe_goodput": ("launch.plan",),
+    "launch/plan.py:_positive": ("launch.plan",),
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/cli.py": tuple(

@@ -264,7 +264,10 @@ def test_an_output_without_write_permission_is_an_error(tmp_path):
                 file.flush()
                 os._exit(0)
         os.waitpid(child, 0)
-    assert printed.read_text() == "output is /runs/x, and / may not be written to; choose another folder"
+    assert (
+        printed.read_text()
+        == "output is /runs/x, and / may not be written to; make it writable, or choose another folder"
+    )
 
 
 def test_a_class_without_an_output_is_an_error(configure):

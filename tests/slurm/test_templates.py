@@ -269,7 +269,7 @@ def test_a_job_that_loses_a_rank_and_then_hangs_is_requeued_and_resumes(cluster,
         PYTHONPATH=str(ROOT),
     )  # fmt: skip
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), log
-    assert re.search(r"error: gone in step 3, killed or out of memory: rank 1 \(.*\); the same command goes on", log), (
+    assert re.search(r"error: rank 1 \(.*\) gone in step 3, killed or out of memory; the same command goes on", log), (
         log
     )
     assert re.search(r"error: no progress for 20 s: rank 1 \(.*\) in step [34], .*: stopped or gone\. ", log), log

@@ -81,7 +81,7 @@ def test_one_rank_says_which_was_killed(end, victim, place):
     name = rf"rank {victim} \([^ ]+, process [0-9]+\)"
     if place == "elsewhere":
         name = r"a rank on another machine \(Connection (closed|reset) by peer.*\)"
-    expected = rf"error: gone in step 12, killed or out of memory: {name}; the same command goes on from the last .*"
+    expected = rf"error: {name} gone in step 12, killed or out of memory; the same command goes on from the last .*"
     assert re.fullmatch(expected, line)
     start_id, slurm_start, lost = (run / "heartbeats" / LOST_NAME).read_text().splitlines()
     assert (start_id, slurm_start) == ("a start", "")
