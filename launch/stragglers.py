@@ -59,7 +59,7 @@ class SlowestRank(NamedTuple):
 
 def find_slowest(seconds: Sequence[float]) -> SlowestRank | None:
     """Return the slowest rank by the time of each one's own work; None if there is one rank, or nothing was timed."""
-    median = statistics.median(seconds)
+    median = statistics.median_low(seconds)  # of two ranks the faster, not a mean with the slow one
     if len(seconds) == 1 or median == 0:
         return None
     rank = max(range(len(seconds)), key=seconds.__getitem__)
