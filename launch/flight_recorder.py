@@ -7,14 +7,18 @@ them written when a run hangs. With gloo there are none: PyTorch's command canno
 """
 
 import os
-from collections.abc import MutableMapping
-from contextlib import suppress
+import socket
+import tempfile
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _WorkerServer
 
 PREFIX = "nccl-rank-"  # of the files' names, which end with the rank
+DUMP = "/handler/dump_nccl_trace_pickle"  # PyTorch's path of what it has recorded of NCCL
 _COLLECTIVES = 2000  # that a rank records: dozens of steps
 
 
@@ -37,10 +41,34 @@ def dump_path(folder: Path, rank: int) -> Path:
 
 
 def write_dump(folder: Path, rank: int) -> None:
-    """Write what this rank has recorded, if NCCL connects the ranks. May wait for ever where NCCL does."""
+    """Write what this rank has recorded, if NCCL connects the ranks.
+
+    May wait for ever where NCCL does, but lets other threads run. Raises RuntimeError if PyTorch refuses.
+    """
     if dist.is_initialized() and dist.get_backend() == "nccl":
-        trace = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
+        with connect_to_recorder() as connection:
+            connection.request("POST", DUMP)
+            response = connection.getresponse()
+            trace = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"PyTorch's flight recorder answers {response.status}: {trace.decode(errors='replace')}")
         write_trace(folder, rank, trace)
+
+
+@contextmanager
+def connect_to_recorder() -> Iterator[HTTPConnection]:
+    """Connect to PyTorch's server for debugging, which runs in threads of this process without Python's lock.
+
+    PyTorch's function for the same holds the lock, so where NCCL blocks it, no thread could end the process any more.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as client:
+        server = _WorkerServer(f"{folder}/socket")  # prints that it listens
+        client.connect(f"{folder}/socket")
+        connection = HTTPConnection("localhost")
+        connection.sock = client
+        yield connection
+        client.close()
+        server.shutdown()
 
 
 def write_trace(folder: Path, rank: int, trace: bytes) -> None:

@@ -1,6 +1,10 @@
 """NCCL's flight recorder: its variables, and files that PyTorch's own reader finds in a run's folder."""
 
+import ctypes
 import os
+import pickle
+import socket
+import struct
 from argparse import Namespace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +16,7 @@ from torch.distributed.flight_recorder.components.loader import read_dir
 
 from launch import train
 from launch.distributed import destroy_process_group, init_distributed, read_rank_info
-from launch.flight_recorder import PREFIX, configure, write_dump, write_trace
+from launch.flight_recorder import DUMP, PREFIX, configure, connect_to_recorder, write_dump, write_trace
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +58,18 @@ def test_pytorch_reads_the_files_beside_heartbeats(alone, tmp_path):
     write_trace(tmp_path, 12, torch._C._distributed_c10d._dump_fr_trace())
     assert read_dumps(tmp_path)[12][-1] == "gloo:all_reduce"
     write_trace(tmp_path / "missing", 12, b"")
+
+
+def test_a_dump_does_not_need_the_lock_of_python():
+    """The main thread holds it until the answer has come: where NCCL blocks the dump, other threads still run."""
+    with connect_to_recorder() as connection:
+        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 60, 0))
+        connection.request("POST", DUMP)
+        recv = ctypes.PyDLL(None, use_errno=True).recv
+        assert recv(connection.sock.fileno(), ctypes.create_string_buffer(1), 1, socket.MSG_PEEK) == 1
+        response = connection.getresponse()
+        assert response.status == 200
+        assert {"version", "entries"} <= pickle.loads(response.read()).keys()
 
 
 @pytest.mark.gpu
