@@ -35,6 +35,7 @@ _SHARING_SECONDS = 10.0
 #: Seconds between clocks that are worth a warning. Nothing in a run compares clocks of hosts, so it is no error; but
 #: servers refuse requests with signatures that are minutes off, and logs of several hosts are out of order.
 _CLOCK_SECONDS = 30.0
+_CODE_SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".so"}
 _LEAST_FREE = 0.5  # of a GPU's memory, before the run allocates any
 
 
@@ -44,7 +45,7 @@ class RankRecord:
 
     host: str
     software: dict[str, str]  # name → version
-    code: str  # hash of our packages
+    code: str  # hash of our packages' source files
     gpu: str = ""  # model and compute capability; "" on the CPU
     driver: str = ""
     free_bytes: int = 0  # of the GPU's memory
@@ -56,8 +57,11 @@ def check_ranks(device: torch.device) -> None:
 
     Raises RunError on every rank if their software or code is not the same.
     """
-    files = hash_code() if dist.get_world_size() > 1 else {}
-    records = gather_objects(make_record(device, files))
+    with raise_on_all_ranks():
+        files = hash_code() if dist.get_world_size() > 1 else {}
+        kernels = {path: files.pop(path) for path in list(files) if path.endswith(".so")}
+        own = make_record(device, files)
+    records, kernels_of_ranks = gather_objects(own), gather_objects(kernels)
     hosts = [record.host for record in records]
     faults = find_faults(records)
     if len({record.code for record in records}) > 1:
@@ -65,7 +69,8 @@ def check_ranks(device: torch.device) -> None:
     if faults:
         raise RunError("\n".join(faults))
     gather_objects(None)  # a barrier
-    warnings = find_warnings(records) + find_wrong_clocks(hosts, gather_objects(time.time()))
+    clocks = gather_objects(time.time())
+    warnings = find_warnings(records) + find_other_kernels(hosts, kernels_of_ranks) + find_wrong_clocks(hosts, clocks)
     if dist.get_rank() == 0:
         for line in warnings:
             print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -122,7 +127,7 @@ def _appears(path: Path, content: str, seconds: float) -> bool:
 
 
 def make_record(device: torch.device, files: dict[str, str]) -> RankRecord:
-    """Return this rank's record. files: hashes of our packages' files."""
+    """Return this rank's record. files: hashes of our packages' source files."""
     import deepspeed  # as in launch.engine
 
     software = {
@@ -142,13 +147,15 @@ def make_record(device: torch.device, files: dict[str, str]) -> RankRecord:
 
 
 def hash_code() -> dict[str, str]:
-    """Return the hash of each Python file and each compiled one of our packages, by its path below their folder."""
+    """Return the hash of each source file of our packages and each compiled one, by its path below their folder."""
     found = {}
     for package in (dataio, launch, polaformer):
         folder = Path(package.__path__[0])
-        for path in (path for pattern in ("*.py", "*.so") for path in folder.rglob(pattern)):
-            with open(path, "rb") as file:
-                found[str(path.relative_to(folder.parent))] = hashlib.file_digest(file, "sha256").hexdigest()
+        for path in folder.rglob("*"):
+            # Editors leave hidden files, and links without a target.
+            if path.suffix in _CODE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+                with open(path, "rb") as file:
+                    found[str(path.relative_to(folder.parent))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -172,8 +179,21 @@ def describe_code(hosts: Sequence[str], files: Sequence[dict[str, str]]) -> str:
     more = f" and {len(differing) - 3} more files" if len(differing) > 3 else ""
     return (
         f"the code of {ranks} is not that of the other ranks: {', '.join(differing[:3])}{more}; start all ranks from"
-        " the same commit, with kernels of the same build"
+        " the same commit"
     )
+
+
+def find_other_kernels(hosts: Sequence[str], files: Sequence[dict[str, str]]) -> list[str]:
+    """Return a line for each compiled file that is not the same on all ranks: builds of one commit may differ.
+
+    files: hashes by path, of each rank.
+    """
+    lines = []
+    for path in sorted({path for of_rank in files for path in of_rank}):
+        hashes = [of_rank.get(path, "") for of_rank in files]
+        if ranks := [rank for rank, found in enumerate(hashes) if found != _most_common(hashes)]:
+            lines.append(f"{path} of {name_ranks(ranks, hosts)} is another build than that of the other ranks")
+    return lines
 
 
 def find_warnings(records: Sequence[RankRecord]) -> list[str]:

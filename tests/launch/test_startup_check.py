@@ -13,6 +13,7 @@ from launch.startup_check import (
     RankRecord,
     check_ranks,
     find_faults,
+    find_other_kernels,
     find_warnings,
     find_wrong_clocks,
     hash_code,
@@ -49,7 +50,7 @@ sys.exit(train.main(words))
             "code",
             3,
             r"the code of rank 1 \(node7\) is not that of the other ranks: launch/added.py, launch/schedule.py; start"
-            " all ranks from the same commit, with kernels of the same build",
+            " all ranks from the same commit",
         ),
         (
             "folder",
@@ -72,6 +73,7 @@ def test_a_rank_on_an_odd_host_ends_all(forked, train_arguments, small_shards, t
     with open(place / "launch" / "schedule.py", "a") as module:
         module.write("# changed\n")
     (place / "launch" / "added.py").touch()
+    (place / "launch" / ".#plan.py").symlink_to("user@node7.4711:1")  # Emacs's lock
     top.mkdir()
     arguments = train_arguments(small_shards, "run", "optimizer.global_batch_size=24")
     arguments[1] = str(ROOT / arguments[1])
@@ -131,6 +133,13 @@ def test_wrong_clocks_are_named():
     ]
 
 
+def test_other_builds_of_the_kernels_are_warnings():
+    files = [{"polaformer/a.so": "1", "polaformer/b.so": "1"}] * 2 + [{"polaformer/a.so": "2", "polaformer/b.so": "1"}]
+    assert find_other_kernels(["node0", "node0", "node1"], files) == [
+        "polaformer/a.so of rank 2 (node1) is another build than that of the other ranks"
+    ]
+
+
 def test_ranks_are_named_with_their_hosts():
     assert name_ranks([1, 4, 5], ["a", "b", "c", "d", "e", "e"]) == "rank 1 (b), ranks 4, 5 (e)"
 
@@ -138,7 +147,7 @@ def test_ranks_are_named_with_their_hosts():
 def test_the_record_of_this_process(alone, capsys):
     files = hash_code()
     assert {"launch/train.py", "dataio/files.py", "polaformer/ops.py"} <= files.keys()
-    assert {Path(path).suffix for path in files} <= {".py", ".so"}
+    assert {Path(path).suffix for path in files} <= {".py", ".cpp", ".cu", ".cuh", ".h", ".so"}
     record = make_record(alone, files)
     assert (record.host, record.software["torch"]) == (socket.gethostname(), torch.__version__)
     check_ranks(alone)
