@@ -8,7 +8,6 @@ a whole command.
 
 import errno
 import os
-import re
 import secrets
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from launch.connection_loss import connection_loss
 from launch.first_collective import check_first_collective
 from launch.interrupt import EXIT_FATAL, EXIT_REFUSED, EXIT_RESUME, exit_process
 
@@ -31,10 +31,6 @@ _REMEDY = "start the run with deepspeed, torchrun or srun, which set all of thes
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _FAILED_KEY, _LOST_KEY = "launch: a rank has failed", "launch: a rank is gone"  # in the group's store
-_CONNECTION_LOSS = re.compile(
-    "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|failed to recv, got 0 bytes"
-    "|failed to connect|remote process exited|ncclRemoteError).*"
-)
 
 
 @dataclass(frozen=True)
@@ -156,14 +152,6 @@ def abort_process(error: Exception) -> NoReturn:
         store.set(_FAILED_KEY, "")
         store.get(_FAILED_KEY)  # the others notice that this rank is gone, and must find it
     exit_process(EXIT_FATAL)
-
-
-def connection_loss(error: Exception) -> str | None:
-    """Return what gloo, NCCL or the store says of another rank that is gone; None if `error` is anything else."""
-    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
-        return None
-    found = _CONNECTION_LOSS.search(str(error))
-    return found and found[0]
 
 
 def _report_loss(loss: str) -> int:

@@ -12,42 +12,49 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from launch.interrupt import EXIT_REFUSED
+from launch.connection_loss import connection_loss
+from launch.interrupt import EXIT_REFUSED, EXIT_RESUME
 
 LIMIT_SECONDS = 60.0
 _KEY = "launch: first collective"  # in the group's store, and the beginning of other keys
-_REPORT_SECONDS = 10  # in which one rank prints the error, before the others exit and the launcher ends all
+_REPORT_SECONDS = 10  # in which one rank finds out what is wrong, or prints it; the launcher ends all when one exits
+_LEAVE_SECONDS = 2  # in which the others have seen that it is printed: the store goes with rank 0
 _LONGEST_PAUSE = 0.1  # seconds between looks into the store
 _NUMBERS = 2**19  # int64, 4 MiB: sent in pieces, as gradients are
 
 
 def check_first_collective(device: torch.device, limit_seconds: float = LIMIT_SECONDS) -> None:
-    """Sum known integers over all ranks; if that fails on any of them, end the process with status EXIT_REFUSED.
+    """Sum known integers over all ranks; if that fails on any of them, end the process.
 
     Every rank calls it as soon as the group has formed. One of them prints the error: the first one that any rank has
-    met, or for which ranks the others wait.
+    met, or for which ranks the others wait. The status is EXIT_RESUME if a rank is gone, and EXIT_REFUSED otherwise.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size == 1:
         return
-    # Connections of their own: NCCL's waits for the store would make others of this process wait.
-    store: Any = dist.distributed_c10d._get_default_store()
-    store, threads_store = store.clone(), store.clone()
-    store.set(f"{_KEY} entered {rank}", socket.gethostname())
-    threading.Thread(target=_sum_integers, args=(device, threads_store), name="first collective", daemon=True).start()
     try:
-        if not _is_set(store, _KEY, limit_seconds):
+        store = _connect(_default_store(), limit_seconds)
+        store.set(f"{_KEY} entered {rank}", socket.gethostname())
+        threading.Thread(target=_sum_integers, args=(device,), name="first collective", daemon=True).start()
+        # At the limit, the first rank asks the store for all; the others do too if that rank is lost meanwhile.
+        if not _is_set(store, _KEY, limit_seconds) and (
+            store.add(f"{_KEY} late", 1) == 1 or not _is_set(store, _KEY, _REPORT_SECONDS)
+        ):
             _settle(store, describe_missing(*_progress(store, world_size), limit_seconds))
         fault = json.loads(store.get(_KEY))
-    except RuntimeError as error:
-        fault = {"rank": 1, "text": f"the store of the process group is gone ({_first_line(error)}); is rank 0 alive?"}
+    except RuntimeError as error:  # rank 0 does not end by itself before the others know why
+        if rank == 1:
+            text = f"gone in the first all-reduce, killed or out of memory: rank 0 ({_first_line(error)}); start again"
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(EXIT_RESUME)
     if fault is not None:
-        _end(store, fault["text"], reports=rank == fault["rank"])
+        _end(store, **fault)
 
 
 def describe_missing(hosts: list[str | None], passed: list[bool], seconds: float) -> str:
@@ -69,9 +76,10 @@ def describe_missing(hosts: list[str | None], passed: list[bool], seconds: float
     )
 
 
-def _sum_integers(device: torch.device, store: Any) -> None:
+def _sum_integers(device: torch.device) -> None:
     """Sum over all ranks, in a thread, and settle the check with the first error, or when the last rank is done."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, store = dist.get_rank(), dist.get_world_size(), _default_store()
+    status = EXIT_REFUSED
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -85,13 +93,33 @@ def _sum_integers(device: torch.device, store: Any) -> None:
             fault = f"is wrong in {wrong} of {_NUMBERS} sums; a host or the network corrupts data: try fewer hosts"
     except RuntimeError as error:
         fault = f"failed ({_first_line(error)}); see whether all hosts are up and reach each other"
+        if loss := connection_loss(error):
+            fault = f"lost another rank, killed or out of memory ({loss}); start again, and if it fails again, see"
+            fault, status = f"{fault} whether all hosts are up and reach each other", EXIT_RESUME
     with suppress(RuntimeError):  # the check of the main thread meets the same
         if fault is not None:
-            _settle(store, f"the first all-reduce on rank {rank} ({socket.gethostname()}) {fault}")
+            _settle(store, f"the first all-reduce on rank {rank} ({socket.gethostname()}) {fault}", status)
             return
         store.set(f"{_KEY} passed {rank}", "")
         if store.add(f"{_KEY} count", 1) == world_size:
-            store.set(_KEY, "null")
+            store.compare_set(_KEY, "", "null")
+
+
+def _default_store() -> Any:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _connect(store: Any, limit_seconds: float) -> Any:
+    """Return a connection of its own to the store, since the collective's thread waits in NCCL for the other.
+
+    To be dropped after use: each is a file descriptor of rank 0.
+    """
+    timeout = store.timeout
+    store.set_timeout(timedelta(seconds=limit_seconds))  # of the wait for a rank 0 that is gone
+    try:
+        return store.clone()
+    finally:
+        store.set_timeout(timeout)
 
 
 def _is_set(store: Any, key: str, seconds: float) -> bool:
@@ -105,9 +133,9 @@ def _is_set(store: Any, key: str, seconds: float) -> bool:
     return True
 
 
-def _settle(store: Any, text: str) -> None:
+def _settle(store: Any, text: str, status: int = EXIT_REFUSED) -> None:
     """Make this the error of all ranks, to be printed by this one, unless there is a result already."""
-    store.compare_set(_KEY, "", json.dumps({"rank": dist.get_rank(), "text": text}))
+    store.compare_set(_KEY, "", json.dumps({"rank": dist.get_rank(), "text": text, "status": status}))
 
 
 def _progress(store: Any, world_size: int) -> tuple[list[str | None], list[bool]]:
@@ -117,14 +145,21 @@ def _progress(store: Any, world_size: int) -> tuple[list[str | None], list[bool]
     return hosts, [store.check([f"{_KEY} passed {rank}"]) for rank in range(world_size)]
 
 
-def _end(store: Any, text: str, reports: bool) -> NoReturn:
-    """End the process, whose main thread or collective may not be able to leave the group; print the error before."""
+def _end(store: Any, rank: int, text: str, status: int) -> NoReturn:
+    """End the process, whose main thread or collective may not be able to leave the group; `rank` prints the error."""
+    reported, left = f"{_KEY} reported", f"{_KEY} all leave"
     with suppress(RuntimeError):
-        if reports:
+        if dist.get_rank() == rank:
             print(f"error: {text}", file=sys.stderr, flush=True)
-            store.set(f"{_KEY} reported", "")
-        _is_set(store, f"{_KEY} reported", _REPORT_SECONDS)
-    os._exit(EXIT_REFUSED)
+            store.set(reported, "")
+        _is_set(store, reported, _REPORT_SECONDS)
+        if dist.get_rank() == 0:
+            _is_set(store, left, _LEAVE_SECONDS)
+        else:
+            if store.add(f"{_KEY} leaving", 1) == dist.get_world_size() - 1:
+                store.set(left, "")
+            time.sleep(2 * _LONGEST_PAUSE)  # the others look, too, before the launcher ends rank 0
+    os._exit(status)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,52 +3,85 @@
 import re
 import socket
 from datetime import timedelta
+from signal import SIGKILL
 
 import pytest
 
 from launch.distributed import run_distributed
 from launch.first_collective import describe_missing
+from launch.interrupt import EXIT_REFUSED, EXIT_RESUME
 
 MEET = """
-import sys, threading
+import os, signal, sys, threading
 from datetime import timedelta
 import torch.distributed as dist
 from launch import distributed
 
+fault, victim, *port = sys.argv[1:]
+if port:  # the store is rank 0's, as under deepspeed and srun
+    os.environ.update(MASTER_PORT=port[0], TORCHELASTIC_USE_AGENT_STORE="False")
+if fault != "absent":  # the first rank to end shall not end the others
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def die(numbers):
+    store = dist.distributed_c10d._get_default_store()
+    store.wait([f"launch: first collective entered {rank}" for rank in range(3)])
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def check(device, check=distributed.check_first_collective):
     dist.barrier()
-    if dist.get_rank() == 1 and sys.argv[1] == "absent":
-        threading.Event().wait()
-    if dist.get_rank() == 1 and sys.argv[1] == "corrupt":
-        all_reduce = dist.all_reduce
-        dist.all_reduce = lambda numbers: all_reduce(numbers.add_(numbers == 7))  # a bit flips in this rank's memory
-    check(device, 600 if sys.argv[1] == "corrupt" else 5)
+    if dist.get_rank() == int(victim):
+        if fault == "absent":
+            threading.Event().wait()
+        if fault == "corrupt":
+            all_reduce = dist.all_reduce
+            dist.all_reduce = lambda numbers: all_reduce(numbers.add_(numbers == 7))  # a bit flips in its memory
+        if fault == "killed":
+            dist.all_reduce = die
+    check(device, 3 if fault == "absent" else 600)
 
 distributed.check_first_collective = check
 sys.exit(distributed.run_distributed(lambda rank_info, device: 7, "cpu", timedelta(hours=1)))
 """
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (
-            "absent",
-            "rank 1 did not come to the first all-reduce within 5 s, unlike the others; see what these processes do",
-        ),
-        (
-            "corrupt",
-            r"the first all-reduce on rank [012] \(HOST\) is wrong in 1 of 524288 sums; a host or the network corrupts"
-            " data: try fewer hosts",
-        ),
-    ],
-)
-def test_one_message_says_why_the_ranks_do_not_meet(forked, tmp_path, fault, message):
-    script = tmp_path / "script.py"
-    script.write_text(MEET)
-    finished = forked(3, script, fault)
-    assert finished.returncode == 2
-    assert re.fullmatch(f"error: {message.replace('HOST', re.escape(socket.gethostname()))}\n", finished.stderr)
+@pytest.fixture
+def meet(forked, free_port, tmp_path):
+    """Returns a function: a fault, its rank, whether rank 0 has the store → three finished ranks."""
+    (tmp_path / "script.py").write_text(MEET)
+    return lambda fault, victim, own_store: forked(3, tmp_path / "script.py", fault, victim, *[free_port] * own_store)
+
+
+def test_ranks_that_do_not_come_are_named(meet):
+    finished = meet("absent", 1, own_store=True)
+    assert finished.returncode == EXIT_REFUSED
+    message = "rank 1 did not come to the first all-reduce within 3 s, unlike the others; see what these processes do"
+    assert finished.stderr == f"error: {message}\n"
+
+
+@pytest.mark.parametrize("own_store", [False, True])
+def test_wrong_sums_are_said_once(meet, own_store):
+    finished = meet("corrupt", 1, own_store)
+    assert finished.statuses == [EXIT_REFUSED] * 3, finished.stderr
+    message = (
+        rf"the first all-reduce on rank [012] \({re.escape(socket.gethostname())}\) is wrong in 1 of 524288 sums; a"
+        " host or the network corrupts data: try fewer hosts"
+    )
+    assert re.fullmatch(f"error: {message}\n", finished.stderr)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_leaves_a_run_that_can_be_started_again(meet, victim):
+    finished = meet("killed", victim, own_store=True)
+    assert finished.statuses.pop(victim) == -SIGKILL
+    assert finished.statuses == [EXIT_RESUME] * 2, finished.stderr
+    [line] = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    if victim == 0:
+        assert re.fullmatch("error: gone in the first all-reduce, .*: rank 0 \\(.*\\); start again", line)
+    else:
+        assert re.fullmatch(
+            "error: the first all-reduce on rank [02] .* lost another rank, .*; start again, and .*", line
+        )
 
 
 def test_ranks_that_came_are_named_with_their_hosts():
