@@ -15,7 +15,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import _WorkerServer
 
 PREFIX = "nccl-rank-"  # of the files' names, which end with the rank
 DUMP = "/handler/dump_nccl_trace_pickle"  # PyTorch's path of what it has recorded of NCCL
@@ -61,6 +60,8 @@ def connect_to_recorder() -> Iterator[HTTPConnection]:
 
     PyTorch's function for the same holds the lock, so where NCCL blocks it, no thread could end the process any more.
     """
+    from torch._C._distributed_c10d import _WorkerServer  # which another version of PyTorch may lack
+
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as client:
         server = _WorkerServer(f"{folder}/socket")  # prints that it listens
         client.connect(f"{folder}/socket")

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from launch.distributed import RunError, connection_loss
+from launch.connection_loss import connection_loss
+from launch.distributed import RunError
 from launch.flight_recorder import dump_path, write_dump
 from launch.interrupt import EXIT_FATAL, EXIT_RESUME, exit_process
 from launch.run_lock import is_alive, process_table, start_ticks
