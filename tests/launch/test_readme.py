@@ -122,6 +122,17 @@ def summary_rows() -> list[str]:
     ]
 
 
+def goodput_row() -> str:
+    found = report("goodput")
+    restart = found["restart"]
+    return row(
+        f"a rank of two killed {found['kills']} times in {found['seconds'] / 60:.0f} min: share of time that trained ·"
+        " expected; restart, median · longest",
+        f"{100 * found['goodput']:.0f} · {100 * found['expected_goodput']:.0f} %;"
+        f" {restart['median']:.1f} · {restart['longest']:.1f} s",
+    )
+
+
 def dataio_figures() -> list[str]:
     """Patterns of dataio's figures: seconds of a pack by check, and correlations of its sampler's orders."""
     pack, data, correlation = entries("pack", "contender"), report("pack")["data"], report("resume")["correlation"]
@@ -171,7 +182,7 @@ def kernel_rows() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("words", [quickstart_rows()[0], summary_rows()[0], attention_row()])
+@pytest.mark.parametrize("words", [quickstart_rows()[0], summary_rows()[0], goodput_row(), attention_row()])
 def test_figures_of_the_first_screen_are_those_of_the_results(words):
     assert words in README
 
