@@ -5,6 +5,7 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
   "weight", "sums" (of BatchNorm), "statistics", "EMA";
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "speed": a sleep of two seconds in each micro-step, between data and forward pass;
+- "clock": it jumps back by a day;
 - "stop", the signal that stops a run with a checkpoint;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever;
 - "life", which SIGKILL ends, and "code", which raises an AssertionError.
@@ -109,6 +110,9 @@ def step_with_harm(run, augment, step):
         model.norm.running_var[0] = torch.inf
     if "EMA" in done:
         run.ema.module.norm.weight.data[0] = torch.nan
+    if "clock" in done:
+        now = time.time
+        time.time = lambda: now() - 86_400
     if "stop" in done:
         os.kill(os.getpid(), signal.SIGTERM)
     if "process" in done:

@@ -27,6 +27,7 @@ HARMED_RUN = Path(__file__).with_name("harmed_run.py")
 KILLS, SEED = int(os.environ.get("FAULTS_KILLS", "3")), int(os.environ.get("FAULTS_SEED", "0"))
 RANKS = [int(ranks) for ranks in os.environ.get("FAULTS_RANKS", "2").split(",")]  # of the starts in turn
 LONGEST = 8.0  # seconds after which a run is killed
+CLOCK_JUMPS = [{"step": 2, "to": "clock", "rank": 0}, {"step": 3, "to": "clock", "rank": 1}]  # of each start
 #: Functions in which a checkpoint is made, and how often one start calls each.
 OF_A_SAVE = {
     "_copy_tensors": 5, "_begin": 5, "_write_file": 10, "write_state": 5, "publish": 5, "write_pointer": 9, "prune": 5
@@ -115,9 +116,8 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_was_left_alone(
     while not done:
         world_size = next(ranks)
         what, harm = draw_kill(chance, world_size) if killed.total() < KILLS else ("nothing", [])
-        finished = forked(
-            world_size, HARMED_RUN, *arguments, HARM=json.dumps(harm), KILLED=str(mark), STEPPED=str(stepped)
-        )
+        files = {"KILLED": str(mark), "STEPPED": str(stepped)}
+        finished = forked(world_size, HARMED_RUN, *arguments, HARM=json.dumps(harm + CLOCK_JUMPS), **files)
         if killed_at and stepped.exists():
             restarts.append(stepped.stat().st_mtime - killed_at)
             killed_at = None
