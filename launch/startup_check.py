@@ -26,6 +26,7 @@ import torch.distributed as dist
 import dataio
 import launch
 import polaformer
+from dataio.files import sha256_of
 from dataio.pipeline import DALI_VERSION
 from launch.distributed import RunError, broadcast_object, gather_objects, raise_on_all_ranks
 
@@ -154,8 +155,7 @@ def hash_code() -> dict[str, str]:
         for path in folder.rglob("*"):
             # Editors leave hidden files, and links without a target.
             if path.suffix in _CODE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-                with open(path, "rb") as file:
-                    found[str(path.relative_to(folder.parent))] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[str(path.relative_to(folder.parent))] = sha256_of(path)
     return found
 
 

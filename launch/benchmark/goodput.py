@@ -119,12 +119,12 @@ def _kill_repeatedly(
     arguments: list[str], run: Path, world_size: int, seconds: float, mtbf: float, chance: random.Random, device: str
 ) -> Report:
     """Train for so long, killing a rank now and then; return the number of kills, and all seconds."""
-    began, restarts, kills, killed_at = time.monotonic(), list[float](), 0, 0.0
+    began, restarts, kills, killed_at, ended_at = time.monotonic(), list[float](), 0, 0.0, 0.0
     job = _Job(arguments, world_size, device)
     try:
         while (left := began + seconds - time.monotonic()) > 0:
             ended = job.wait(min(left, chance.expovariate(1 / mtbf)))
-            restarts += _first_step_after(run, killed_at)
+            restarts += [step_at - killed_at for step_at in _first_step_after(run, ended_at)]
             if ended:
                 raise RuntimeError(f"the run ended by itself, with {job.end()}, after {kills} kills; see above")
             if time.monotonic() >= began + seconds:
@@ -132,6 +132,7 @@ def _kill_repeatedly(
             kills, killed_at = kills + 1, time.time()
             job.signal(signal.SIGKILL, chance.randrange(world_size))
             job.end()
+            ended_at = time.time()
             job = _Job(arguments, world_size, device)
         job.signal(signal.SIGUSR1, 0)
         if not job.wait(_LONGEST_STOP):
@@ -142,12 +143,12 @@ def _kill_repeatedly(
     return {"kills": kills, "seconds": time.monotonic() - began, "restart": restart}
 
 
-def _first_step_after(run: Path, killed_at: float) -> list[float]:
-    """Return how long after a kill the first new step ended, as the only item; nothing if none did, or no kill was."""
-    if not killed_at or not (run / METRICS_NAME).exists():
+def _first_step_after(run: Path, ended_at: float) -> list[float]:
+    """Return when the first step after the end of a start ended, as the only item; nothing if none did, or none was."""
+    if not ended_at or not (run / METRICS_NAME).exists():
         return []
     times = (json.loads(line)["time"] for line in (run / METRICS_NAME).read_text().splitlines())
-    return [after - killed_at for after in times if after > killed_at][:1]
+    return [step_at for step_at in times if step_at > ended_at][:1]
 
 
 def show(report: Report, _markdown: bool) -> None:

@@ -34,6 +34,6 @@ def test_a_run_that_ends_by_itself_is_an_error(run_benchmark, tmp_path, monkeypa
 def test_a_restart_ends_with_the_first_new_step(tmp_path):
     lines = [{"step": 7, "time": 99.0}, {"step": 8, "time": 112.5}, {"step": 9, "time": 113.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert goodput._first_step_after(tmp_path, 100.0) == [12.5]
+    assert goodput._first_step_after(tmp_path, 100.0) == [112.5]
     assert goodput._first_step_after(tmp_path, 120.0) == []
     assert goodput._first_step_after(tmp_path / "nothing", 100.0) == []
