@@ -36,6 +36,11 @@ def list_folder(path: str | Path) -> list[os.DirEntry[str]]:
         raise ValueError(f"{os.fspath(path)} may not be read by this user; make it readable") from error
 
 
+def refresh_folder(path: str | Path) -> None:
+    """Let NFS notice files that other hosts have written to a folder: opening it is what asks the server."""
+    os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+
+
 def printable(path: str) -> str:
     r"""Return a path with bytes that are not UTF-8, which Python keeps as lone surrogates, written as \xNN."""
     return os.fsencode(path).decode(errors="backslashreplace")

@@ -6,7 +6,6 @@ first_collective.py has checked before that all ranks reach each other.
 """
 
 import hashlib
-import os
 import platform
 import secrets
 import socket
@@ -26,7 +25,7 @@ import torch.distributed as dist
 import dataio
 import launch
 import polaformer
-from dataio.files import sha256_of
+from dataio.files import refresh_folder, sha256_of
 from dataio.pipeline import DALI_VERSION
 from launch.distributed import RunError, broadcast_object, gather_objects, raise_on_all_ranks
 
@@ -119,7 +118,7 @@ def _appears(path: Path, content: str, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         with suppress(OSError):
-            os.listdir(path.parent)  # makes NFS forget that there was no such file
+            refresh_folder(path.parent)
             if path.read_text() == content:
                 return True
         if time.monotonic() > deadline:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from dataio.files import refresh_folder
 from launch.connection_loss import connection_loss
 from launch.distributed import RunError
 from launch.flight_recorder import dump_path, write_dump
@@ -201,7 +202,7 @@ class Watchdog:
     def _is_known(self, name: str) -> bool:
         """Return whether a rank of this start has left the file HUNG_NAME or LOST_NAME."""
         with suppress(OSError):
-            os.close(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY))  # makes NFS notice new files of other hosts
+            refresh_folder(self._folder)
             return (self._folder / name).read_bytes().startswith(self._start_id.encode())
         return False
 

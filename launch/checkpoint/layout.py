@@ -95,7 +95,10 @@ def find_newest(folder: Path, needed: str | None = None, last_step: int | None =
     Raises ValueError if there are checkpoints and all are corrupt: a run would start over on top of them.
     """
     faults: list[str] = []
-    for checkpoint in reversed(list_checkpoints(folder)):
+    candidates = set(list_checkpoints(folder))
+    with suppress(OSError, ValueError):  # that a pointer is missing or damaged says nothing of the checkpoints
+        candidates.add(read_pointer(folder / LATEST))
+    for checkpoint in sorted(candidates, reverse=True):
         if last_step is not None and step_of(checkpoint) > last_step:
             continue
         fault = find_corruption(checkpoint, needed=needed)
@@ -190,13 +193,25 @@ def is_checkpoint(path: Path) -> bool:
 
 def resolve_pointer(pointer: Path) -> Path:
     """Return the checkpoint that `best` or `latest` names. Raises ValueError or FileNotFoundError if it names none."""
+    checkpoint = read_pointer(pointer)
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{pointer} names {checkpoint.name}, which is not there; {_list_names(pointer.parent)}")
+    return checkpoint
+
+
+def read_pointer(pointer: Path) -> Path:
+    """Return the path that `best` or `latest` leads to, whether there is a checkpoint or not.
+
+    Raises ValueError if the file does not hold the name of a checkpoint, OSError if it cannot be read.
+    """
     name = read_small_file(pointer)[:100].decode(errors="replace").strip()
-    there = ", ".join(path.name for path in list_checkpoints(pointer.parent)) or "none"
     if not _CHECKPOINT.fullmatch(name):
-        raise ValueError(f"{pointer} holds {name!r} instead of the name of a checkpoint; there are: {there}")
-    if not (pointer.parent / name).is_dir():
-        raise FileNotFoundError(f"{pointer} names {name}, which is not there; there are: {there}")
+        raise ValueError(f"{pointer} holds {name!r} instead of the name of a checkpoint; {_list_names(pointer.parent)}")
     return pointer.parent / name
+
+
+def _list_names(folder: Path) -> str:
+    return f"there are: {', '.join(path.name for path in list_checkpoints(folder)) or 'none'}"
 
 
 def find_corruption(checkpoint: Path, verify: bool = True, needed: str | None = None) -> str | None:
@@ -205,6 +220,8 @@ def find_corruption(checkpoint: Path, verify: bool = True, needed: str | None = 
     verify: hash the files; otherwise only their presence and sizes are compared. needed: name of the only file to
     compare; None compares all.
     """
+    if not checkpoint.exists():
+        return f"{checkpoint} is not there"
     try:
         files = _read_manifest(checkpoint / MANIFEST_NAME)
         files = {name: entry for name, entry in files.items() if needed in (None, name)}

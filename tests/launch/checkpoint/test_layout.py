@@ -82,6 +82,7 @@ def test_the_state_is_read_as_it_was_written(folder, tmp_path):
         (lambda newest: (newest / layout.MANIFEST_NAME).unlink(), "cannot be read"),
         (lambda newest: (newest / layout.MANIFEST_NAME).write_text("[" * 100_000), "cannot be read"),
         (lambda newest: pipe(newest / layout.EMA_NAME), r"ema\.safetensors is not a file"),
+        (shutil.rmtree, r"step-\d{8} is not there"),  # which only `latest` tells
     ],
 )
 def test_a_corrupt_checkpoint_is_passed_over(folder, damage, message):
@@ -97,7 +98,20 @@ def test_only_corrupt_checkpoints_are_an_error_and_none_at_all_are_not(folder, t
         truncate(folder / name / layout.MODEL_NAME)
     with pytest.raises(ValueError, match=r"no checkpoint in .* is intact: .*; .* Move the folder away to start over"):
         layout.find_newest(folder)
+    for name in names(folder):
+        shutil.rmtree(folder / name)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact: .* is not there\. Move the folder away"):
+        layout.find_newest(folder)
     assert layout.find_newest(tmp_path / "nothing") == (None, [])
+
+
+def test_a_pointer_that_is_missing_or_damaged_hides_no_checkpoint(folder):
+    newest = folder / names(folder)[-1]
+    for content in ("step-1\n", "../step-00000001", ""):
+        (folder / layout.LATEST).write_text(content)
+        assert layout.find_newest(folder) == (newest, [])
+    (folder / layout.LATEST).unlink()
+    assert layout.find_newest(folder) == (newest, [])
 
 
 def test_an_unfinished_checkpoint_is_ignored(folder):
