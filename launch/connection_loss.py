@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 _CONNECTION_LOSS = re.compile(
     "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|failed to recv, got 0 bytes"
-    "|failed to connect|remote process exited|ncclRemoteError).*"
+    "|Connection timed out|No route to host|failed to connect|remote process exited|ncclRemoteError).*"
 )
 
 

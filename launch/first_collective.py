@@ -48,8 +48,12 @@ def check_first_collective(device: torch.device, limit_seconds: float = LIMIT_SE
         ):
             _settle(store, describe_missing(*_progress(store, world_size), limit_seconds))
         fault = json.loads(store.get(_KEY))
-    except RuntimeError as error:  # rank 0 does not end by itself before the others know why
-        if rank == 1:
+    except RuntimeError as error:
+        if connection_loss(error) is None:  # of this rank alone, such as a lack of file descriptors
+            text = f"rank {rank} ({socket.gethostname()}) cannot take part in the first all-reduce"
+            print(f"error: {text}: {_first_line(error)}", file=sys.stderr, flush=True)
+            os._exit(EXIT_REFUSED)
+        if rank == 1:  # rank 0 is gone, which does not end by itself before the others know why
             text = f"gone in the first all-reduce, killed or out of memory: rank 0 ({_first_line(error)}); start again"
             print(f"error: {text}", file=sys.stderr, flush=True)
         os._exit(EXIT_RESUME)
@@ -94,8 +98,8 @@ def _sum_integers(device: torch.device) -> None:
     except RuntimeError as error:
         fault = f"failed ({_first_line(error)}); see whether all hosts are up and reach each other"
         if loss := connection_loss(error):
-            fault = f"lost another rank, killed or out of memory ({loss}); start again, and if it fails again, see"
-            fault, status = f"{fault} whether all hosts are up and reach each other", EXIT_RESUME
+            fault = f"lost another rank, killed or out of memory, or the network ({loss}); start again, and if it fails"
+            fault, status = f"{fault} again, see whether all hosts are up and reach each other", EXIT_RESUME
     with suppress(RuntimeError):  # the check of the main thread meets the same
         if fault is not None:
             _settle(store, f"the first all-reduce on rank {rank} ({socket.gethostname()}) {fault}", status)

@@ -80,7 +80,13 @@ class Goodput:
 
     @contextmanager
     def spending(self, kind: str) -> Iterator[None]:
-        """Count the time inside the block as of this kind, and no longer as of the kind around it."""
+        """Count the time inside the block as of this kind, and no longer as of the kind around it.
+
+        The wait for the first batch is part of the start.
+        """
+        if (self._kind, kind) == (START, DATA):
+            yield
+            return
         self._book()
         outer, self._kind = self._kind, kind
         try:
@@ -121,14 +127,15 @@ class Goodput:
         return {f"goodput/{kind.replace(' ', '_')}": value / total for kind, value in seconds.items()}
 
     def __str__(self) -> str:
-        """Return, for example, "92.1 % of 6.4 h trained; 3 restarts lost 11 min of training, all starts took 8 min"."""
+        """Return, for example, "92.1 % of 6.4 h trained; 11 min lost; the start and 3 restarts took 8.2 min"."""
         seconds, restarts = self.seconds, self._ledger["starts"] - 1
         total = sum(seconds.values())
-        text = f"{100 * seconds[TRAINING] / total:.1f} % of {_duration(total)} trained"
+        parts = [f"{100 * seconds[TRAINING] / total:.1f} % of {_duration(total)} trained"]
+        if seconds[LOST] or restarts:
+            parts.append(f"{_duration(seconds[LOST])} lost")
         if restarts:
-            text += f"; {restarts} restart{'s' * (restarts > 1)} lost {_duration(seconds[LOST])} of training"
-            text += f", all starts took {_duration(seconds[START])}"
-        return text
+            parts.append(f"the start and {restarts} restart{'s' * (restarts > 1)} took {_duration(seconds[START])}")
+        return "; ".join(parts)
 
     def _book(self) -> None:
         now = time.monotonic()

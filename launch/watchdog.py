@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,8 @@ _TICKS = 30  # of the watchdog in the time that makes a hang
 _SHORTEST_TICK, _LONGEST_TICK = 0.1, 10.0  # seconds
 _SHORTEST_LOOK = 5.0  # seconds in which a process that runs has ticked, on a busy machine too
 _RANKS_TO_LOOK = 8  # at a time, whether the run hangs; the next ones look if these do not find out
-_LOOKS_FOR_LOST, _LOOK_SECONDS = 40, 0.05  # until a rank of the lost one's machine has named it
+_LOST_SECONDS, _LOOK_SECONDS = 2.0, 0.05  # in which a rank of the lost one's machine has named it, by many looks
+_WRITE_SECONDS = 5.0  # for a line on standard error, which may be a pipe that nobody reads
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Heartbeat:
     pauses: int = 0  # that it is in
     done: bool = False  # it has left the run
     failed: bool = False  # by an exception of its own
+    job: str = ""  # start of a Slurm job, as of `slurm_start`
     machine: str = ""  # in whose process table it has this id
     born: int | None = None  # its start, as of `start_ticks`
 
@@ -84,6 +86,7 @@ class Watchdog:
         self._turn_seconds = rank // _RANKS_TO_LOOK * self._ticks_to_look * self._tick_seconds
         process = os.getpid()
         self._own = Heartbeat(rank, socket.gethostname(), process, machine=process_table(), born=start_ticks(process))
+        self._own.job = slurm_start(os.environ)
         self._armed, self._closed, self._last_look = False, threading.Event(), dict[int, Heartbeat]()
         self._folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -148,15 +151,18 @@ class Watchdog:
         loss: of a connection, which says that some rank is gone; "" if that is only a question.
         """
         with self._ending:
-            for _ in range(_LOOKS_FOR_LOST if loss else 1):
+            ranks, deadline = [rank for rank in range(self._world_size) if rank != self._own.rank], time.monotonic()
+            deadline += _LOST_SECONDS if loss else 0.0
+            while True:
                 if self._is_known(HUNG_NAME) or self._is_known(LOST_NAME):
                     return EXIT_RESUME
-                others = [found for found in self._heartbeats().values() if found.rank != self._own.rank]
+                others = self._heartbeats(ranks).values()
                 if any(found.failed for found in others):  # and more may be gone because of that
                     return EXIT_FATAL
                 names = ", ".join(found.name for found in others if self._is_lost(found))
-                if names or not loss:
+                if names or time.monotonic() >= deadline:
                     break
+                ranks = [found.rank for found in others if found.machine == self._own.machine]
                 time.sleep(_LOOK_SECONDS)
             if names or loss:
                 self._report_lost(names or f"a rank on another machine ({loss})")
@@ -218,7 +224,10 @@ class Watchdog:
         return True
 
     def _is_hung(self) -> bool:
-        """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others."""
+        """Return whether no rank makes progress; the first one to know says why, and leaves the file for the others.
+
+        Ends the process if the others wait for a rank that has failed: not every launcher ends them.
+        """
         before, began = self._heartbeats(), time.monotonic()
         for _ in range(self._ticks_to_look):
             self._tick()
@@ -228,6 +237,9 @@ class Watchdog:
                 return True
         was_stopped = time.monotonic() - began > 2 * self._ticks_to_look * self._tick_seconds + 1
         after = self._heartbeats()
+        if failed := ", ".join(found.name for found in after.values() if found.failed):
+            _write_stderr(f"error: {failed} has failed, for the reason that it has printed\n")
+            os._exit(EXIT_FATAL)
         known = after.keys() & before.keys()
         if was_stopped or any(after[rank].beats != before[rank].beats for rank in known):
             return False
@@ -256,9 +268,9 @@ class Watchdog:
         """
         try:
             stacks = f"{self._own}\n{_stacks()}"
-            _write_stderr(stacks)
             with suppress(OSError):
                 self._path(self._own.rank).with_suffix(".txt").write_text(stacks)
+            _write_stderr(stacks)
             threading.Thread(target=write_dump, args=(self._folder, self._own.rank), daemon=True).start()
             for _ in range(self._ticks_to_look):  # launchers end all ranks as soon as the first one has ended
                 self._tick()
@@ -273,9 +285,10 @@ class Watchdog:
         with suppress(OSError), open(self._path(self._own.rank), "r+b", buffering=0) as file:
             file.write(record)
 
-    def _heartbeats(self) -> dict[int, Heartbeat]:
-        """Return the heartbeats that can be read, by rank."""
-        read = {rank: read_heartbeat(self._folder.parent, rank) for rank in range(self._world_size)}
+    def _heartbeats(self, ranks: Iterable[int] | None = None) -> dict[int, Heartbeat]:
+        """Return the heartbeats of these ranks, or all, that can be read, by rank."""
+        ranks = range(self._world_size) if ranks is None else ranks
+        read = {rank: read_heartbeat(self._folder.parent, rank) for rank in ranks}
         return {rank: found for rank, found in read.items() if found is not None}
 
 
@@ -336,6 +349,12 @@ def _stacks() -> str:
 
 
 def _write_stderr(text: str) -> None:
-    """Write to standard error from this thread, whatever the main thread holds."""
-    with suppress(OSError):
-        os.write(2, text.encode())
+    """Write to standard error, whatever the main thread holds, and do not wait long for one that nobody reads."""
+
+    def write() -> None:
+        with suppress(OSError):
+            os.write(2, text.encode())
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    writer.join(_WRITE_SECONDS)

@@ -40,31 +40,39 @@ POLAFORMER_MAX_RESTARTS is $POLAFORMER_MAX_RESTARTS; submit it again to resume" 
     echo "job $SLURM_JOB_ID: requeued, restart $((restarts + 1)) of at most $POLAFORMER_MAX_RESTARTS"
 }
 
-# lost_a_rank RUN STATUS: whether a rank of this start of the job was killed, crashed or hung. STATUS: of srun.
+# lost_a_rank RUN STATUS: whether a rank of this start of the job was killed, crashed or hung. STATUS: of srun, which is
+# 1 after Slurm has killed a rank for lack of memory, whatever the other ranks end with.
 lost_a_rank() {
-    local record
-    (($2 >= EXIT_RESUME)) || return 1
+    local record start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} heartbeats
+    (($2)) || return 1
     ls "$1/heartbeats" >/dev/null 2>&1 || true # makes NFS notice new files of other hosts
     for record in "$1"/heartbeats/{lost,hung}; do
-        [[ ! -f $record || $(sed -n 2p "$record") != "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" ]] || return 0
+        [[ ! -f $record || $(sed -n 2p "$record") != "$start" ]] || return 0
     done
-    # None is left to record it where all were killed, or each has a node of its own and NCCL aborts it. But srun also
-    # kills ranks that do not end after another one has failed.
-    case $(($2 - 128)) in
-    6 | 7 | 9 | 11) ! grep --quiet --no-messages '"failed": true' "$1"/heartbeats/rank-*.json ;; # ABRT, BUS, KILL, SEGV
-    *) return 1 ;;
+    heartbeats=$(grep --no-messages --no-filename --fixed-strings "\"job\": \"$start\"" "$1"/heartbeats/rank-*.json) ||
+        true
+    case $2 in
+    2 | 130 | 143) return 1 ;; # refused, or ended at once by a second signal
     esac
+    if [[ -z $heartbeats ]]; then # of a start-up, in which 75 may be a stop
+        [[ $2 == @($EXIT_RESUME|134|135|137|139) ]] # ABRT, BUS, KILL, SEGV
+        return
+    fi
+    [[ $2 == "$EXIT_RESUME" ]] || ! grep --quiet '"failed": true' <<<"$heartbeats" || return 1
+    # None is left to record it where all were killed, or each has a node of its own and NCCL aborts it.
+    grep --quiet --invert-match '"done": true' <<<"$heartbeats"
 }
 
-# require_progress RUN: ends the job if the run has lost a rank three times since its newest checkpoint.
+# require_progress RUN: ends the job if the run was lost three times since its newest checkpoint.
 require_progress() {
-    local newest losses=$1/heartbeats/newest_when_lost
+    local newest losses=$1/heartbeats/newest_when_lost count
     newest=$(cat "$1/checkpoints/latest" 2>/dev/null) || newest="the start"
-    echo "$newest" >>"$losses" || true # a full disk
-    (($(grep --count --line-regexp --fixed-strings -e "$newest" "$losses") >= 3)) || return 0
+    { mkdir -p "$1/heartbeats" && echo "$newest" >>"$losses"; } || true # a full disk
+    count=$(grep --no-messages --count --line-regexp --fixed-strings -e "$newest" "$losses") || true
+    ((${count:-0} >= 3)) || return 0
     rm "$losses" # to begin anew when it is submitted again
-    fail "job $SLURM_JOB_ID: the run has lost a rank three times since $newest; see above for the reason, and submit it \
-again to resume" "$EXIT_RESUME"
+    fail "job $SLURM_JOB_ID: ranks were lost three times since $newest, or the run stopped in its start-up; see above \
+for the reason, and submit it again to resume" "$EXIT_RESUME"
 }
 
 # train CONFIG [key=value …]: runs launch/train.py as one task per GPU on all nodes of the job. Requeues the job if the
@@ -106,7 +114,6 @@ export POLAFORMER_PYTHON, or change it in slurm/common.sh"
         "$POLAFORMER_PYTHON" launch/train.py --config "$config" \
         data.train="$POLAFORMER_TRAIN_DATA" data.val="$POLAFORMER_VAL_DATA" \
         output="$POLAFORMER_RUNS/$SLURM_JOB_NAME" "$@" || status=$?
-    # srun ends with 137 if a rank was killed, or has to kill one that hangs; and with less if one failed.
     if lost_a_rank "$output" "$status"; then
         status=$EXIT_RESUME
         require_progress "$output"

@@ -15,7 +15,7 @@ MEET = """
 import os, signal, sys, threading
 from datetime import timedelta
 import torch.distributed as dist
-from launch import distributed
+from launch import distributed, first_collective
 
 fault, victim, *port = sys.argv[1:]
 if port:  # the store is rank 0's, as under deepspeed and srun
@@ -28,6 +28,9 @@ def die(numbers):
     store.wait([f"launch: first collective entered {rank}" for rank in range(3)])
     os.kill(os.getpid(), signal.SIGKILL)
 
+def fail(store, limit_seconds):
+    raise dist.DistStoreError("Too many open files")
+
 def check(device, check=distributed.check_first_collective):
     dist.barrier()
     if dist.get_rank() == int(victim):
@@ -38,6 +41,8 @@ def check(device, check=distributed.check_first_collective):
             dist.all_reduce = lambda numbers: all_reduce(numbers.add_(numbers == 7))  # a bit flips in its memory
         if fault == "killed":
             dist.all_reduce = die
+        if fault == "own":
+            first_collective._connect = fail
     check(device, 3 if fault == "absent" else 600)
 
 distributed.check_first_collective = check
@@ -82,6 +87,14 @@ def test_a_killed_rank_leaves_a_run_that_can_be_started_again(meet, victim):
         assert re.fullmatch(
             "error: the first all-reduce on rank [02] .* lost another rank, .*; start again, and .*", line
         )
+
+
+def test_a_rank_with_a_fault_of_its_own_says_so(meet):
+    finished = meet("own", 2, own_store=True)
+    assert finished.statuses[2] == EXIT_REFUSED, finished.stderr
+    name = re.escape(f"rank 2 ({socket.gethostname()})")
+    expected = f"^error: {name} cannot take part in the first all-reduce: Too many open files$"
+    assert re.search(expected, finished.stderr, re.MULTILINE)
 
 
 def test_ranks_that_came_are_named_with_their_hosts():

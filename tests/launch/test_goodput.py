@@ -29,7 +29,9 @@ def clock(monkeypatch):
 
 def test_each_second_is_of_one_kind(tmp_path, clock):
     run = Goodput(tmp_path, start_seconds=30)
-    clock(5)
+    clock(4)
+    with run.spending(DATA):  # of the first step
+        clock(1)
     with run.spending(TRAINING):
         clock(100)
         with run.spending(DATA):
@@ -73,7 +75,7 @@ def test_a_restart_loses_what_came_after_its_checkpoint(tmp_path, clock):
         second.resume(7)  # the run goes back by itself
     assert second.seconds[TRAINING] == 150
     assert second.seconds[LOST] == 87
-    assert str(second) == "57.9 % of 4.3 min trained; 1 restart lost 1.4 min of training, all starts took 20 s"
+    assert str(second) == "57.9 % of 4.3 min trained; 1.4 min lost; the start and 1 restart took 20 s"
     second.write()
     third = Goodput(tmp_path)
     third.resume(0)

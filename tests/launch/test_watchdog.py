@@ -1,12 +1,14 @@
 """When a watchdog ends a run, and whom it names; tests/launch/faults has runs that hang."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launch import watchdog
 from launch.watchdog import FOLDER_NAME, HUNG_NAME, Heartbeat, Watchdog, describe_hang, slurm_start
 
 HANG_SECONDS = 40
@@ -144,6 +146,25 @@ def test_the_first_of_several_ranks_says_why(ranks, tmp_path, capfd):
     assert is_hung(ranks[0])
     assert capfd.readouterr().err == ""
     assert said(tmp_path)[0] == "an earlier start"
+
+
+def test_a_standard_error_that_nobody_reads_does_not_keep_the_process(monkeypatch):
+    monkeypatch.setattr(watchdog, "_WRITE_SECONDS", 0.01)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, bytes(4096))
+    os.set_blocking(write_end, True)
+    standard_error = os.dup(2)
+    try:
+        os.dup2(write_end, 2)
+        watchdog._write_stderr("error: no progress\n")
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(read_end)  # which ends the thread that still writes
+        os.close(write_end)
+        os.close(standard_error)
 
 
 def test_whom_the_others_wait_for():

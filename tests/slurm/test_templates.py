@@ -6,12 +6,9 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-from launch.watchdog import Heartbeat
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "slurm").glob("train_*.sh"))
@@ -164,16 +161,8 @@ def test_a_job_that_loses_ranks_and_gets_no_further_is_not_requeued(cluster, pro
     log = tmp_path / "job.log"
     job, log = submit(cluster, TEMPLATES[0], fault, "output=run", root=project, log=log)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), log
-    assert f"error: job {job['JobId']}: the run has lost a rank three times since step-00000003; see above" in log
+    assert f"error: job {job['JobId']}: ranks were lost three times since step-00000003, or" in log
     assert not losses.exists()
-
-
-def test_a_job_that_has_to_be_killed_after_a_task_has_failed_is_not_requeued(cluster, project, tmp_path):
-    heartbeat = project / "run/heartbeats/rank-00001.json"
-    heartbeat.parent.mkdir(parents=True)
-    heartbeat.write_text(json.dumps(asdict(Heartbeat(1, "node", 17, failed=True))))
-    job, log = submit(cluster, TEMPLATES[0], "die", "output=run", root=project, log=tmp_path / "job.log")
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "0"), log
 
 
 def test_submitting_from_another_folder_is_an_error(cluster, tmp_path):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from launch.distributed import connection_loss
 from launch.interrupt import EXIT_FATAL, EXIT_RESUME
-from launch.watchdog import LOST_NAME
+from launch.watchdog import HUNG_NAME, LOST_NAME
 
 KILLED = -9
 RANKS = """
@@ -35,7 +35,8 @@ def meet(rank, here):
         if fate == "fails":
             raise RuntimeError("a mistake")
         os.kill(os.getpid(), signal.SIGKILL)
-    if here == "waiting":  # as in a collective of NCCL on one machine, which does not notice that another rank is gone
+    # as in a collective of NCCL on one machine, which does not notice that another rank is gone
+    if here in ("waiting", "unnoticed"):
         threading.Event().wait()
     torch.distributed.all_reduce(torch.ones(1))
 
@@ -45,7 +46,10 @@ def body(rank_info, device):
     torch.distributed.barrier()
     meet(rank, "start-up")
     with raise_on_all_ranks():
-        watchdog = Watchdog(Path(folder), rank, rank_info.world_size, 450.0, "a start")
+        watchdog = Watchdog(Path(folder), rank, rank_info.world_size, 2.0 if place == "unnoticed" else 450.0, "a start")
+    if place == "unnoticed":  # as under plain srun, which leaves the other ranks alone
+        signals.ignore()
+        watchdog.arm()
     signals.defer(watchdog.status_without_rank)
     with contextlib.closing(watchdog), watchdog.ending_lost_runs():
         watchdog.beat(11, "computing")
@@ -99,6 +103,17 @@ def test_a_rank_that_fails_is_the_only_one_with_a_traceback(end, victim, place):
     assert not (run / "heartbeats" / LOST_NAME).exists()
 
 
+def test_a_rank_that_has_failed_does_not_count_as_hung(end):
+    """Its launcher does not end the others, which wait for it: they end with 1, as it did."""
+    statuses, errors, run = end("fails", 1, "unnoticed")
+    assert statuses == [EXIT_FATAL] * 3, errors
+    assert re.search(
+        r"^error: rank 1 \([^ ]+, process [0-9]+\) has failed, for the reason that it ", errors, re.MULTILINE
+    )
+    assert errors.count("Traceback") == 1
+    assert not (run / "heartbeats" / HUNG_NAME).exists()
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_during_the_start_up(end, victim):
     """Without heartbeats, rank 0's store knows whether a rank has failed: when it is gone, the run is not resumable."""
@@ -122,6 +137,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
             "Connection closed by peer [1",
         ),
         (dist.DistBackendError("NCCL error in: x.cpp, remote process exited or there was a network"), "remote process"),
+        (RuntimeError(f"{GLOO}pair.cc:538] Read error [10.0.0.7]:23692: Connection timed out"), "Connection timed out"),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), "failed to recv"),
         (dist.DistNetworkError("The client socket has failed to connect to (node7, 29500)"), "failed to connect"),
         (RuntimeError("cannot read shard-00001.tar: Connection reset by peer"), None),
