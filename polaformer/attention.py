@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polaformer.layers import DepthwiseConv, apply_rotary
+from polaformer.layers import DepthwiseConv
 from polaformer.ops import polarity_attention
+from polaformer.rotary import apply_rotary
 
-Rotary = Tensor | None  # layers.rotary_embedding of D features; None for polarity attention, which builds its own
+Rotary = Tensor | None  # rotary.rotary_embedding of D features; None for polarity attention, which builds its own
 
 torch.fx.wrap("polarity_attention")  # stays one node of a traced graph
 
@@ -36,7 +37,7 @@ class GatedAttention(nn.Module):
         attended = attended.transpose(1, 2).flatten(2)
         # torch leaves this function unannotated
         attended = attended.unflatten(1, (height, width))  # type: ignore[no-untyped-call]
-        out: Tensor = self.proj((attended + self.lepe(v)) * gate)
+        out: Tensor = self.proj(self.lepe(v, attended) * gate)
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, height: int, width: int, rotary: Rotary) -> Tensor:

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from polaformer import weights
 from polaformer.attention import GatedAttention, PolarityAttention, Rotary, SoftmaxAttention
-from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem, rotary_embedding
+from polaformer.layers import DepthwiseConv, Downsample, FeedForward, Stem
+from polaformer.rotary import rotary_embedding
 
 MLP_RATIO = 3.5
 TOTAL_STRIDE = 32
@@ -76,7 +77,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
         """Apply the three residual branches; rotary: see `Rotary`."""
-        x = x + self.pos(x)
+        x = self.pos(x, x)
         x = x + self.drop_path1(self.gamma_1 * self.attn(self.norm1(x), rotary))
         out: Tensor = x + self.drop_path2(self.gamma_2 * self.ffn(self.norm2(x)))
         return out

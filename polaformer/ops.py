@@ -1,13 +1,14 @@
-"""Operators of polarity attention: schemas, implementations, fake tensors, autograd, vmap, FLOP formulas.
+"""Polarity attention and depthwise convolution as operators: schemas, fake tensors, autograd, vmap, FLOP formulas.
 
-The only file that names torch.ops. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so beside this
-file) register themselves for CPU and CUDA under the schemas defined here; where none is registered the dispatcher falls
-through to the reference. The CUDA binding itself calls polaformer::reference for what its kernels do not support:
-float64, D above 128 (above 96 where a block has less than 163 KB of shared memory), compute capabilities below 8.0.
-The reference warns once per reason, except for float64.
+The only file that names torch.ops.polaformer. Compiled kernels (csrc/, built by setup.py as _cpu*.so and _cuda*.so
+beside this file) register themselves for CPU and CUDA under the schemas defined here; where none is registered the
+dispatcher falls through to the reference. The CUDA binding itself calls polaformer::reference for what its kernels do
+not support: float64, D above 128 (above 96 where a block has less than 163 KB of shared memory), compute capabilities
+below 8.0. The reference warns once per reason, except for float64.
 """
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,13 @@ for _name, (_arguments, _results) in (("polarity_attention", _FORWARD), ("polari
     _library.define(f"{_name}({_arguments}) -> {_results}")
 for _name, (_arguments, _results) in (("reference", _FORWARD), ("reference_backward", _BACKWARD)):
     _library.define(f"{_name}({_arguments}, str reason) -> {_results}")
+_CONV_FORWARD = "Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool adds_input"
+_CONV_BACKWARD = "Tensor grad_out, Tensor x, Tensor weight, bool adds_input"
+for _name in ("depthwise_conv2d", "depthwise_reference"):
+    _library.define(f"{_name}({_CONV_FORWARD}) -> Tensor")
+    _library.define(f"{_name}_backward({_CONV_BACKWARD}) -> (Tensor, Tensor, Tensor)")
+_conv_operator = torch.ops.polaformer.depthwise_conv2d.default
+_conv_backward_operator = torch.ops.polaformer.depthwise_conv2d_backward.default
 _forward_operator = torch.ops.polaformer.polarity_attention.default
 _backward_operator = torch.ops.polaformer.polarity_attention_backward.default
 
@@ -78,14 +86,42 @@ def polarity_attention(
     return out
 
 
-def has_compiled_kernels(device_type: str) -> bool:
-    """Whether polarity attention on "cpu" or "cuda" runs a compiled kernel rather than the reference."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    return torch._C._dispatch_has_kernel_for_dispatch_key("polaformer::polarity_attention", key)
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Depthwise convolution with same padding, plus a residual, by compiled kernels where installed.
+
+    x, residual: (B, height, width, C) in one floating dtype, any strides; `residual=x` costs nothing more. weight:
+    (C, 1, k, k) with an odd k, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be another.
+    Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for CPUs and k = 3 and 5:
+    they take weights as they are and sum in float32, or float64 if x is. Elsewhere PyTorch computes, with weights
+    rounded to x's dtype. Saves x and weight for backward. Differentiable any number of times in reverse mode, also by
+    torch.func.
+    Raises ValueError, on every device and inside every graph, if shapes, dtypes or devices disagree.
+    """
+    adds_input = residual is x
+    return _conv(x, weight, bias, None if adds_input else residual, adds_input)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
+    out: Tensor = torch.ops.polaformer.depthwise_conv2d(x, weight, bias, residual, adds_input)
+    return out
+
+
+#: Operators that have compiled kernels, by device type.
+_WITH_KERNELS = {"cpu": ("polarity_attention", "depthwise_conv2d"), "cuda": ("polarity_attention",)}
+
+
+def has_compiled_kernels(device_type: str, operator: str | None = None) -> bool:
+    """Whether an operator of this module on "cpu" or "cuda" runs a compiled kernel rather than the reference.
+
+    None: all operators that have kernels for this device. On GPUs, depthwise convolution has none.
+    """
+    operators = _WITH_KERNELS[device_type] if operator is None else (operator,)
+    has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device_type.upper()
+    return all(has_kernel(f"polaformer::{name}", key) for name in operators)
 
 
 def kernels_unavailable_reason(device_type: str) -> str:
-    """Why "cpu" or "cuda" has no compiled kernels, with the remedy; empty if it has."""
+    """Why "cpu" or "cuda" lacks compiled kernels, with the remedy; empty if it has all."""
     if has_compiled_kernels(device_type):
         return ""
     fault = _LOAD_ERRORS.get(device_type, "they were not built")
@@ -93,8 +129,8 @@ def kernels_unavailable_reason(device_type: str) -> str:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"polarity attention runs in plain PyTorch: {reason}", stacklevel=2)
+def _warn_once(reason: str, operation: str = "polarity attention") -> None:
+    warnings.warn(f"{operation} runs in plain PyTorch: {reason}", stacklevel=2)
 
 
 def _to_bnhd(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,29 +225,88 @@ def _backward_fake(
     return *(_empty_bnhd(x) for x in (q, k, v)), *logits
 
 
+def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
+    return reference.depthwise_conv2d(x, weight, bias, residual, adds_input).contiguous()
+
+
+def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
+    if x.device.type == "cpu":
+        _warn_once(kernels_unavailable_reason("cpu"), "depthwise convolution")
+    return _conv_reference(x, weight, bias, residual, adds_input)
+
+
+def _conv_backward_reference(
+    grad_out: Tensor, x: Tensor, weight: Tensor, adds_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight, grad_bias = reference.depthwise_conv2d_backward(grad_out, x, weight, adds_input)
+    return grad_x.contiguous(), grad_weight.contiguous(), grad_bias
+
+
+def _conv_fake(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
+    reference.check_depthwise(x, weight, bias, residual, adds_input)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _conv_backward_fake(grad_out: Tensor, x: Tensor, weight: Tensor, adds_input: bool) -> tuple[Tensor, Tensor, Tensor]:
+    reference.check_depthwise_gradient(grad_out, x, weight)
+    of_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), of_weight, weight.new_empty(weight.shape[0])
+
+
+_library.impl("depthwise_reference", _conv_reference, "CompositeImplicitAutograd")
+_library.impl("depthwise_reference_backward", _conv_backward_reference, "CompositeImplicitAutograd")
+_library.impl("depthwise_conv2d", _conv_forward, "CompositeExplicitAutograd")
+_library.impl("depthwise_conv2d_backward", _conv_backward_reference, "CompositeExplicitAutograd")
+torch.library.register_fake(_conv_operator, _conv_fake, lib=_library)
+torch.library.register_fake(_conv_backward_operator, _conv_backward_fake, lib=_library)
 torch.library.register_fake(_forward_operator, _forward_fake, lib=_library)
 torch.library.register_fake(_backward_operator, _backward_fake, lib=_library)
+
+
+def _fold_calls(x: Tensor, dim: int | None, axis: int, calls: int) -> Tensor:
+    """Join the mapped calls, on axis `dim` of x or sharing x if it is None, with the axis of one call's tensor."""
+    x = x.unsqueeze(axis).expand(*x.shape[:axis], calls, *x.shape[axis:]) if dim is None else x.movedim(dim, axis)
+    return x.flatten(axis, axis + 1)
 
 
 def _vmap(
     operator: torch._ops.OpOverload, info: Any, in_dims: Sequence[int | None], *arguments: Any
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Batching rule of both operators: mapped calls become additional heads, as heads are independent.
+    """Batching rule of attention's operators: mapped calls become additional heads, as heads are independent.
 
     The heads' axis is 0 in logits (H, 2D) and their gradients, 1 in everything else.
     """
     calls: int = info.batch_size
-
-    def fold(x: Tensor, dim: int | None) -> Tensor:
-        axis = 0 if x.dim() - (dim is not None) == 2 else 1
-        x = x.unsqueeze(axis).expand(*x.shape[:axis], calls, *x.shape[axis:]) if dim is None else x.movedim(dim, axis)
-        return x.flatten(axis, axis + 1)
-
     tensors = zip(arguments[:-2], in_dims[:-2], strict=True)
-    results = operator(*(fold(x, dim) for x, dim in tensors), *arguments[-2:])
+    folded = (_fold_calls(x, dim, 0 if x.dim() - (dim is not None) == 2 else 1, calls) for x, dim in tensors)
+    results = operator(*folded, *arguments[-2:])
     axes = tuple(0 if x.dim() == 2 else 1 for x in results)
     unfolded = (x.unflatten(axis, (calls, x.shape[axis] // calls)) for x, axis in zip(results, axes, strict=True))
     return tuple(unfolded), axes
+
+
+_IMAGE, _WEIGHT = 3, 0  # axis of the channels in images, and in weights and bias
+_CONV_AXES = (_IMAGE, _WEIGHT, _WEIGHT, _IMAGE), _IMAGE  # of arguments and result
+_CONV_BACKWARD_AXES = (_IMAGE, _IMAGE, _WEIGHT), (_IMAGE, _WEIGHT, _WEIGHT)
+
+
+def _conv_vmap(
+    operator: torch._ops.OpOverload, axes: tuple[Any, Any], info: Any, in_dims: Sequence[int | None], *arguments: Any
+) -> tuple[Any, Any]:
+    """Batching rule of the convolution's operators: mapped calls become additional channels."""
+    of_arguments, of_results = axes
+    tensors = zip(arguments[:-1], in_dims[:-1], of_arguments, strict=True)
+    folded = (None if x is None else _fold_calls(x, dim, axis, info.batch_size) for x, dim, axis in tensors)
+    results = operator(*folded, arguments[-1])
+
+    def unfold(x: Tensor, axis: int) -> Tensor:
+        # torch leaves this function unannotated
+        unfolded: Tensor = x.unflatten(axis, (info.batch_size, x.shape[axis] // info.batch_size))  # type: ignore[no-untyped-call]
+        return unfolded
+
+    if isinstance(results, Tensor):
+        return unfold(results, of_results), of_results
+    return tuple(map(unfold, results, of_results)), of_results
 
 
 def _below_autograd(operator: torch._ops.OpOverload, keys: Any, arguments: tuple[Any, ...]) -> Any:
@@ -266,18 +361,67 @@ class _AttentionBackward(_SingleLevelFunction):
         return None, *vjp_fn(grads), *(None,) * 5
 
 
+class _Conv(_SingleLevelFunction):
+    """Autograd function of the convolution."""
+
+    @staticmethod
+    def forward(keys: Any, *arguments: Any) -> Any:
+        return _below_autograd(_conv_operator, keys, arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _keys, x, weight, _bias, residual, ctx.adds_input = inputs
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        grads = _conv_backward_operator(grad_out, *ctx.saved_tensors, ctx.adds_input)
+        return None, *grads, grad_out if ctx.has_residual else None, None
+
+
+class _ConvBackward(_SingleLevelFunction):
+    """Autograd function of the convolution's gradient, differentiated through the reference."""
+
+    @staticmethod
+    def forward(keys: Any, *arguments: Any) -> Any:
+        return _below_autograd(_conv_backward_operator, keys, arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _keys, grad_out, x, weight, ctx.adds_input = inputs
+        ctx.save_for_backward(grad_out, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        differentiate = functools.partial(reference.depthwise_conv2d_backward, adds_input=ctx.adds_input)
+        vjp_fn = torch.func.vjp(differentiate, *ctx.saved_tensors)[1]
+        return None, *vjp_fn(grads), None
+
+
 _operator: Any
 _function: Any
-for _operator, _function in ((_forward_operator, _Attention), (_backward_operator, _AttentionBackward)):
+_rule: Any
+for _operator, _function, _rule in (
+    (_forward_operator, _Attention, functools.partial(_vmap, _forward_operator)),
+    (_backward_operator, _AttentionBackward, functools.partial(_vmap, _backward_operator)),
+    (_conv_operator, _Conv, functools.partial(_conv_vmap, _conv_operator, _CONV_AXES)),
+    (
+        _conv_backward_operator,
+        _ConvBackward,
+        functools.partial(_conv_vmap, _conv_backward_operator, _CONV_BACKWARD_AXES),
+    ),
+):
     # torch.library.register_autograd makes an autograd.Function, which torch.func cannot differentiate inside an
     # operator. Single-level functions are differentiated level by level, as PyTorch's own operators are.
     _apply = enable_single_level_autograd_function()(_function.apply)
     _library.impl(_operator.name(), _apply, "Autograd", with_keyset=True)
-    torch.library.register_vmap(_operator, functools.partial(_vmap, _operator), lib=_library)
+    torch.library.register_vmap(_operator, _rule, lib=_library)
 
 
 # For exporters that decompose operators (torch.onnx); torch.compile and torch.export keep the operator whole.
 register_decomposition(_forward_operator)(reference.forward)
+register_decomposition(_conv_operator)(reference.depthwise_conv2d)
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention)
@@ -292,3 +436,17 @@ def _backward_flops(_grad_shape: object, q_shape: tuple[int, int, int, int], *_a
     """20·D² per token and head: what kernels need that save the state and recompute features."""
     batch, heads, tokens, head_dim = q_shape
     return 20 * batch * heads * tokens * head_dim**2
+
+
+@register_flop_formula(torch.ops.polaformer.depthwise_conv2d)
+def _conv_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_args: Any, **_kwargs: Any) -> int:
+    """2·k² per number of the output, as of torch's own convolution."""
+    return 2 * weight_shape[2] * weight_shape[3] * math.prod(x_shape)
+
+
+@register_flop_formula(torch.ops.polaformer.depthwise_conv2d_backward)
+def _conv_backward_flops(
+    _grad_shape: object, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_args: Any, **_kwargs: Any
+) -> int:
+    """Twice that of forward: the gradients of input and weights."""
+    return 2 * _conv_flops(x_shape, weight_shape)

@@ -1,6 +1,7 @@
-"""Polarity attention in plain PyTorch: the oracle for every kernel, and the fallback where no kernel runs.
+"""Our operators in plain PyTorch: the oracle for every kernel, and the fallback where no kernel runs.
 
-Axes: B batch, H heads, N = height·width tokens (row-major), D head dimension, 2D features in D rotated pairs.
+Polarity attention, and at the end depthwise convolution. Axes: B batch, H heads, N = height·width tokens (row-major),
+D head dimension, 2D features in D rotated pairs.
 
 **Formulas** (PolaFormer, ICLR 2025, arXiv:2501.15061, with the features of PolaFormer++). Per head, with x⁺ = relu(x),
 x⁻ = relu(−x), concatenation [·; ·] along features, R the rotary embedding, σ the logistic function, learned logits s₁
@@ -20,11 +21,15 @@ inactive everywhere else, keep them finite.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.amp import is_autocast_available
 
-from polaformer.layers import apply_rotary, rotary_embedding
+from polaformer.rotary import apply_rotary, rotary_embedding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPSILON = 1e-6
@@ -84,13 +89,13 @@ def compute_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _check_tensor(name: str, x: Tensor, q: Tensor) -> None:
+def _check_tensor(name: str, x: Tensor, first: Tensor, first_name: str = "q") -> None:
     if x.dtype not in DTYPES or x.layout != torch.strided:
         raise ValueError(
             f"{name} is {x.dtype}, {x.layout}; pass a dense tensor of float64, float32, bfloat16 or float16"
         )
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device}, q on {q.device}; move them to one device")
+    if x.device != first.device:
+        raise ValueError(f"{name} is on {x.device}, {first_name} on {first.device}; move them to one device")
 
 
 def polarity_attention(
@@ -269,3 +274,81 @@ def _logistic_slope(temperature: Tensor) -> Tensor:
 def _flows(same_logits: Tensor, opposite_logits: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """Per flow: its logits, its half of the state's columns, whether the query's two parts swap."""
     return zip((same_logits, opposite_logits), state.chunk(2, dim=-1), (False, True), strict=True)
+
+
+def check_depthwise(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> None:
+    """Check shapes, dtypes and devices of `depthwise_conv2d`; raise ValueError if they are wrong.
+
+    csrc/checks.h repeats these checks for callers of the compiled operators.
+    """
+    _check_depthwise_sizes(x, weight)
+    channels = x.shape[3]
+    if bias.shape != (channels,) or bias.dtype != weight.dtype:
+        raise ValueError(
+            f"bias is {tuple(bias.shape)} in {bias.dtype}, needs (C) = ({channels}) in weight's {weight.dtype}"
+        )
+    _check_tensor("bias", bias, x, "x")
+    if residual is not None:
+        if adds_input:
+            raise ValueError("either a residual or the input is added, not both")
+        _check_like_x("residual", residual, x)
+
+
+def check_depthwise_gradient(grad_out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Check the arguments of `depthwise_conv2d_backward`; raise ValueError if they are wrong."""
+    _check_depthwise_sizes(x, weight)
+    _check_like_x("grad_out", grad_out, x)
+
+
+def _check_depthwise_sizes(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x {tuple(x.shape)} must have four dimensions (B, height, width, C)")
+    channels, shape = x.shape[3], tuple(weight.shape)
+    if len(shape) != 4 or shape[:2] != (channels, 1) or shape[2] != shape[3] or shape[2] % 2 == 0 or shape[2] >= 1024:
+        raise ValueError(f"weight {shape} must be (C, 1, k, k) = ({channels}, 1, k, k) with an odd k below 1024")
+    _check_tensor("x", x, x, "x")
+    _check_tensor("weight", weight, x, "x")
+
+
+def _check_like_x(name: str, other: Tensor, x: Tensor) -> None:
+    if other.shape != x.shape or other.dtype != x.dtype:
+        raise ValueError(
+            f"{name} is {tuple(other.shape)} in {other.dtype}, x {tuple(x.shape)} in {x.dtype}; they must agree"
+        )
+    _check_tensor(name, other, x, "x")
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None, adds_input: bool = False
+) -> Tensor:
+    """Depthwise convolution plus residual by PyTorch's own operator, in x's dtype; arguments as in `polaformer.ops`.
+
+    adds_input: x is the residual.
+    """
+    check_depthwise(x, weight, bias, residual, adds_input)
+    residual = x if adds_input else residual
+    out, padding, channels = torch.zeros_like(x), weight.shape[-1] // 2, weight.shape[0]
+    if x.numel():
+        images, weight, bias = x.permute(0, 3, 1, 2), weight.to(x.dtype), bias.to(x.dtype)
+        with _without_autocast(x):
+            out = F.conv2d(images, weight, bias, padding=padding, groups=channels).permute(0, 2, 3, 1)
+    return out if residual is None else residual + out
+
+
+def depthwise_conv2d_backward(grad_out: Tensor, x: Tensor, weight: Tensor, adds_input: bool) -> tuple[Tensor, ...]:
+    """Gradients of x, weight and bias in their dtypes; grad_out is that of the residual, unless x is the residual."""
+    check_depthwise_gradient(grad_out, x, weight)
+    channels, padding = weight.shape[0], [weight.shape[-1] // 2] * 2
+    if not x.numel():
+        return torch.zeros_like(x), torch.zeros_like(weight), weight.new_zeros(channels)
+    images, grads = x.permute(0, 3, 1, 2), grad_out.permute(0, 3, 1, 2)
+    sizes = [channels], [1, 1], padding, [1, 1], False, [0, 0], channels
+    with _without_autocast(x):
+        results = torch.ops.aten.convolution_backward(grads, images, weight.to(x.dtype), *sizes, [True] * 3)
+    grad_x, grad_weight, grad_bias = results[0].permute(0, 2, 3, 1), *(grad.to(weight.dtype) for grad in results[1:])
+    return grad_x + grad_out if adds_input else grad_x, grad_weight, grad_bias
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device_type = x.device.type
+    return torch.autocast(device_type, enabled=False) if is_autocast_available(device_type) else nullcontext()

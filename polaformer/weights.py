@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from polaformer.layers import rotary_frequencies
+from polaformer.rotary import rotary_frequencies
 
 #: Our name → the official one, applied in this order; all other names are the same.
 _OFFICIAL_NAMES = (

@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 namespace polaformer {
 
@@ -14,14 +15,22 @@ struct NamedTensor {
   const at::Tensor& tensor;
 };
 
-inline void check_tensor(const NamedTensor& x, const at::Tensor& q) {
+// `first`: an argument whose device all others share, named `first_name`.
+inline void check_tensor(const NamedTensor& x, const at::Tensor& first, const char* first_name = "q") {
   const auto type = x.tensor.scalar_type();
   TORCH_CHECK_VALUE((type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf) &&
                         x.tensor.layout() == at::kStrided,
                     x.name, " is ", type, ", ", x.tensor.layout(),
                     "; pass a dense tensor of float64, float32, bfloat16 or float16");
-  TORCH_CHECK_VALUE(x.tensor.device() == q.device(), x.name, " is on ", x.tensor.device(), ", q on ", q.device(),
-                    "; move them to one device");
+  TORCH_CHECK_VALUE(x.tensor.device() == first.device(), x.name, " is on ", x.tensor.device(), ", ", first_name, " on ",
+                    first.device(), "; move them to one device");
+}
+
+inline void check_like_x(const NamedTensor& other, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(other.tensor.sizes() == x.sizes() && other.tensor.scalar_type() == x.scalar_type(), other.name,
+                    " is ", other.tensor.sizes(), " in ", other.tensor.scalar_type(), ", x ", x.sizes(), " in ",
+                    x.scalar_type(), "; they must agree");
+  check_tensor(other, x, "x");
 }
 
 // Afterwards heads, height, width and head dimension fit an int. `device_type`: where the kernels run.
@@ -67,6 +76,37 @@ inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const a
   check({"state", state}, {batch, heads, 2 * head_dim, head_dim});
   check({"key_mean", key_mean}, {batch, heads, 2 * head_dim});
   check({"key_shift", key_shift}, {batch, heads, head_dim});
+}
+
+// Checks of depthwise_conv2d; reference.py (check_depthwise) has the same. Afterwards the kernel size fits an int.
+inline void check_depthwise_sizes(at::DeviceType device_type, const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(x.dim() == 4, "x ", x.sizes(), " must have four dimensions (B, height, width, C)");
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) == x.size(3) && weight.size(1) == 1 &&
+                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 && weight.size(2) < 1024,
+                    "weight ", weight.sizes(), " must be (C, 1, k, k) = (", x.size(3),
+                    ", 1, k, k) with an odd k below 1024");
+  TORCH_CHECK_VALUE(x.device().type() == device_type, "x is on ", x.device(), ", another tensor on ", device_type,
+                    "; move them to one device");
+  check_tensor({"x", x}, x, "x");
+  check_tensor({"weight", weight}, x, "x");
+}
+
+inline void check_depthwise(at::DeviceType device_type, const at::Tensor& x, const at::Tensor& weight,
+                            const at::Tensor& bias, const std::optional<at::Tensor>& residual, bool adds_input) {
+  check_depthwise_sizes(device_type, x, weight);
+  TORCH_CHECK_VALUE(bias.sizes() == at::IntArrayRef({x.size(3)}) && bias.scalar_type() == weight.scalar_type(),
+                    "bias is ", bias.sizes(), " in ", bias.scalar_type(), ", needs (C) = (", x.size(3),
+                    ") in weight's ", weight.scalar_type());
+  check_tensor({"bias", bias}, x, "x");
+  if (!residual) return;
+  TORCH_CHECK_VALUE(!adds_input, "either a residual or the input is added, not both");
+  check_like_x({"residual", *residual}, x);
+}
+
+inline void check_depthwise_gradient(at::DeviceType device_type, const at::Tensor& grad_out, const at::Tensor& x,
+                                     const at::Tensor& weight) {
+  check_depthwise_sizes(device_type, x, weight);
+  check_like_x({"grad_out", grad_out}, x);
 }
 
 }  // namespace polaformer

@@ -73,6 +73,31 @@ def change_dtype_or_device(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
 
 def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
     """Draw (operator's name, arguments): a valid call with zero to three random changes."""
+    return (draw_attention if rng.random() < 0.6 else draw_depthwise)(rng, device)
+
+
+def draw_depthwise(rng: random.Random, device: str) -> tuple[str, list]:
+    channels, kernel_size = rng.choice([1, 3, 8, 16, 17, 100, 150]), rng.choice([1, 3, 3, 5, 5, 7])
+    shape, dtype, wide = (rng.randint(0, 3), rng.randint(1, 9), rng.randint(1, 9), channels), *rng.choices(DTYPES, k=2)
+    x, other = (draw_tensor(shape, dtype, device) for _ in range(2))
+    weight = draw_tensor((channels, 1, kernel_size, kernel_size), wide, device)
+    name = rng.choice(["depthwise_conv2d", "depthwise_conv2d_backward"])
+    arguments = [other, x, weight]
+    if name == "depthwise_conv2d":
+        arguments = [x, weight, draw_tensor((channels,), wide, device), rng.choice([other, None])]
+    for _ in range(rng.choice([0, 0, 1, 1, 2])):
+        number = rng.randrange(len(arguments))
+        arguments[number] = change_tensor(rng, arguments[number])
+    return name, [*arguments, rng.random() < 0.3]
+
+
+def change_tensor(rng: random.Random, x: torch.Tensor | None) -> torch.Tensor | None:
+    if x is None or x.layout != torch.strided or x.is_meta:
+        return x
+    return rng.choice([change_shape, change_strides, change_strides, change_dtype_or_device])(rng, x)
+
+
+def draw_attention(rng: random.Random, device: str) -> tuple[str, list]:
     batch, heads, height, width = rng.randint(0, 3), rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 9)
     head_dim = 2 * rng.choice([1, 3, 8, 16, 17, 48])
     dtype = rng.choice(DTYPES)
@@ -91,14 +116,21 @@ def draw_call(rng: random.Random, device: str) -> tuple[str, list]:
             size[rng.randrange(2)] = rng.choice([*HUGE, size[0] + 1, -size[0]])
             if rng.random() < 0.3:
                 size = [-size[0], -size[1]]
-        elif arguments[number].layout == torch.strided and not arguments[number].is_meta:
-            change = rng.choice([change_shape, change_strides, change_strides, change_dtype_or_device])
-            arguments[number] = change(rng, arguments[number])
+        else:
+            arguments[number] = change_tensor(rng, arguments[number])
     return name, [*arguments, *size, *([""] if name.startswith("reference") else [])]
 
 
 def compute_expected(name: str, arguments: list) -> list[torch.Tensor]:
     """Compute by the reference in float64; raise ValueError if the call is invalid."""
+    if name == "depthwise_conv2d":
+        x, weight, bias, residual, adds_input = arguments
+        reference.check_depthwise(*arguments)
+        wide = [None if x is None else x.double() for x in (x, weight, bias, residual)]
+        return [reference.depthwise_conv2d(*wide, adds_input)]
+    if name == "depthwise_conv2d_backward":
+        reference.check_depthwise_gradient(*arguments[:3])
+        return list(reference.depthwise_conv2d_backward(*(x.double() for x in arguments[:3]), arguments[3]))
     *tensors, height, width = arguments[:-1] if name.startswith("reference") else arguments
     grad_out, inputs, saved = (tensors[0], tensors[1:6], tensors[6:]) if len(tensors) == 9 else (None, tensors, ())
     reference.check_inputs(*inputs[:3], tuple(inputs[3:]), height, width)
@@ -124,6 +156,7 @@ def main(device: str, seed: int, calls: int) -> None:
         if any(isinstance(x, torch.Tensor) and x.is_meta for x in arguments):
             continue  # no values to compare
         expected = compute_expected(name, arguments)
+        results = [results] if isinstance(results, torch.Tensor) else results
         for result, wanted in zip(results, expected):  # noqa: B905 (backward covers the saved tensors)
             tolerance = 0.2 if LOW & {arguments[0].dtype, result.dtype} else 1e-3
             if is_wrong(result, wanted, tolerance):

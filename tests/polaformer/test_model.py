@@ -1,6 +1,7 @@
 """The six models: parameters and FLOPs, vectors of the official implementation, timm's interface."""
 
 import io
+import math
 
 import pytest
 import timm
@@ -32,6 +33,10 @@ def count_polarity_attention(inputs, outputs) -> int:
     return batch * heads * tokens * (4 * head_dim**2 + 4 * head_dim)
 
 
+def count_depthwise(inputs, outputs) -> int:
+    return math.prod(shape_of(inputs[0])) * math.prod(shape_of(inputs[1])[2:])
+
+
 @pytest.mark.parametrize(
     "preset", ["b0", "b1", "b2", "b3", *(pytest.param(preset, marks=pytest.mark.slow) for preset in ("b4", "b5"))]
 )
@@ -42,6 +47,7 @@ def test_parameters_and_flops(preset):
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     counter.set_op_handle("aten::scaled_dot_product_attention", count_softmax_attention)
     counter.set_op_handle("polaformer::polarity_attention", count_polarity_attention)
+    counter.set_op_handle("polaformer::depthwise_conv2d", count_depthwise)
     wanted = GIGA_MULTIPLY_ADDS[preset]
     digits = 3 if wanted < 10 else 2
     assert round(counter.total() / 1e9, digits) == wanted

@@ -313,8 +313,8 @@ def test_four_thousand_random_calls(device, tmp_path):
     assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-4000:]}"
     counts = json.loads(finished.stdout)
     assert sum(counts.values()) == 4000
-    assert len(counts) == 8  # each of the four operators refused some and computed some
-    assert min(counts.values()) > 200
+    assert len(counts) == 12  # each of the six operators refused some and computed some
+    assert min(counts.values()) > 150
 
 
 def build_sanitized(folder: Path) -> dict[str, str]:

@@ -9,6 +9,6 @@
 #include "cpu/kernels.inl"
 
 namespace polaformer {
-const Kernels kAvx2{"avx2", avx2::forward, avx2::backward};
+const Kernels kAvx2{"avx2", avx2::forward, avx2::backward, avx2::depthwise_forward, avx2::depthwise_backward};
 }
 #endif

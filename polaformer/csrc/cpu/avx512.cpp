@@ -9,6 +9,7 @@
 #include "cpu/kernels.inl"
 
 namespace polaformer {
-const Kernels kAvx512{"avx512", avx512::forward, avx512::backward};
+const Kernels kAvx512{"avx512", avx512::forward, avx512::backward, avx512::depthwise_forward,
+                      avx512::depthwise_backward};
 }
 #endif

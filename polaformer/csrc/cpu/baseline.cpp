@@ -7,5 +7,6 @@
 #include "cpu/kernels.inl"
 
 namespace polaformer {
-const Kernels kBaseline{"baseline", baseline::forward, baseline::backward};
+const Kernels kBaseline{"baseline", baseline::forward, baseline::backward, baseline::depthwise_forward,
+                        baseline::depthwise_backward};
 }

@@ -1,34 +1,21 @@
-// PyTorch bindings of the CPU kernels: implements the schemas of polaformer/ops.py, checks and prepares tensors,
-// selects the instruction set.
+// PyTorch binding of polarity attention's CPU kernels: implements the schemas of polaformer/ops.py, checks and prepares
+// tensors.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <exception>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/interface.h"
+#include "cpu/runtime.h"
 
 namespace polaformer {
 namespace {
 
 using at::Tensor;
-
-// The kernels for this CPU, or for the lower capability that ATEN_CPU_CAPABILITY names.
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  return capability == "AVX512" ? kAvx512 : capability == "AVX2" ? kAvx2 : kBaseline;
-#else
-  return kBaseline;
-#endif
-}
 
 // Whether PyTorch has a bfloat16 GEMM for this CPU (AMX or AVX512-BF16); brgemm throws if it has not.
 bool has_bf16_gemm() {
@@ -46,42 +33,6 @@ bool has_bf16_gemm() {
   return has;
 }
 
-class TorchRuntime final : public Runtime {
- public:
-  int threads() override { return at::get_num_threads(); }
-
-  void* allocate(int64_t bytes) override {
-    memory_.push_back(at::empty({bytes}, at::kByte));
-    return memory_.back().data_ptr();
-  }
-
-  void parallel(int64_t tasks, void (*body)(void*, int64_t, int), void* context) override {
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) body(context, task, at::get_thread_num());
-      if (used_tiles_) at::native::cpublas::brgemm_release();
-    });
-  }
-
-  void multiply_bf16(int m, int n, int k, const uint16_t* a, int lda, const uint16_t* b, int ldb, float* c, int ldc,
-                     bool add) override {
-    used_tiles_ = true;
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
-                                reinterpret_cast<const at::BFloat16*>(b), c);
-  }
-
- private:
-  std::vector<Tensor> memory_;
-  std::atomic<bool> used_tiles_{false};
-};
-
-at::ScalarType compute_type(const Tensor& q) { return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
-
-// x in a dtype that the kernels read, with a last stride of 1.
-Tensor to_kernel_layout(const Tensor& x) {
-  const Tensor wide = x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x;
-  return wide.stride(3) == 1 || wide.size(3) == 1 ? wide : wide.contiguous();
-}
-
 // An uninitialised tensor like x in the memory layout of a contiguous (B, N, H, D).
 Tensor empty_bnhd(const Tensor& x) {
   return at::empty({x.size(0), x.size(2), x.size(1), x.size(3)}, x.options()).transpose(1, 2);
@@ -92,14 +43,9 @@ Tensor clamp_to_dtype(const Tensor& x, at::ScalarType type) {
   return type == at::kHalf ? x.clamp(-65504.0, 65504.0).to(type) : x;
 }
 
-StridedTensor strided(const Tensor& x) {
-  const Type type = x.scalar_type() == at::kDouble  ? Type::float64
-                    : x.scalar_type() == at::kFloat ? Type::float32
-                                                    : Type::bfloat16;
-  return {x.data_ptr(), type, x.stride(0), x.stride(1), x.stride(2)};
-}
+StridedTensor strided(const Tensor& x) { return {x.data_ptr(), kernel_type(x), x.stride(0), x.stride(1), x.stride(2)}; }
 
-// Angle per unit of distance of each rotated pair, as in polaformer/layers.py.
+// Angle per unit of distance of each rotated pair, as in polaformer/rotary.py.
 Tensor rotary_frequencies(int64_t head_dim) { return at::pow(10000.0, at::linspace(0, 1, head_dim / 2)).reciprocal(); }
 
 // The tensors that both passes read, as the kernels need them; they must outlive the call.

@@ -41,6 +41,33 @@ struct BackwardParams : CommonParams {
   void *grad_same, *grad_opposite;
 };
 
+// A (B, height, width, C) tensor of images; strides in elements, not bytes; the last stride is 1.
+struct Image {
+  void* data = nullptr;
+  Type type = Type::float32;
+  int64_t batch = 0, row = 0, column = 0;
+};
+
+struct DepthwiseSize {
+  int64_t batch, height, width, channels;
+  int kernel_size;  // 3 or 5
+};
+
+// Weights (k·k, C) and bias (C) are contiguous, in the compute type, float or double.
+struct DepthwiseForwardParams {
+  DepthwiseSize size;
+  Image x, residual, out;  // residual: without data if nothing is added
+  const void *weight, *bias;
+};
+
+struct DepthwiseBackwardParams {
+  DepthwiseSize size;
+  Image x, grad_out, grad_x;
+  const void* weight;
+  void* grad_sums;  // (k·k + 1, C) in the compute type: gradients of the weights, then of the bias
+  bool adds_input;  // forward added its input: its gradient has grad_out added
+};
+
 // Services of PyTorch. `allocate` returns uninitialised memory, aligned to 64 bytes, that lives as long as the call.
 // `multiply_bf16` computes C (M, N) = A (M, K) B, or adds to C if `add`; B's rows are interleaved in pairs.
 struct Runtime {
@@ -56,6 +83,8 @@ struct Kernels {
   const char* instruction_set;
   void (*forward)(const ForwardParams&, Runtime&);
   void (*backward)(const BackwardParams&, Runtime&);
+  void (*depthwise_forward)(const DepthwiseForwardParams&, Runtime&);
+  void (*depthwise_backward)(const DepthwiseBackwardParams&, Runtime&);
 };
 
 extern const Kernels kBaseline;

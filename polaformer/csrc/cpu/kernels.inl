@@ -1,6 +1,6 @@
-// Polarity attention, forward and backward, for one instruction set: the including file defines POLAFORMER_ISA and sets
-// the compiler's target. No standard or PyTorch header may be included below that point: its inline functions would be
-// compiled for a CPU that the rest of the program must not require.
+// Polarity attention and depthwise convolution for one instruction set: the including file defines POLAFORMER_ISA and
+// sets the compiler's target. No standard or PyTorch header may be included below that point: its inline functions
+// would be compiled for a CPU that the rest of the program must not require.
 //
 // Both passes process tiles of kTile tokens whose features stay in the cache: vectorised elementwise work, then matrix
 // products. A row of D elements is zero-padded to W, a multiple of the vector length; 2D features to F = 2W, positive
@@ -14,6 +14,7 @@
 #include "cpu/features.inl"
 #include "cpu/forward.inl"
 #include "cpu/backward.inl"
+#include "cpu/depthwise.inl"
 
 namespace polaformer {
 namespace POLAFORMER_ISA {

@@ -12,6 +12,7 @@ struct Simd {
 template <class R>
 using Vec = typename Simd<R>::Vec;
 typedef int32_t Words __attribute__((vector_size(POLAFORMER_VECTOR_BYTES)));
+typedef uint32_t UnsignedWords __attribute__((vector_size(POLAFORMER_VECTOR_BYTES)));
 typedef uint16_t HalfWords __attribute__((vector_size(POLAFORMER_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 template <class R>

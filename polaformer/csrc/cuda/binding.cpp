@@ -9,7 +9,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <array>
@@ -17,6 +16,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "call_reference.h"
 #include "checks.h"
 #include "launch_params.h"
 
@@ -64,7 +64,7 @@ Tensor empty_bnhd(const Tensor& q) {
   return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);
 }
 
-// Bit-identical to layers.rotary_frequencies; computed once per head dimension.
+// Bit-identical to rotary.rotary_frequencies; computed once per head dimension.
 void copy_frequencies(float (&frequencies)[kMaxHeadDim / 2], int head_dim) {
   static std::array<std::once_flag, kMaxHeadDim / 2 + 1> once;
   static std::array<std::array<float, kMaxHeadDim / 2>, kMaxHeadDim / 2 + 1> known;
@@ -88,13 +88,6 @@ const char* fallback_reason(const Tensor& q, const Shape& shape) {
   if (q.scalar_type() == at::kDouble) return "";
   return unsupported_reason(shape, device_attribute(q, cudaDevAttrComputeCapabilityMajor),
                             device_attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin));
-}
-
-// Calls the named operator of polaformer/ops.py, which computes in PyTorch for any dtype.
-template <class Results, class... Arguments>
-Results call_reference(const char* name, Arguments&&... arguments) {
-  const auto reference = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  return reference.typed<Results(Arguments...)>().call(std::forward<Arguments>(arguments)...);
 }
 
 // The tensors that both passes read, as the kernels need them; they must outlive the launch.

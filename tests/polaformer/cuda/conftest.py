@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from polaformer import layers
+from polaformer import rotary
 
 ROOT = Path(__file__).parents[3]
 KERNELS = ROOT / "polaformer/csrc/cuda"
@@ -83,7 +83,7 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_cou
         request.add_strided(x)
     for x in logits:
         request.add_array(x.float())
-    request.add_array(layers.rotary_frequencies(2 * head_dim))
+    request.add_array(rotary.rotary_frequencies(2 * head_dim))
     if grad_out is not None:
         request.add_strided(grad_out)
     (folder / "request").write_bytes(b"".join(request.parts))
