@@ -8,6 +8,7 @@ from launch.interrupt import EXIT_INTERRUPTED
 
 COMMANDS = {
     "kernel": "polarity attention beside eager, compiled eager and softmax attention",
+    "depthwise": "the models' depthwise convolutions beside PyTorch's in both layouts, and compiled",
     "data": "shards to batches: ours, webdataset with torchvision or timm, and DALI's own reader",
     "pack": "dataio.pack beside cp -r, tar and webdataset's ShardWriter",
     "resume": "the first batch after a resume beside that after a fresh start; the quality of the shuffle",

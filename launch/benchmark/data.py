@@ -122,7 +122,7 @@ def _is_installed(distribution: str) -> bool:
 
 def describe(measured_by_loader: dict[str, Any], workload: str) -> list[dict[str, Any]]:
     """Entries of the report for a workload. Ratios are of trials of the same round."""
-    trials_by_loader = {name: measured["trials"] for name, measured in measured_by_loader.items()}
+    seconds = {name: [trial.seconds for trial in measured["trials"]] for name, measured in measured_by_loader.items()}
     entries = []
     for name, measured in measured_by_loader.items():
         trials, peak = measured["trials"], measured["peak"]
@@ -138,7 +138,7 @@ def describe(measured_by_loader: dict[str, Any], workload: str) -> list[dict[str
                 "peak_resident_bytes": peak.resident,
                 "peak_own_bytes": peak.own,
                 "difference_to_first": measured["differences"],
-                "times_faster_than": times_faster_than(trials_by_loader, name),
+                "times_faster_than": times_faster_than(seconds, name),
             }
         )
     return entries

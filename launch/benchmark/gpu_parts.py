@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.benchmark import kernel, kernel_checks, profiling, step
+from launch.benchmark import depthwise, kernel, kernel_checks, profiling, step
 from launch.benchmark.report import missing_modules, read_report
 
 FILES = REPORT, LOG, TESTS, COUNTERS = "report.json", "log.txt", "tests.xml", "counters.csv"  # in each part's folder
@@ -67,6 +67,7 @@ def _plan_first(folder: Path) -> list[Part]:
     )
     eager = ("--modes", "eager", "--seconds", "3")
     side_by_side = ("--implementations", "ours", "eager", "sdpa", "--seconds", "3")
+    in_both_layouts = ("--implementations", "ours", "channels-last", "nchw", "--seconds", "2")
     return [
         Part("build", (*_CHECK, "build"), 15, 300, last_line, needs_kernels=False),
         Part("check", real, 20, 60, parse_checks),
@@ -74,6 +75,7 @@ def _plan_first(folder: Path) -> list[Part]:
         Part("kernels", _benchmark(folder / "kernels", "profile"), 30, 90, parse_profile),
         Part("tests", _pytest(folder / "tests", *_KERNEL_TESTS), 60, 150, parse_tests),
         Part("kernel", _benchmark(folder / "kernel", "kernel", *side_by_side), 60, 150, parse_kernel),
+        Part("depthwise", _benchmark(folder / "depthwise", "depthwise", *in_both_layouts), 45, 120, parse_depthwise),
         Part("step", _benchmark(folder / "step", "step", *eager), 90, 180, parse_steps, needs_kernels=False),
     ]
 
@@ -158,6 +160,7 @@ def parse_report(benchmark: str, headline: Callable[[dict[str, Any]], str], fold
 
 parse_checks = partial(parse_report, "check_kernels", kernel_checks.headline)
 parse_kernel = partial(parse_report, "kernel", kernel.headline)
+parse_depthwise = partial(parse_report, "depthwise", depthwise.headline)
 parse_profile = partial(parse_report, "profile", profiling.headline)
 parse_steps = partial(parse_report, "step", step.headline)
 

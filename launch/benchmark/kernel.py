@@ -28,14 +28,14 @@ from launch.benchmark.kernel_runner import (
     Result,
     Settings,
     WrongResult,
+    check_resolutions,
     flops,
     implementation_of_ours,
     model_shapes,
 )
 from launch.benchmark.measure import PASSES, DevicePeaks, dtype_name
-from launch.benchmark.report import Column, describe_run, format_quantiles, heading, tabulate
+from launch.benchmark.report import Column, describe_run, forward_and_backward, heading, pass_milliseconds, tabulate
 from launch.benchmark.shapes import MIN_TRAFFIC_ELEMENTS, Shape, parse_shape
-from polaformer.model import TOTAL_STRIDE
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _USUAL_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16",)}
@@ -188,18 +188,6 @@ def headline(report: Report) -> str:
     return f"{entry['shape']}: {times} µs, {shares} of copy{ratios}"
 
 
-def _milliseconds(name: str) -> Column:
-    return lambda entry: format_quantiles(entry["passes"][name]["seconds"], _three_digits, 1000)
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _forward_and_backward(key: str, unit: float, form: str) -> Column:
-    return lambda entry: "·".join(format(entry["passes"][name][key] / unit, form) for name in PASSES[:2])
-
-
 def _times_faster(baseline: str) -> Column:
     def cell(entry: dict[str, Any]) -> str:
         ratios = entry["passes"]["both"]["times_faster_than"]
@@ -218,9 +206,9 @@ _COLUMNS: dict[str, Column] = {
     "B,H,height×width,D": lambda entry: entry["shape"],
     "dtype": lambda entry: entry["dtype"],
     "implementation": lambda entry: entry["contender"],
-    **{f"{name} ms": _milliseconds(name) for name in PASSES},
-    "floor GB/s f·b": _forward_and_backward("bytes_per_second", 1e9, ".3g"),
-    "% of copy f·b": _forward_and_backward("share_of_copy_rate", 0.01, ".1f"),
+    **{f"{name} ms": pass_milliseconds(name) for name in PASSES},
+    "floor GB/s f·b": forward_and_backward("bytes_per_second", 1e9, ".3g"),
+    "% of copy f·b": forward_and_backward("share_of_copy_rate", 0.01, ".1f"),
     "% of products": lambda entry: f"{100 * entry['passes']['both']['share_of_product_rate']:.1f}",
     "peak MiB": lambda entry: f"{entry['peak_extra_bytes']['both'] / 2**20:.4g}",
 }
@@ -256,9 +244,7 @@ def resolve_shapes(arguments: argparse.Namespace, device_type: str) -> list[Shap
         return [parse_shape(text) for text in arguments.shapes]
     resolutions = arguments.resolutions or (_ALL_RESOLUTIONS if arguments.full else _USUAL_RESOLUTIONS)
     batches = arguments.batches or (_ALL_BATCHES if arguments.full else _USUAL_BATCHES)[device_type]
-    for resolution in resolutions:
-        if resolution < 1 or resolution % TOTAL_STRIDE:
-            raise ValueError(f"--resolutions names {resolution}; give multiples of {TOTAL_STRIDE}, as the models need")
+    check_resolutions(resolutions)
     if min(batches) < 1:
         raise ValueError(f"--batches names {min(batches)}; give numbers above 0")
     return model_shapes(resolutions, batches)

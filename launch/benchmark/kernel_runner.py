@@ -27,6 +27,7 @@ from launch.benchmark.measure import (
 )
 from launch.benchmark.shapes import Shape
 from polaformer import PRESETS, ops, reference
+from polaformer.model import TOTAL_STRIDE
 
 Attention = Callable[..., Tensor]  # arguments: q, k, v, same logits, opposite logits, height, width
 IMPLEMENTATIONS = ("ours", "eager", "compiled", "sdpa")
@@ -35,7 +36,8 @@ _SHARE_OF_FREE_MEMORY = 0.8
 #: Allowed error of each tensor as a multiple of eager's in the same dtype, on top of TOLERANCE_FLOOR of the exact size.
 TOLERANCE_FACTORS = {"out": 2, "grad_q": 3, "grad_k": 3, "grad_v": 3, "grad_same_logits": 3, "grad_opposite_logits": 3}
 TOLERANCE_FLOOR = 16 * torch.finfo(torch.float32).eps
-_SIZES: dict[str, Callable[[Tensor], Tensor]] = {
+#: Measures of a tensor's size, by name.
+SIZES: dict[str, Callable[[Tensor], Tensor]] = {
     "largest": lambda x: x.abs().max(),  # shows one wrong token
     "root mean square": lambda x: x.square().mean().sqrt(),  # shows a small error everywhere
 }
@@ -55,9 +57,16 @@ def model_shapes(resolutions: Sequence[int], batches: Sequence[int]) -> list[Sha
     return shapes
 
 
-def implementation_of_ours(device: torch.device) -> str:
-    """Kind of code that `ops.polarity_attention` runs on a device: "compiled kernel" or "reference"."""
-    return "compiled kernel" if ops.has_compiled_kernels(device.type) else "reference"
+def check_resolutions(resolutions: Sequence[int]) -> None:
+    """Raise ValueError if one of --resolutions, in pixels, is no size that the models take."""
+    for resolution in resolutions:
+        if resolution < 1 or resolution % TOTAL_STRIDE:
+            raise ValueError(f"--resolutions names {resolution}; give multiples of {TOTAL_STRIDE}, as the models need")
+
+
+def implementation_of_ours(device: torch.device, operator: str = "polarity_attention") -> str:
+    """Kind of code that an operator of `ops` runs on a device: "compiled kernel" or "reference"."""
+    return "compiled kernel" if ops.has_compiled_kernels(device.type, operator) else "reference"
 
 
 def get_implementation(name: str) -> Attention:
@@ -196,7 +205,7 @@ def find_errors(
     ours = [x[chosen] for x in ours[:4]] + ours[4:]  # the logits' gradients have no batch
     eager = AttentionCall(reference.eager_polarity_attention, alone).results()
     return {
-        name: {size: _errors(of, own, other, exact, TOLERANCE_FACTORS[name]) for size, of in _SIZES.items()}
+        name: {size: _errors(of, own, other, exact, TOLERANCE_FACTORS[name]) for size, of in SIZES.items()}
         for name, own, other, exact in zip(TOLERANCE_FACTORS, ours, eager, _exact(alone), strict=True)
     }
 
@@ -277,7 +286,7 @@ class KernelBenchmark:
             self._require_room("eager", replace(shape, batch=1), dtype)
             return check(get_implementation("ours"), shape, dtype, self.settings.device)
         except (_Skipped, RuntimeError) as error:
-            reason = self._unchecked[shape, dtype] = f"not checked: {_reason('ours', error)}"
+            reason = self._unchecked[shape, dtype] = f"not checked: {skip_reason('ours', error)}"
         return reason
 
     def run(self, shape: Shape, implementations: Sequence[str]) -> list[Result]:
@@ -296,7 +305,7 @@ class KernelBenchmark:
                     self._require_room(implementation, shape, dtype)
                     call, seconds, peaks = self._warm_up(implementation, shape, dtype, inputs)
                 except (_Skipped, RuntimeError) as error:
-                    results.append(replace(result, skipped=_reason(implementation, error)))
+                    results.append(replace(result, skipped=skip_reason(implementation, error)))
                     continue
                 one_round += seconds
                 calls[len(results)] = call
@@ -339,7 +348,7 @@ class KernelBenchmark:
         return call, seconds, peaks
 
 
-def _reason(implementation: str, error: Exception) -> str:
+def skip_reason(implementation: str, error: Exception) -> str:
     """Describe the error in one line. Raises it instead if ours failed, unless for lack of memory."""
     if isinstance(error, _Skipped):
         return str(error)

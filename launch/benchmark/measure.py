@@ -60,11 +60,14 @@ def rotate_order(names: Sequence[Any], first: int) -> list[Any]:
     return [*names[first:], *names[:first]]
 
 
-def times_faster_than(trials: Mapping[str, Sequence[Trial]], name: str) -> dict[str, dict[str, float]]:
-    """By competitor of `name`: quantiles of the ratios of its seconds to those of `name` in the same round."""
+def times_faster_than(seconds: Mapping[str, Sequence[float]], name: str) -> dict[str, dict[str, float]]:
+    """By competitor of `name`: quantiles of the ratios of its seconds to those of `name` in the same round.
+
+    seconds: of each round, by competitor.
+    """
     return {
-        other: asdict(quantiles([a.seconds / b.seconds for a, b in zip(theirs, trials[name], strict=True)]))
-        for other, theirs in trials.items()
+        other: asdict(quantiles([a / b for a, b in zip(theirs, seconds[name], strict=True)]))
+        for other, theirs in seconds.items()
         if other != name
     }
 

@@ -120,11 +120,12 @@ def measure(images: int, workers: int, rounds: int, _path: Path) -> Report:
 
 def describe(name: str, trials: dict[str, list[Trial]]) -> dict[str, Any]:
     """Entry of the report for a command. Ratios are of trials of the same round."""
+    seconds = {command: [trial.seconds for trial in own] for command, own in trials.items()}
     return {
         "contender": name,
-        "seconds": asdict(quantiles([trial.seconds for trial in trials[name]])),
+        "seconds": asdict(quantiles(seconds[name])),
         "cpu_seconds": asdict(quantiles([trial.cpu_seconds for trial in trials[name]])),
-        "times_faster_than": times_faster_than(trials, name),
+        "times_faster_than": times_faster_than(seconds, name),
     }
 
 

@@ -130,6 +130,21 @@ def format_quantiles(values: Mapping[str, float], form: Callable[[float], str], 
     return f"{median} ({low}–{high})"
 
 
+def three_digits(value: float) -> str:
+    """Format a number to three significant digits, or as a whole number from 1000 on."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def pass_milliseconds(name: str) -> Column:
+    """Column of a pass's milliseconds, for entries with quantiles of "seconds" in each of their "passes"."""
+    return lambda entry: format_quantiles(entry["passes"][name]["seconds"], three_digits, 1000)
+
+
+def forward_and_backward(key: str, unit: float, form: str) -> Column:
+    """Column of a number of the forward pass and the same of the backward pass, in multiples of `unit`."""
+    return lambda entry: "·".join(format(entry["passes"][name][key] / unit, form) for name in ("forward", "backward"))
+
+
 def tabulate(
     entries: Iterable[dict[str, Any]], columns: Mapping[str, Column], left: int = 1, markdown: bool = False
 ) -> str:

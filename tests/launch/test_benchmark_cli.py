@@ -13,6 +13,7 @@ from launch.benchmark.__main__ import _MODULES, COMMANDS
 MODULES = {name: import_module(f"launch.benchmark.{_MODULES.get(name, name)}") for name in COMMANDS}
 EXAMPLES = {
     "kernel": 4,
+    "depthwise": 4,
     "data": 4,
     "pack": 3,
     "resume": 3,
@@ -28,6 +29,7 @@ NO_GPU = "PyTorch sees no NVIDIA GPU; use --device cpu"
 NO_GPU_HERE = "PyTorch sees no NVIDIA GPU; run this where nvidia-smi lists one"
 ON_CPU = (
     "kernel",
+    "depthwise",
     "data",
     "resume",
     "checkpoint",
@@ -49,6 +51,12 @@ REFUSALS = {
         "--batches 0": "--batches names 0; give numbers above 0",
         "--growth 0 8": "--growth names 0; give numbers above 0",
         "--seconds 0": ABOVE_0.format("--seconds", "0.0"),
+        "--threads -1": ABOVE_0.format("--threads", "-1"),
+    },
+    "depthwise": {
+        "--resolutions 224 100": "--resolutions names 100; give multiples of 32, as the models need",
+        "--batch 0": ABOVE_0.format("--batch", "0"),
+        "--seconds nan": ABOVE_0.format("--seconds", "nan"),
         "--threads -1": ABOVE_0.format("--threads", "-1"),
     },
     "data": {
@@ -112,7 +120,7 @@ REFUSALS = {
         ),
     },
 }
-for name in ("kernel", "data", "pack", "resume", "checkpoint", "goodput", "step", "profile", "sass"):
+for name in ("kernel", "depthwise", "data", "pack", "resume", "checkpoint", "goodput", "step", "profile", "sass"):
     if name != "sass":  # which reads the extension first; test_benchmark_sass.py has it
         REFUSALS[name]["--output setup.py/x.json"] = NO_FOLDER
     REFUSALS[name]["--show setup.py"] = f"setup.py is no report of python -m launch.benchmark {name}; name one"

@@ -19,6 +19,7 @@ import pytest
 
 from launch.benchmark import (
     __main__,
+    depthwise,
     gpu,
     gpu_parts,
     kernel_checks,
@@ -251,13 +252,13 @@ def planned(tmp_path):
 
 
 def test_the_plan(planned):
-    order = "build check check-awkward kernels tests kernel step counters memcheck racecheck compiled operators"
-    order += " compiled-step all-tests data resume checkpoint goodput full"
+    order = "build check check-awkward kernels tests kernel depthwise step counters memcheck racecheck compiled"
+    order += " operators compiled-step all-tests data resume checkpoint goodput full"
     assert list(planned) == order.split()
     assert all(0 < part.expected_seconds < part.timeout_seconds for part in planned.values())
     within = gpu.choose_parts(list(planned.values()), ["kernels", "check"])
     assert [part.name for part in within] == ["check", "kernels"]
-    first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "step")
+    first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "depthwise", "step")
     assert sum(planned[name].expected_seconds for name in first) < 6 * 60
     started = {part.command[3] for part in planned.values() if part.command[2] == "launch.benchmark"}
     assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "parity", "sass"}  # all that use a GPU
@@ -332,6 +333,14 @@ def test_headlines_of_reports(tmp_path, small_peak_measurements):
     report, headline = gpu_parts.parse_steps(tmp_path)
     assert re.fullmatch(r"images/s: polaformerpp_b0 \d+", headline)
     assert step.headline({"results": [{"model": "b5", "skipped": "so"}]}) == "images/s: b5 failed"
+
+    of_b0 = ("--models", "polaformerpp_b0", "--resolutions", "32", "--batch", "1", "--dtype", "float32")
+    layouts = ("--implementations", "ours", "channels-last", "nchw")
+    assert depthwise.main([*of_b0, *layouts, "--seconds", "0.01", *output]) == 0
+    report, headline = gpu_parts.parse_depthwise(tmp_path)
+    assert re.fullmatch(r"polaformerpp_b0 at 32, float32: \S+ ms, \S+× the better layout", headline)
+    report["models"][0] |= {"seconds": {}, "times_faster_than": {}}
+    assert depthwise.headline(report) == "polaformerpp_b0 at 32, float32: not measured"
 
 
 def test_counters(tmp_path):
@@ -445,13 +454,14 @@ def test_tiny_runs(monkeypatch, capsys):
     [
         ("launch.benchmark", "gpu", "--help"),
         ("launch.benchmark", "kernel", "--help"),
+        ("launch.benchmark", "depthwise", "--help"),
         ("launch.benchmark", "profile", "--help"),
         ("launch.benchmark.kernel_checks", "--help"),
         ("pytest", "--collect-only", "-q", "-m", "gpu", *gpu_parts._KERNEL_TESTS),
         ("launch.benchmark", "kernel", "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--growth",
          "--implementations", "ours", "eager", "--seconds", "0.01"),
     ],
-    ids=["gpu", "kernel", "profile and step", "kernel_checks", "tests", "a measurement"],
+    ids=["gpu", "kernel", "depthwise", "profile and step", "kernel_checks", "tests", "a measurement"],
 )  # fmt: skip
 def test_starts_with_torch_and_timm_alone(command, tmp_path, arguments):
     if "--device" in arguments:

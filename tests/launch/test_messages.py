@@ -62,9 +62,11 @@ PRINTED_BY = {
     "launch/distributed.py": ("launch.train", "launch.evaluate"),
     "launch/plan.py": _RUNS,
     "launch/benchmark/cli.py": tuple(
-        f"launch.benchmark.{name}" for name in ("kernel", "data", "resume", "step", "profiling", "kernel_checks")
+        f"launch.benchmark.{name}"
+        for name in ("kernel", "depthwise", "data", "resume", "step", "profiling", "kernel_checks")
     ),
     "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
+    "launch/benchmark/kernel_runner.py:check_resolutions": ("launch.benchmark.kernel", "launch.benchmark.depthwise"),
     "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
     "launch/benchmark/sample_images.py": ("launch.benchmark.data",),
     "launch/benchmark/machine_code.py": ("launch.benchmark.sass",),
