@@ -110,7 +110,7 @@ class ModelSection(Options):
     weights: UserPath | None = None  # initial weights: an official .pth or a .safetensors of ours
     new_head: bool = False  # keep a freshly initialized classifier, for weights of other classes
     grad_checkpointing: bool = False  # recompute activations in backward: less memory, about 1.3× the time
-    kernels: Literal["auto", "required"] = "auto"  # required: end the run if attention has no compiled kernels
+    kernels: Literal["auto", "required"] = "auto"  # required: end the run if there are no compiled kernels
 
     @model_validator(mode="after")
     def check(self) -> "ModelSection":
