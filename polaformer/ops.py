@@ -90,7 +90,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     """Depthwise convolution with same padding, plus a residual, by compiled kernels where installed.
 
     x, residual: (B, height, width, C) in one floating dtype, any strides; `residual=x` costs nothing more. weight:
-    (C, 1, k, k) with an odd k, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be another.
+    (C, 1, k, k) with an odd k below 1024, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be
+    another.
     Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for CPUs and k = 3 and 5:
     they take weights as they are and sum in float32, or float64 if x is. Elsewhere PyTorch computes, with weights
     rounded to x's dtype. Saves x and weight for backward. Differentiable any number of times in reverse mode, also by
@@ -98,11 +99,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     Raises ValueError, on every device and inside every graph, if shapes, dtypes or devices disagree.
     """
     adds_input = residual is x
-    return _conv(x, weight, bias, None if adds_input else residual, adds_input)
-
-
-def _conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
-    out: Tensor = torch.ops.polaformer.depthwise_conv2d(x, weight, bias, residual, adds_input)
+    other = None if adds_input else residual
+    out: Tensor = torch.ops.polaformer.depthwise_conv2d(x, weight, bias, other, adds_input)
     return out
 
 
