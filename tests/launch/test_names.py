@@ -83,9 +83,9 @@ def test_only_the_pipeline_and_its_benchmark_import_dali():
     assert users == {ROOT / name for name in names}
 
 
-def test_only_ops_names_torch_ops():
+def test_only_ops_names_our_operators():
     def names_operators(file: Path) -> bool:
         used = {dotted_name(node) for node in ast.walk(ast.parse(file.read_text()))}
-        return "torch.ops" in used | set(imports_of(file))
+        return "torch.ops.polaformer" in used | set(imports_of(file))
 
     assert [file for file in FILES if names_operators(file)] == [ROOT / "polaformer" / "ops.py"]

@@ -138,6 +138,7 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/"
         ),
         (dist.DistBackendError("NCCL error in: x.cpp, remote process exited or there was a network"), "remote process"),
         (RuntimeError(f"{GLOO}pair.cc:538] Read error [10.0.0.7]:23692: Connection timed out"), "Connection timed out"),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), "Failed to recv"),
         (dist.DistNetworkError("failed to recv, got 0 bytes"), "failed to recv"),
         (dist.DistNetworkError("The client socket has failed to connect to (node7, 29500)"), "failed to connect"),
         (RuntimeError("cannot read shard-00001.tar: Connection reset by peer"), None),
