@@ -258,6 +258,7 @@ def test_a_run_that_goes_back_writes_its_steps_once(alone, tmp_path):
     monitor = Monitor(tmp_path, 0, 9, 1, MFU_CONSTANTS)
     train(monitor, 0, 5)
     monitor.add([torch.tensor(1000.0)], 4)
+    await_next_second()
     monitor.rewind(3)
     train(monitor, 3, 6)
     monitor.close()
