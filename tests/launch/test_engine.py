@@ -158,6 +158,7 @@ def test_every_zero_stage_trains_like_plain_pytorch(forked, fashion_shards, tmp_
             "optimizer.gradient_accumulation_steps=2",
             "optimizer.max_grad_norm=0.5",
             "optimizer.lr=0.01",
+            "optimizer.eps=1e-2",  # else the signs of gradients near 0, which rounding decides, are whole updates
         ),
         *("model.drop_path_rate=0.2", "model.norm_group=4", "data.mixup=0.8", "data.cutmix=1.0"),
     ]
@@ -171,4 +172,4 @@ def test_every_zero_stage_trains_like_plain_pytorch(forked, fashion_shards, tmp_
     for stage, trace in traces.items():
         assert trace["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
         assert trace["running_vars"] == pytest.approx(plain["running_vars"], rel=1e-4), stage
-        assert trace["norms"] == pytest.approx(plain["norms"], rel=2e-3), stage
+        assert trace["norms"] == pytest.approx(plain["norms"], rel=1e-4), stage
