@@ -92,10 +92,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     x, residual: (B, height, width, C) in one floating dtype, any strides; `residual=x` costs nothing more. weight:
     (C, 1, k, k) with an odd k below 1024, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be
     another.
-    Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for CPUs and k = 3 and 5:
-    they take weights as they are and sum in float32, or float64 if x is. Elsewhere PyTorch computes, with weights
-    rounded to x's dtype. Saves x and weight for backward. Differentiable any number of times in reverse mode, also by
-    torch.func.
+    Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for k = 3 and 5; on GPUs
+    for float32, bfloat16 and float16, channels that fill multiples of 16 bytes, and up to 112 columns (images of 448
+    pixels). They take weights as they are and sum in float32, or float64 if x is. PyTorch computes the rest, with
+    weights rounded to x's dtype. Saves x and weight for backward. Differentiable any number of times in reverse mode,
+    also by torch.func.
     Raises ValueError, on every device and inside every graph, if shapes, dtypes or devices disagree.
     """
     adds_input = residual is x
@@ -104,22 +105,14 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     return out
 
 
-#: Operators that have compiled kernels, by device type.
-_WITH_KERNELS = {"cpu": ("polarity_attention", "depthwise_conv2d"), "cuda": ("polarity_attention",)}
-
-
-def has_compiled_kernels(device_type: str, operator: str | None = None) -> bool:
-    """Whether an operator of this module on "cpu" or "cuda" runs a compiled kernel rather than the reference.
-
-    None: all operators that have kernels for this device. On GPUs, depthwise convolution has none.
-    """
-    operators = _WITH_KERNELS[device_type] if operator is None else (operator,)
-    has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device_type.upper()
-    return all(has_kernel(f"polaformer::{name}", key) for name in operators)
+def has_compiled_kernels(device_type: str) -> bool:
+    """Whether this module's operators on "cpu" or "cuda" run compiled kernels rather than the reference."""
+    has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    return all(has_kernel(f"polaformer::{name}", key) for name in ("polarity_attention", "depthwise_conv2d"))
 
 
 def kernels_unavailable_reason(device_type: str) -> str:
-    """Why "cpu" or "cuda" lacks compiled kernels, with the remedy; empty if it has all."""
+    """Why "cpu" or "cuda" lacks compiled kernels, with the remedy; empty if it has them."""
     if has_compiled_kernels(device_type):
         return ""
     fault = _LOAD_ERRORS.get(device_type, "they were not built")
@@ -228,8 +221,8 @@ def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | 
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
-    if x.device.type == "cpu":
-        _warn_once(kernels_unavailable_reason("cpu"), "depthwise convolution")
+    if x.device.type in ("cpu", "cuda"):  # no warning on devices that we have no kernels for
+        _warn_once(kernels_unavailable_reason(x.device.type), "depthwise convolution")
     return _conv_reference(x, weight, bias, residual, adds_input)
 
 

@@ -64,7 +64,7 @@ def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], _
     models: the convolutions of each model and resolution.
     """
     report = describe_run("depthwise", settings.device)
-    report["implementation_of_ours"] = implementation_of_ours(settings.device, "depthwise_conv2d")
+    report["implementation_of_ours"] = implementation_of_ours(settings.device)
     if settings.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     clock = Clock(settings.device)

@@ -24,7 +24,7 @@ ResultParser = Callable[[Path], tuple[Any, str]]  # a part's folder → its resu
 
 _PYTHON = (sys.executable, "-m")
 _CHECK = (*_PYTHON, "launch.benchmark.kernel_checks")
-_KERNEL_TESTS = ("tests/polaformer/test_ops.py", "tests/polaformer/test_kernels.py")
+_KERNEL_TESTS = tuple(f"tests/polaformer/test_{name}.py" for name in ("ops", "kernels", "depthwise"))
 _STAGES = ("128,1,56x56,96", "128,2,28x28,96")  # the first two stages of b4 and b5
 _METRICS = (
     "gpu__time_duration.sum",
@@ -73,7 +73,7 @@ def _plan_first(folder: Path) -> list[Part]:
         Part("check", real, 20, 60, parse_checks),
         Part("check-awkward", awkward, 15, 60, parse_checks),
         Part("kernels", _benchmark(folder / "kernels", "profile"), 30, 90, parse_profile),
-        Part("tests", _pytest(folder / "tests", *_KERNEL_TESTS), 60, 150, parse_tests),
+        Part("tests", _pytest(folder / "tests", *_KERNEL_TESTS), 80, 180, parse_tests),
         Part("kernel", _benchmark(folder / "kernel", "kernel", *side_by_side), 60, 150, parse_kernel),
         Part("depthwise", _benchmark(folder / "depthwise", "depthwise", *in_both_layouts), 45, 120, parse_depthwise),
         Part("step", _benchmark(folder / "step", "step", *eager), 90, 180, parse_steps, needs_kernels=False),

@@ -10,8 +10,10 @@ build: builds the kernels in place for this GPU's architecture alone, unless tho
 Kernels for this GPU that fail or hang are kept: rebuilding would not repair them, and the other modes show the fault.
 errors: compares the first and the last image of every shape with float64, and two runs bit by bit. Errors may be as
 large as kernel_runner.py allows, relative to eager PyTorch's in the same dtype; a larger one makes the exit status 1.
-tiny: forward and backward of awkward shapes, with features of ordinary and of overflowing size; nothing is compared.
-profiled: a forward and a backward of b5's first stage, the only ones within the profiler's range.
+tiny: forward and backward of awkward shapes, of attention with features of ordinary and of overflowing size, and of
+depthwise convolution; nothing is compared.
+profiled: a forward and a backward of b5's first stage, attention and two convolutions, the only ones within the
+profiler's range.
 
 gpu.py runs all four.
 """
@@ -23,13 +25,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from launch.benchmark.cli import Report, resolve_device, start
+from launch.benchmark.depthwise_runner import TOLERANCES, Convolution, bind
+from launch.benchmark.depthwise_runner import make_inputs as make_conv_inputs
 from launch.benchmark.kernel_runner import AttentionCall, call_ours, find_errors, get_implementation, make_inputs
+from launch.benchmark.measure import dtype_name
 from launch.benchmark.report import ROOT, describe_run, finite, prepare_output, user_path, write_report
 from launch.benchmark.shapes import parse_shape
 from launch.command_line import make_parser
@@ -58,7 +64,10 @@ MODEL_CASES = (
     ("16,1,56x56,96", "float32"),
 )
 TINY = (*EDGE_CASES, ("1,1,1x1,96", "bfloat16"), ("1,1,1x1,96", "float32"))
+#: Incomplete blocks of channels, groups of images, and tiles of columns.
+TINY_CONVOLUTIONS = (Convolution(3, 9, 40, 3), Convolution(9, 2, 72, 5), Convolution(2, 16, 8, 5))
 PROFILED = MODEL_CASES[0]
+PROFILED_CONVOLUTIONS = (Convolution(128, 56, 96, 5), Convolution(128, 56, 336, 3))
 _OVERFLOWING = 40.0  # factor of q and k with which exp overflows, so that the kernels' second passes have work
 _LONGEST_SECONDS = 60
 _TRY = """
@@ -158,18 +167,30 @@ def run_tiny(device: torch.device) -> int:
             if not all(x.isfinite().all() for x in AttentionCall(get_implementation("ours"), inputs).results()):
                 raise RuntimeError(f"{text} in {dtype}, q and k times {scale:g}: not every result is finite")
             print(f"{text} in {dtype}, q and k times {scale:g}: ran", flush=True)
+    for convolution, stored in product(TINY_CONVOLUTIONS, TOLERANCES):
+        name = f"{convolution} in {dtype_name(stored)}"
+        if not all(x.isfinite().all() for x in bind("ours", make_conv_inputs(convolution, stored, device)).results()):
+            raise RuntimeError(f"{name}: not every result is finite")
+        print(f"{name}: ran", flush=True)
     return 0
 
 
 def run_profiled(device: torch.device) -> int:
     """Run forward and backward three times, the last time within cudaProfilerStart and cudaProfilerStop."""
-    call = call_ours(parse_shape(PROFILED[0]), getattr(torch, PROFILED[1]), device)
-    for _ in range(2):
-        call.both()
-    torch.cuda.synchronize()
-    with torch.cuda.profiler.profile():
-        call.both()
+    dtype = getattr(torch, PROFILED[1])
+    attention = call_ours(parse_shape(PROFILED[0]), dtype, device)
+    convolutions = [bind("ours", make_conv_inputs(shape, dtype, device)) for shape in PROFILED_CONVOLUTIONS]
+
+    def run() -> None:
+        attention.both()
+        for call in convolutions:
+            call.results()
         torch.cuda.synchronize()
+
+    for _ in range(2):
+        run()
+    with torch.cuda.profiler.profile():
+        run()
     return 0
 
 

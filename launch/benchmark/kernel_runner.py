@@ -64,9 +64,9 @@ def check_resolutions(resolutions: Sequence[int]) -> None:
             raise ValueError(f"--resolutions names {resolution}; give multiples of {TOTAL_STRIDE}, as the models need")
 
 
-def implementation_of_ours(device: torch.device, operator: str = "polarity_attention") -> str:
-    """Kind of code that an operator of `ops` runs on a device: "compiled kernel" or "reference"."""
-    return "compiled kernel" if ops.has_compiled_kernels(device.type, operator) else "reference"
+def implementation_of_ours(device: torch.device) -> str:
+    """Kind of code that the operators of `ops` run on a device: "compiled kernel" or "reference"."""
+    return "compiled kernel" if ops.has_compiled_kernels(device.type) else "reference"
 
 
 def get_implementation(name: str) -> Attention:

@@ -198,9 +198,9 @@ def find_extension() -> Path:
 def identify(symbol: str) -> tuple[str, str, int]:
     """Name, operand and padded width of a kernel from its mangled name.
 
-    The width is the first template argument that is an int. The operand follows from the template argument
-    Tf32Operand; without one it is bf16. Kernels without a width have at most a bool for the type of their input: their
-    operand is "16" or "float32".
+    The width is the first template argument that is an int: the padded head dimension, or the size of a depthwise
+    convolution's kernel. The operand follows from the template argument Tf32Operand or Dtype; without one it is bf16.
+    Kernels without a width have at most a bool for the type of their input: their operand is "16" or "float32".
     """
     rest, name = symbol.removeprefix("_Z").removeprefix("N"), symbol
     while length := re.match(r"\d+", rest):
@@ -211,6 +211,9 @@ def identify(symbol: str) -> tuple[str, str, int]:
     width = re.search(r"Li(\d+)E", rest)
     if width is None:
         return name, {"ILb0E": "16", "ILb1E": "float32"}.get(rest[:5], ""), 0
+    if dtype := re.search(r"DtypeE(\d)E", rest):
+        residual = " with residual" if name == "depthwise_forward" and "Lb1E" in rest else ""
+        return name, ("bf16", "fp16", "float32")[int(dtype[1])] + residual, int(width[1])
     flags = re.search(r"Tf32OperandILb(\d)ELb(\d)E", rest)
     operand = {None: "bf16", "11": "float32", "01": "generic float32", "00": "generic 16-bit"}[
         flags and flags[1] + flags[2]

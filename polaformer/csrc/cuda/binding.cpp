@@ -1,4 +1,5 @@
-// PyTorch bindings of the CUDA kernels: checks, outputs, workspaces, stream. polaformer/ops.py defines the schemas.
+// PyTorch binding of the attention's CUDA kernels: checks, outputs, workspaces, stream. polaformer/ops.py defines the
+// schemas.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -8,7 +9,6 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <array>
@@ -18,18 +18,13 @@
 
 #include "call_reference.h"
 #include "checks.h"
+#include "device.h"
 #include "launch_params.h"
 
 namespace polaformer {
 namespace {
 
 using at::Tensor;
-
-Dtype dtype_of(const Tensor& q) {
-  return q.scalar_type() == at::kBFloat16 ? Dtype::kBfloat16
-         : q.scalar_type() == at::kHalf   ? Dtype::kHalf
-                                          : Dtype::kFloat;
-}
 
 // Requires check_inputs(), after which every size but the batch fits an int.
 Shape shape_of(const Tensor& q, int64_t height, int64_t width) {
@@ -75,12 +70,6 @@ void copy_frequencies(float (&frequencies)[kMaxHeadDim / 2], int head_dim) {
     std::copy_n(values.const_data_ptr<float>(), pairs, known[pairs].begin());
   });
   std::copy_n(known[pairs].begin(), pairs, frequencies);
-}
-
-int device_attribute(const Tensor& q, cudaDeviceAttr attribute) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, q.get_device()));
-  return value;
 }
 
 // Why the reference runs instead of the kernels, or null. Empty for float64, which never has kernels: no warning then.
@@ -137,7 +126,7 @@ void plan_and_run(const char* (*run)(const Params&, void*), Params& params, cons
   params.plan =
       make_plan(params.shape, choose_path(params.shape, inputs), device_attribute(q, cudaDevAttrMultiProcessorCount));
   const Tensor workspaces = make_workspaces(params, q);
-  const char* error = run(params, c10::cuda::getCurrentCUDAStream(q.get_device()).stream());
+  const char* error = run(params, current_stream(q));
   TORCH_CHECK(!error, what, " did not start on ", q.device(), ": ", error);
 }
 

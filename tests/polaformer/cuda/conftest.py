@@ -2,6 +2,7 @@
 
 import subprocess
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,9 @@ class EmulatorInput:
         self.add_array(torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()))
 
 
-def build(folder: Path, *options: str) -> Path:
-    """Compile the kernels with emulator.h in place of ptx.cuh."""
-    program = folder / "emulate"
+def build(folder: Path, main: str, *options: str) -> Path:
+    """Compile a program of this folder and its kernels with emulator.h in place of ptx.cuh."""
+    program = folder / main
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     command += [
         "-Wno-missing-field-initializers",
@@ -64,12 +65,31 @@ def build(folder: Path, *options: str) -> Path:
         "-x",
         "c++",
     ]
-    sources = [*sorted(KERNELS.glob("*.cu")), HERE / "emulate.cpp"]
+    is_depthwise = main == "emulate_depthwise"
+    kernels = [source for source in sorted(KERNELS.glob("*.cu")) if (source.stem == "depthwise") == is_depthwise]
+    sources = [*kernels, HERE / f"{main}.cpp"]
     jobs = [subprocess.Popen([*command, "-c", source, "-o", folder / f"{source.stem}.o"]) for source in sources]
     failures = [job.wait() for job in jobs]
     assert not any(failures), "the kernels do not compile as plain C++"
     subprocess.run(["g++", *options, *folder.glob("*.o"), "-o", program], check=True)
     return program
+
+
+class EmulatorAnswer:
+    """Output file of the emulator, from the begin on."""
+
+    def __init__(self, program: Path, folder: Path, request: EmulatorInput) -> None:
+        """Run the program."""
+        (folder / "request").write_bytes(b"".join(request.parts))
+        done = subprocess.run([program, folder / "request", folder / "answer"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        self.rest = memoryview(bytearray((folder / "answer").read_bytes()))
+
+    def take(self, shape, dtype) -> torch.Tensor:
+        """The next tensor of the file."""
+        count = int(np.prod(shape))
+        content, self.rest = self.rest[: count * dtype.itemsize], self.rest[count * dtype.itemsize :]
+        return torch.frombuffer(content, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
 
 def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_count=4) -> Emulated:
@@ -86,16 +106,7 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_cou
     request.add_array(rotary.rotary_frequencies(2 * head_dim))
     if grad_out is not None:
         request.add_strided(grad_out)
-    (folder / "request").write_bytes(b"".join(request.parts))
-    done = subprocess.run([program, folder / "request", folder / "answer"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer = memoryview(bytearray((folder / "answer").read_bytes()))
-
-    def take(shape, dtype):
-        nonlocal answer
-        count = int(np.prod(shape))
-        content, answer = answer[: count * dtype.itemsize], answer[count * dtype.itemsize :]
-        return torch.frombuffer(content, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
+    take = EmulatorAnswer(program, folder, request).take
 
     def take_tokens():
         return take((batch, tokens, heads, head_dim), q.dtype).transpose(1, 2)
@@ -109,20 +120,70 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_cou
     return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(splits))
 
 
-def make_emulator(tmp_path_factory, *options: str):
-    folder = tmp_path_factory.mktemp("emulator")
-    program = build(folder, *options)
-    return lambda *arguments, **settings: run(program, folder, *arguments, **settings)
+@dataclass(frozen=True)
+class EmulatedConvolution:
+    """Results of the depthwise convolution's kernels: by name; images beside each other, and splits, of both passes."""
+
+    results: dict[str, torch.Tensor]
+    images_per_block: list[int]
+    splits: list[int]
+
+
+def run_depthwise(
+    program: Path, folder: Path, x, weight, bias, residual=None, grad_out=None, seed=0, sm_count=4
+) -> EmulatedConvolution:
+    """Run the kernels on (B, height, width, C), and on grad_out if given. The residual may be x."""
+    adds_input = residual is x
+    request = EmulatorInput()
+    request.add_numbers(seed, sm_count, residual is not None and not adds_input, grad_out is not None, adds_input)
+    request.add_numbers(*x.shape, weight.shape[2], DTYPES.index(x.dtype))
+    request.add_strided(x)
+    request.add_array(weight)
+    request.add_array(bias)
+    if residual is not None and not adds_input:
+        request.add_strided(residual)
+    if grad_out is not None:
+        request.add_strided(grad_out)
+    take = EmulatorAnswer(program, folder, request).take
+    plans = [take((2,), torch.int32).tolist()]
+    results = {"out": take(x.shape, x.dtype)}
+    if grad_out is not None:
+        plans.append(take((2,), torch.int32).tolist())
+        results["x"] = take(x.shape, x.dtype)
+        results["weight"], results["bias"] = take(weight.shape, torch.float32), take(bias.shape, torch.float32)
+    images, splits = (list(numbers) for numbers in zip(*plans, strict=True))
+    return EmulatedConvolution(results, images, splits)
+
+
+FAST = ("-O1",)
+# The last one is a false positive in the checks.
+SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-maybe-uninitialized")
+
+
+def make_emulator(tmp_path_factory, function, main: str, options):
+    folder = tmp_path_factory.mktemp(main)
+    return partial(function, build(folder, main, *options), folder)
 
 
 @pytest.fixture(scope="session")
 def emulate(tmp_path_factory):
     """Function (inputs, (height, width), grad_out) → `Emulated`."""
-    return make_emulator(tmp_path_factory, "-O1")
+    return make_emulator(tmp_path_factory, run, "emulate", FAST)
 
 
 @pytest.fixture(scope="session")
 def emulate_sanitized(tmp_path_factory):
     """The same with address and undefined-behaviour sanitizers."""
-    checks = "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    return make_emulator(tmp_path_factory, "-O0", *checks, "-Wno-maybe-uninitialized")  # false positive in the checks
+    return make_emulator(tmp_path_factory, run, "emulate", SANITIZED)
+
+
+@pytest.fixture(scope="session")
+def emulate_depthwise(tmp_path_factory):
+    """Function (x, weight, bias, residual, grad_out) → `EmulatedConvolution`."""
+    return make_emulator(tmp_path_factory, run_depthwise, "emulate_depthwise", FAST)
+
+
+@pytest.fixture(scope="session")
+def emulate_depthwise_sanitized(tmp_path_factory):
+    """The same with address and undefined-behaviour sanitizers."""
+    return make_emulator(tmp_path_factory, run_depthwise, "emulate_depthwise", SANITIZED)

@@ -1,51 +1,15 @@
-// Program that runs the kernels once on emulated threads: emulate REQUEST ANSWER, files of conftest.py.
-//
-// Every tensor has its own buffer of its exact size, so that the address sanitizer detects accesses outside; outputs
-// and workspaces are filled with NaN beforehand.
-#include <cstdio>
-#include <deque>
-#include <fstream>
-
+// Program that runs the attention's kernels once on emulated threads: emulate REQUEST ANSWER, files of conftest.py.
+#include "exchange.h"
 #include "launch_params.h"
 
 namespace {
 
 using namespace polaformer;
 
-struct Request {
-  std::ifstream file;
-  std::deque<std::vector<char>> buffers;
-
-  template <class T>
-  T read() {
-    T value;
-    file.read(reinterpret_cast<char*>(&value), sizeof value);
-    if (!file) emulator::fail("the request ends early");
-    return value;
-  }
-  char* read_bytes() {
-    auto& buffer = buffers.emplace_back(read<int64_t>());
-    file.read(buffer.data(), buffer.size());
-    return buffer.data();
-  }
-  StridedTensor read_strided(Dtype dtype) {
-    const auto offset = read<int64_t>(), batch = read<int64_t>(), head = read<int64_t>(), token = read<int64_t>();
-    return {read_bytes() + offset * bytes_of(dtype), batch, head, token};
-  }
-  float* read_floats() { return reinterpret_cast<float*>(read_bytes()); }
-  template <class T>
-  T* make(int64_t elements, int64_t bytes = sizeof(T)) {
-    return reinterpret_cast<T*>(buffers.emplace_back(elements * bytes, '\xff').data());
-  }
-};
-
-struct Answer {
-  std::ofstream file;
-  void write(const void* data, int64_t bytes) { file.write(static_cast<const char*>(data), bytes); }
-};
-
-void check(const char* error) {
-  if (error) emulator::fail(error);
+StridedTensor read_strided(Request& request, Dtype dtype) {
+  const auto offset = request.read<int64_t>(), batch = request.read<int64_t>(), head = request.read<int64_t>(),
+             token = request.read<int64_t>();
+  return {request.read_bytes() + offset * bytes_of(dtype), batch, head, token};
 }
 
 }  // namespace
@@ -66,9 +30,9 @@ int main(int, char** arguments) {
 
   ForwardParams forward{};
   forward.shape = shape;
-  forward.q = request.read_strided(shape.dtype);
-  forward.k = request.read_strided(shape.dtype);
-  forward.v = request.read_strided(shape.dtype);
+  forward.q = read_strided(request, shape.dtype);
+  forward.k = read_strided(request, shape.dtype);
+  forward.v = read_strided(request, shape.dtype);
   forward.same_logits = request.read_floats();
   forward.opposite_logits = request.read_floats();
   std::copy_n(request.read_floats(), shape.head_dim / 2, forward.frequencies);
@@ -93,7 +57,7 @@ int main(int, char** arguments) {
 
   BackwardParams backward{};
   backward.shape = shape;
-  backward.grad_out = request.read_strided(shape.dtype);
+  backward.grad_out = read_strided(request, shape.dtype);
   backward.q = forward.q, backward.k = forward.k, backward.v = forward.v;
   backward.same_logits = forward.same_logits, backward.opposite_logits = forward.opposite_logits;
   backward.state = forward.state, backward.key_mean = forward.key_mean, backward.key_shift = forward.key_shift;

@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from launch.benchmark import machine_code
 from launch.benchmark.kernel_costs import WORK, cost
-from launch.benchmark.machine_code import PADDED_HEAD_DIMS, Kernel
+from launch.benchmark.machine_code import PADDED_HEAD_DIMS, Instruction, Kernel
 
 pytestmark = pytest.mark.slow
 
@@ -64,9 +64,24 @@ BUDGET = {
 }
 BUDGET_FACTORS = {"sm_120": 1.1}  # needs more instructions for the same code
 
+# Of depthwise convolution with 3×3 and 5×5 kernels: warp instructions of a step, in which a thread computes 7 outputs
+# of two channels in each of two rows, or in one row where 5×5 kernels are differentiated. Maxima and 1 %, as above.
+DEPTHWISE_BUDGET = {
+    ("depthwise_forward", "bf16"): (680, 1255),
+    ("depthwise_forward", "fp16"): (680, 1280),
+    ("depthwise_forward", "float32"): (590, 1130),
+    ("depthwise_forward", "bf16 with residual"): (805, 1385),
+    ("depthwise_forward", "fp16 with residual"): (805, 1400),
+    ("depthwise_forward", "float32 with residual"): (700, 1240),
+    ("depthwise_backward", "bf16"): (1130, 1245),
+    ("depthwise_backward", "fp16"): (1110, 1185),
+    ("depthwise_backward", "float32"): (1045, 1090),
+}
+DEPTHWISE_BLOCKS = 2  # of 256 threads on a multiprocessor, as depthwise_params.h assumes
+
 
 @pytest.fixture(scope="session")
-def kernels() -> list[Kernel]:
+def all_kernels() -> list[Kernel]:
     """Kernels of the built extension. Tests skip where it cannot be built, and fail where it can be but is not."""
     try:
         extension = machine_code.find_extension()
@@ -75,6 +90,18 @@ def kernels() -> list[Kernel]:
             pytest.skip("no CUDA toolkit, or a torch without CUDA: the kernels cannot be built here")
         raise
     return machine_code.read_kernels(extension)
+
+
+@pytest.fixture(scope="session")
+def kernels(all_kernels) -> list[Kernel]:
+    """Those of polarity attention."""
+    return [kernel for kernel in all_kernels if "depthwise" not in kernel.name]
+
+
+@pytest.fixture(scope="session")
+def depthwise_kernels(all_kernels) -> list[Kernel]:
+    """Those of depthwise convolution."""
+    return [kernel for kernel in all_kernels if "depthwise" in kernel.name]
 
 
 def describe_failures(kernels: list[Kernel], fault) -> list[str]:
@@ -182,13 +209,13 @@ def test_rows_are_moved_by_vectors(kernels):
     assert not describe_failures(kernels, fault)
 
 
-def test_no_atomics(kernels):
+def test_no_atomics(all_kernels):
     """Their order varies, so results would not be bit-identical."""
 
     def fault(kernel):
         return [name for name in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS") if kernel.count(name)]
 
-    assert not describe_failures(kernels, fault)
+    assert not describe_failures(all_kernels, fault)
 
 
 def test_bf16_features_use_ex2(kernels):
@@ -213,3 +240,54 @@ def test_instructions_stay_within_their_budget(kernels):
         return f"{found:.0f} warp instructions for 16 tokens, allowed are {allowed:.0f}" if found > allowed else None
 
     assert not describe_failures(kernels, fault)
+
+
+def step_of(kernel: Kernel) -> list[Instruction]:
+    """Instructions of a depthwise kernel's loop over steps, the longest one."""
+    bodies = [[each for nested in loop.nested() for each in nested.instructions] for loop in kernel.loops]
+    return max(bodies, key=len)
+
+
+def products_of_step(kernel: Kernel) -> int:
+    """Products of two channels that the mathematics of a step takes: per output, one for each tap, backward two."""
+    backward = kernel.name == "depthwise_backward"
+    rows = 1 if backward and kernel.width == 5 else 2
+    return 2 * 7 * rows * kernel.width**2 * (1 + backward)
+
+
+def test_depthwise_kernels_are_there_for_every_architecture(kernels, depthwise_kernels):
+    expected = {(*key, size) for key, size in product(DEPTHWISE_BUDGET, (3, 5))} | {("sum_depthwise_splits", "", 0)}
+    for architecture in {kernel.architecture for kernel in kernels}:
+        found = {kernel.identity for kernel in depthwise_kernels if kernel.architecture == architecture}
+        assert found == expected
+
+
+def test_depthwise_kernels_use_what_the_plan_assumes(depthwise_kernels):
+    """Registers for two blocks, 16-byte copies, and no local memory but two pairs that backward may spill."""
+
+    def fault(kernel):
+        if kernel.usage["STACK"] > (16 if kernel.name == "depthwise_backward" else 0):
+            return f"{kernel.usage['STACK']} bytes of stack"
+        if kernel.width and kernel.blocks_by_registers < DEPTHWISE_BLOCKS:
+            return f"{kernel.usage['REG']} registers, {kernel.threads} threads"
+        if kernel.width and not kernel.count("LDGSTS.E.BYPASS.128"):
+            return "rows are not copied by 16 bytes"
+        single = kernel.count("LDG.E.U16") + kernel.count("STG.E.U16") + kernel.count("LDS.U16")
+        return f"{single} accesses of two bytes" if single else None
+
+    assert not describe_failures(depthwise_kernels, fault)
+
+
+def test_depthwise_kernels_stay_within_their_budget(depthwise_kernels):
+    def fault(kernel):
+        if not kernel.width:
+            return None
+        step = step_of(kernel)
+        products = sum(each.stem == "FFMA" for each in step)
+        if products != products_of_step(kernel):
+            return f"{products} products in a step, {products_of_step(kernel)} are needed"
+        allowed = DEPTHWISE_BUDGET[kernel.name, kernel.operand][kernel.width == 5]
+        allowed *= BUDGET_FACTORS.get(kernel.architecture, 1)
+        return f"{len(step)} warp instructions in a step, allowed are {allowed}" if len(step) > allowed else None
+
+    assert not describe_failures(depthwise_kernels, fault)
