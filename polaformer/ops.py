@@ -410,9 +410,10 @@ for _operator, _function, _rule in (
     torch.library.register_vmap(_operator, _rule, lib=_library)
 
 
-# For exporters that decompose operators (torch.onnx); torch.compile and torch.export keep the operator whole.
-register_decomposition(_forward_operator)(reference.forward)
-register_decomposition(_conv_operator)(reference.depthwise_conv2d)
+# For exporters that decompose operators (torch.onnx). torch.compile and torch.export keep the operator whole, but where
+# sizes are symbols they take dtypes and strides from here instead of from the fake implementation.
+register_decomposition(_forward_operator)(_forward_reference)
+register_decomposition(_conv_operator)(_conv_reference)
 
 
 @register_flop_formula(torch.ops.polaformer.polarity_attention)

@@ -39,7 +39,9 @@ EXPENSIVE = {
     "measured",
     "emulate_sanitized",
     "emulate",
-    "kernels",
+    "emulate_depthwise",
+    "emulate_depthwise_sanitized",
+    "all_kernels",
     "rows",
 }
 

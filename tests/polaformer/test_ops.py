@@ -14,6 +14,8 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 import polaformer  # noqa: F401 (registers the models)
@@ -49,6 +51,24 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(
         torch.ops.polaformer.polarity_attention_backward.default, (torch.ones_like(out), *saved, 3, 4)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_with_symbolic_sizes_are_laid_out_as_real_ones(dtype):
+    """torch.compile trusts these strides and dtypes when it compiles for any batch."""
+    attention = torch.ops.polaformer.polarity_attention, (*projected_inputs((5, 3, 12, 8), dtype), 3, 4)
+    images, generator = torch.randn(5, 3, 4, 16).to(dtype), torch.Generator().manual_seed(0)
+    parameters = torch.randn(8, 1, 3, 3, generator=generator), torch.randn(8, generator=generator)
+    convolution = torch.ops.polaformer.depthwise_conv2d, (images[..., 8:], *parameters, None, True)
+    for operator, arguments in (attention, convolution):
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            symbolic = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            assert isinstance(symbolic[0].shape[0], torch.SymInt)
+            fake = operator(*symbolic)
+        real = operator(*arguments)
+        for traced, computed in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (fake, real)), strict=True):
+            assert traced.dtype == computed.dtype
+            assert [int(stride) for stride in traced.stride()] == list(computed.stride())
 
 
 def test_reference_operator_warns_once(monkeypatch):
