@@ -164,9 +164,10 @@ def test_saves_its_input_and_weight_alone():
     assert sorted(tuple(x.shape) for x in kept) == [(2, 4, 4, 16), (16, 1, 3, 3)]
 
 
-def test_bit_identical_runs(device):
-    """Also for other numbers of threads."""
-    inputs = make_inputs((3, 28, 28, 200), 5, device=device, residual="input")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bit_identical_runs(device, dtype):
+    """Also for other numbers of threads, and where vectors overlap."""
+    inputs = make_inputs((3, 28, 28, 205), 5, dtype, device, "input")
     grad_out = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
     first, threads = results(ops.depthwise_conv2d, inputs, grad_out), torch.get_num_threads()
     torch.set_num_threads(threads + 2)

@@ -2,88 +2,113 @@
 //
 //   out[y, x, c] = bias[c] + residual[y, x, c] + Σ_ij weight[i, j, c] in[y + i − P, x + j − P, c]
 //
-// Vectors lie along channels. The outputs of a tile, up to kColumns neighbours in a row, are summed in registers: each
-// input is loaded once for all columns that it contributes to. Taps beyond the image are left out, not multiplied by
-// zero, so a 3×3 kernel on a 1×1 image is one product. The gradient of the input is the same convolution with the
-// kernel turned around; the gradients of weights and bias are summed beside it, while both operands are in the cache.
+// Vectors lie along channels. The outputs of a tile, a few neighbours in a row, are summed in registers: each input is
+// loaded once for all columns that it contributes to. Taps beyond the image are left out, not multiplied by zero, so a
+// 3×3 kernel on a 1×1 image is one product.
+//
+// The gradient of the input is the same convolution of grad_out with the kernel turned around. The gradient of the
+// weights is arranged by inputs, grad_weight[i, j] = Σ_yx in[y, x] grad_out[y − i + P, x − j + P], so that a tile of
+// inputs needs the very numbers of grad_out that the gradient of the same tile is summed from: they are loaded once.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
 
-constexpr int kColumns = 7;                 // images of 224² have maps of 56, 28, 14 and 7 columns
-constexpr int64_t kChannels = 128;          // of a block, whose rows stay in the cache until the kernel has passed them
+constexpr int kColumns = 7;                 // of a tile: images of 224² have maps of 56, 28, 14 and 7 columns
+constexpr int64_t kBlockBytes = 1024;       // of a pixel: its block of channels, whose rows stay in the cache
 constexpr int64_t kEnoughTasks = 64;        // to keep any CPU busy
+constexpr int64_t kTasksPerThread = 4;      // where the division does not change results
 constexpr int64_t kPartialSumsShare = 100;  // of the input's memory, one part may hold partial sums
 
-// Arithmetic on `lanes` channels at a time, in Real, of tensors that store their numbers as Stored.
+// Bits of a float, or of a vector of them, as bfloat16 in their upper half; the lower half is arbitrary.
+template <class Numbers, class BitsOfNumbers>
+inline BitsOfNumbers round_to_bf16(Numbers x, BitsOfNumbers bits) {
+  const auto even = bits + 0x7fff + ((bits >> 16) & 1);
+  return x == x ? even : bits | 0x400000;
+}
+
+// Arithmetic in Real on a step of neighbouring channels of tensors that store their numbers as Stored, in one part, or
+// two of bfloat16: channels with even numbers and with odd ones, which are the halves of words.
 template <class Real_, class Stored_>
 struct VectorOfChannels {
   using Real = Real_;
   using Stored = Stored_;
   using Numbers = Vec<Real>;
-  static constexpr int lanes = Simd<Real>::lanes;
-  static Numbers load(const Real* from) { return POLAFORMER_ISA::load(from); }
-  static void store(Real* to, Numbers x) { POLAFORMER_ISA::store(to, x); }
-  static Numbers load(const uint16_t* from) {
-    const auto words = __builtin_convertvector(*reinterpret_cast<const HalfWords*>(from), UnsignedWords) << 16;
-    return (Numbers)words;
+  static constexpr int lanes = Simd<Real>::lanes, parts = sizeof(Real) / sizeof(Stored);
+  typedef uint32_t Words __attribute__((vector_size(POLAFORMER_VECTOR_BYTES), aligned(2), may_alias));
+
+  template <int part>
+  static Numbers load(const Real* from) {
+    return POLAFORMER_ISA::load(from);
   }
-  static void store(uint16_t* to, Numbers x) {
-    const auto bits = (UnsignedWords)x;
-    const auto even = bits + 0x7fff + ((bits >> 16) & 1);
-    const auto rounded = (x == x ? even : bits | 0x400000) >> 16;
-    *reinterpret_cast<HalfWords*>(to) = __builtin_convertvector(rounded, HalfWords);
+  static void store(Real* to, Numbers x) { POLAFORMER_ISA::store(to, x); }
+  template <int part>
+  static Numbers load(const uint16_t* from) {
+    const UnsignedWords words = *reinterpret_cast<const Words*>(from);
+    return (Numbers)(part == 0 ? words << 16 : words & 0xffff0000);
+  }
+
+  // Writes a part of an output. Of two, the first waits in `even` for the second: where the last step overlaps the one
+  // before, which may be another thread's, nothing but final numbers may be written.
+  template <int part>
+  static void write(Real* to, Numbers x, Numbers&) {
+    store(to, x);
+  }
+  template <int part>
+  static void write(uint16_t* to, Numbers x, Numbers& even) {
+    const UnsignedWords rounded = round_to_bf16(x, (UnsignedWords)x);
+    if (part == 0)
+      even = (Numbers)(rounded >> 16);
+    else
+      *reinterpret_cast<Words*>(to) = (rounded & 0xffff0000) | (UnsignedWords)even;
   }
 };
 
-// The same, one channel at a time.
+// The same, one channel at a time, for tensors of fewer channels than a step.
 template <class Real_, class Stored_>
 struct SingleChannel {
   using Real = Real_;
   using Stored = Stored_;
   using Numbers = Real;
-  static constexpr int lanes = 1;
-  static Real load(const Real* from) { return *from; }
+  static constexpr int lanes = 1, parts = 1;
+  template <int part>
+  static Real load(const Real* from) {
+    return *from;
+  }
   static void store(Real* to, Real x) { *to = x; }
-  static Real load(const uint16_t* from) { return __builtin_bit_cast(float, uint32_t(*from) << 16); }
-  static void store(uint16_t* to, Real x) { store_numbers(&x, Type::bfloat16, reinterpret_cast<char*>(to), 1); }
+  template <int part>
+  static Real load(const uint16_t* from) {
+    return __builtin_bit_cast(float, uint32_t(*from) << 16);
+  }
+  template <int part>
+  static void write(Real* to, Real x, Real&) {
+    *to = x;
+  }
+  template <int part>
+  static void write(uint16_t* to, Real x, Real&) {
+    *to = uint16_t(round_to_bf16(x, __builtin_bit_cast(uint32_t, x)) >> 16);
+  }
 };
 
-template <int columns_>
-struct Columns {
-  static constexpr int count = columns_;
+template <int value_>
+struct Constant {
+  static constexpr int value = value_;
 };
 
-// Calls body(x, Columns<n>) for each tile of n ≤ kColumns neighbours in a row; the tiles' sizes differ by one at most.
+// Calls body(Constant<count>) for a count of 1 to `most`.
+template <int most, class Body>
+inline void with_constant(int64_t count, Body&& body) {
+  if constexpr (most > 1)
+    if (count < most) return with_constant<most - 1>(count, body);
+  body(Constant<most>{});
+}
+
+// Calls body(x, Constant<n>) for each tile of n ≤ kColumns neighbours in a row; their sizes differ by one at most.
 template <class Body>
 inline void for_each_tile(int64_t width, Body&& body) {
-  static_assert(kColumns == 7, "one case per number of columns");
   const int64_t tiles = (width + kColumns - 1) / kColumns;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t x = tile * width / tiles;
-    switch ((tile + 1) * width / tiles - x) {
-      case 1:
-        body(x, Columns<1>{});
-        break;
-      case 2:
-        body(x, Columns<2>{});
-        break;
-      case 3:
-        body(x, Columns<3>{});
-        break;
-      case 4:
-        body(x, Columns<4>{});
-        break;
-      case 5:
-        body(x, Columns<5>{});
-        break;
-      case 6:
-        body(x, Columns<6>{});
-        break;
-      default:
-        body(x, Columns<7>{});
-        break;
-    }
+    with_constant<kColumns>((tile + 1) * width / tiles - x, [&](auto count) { body(x, count); });
   }
 }
 
@@ -104,185 +129,201 @@ struct Depthwise {
   using Real = typename Io::Real;
   using Stored = typename Io::Stored;
   using Numbers = typename Io::Numbers;
-  static constexpr int P = K / 2, kTaps = K * K, kSums = kTaps + 1;  // sums of a channel: one per tap, then the bias
-  static constexpr int64_t kRow = kChannels + Io::lanes;             // of sums: numbers per tap
+  static constexpr int P = K / 2, kTaps = K * K;
+  static constexpr int kStep = Io::lanes * Io::parts;    // channels
+  static constexpr int kSums = (kTaps + 1) * Io::lanes;  // numbers of a part: one vector per tap, and the bias
+  static constexpr int64_t kBlockSteps = kBlockBytes / (kStep * sizeof(Stored));
+
+  // What a tile's outputs are computed from. Backward: `in` and `residual` are grad_out, `out` is grad_x.
+  struct Images {
+    Plane<const Stored> in, residual, x;  // x: in backward
+    Plane<Stored> out;
+    bool adds_residual;
+  };
 
   const DepthwiseSize& size;
-  const int64_t blocks;
+  const int64_t steps, blocks;
 
-  explicit Depthwise(const DepthwiseSize& size) : size(size), blocks((size.channels + kChannels - 1) / kChannels) {}
+  Depthwise(const DepthwiseSize& size, int64_t least_blocks)
+      : size(size), steps((size.channels + kStep - 1) / kStep), blocks(count_blocks(least_blocks)) {}
 
-  // First channel of a block: a multiple of the vector's length.
-  int64_t first_channel(int64_t block) const {
-    return block < blocks ? size.channels / Io::lanes * block / blocks * Io::lanes : size.channels;
+  int64_t count_blocks(int64_t least) const {
+    const int64_t count = (steps + kBlockSteps - 1) / kBlockSteps;
+    return count >= least ? count : least < steps ? least : steps;
   }
 
-  // Calls body(channel, number) for each vector of a block; the last one may overlap the one before.
+  // Numbers of all steps' kernels and biases, or of the sums of their gradients: (steps, parts, kSums).
+  int64_t numbers() const { return steps * Io::parts * kSums; }
+
+  // Calls body(channel, step) for each step of a block; the image's last one may overlap the one before.
   template <class Body>
-  void for_each_vector(int64_t block, Body&& body) const {
-    const int64_t end = first_channel(block + 1);
-    int64_t number = 0, c = first_channel(block);
-    for (; c + Io::lanes <= end; c += Io::lanes) body(c, number++);
-    if (c < end) body(end - Io::lanes, number);
+  void for_each_step(int64_t block, Body&& body) const {
+    const int64_t last_channel = size.channels - kStep;
+    for (int64_t step = block * steps / blocks; step < (block + 1) * steps / blocks; ++step)
+      body(step * kStep < last_channel ? step * kStep : last_channel, step);
   }
 
   // Rows and columns of the kernel that meet the image: first_tap(y) … end_tap(y, height) − 1.
   static int first_tap(int64_t y) { return y < P ? int(P - y) : 0; }
   static int end_tap(int64_t y, int64_t height) { return height - y + P < K ? int(height - y + P) : K; }
 
-  // A tile of the convolution of `in` with the taps at weight + i · tap. `inner`: all taps' columns are in the image.
-  template <int T, bool inner>
-  void convolve(const Plane<const Stored> in, const Plane<const Stored> residual, const Plane<Stored> out,
-                const Real* weight, int64_t tap, const Real* bias, int64_t y, int64_t x, int64_t block) const {
+  // Kernels and biases as `convolve` reads them. `turned`: last tap first. bias: may be null.
+  void pack(const Real* weight, const Real* bias, bool turned, Real* to) const {
+    for (int64_t block = 0; block < blocks; ++block)
+      for_each_step(block, [&](int64_t channel, int64_t step) {
+        for (int i = 0; i < kStep; ++i) {
+          const int64_t c = channel + i;
+          Real* of_lane = to + (step * Io::parts + i % Io::parts) * kSums + i / Io::parts;
+          for (int tap = 0; tap < kTaps; ++tap)
+            of_lane[tap * Io::lanes] = weight[c * kTaps + (turned ? kTaps - 1 - tap : tap)];
+          of_lane[kTaps * Io::lanes] = bias ? bias[c] : 0;
+        }
+      });
+  }
+
+  // A tile of the convolution, for one part of a step of channels. `backward`: also adds the tile's part to the
+  // gradients of weights, last tap first, and bias.
+  template <int T, bool backward, int part>
+  __attribute__((always_inline)) inline void convolve(const Images& images, int64_t y, int64_t x, int64_t c,
+                                                      const Real* kernel, Real* sums, Numbers* even) const {
     const int first = first_tap(y), end = end_tap(y, size.height);
-    const uint64_t width = size.width;
-    const Stored* in_tile = in.at(y + first - P, x - P);
-    const Stored* residual_tile = residual.data ? residual.at(y, x) : nullptr;
-    Stored* out_tile = out.at(y, x);
-    const Real* first_weight = weight + first * K * tap;
-    for_each_vector(block, [=](int64_t c, int64_t) __attribute__((always_inline)) {
-      Numbers sums[T];
+    const Stored* residual = images.residual.at(y, x) + c;
+    Numbers outputs[T], inputs[T], total{};
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      outputs[t] = backward ? Numbers{} : Io::template load<0>(kernel + kTaps * Io::lanes);
+      if (backward || images.adds_residual) {
+        const Numbers added = Io::template load<part>(residual + t * images.residual.column);
+        if (backward) total += added;
+        if (images.adds_residual) outputs[t] += added;
+      }
+      if (backward) inputs[t] = Io::template load<part>(images.x.at(y, x + t) + c);
+    }
+    if (backward) Io::store(sums + kTaps * Io::lanes, Io::template load<0>(sums + kTaps * Io::lanes) + total);
+    if (Io::lanes > 1 && part == 0 && y + P + 1 < size.height)  // what the next row's tile loads for the first time
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) {
-        sums[t] = bias ? Io::load(bias + c) : Numbers{};
-        if (residual_tile) sums[t] += Io::load(residual_tile + t * residual.column + c);
+        __builtin_prefetch(images.in.at(y + P + 1, x + t) + c);
+        if (backward) __builtin_prefetch(images.x.at(y + 1, x + t) + c);
       }
-      const Stored* from = in_tile + c;
-      const Real* taps = first_weight + c;
-      for (int i = first; i < end; ++i, from += in.row, taps += K * tap) {
-        Numbers weights[K];
+    const Stored* from = images.in.at(y + first - P, x - P) + c;
+    for (int i = first; i < end; ++i, from += images.in.row) {
+      const Real* kernel_row = kernel + i * K * Io::lanes;
+      Real* sums_row = sums + i * K * Io::lanes;
+      Numbers weights[K], products[K];
 #pragma GCC unroll 16
-        for (int j = 0; j < K; ++j) weights[j] = Io::load(taps + j * tap);
+      for (int j = 0; j < K; ++j) {
+        weights[j] = Io::template load<0>(kernel_row + j * Io::lanes);
+        if (backward) products[j] = Io::template load<0>(sums_row + j * Io::lanes);
+      }
 #pragma GCC unroll 16
-        for (int column = 0; column < T + K - 1; ++column) {
-          if (!inner && uint64_t(x - P + column) >= width) continue;
-          const Numbers value = Io::load(from + column * in.column);
+      for (int column = 0; column < T + K - 1; ++column) {
+        if (uint64_t(x - P + column) >= uint64_t(size.width)) continue;
+        const Numbers value = Io::template load<part>(from + column * images.in.column);
 #pragma GCC unroll 16
-          for (int j = 0; j < K; ++j)
-            if (column - j >= 0 && column - j < T) sums[column - j] += weights[j] * value;
+        for (int j = 0; j < K; ++j) {
+          const int t = column - j;
+          if (t < 0 || t >= T) continue;
+          outputs[t] += weights[j] * value;
+          if (backward) products[j] += inputs[t] * value;
         }
       }
+      if (backward)
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) Io::store(out_tile + t * out.column + c, sums[t]);
-    });
+        for (int j = 0; j < K; ++j) Io::store(sums_row + j * Io::lanes, products[j]);
+    }
+    Stored* out = images.out.at(y, x) + c;
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) Io::template write<part>(out + t * images.out.column, outputs[t], even[t]);
   }
 
-  // Adds a tile's part to the gradients of weights and bias: sums (kSums, vectors of the block).
-  template <int T, bool inner>
-  void add_products(const Plane<const Stored> in, const Plane<const Stored> grad_out, int64_t y, int64_t x,
-                    int64_t block, Real* sums) const {
-    const int first = first_tap(y), end = end_tap(y, size.height);
-    const uint64_t width = size.width;
-    const Stored *in_tile = in.at(y + first - P, x - P), *grad_tile = grad_out.at(y, x);
-    for_each_vector(block, [=](int64_t c, int64_t number) __attribute__((always_inline)) {
-      Real* of_vector = sums + number * Io::lanes;
-      Numbers grads[T], total{};
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) total += grads[t] = Io::load(grad_tile + t * grad_out.column + c);
-      Io::store(of_vector + kTaps * kRow, Io::load(of_vector + kTaps * kRow) + total);
-      const Stored* from = in_tile + c;
-      Real* of_row = of_vector + first * K * kRow;
-      for (int i = first; i < end; ++i, from += in.row, of_row += K * kRow) {
-        Numbers products[K];
-#pragma GCC unroll 16
-        for (int j = 0; j < K; ++j) products[j] = Io::load(of_row + j * kRow);
-#pragma GCC unroll 16
-        for (int column = 0; column < T + K - 1; ++column) {
-          if (!inner && uint64_t(x - P + column) >= width) continue;
-          const Numbers value = Io::load(from + column * in.column);
-#pragma GCC unroll 16
-          for (int j = 0; j < K; ++j)
-            if (column - j >= 0 && column - j < T) products[j] += grads[column - j] * value;
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < K; ++j) Io::store(of_row + j * kRow, products[j]);
-      }
+  template <bool backward>
+  void convolve_row(const Images& images, int64_t y, int64_t block, const Real* kernels, Real* sums) const {
+    for_each_tile(size.width, [&](int64_t x, auto count) {
+      constexpr int T = decltype(count)::value;
+      for_each_step(block, [&](int64_t c, int64_t step) __attribute__((always_inline)) {
+        const Real* kernel = kernels + step * Io::parts * kSums;
+        Real* of_step = sums + step * Io::parts * kSums;
+        Numbers even[T];  // outputs
+        convolve<T, backward, 0>(images, y, x, c, kernel, of_step, even);
+        if constexpr (Io::parts == 2) convolve<T, backward, 1>(images, y, x, c, kernel + kSums, of_step + kSums, even);
+      });
     });
-  }
-
-  template <int T>
-  bool is_inner(int64_t x) const {
-    return x >= P && x + T + P <= size.width;
   }
 
   static void forward(const DepthwiseForwardParams& params, Runtime& runtime) {
-    const Depthwise self(params.size);
     const DepthwiseSize& size = params.size;
+    const Depthwise self(size, 1);
     const int64_t wanted = (kEnoughTasks + size.batch - 1) / size.batch;
-    const int64_t parts = wanted < size.height ? wanted : size.height;  // of the rows of an image
-    run_parallel(runtime, size.batch * parts, [&](int64_t task, int) {
-      const int64_t image = task / parts, part = task % parts;
-      const Plane<const Stored> in(params.x, image), residual(params.residual, image);
-      const Plane<Stored> out(params.out, image);
-      const Real *weight = static_cast<const Real*>(params.weight), *bias = static_cast<const Real*>(params.bias);
+    const int64_t ranges = wanted < size.height ? wanted : size.height;  // of an image's rows
+    Real* kernels = static_cast<Real*>(runtime.allocate(self.numbers() * sizeof(Real)));
+    self.pack(static_cast<const Real*>(params.weight), static_cast<const Real*>(params.bias), false, kernels);
+    run_parallel(runtime, size.batch * ranges, [&](int64_t task, int) {
+      const int64_t image = task / ranges, range = task % ranges;
+      const Images images{{params.x, image},
+                          {params.residual, image},
+                          {Image{}, 0},
+                          {params.out, image},
+                          params.residual.data != nullptr};
       for (int64_t block = 0; block < self.blocks; ++block)
-        for (int64_t y = part * size.height / parts; y < (part + 1) * size.height / parts; ++y)
-          for_each_tile(size.width, [&](int64_t x, auto columns) {
-            constexpr int T = decltype(columns)::count;
-            if (self.template is_inner<T>(x))
-              self.template convolve<T, true>(in, residual, out, weight, size.channels, bias, y, x, block);
-            else
-              self.template convolve<T, false>(in, residual, out, weight, size.channels, bias, y, x, block);
-          });
+        for (int64_t y = range * size.height / ranges; y < (range + 1) * size.height / ranges; ++y)
+          self.template convolve_row<false>(images, y, block, kernels, nullptr);
     });
   }
 
   // Number of ranges of rows, over all images, that have sums of weights' gradients of their own, added at the end.
-  int64_t splits() const {
-    const int64_t input = size.batch * size.height * size.width * int64_t(sizeof(Stored));
-    const int64_t affordable = input / (kPartialSumsShare * kSums * int64_t(sizeof(Real)));
+  int64_t count_splits() const {
+    const int64_t rows = size.batch * size.height;
+    const int64_t input = rows * size.width * size.channels * int64_t(sizeof(Stored));
+    const int64_t affordable = input / (kPartialSumsShare * numbers() * int64_t(sizeof(Real)));
     const int64_t useful = (kEnoughTasks + blocks - 1) / blocks;
     int64_t count = affordable < useful ? affordable : useful;
-    count = count < size.batch * size.height ? count : size.batch * size.height;
+    count = count < rows ? count : rows;
     return count > 1 ? count : 1;
   }
 
   static void backward(const DepthwiseBackwardParams& params, Runtime& runtime) {
-    const Depthwise self(params.size);
     const DepthwiseSize& size = params.size;
-    const int64_t splits = self.splits(), sums_of_split = kSums * size.channels;
-    Real* total = static_cast<Real*>(params.grad_sums);
-    Real* partial = splits > 1 ? static_cast<Real*>(runtime.allocate(splits * sums_of_split * sizeof(Real))) : total;
-    Real* workspace = static_cast<Real*>(runtime.allocate(runtime.threads() * kSums * kRow * sizeof(Real)));
-    run_parallel(runtime, splits * self.blocks, [&](int64_t task, int thread) {
+    const int64_t splits = Depthwise(size, 1).count_splits();
+    const Depthwise self(size, (kTasksPerThread * runtime.threads() + splits - 1) / splits);
+    const int64_t rows = size.batch * size.height;
+    Real* kernels = static_cast<Real*>(runtime.allocate((1 + splits) * self.numbers() * sizeof(Real)));
+    Real* sums = kernels + self.numbers();  // (splits, steps, parts, kSums)
+    self.pack(static_cast<const Real*>(params.weight), nullptr, true, kernels);
+    run_parallel(runtime, splits * self.blocks, [&](int64_t task, int) {
       const int64_t split = task / self.blocks, block = task % self.blocks;
-      Real* sums = workspace + thread * kSums * kRow;
-      for (int64_t i = 0; i < kSums * kRow; ++i) sums[i] = 0;
-      const int64_t rows = size.batch * size.height;
-      for (int64_t row = split * rows / splits; row < (split + 1) * rows / splits; ++row)
-        self.differentiate_row(params, row / size.height, row % size.height, block, sums);
-      Real* to = partial + split * sums_of_split;
-      self.for_each_vector(block, [&](int64_t c, int64_t number) {
-        for (int i = 0; i < kSums; ++i)
-          Io::store(to + i * size.channels + c, Io::load(sums + i * kRow + number * Io::lanes));
+      Real* of_split = sums + split * self.numbers();
+      self.for_each_step(block, [&](int64_t, int64_t step) {
+        for (int i = 0; i < Io::parts * kSums; ++i) of_split[step * Io::parts * kSums + i] = 0;
       });
-    });
-    if (splits > 1)
-      run_parallel(runtime, kSums, [&](int64_t i, int) {
-        for (int64_t c = i * size.channels; c < (i + 1) * size.channels; ++c) {
-          Real sum = partial[c];
-          for (int64_t split = 1; split < splits; ++split) sum += partial[split * sums_of_split + c];
-          total[c] = sum;
-        }
-      });
-  }
-
-  void differentiate_row(const DepthwiseBackwardParams& params, int64_t image, int64_t y, int64_t block,
-                         Real* sums) const {
-    const Plane<const Stored> in(params.x, image), grad_out(params.grad_out, image);
-    const Plane<const Stored> residual(params.adds_input ? params.grad_out : Image{}, image);
-    const Plane<Stored> grad_in(params.grad_x, image);
-    const Real* last_tap = static_cast<const Real*>(params.weight) + (kTaps - 1) * size.channels;
-    for_each_tile(size.width, [&](int64_t x, auto columns) {
-      constexpr int T = decltype(columns)::count;
-      if (is_inner<T>(x)) {
-        convolve<T, true>(grad_out, residual, grad_in, last_tap, -size.channels, nullptr, y, x, block);
-        add_products<T, true>(in, grad_out, y, x, block, sums);
-      } else {
-        convolve<T, false>(grad_out, residual, grad_in, last_tap, -size.channels, nullptr, y, x, block);
-        add_products<T, false>(in, grad_out, y, x, block, sums);
+      for (int64_t row = split * rows / splits; row < (split + 1) * rows / splits; ++row) {
+        const int64_t image = row / size.height;
+        const Images images{{params.grad_out, image},
+                            {params.grad_out, image},
+                            {params.x, image},
+                            {params.grad_x, image},
+                            params.adds_input};
+        self.template convolve_row<true>(images, row % size.height, block, kernels, of_split);
       }
     });
+    run_parallel(runtime, self.blocks, [&](int64_t block, int) {
+      self.for_each_step(block, [&](int64_t channel, int64_t step) {
+        self.add_splits(sums + step * Io::parts * kSums, splits, channel, static_cast<Real*>(params.grad_weight),
+                        static_cast<Real*>(params.grad_bias));
+      });
+    });
+  }
+
+  // Adds the sums of all splits for a step of channels.
+  void add_splits(Real* sums, int64_t splits, int64_t channel, Real* grad_weight, Real* grad_bias) const {
+    for (int64_t split = 1; split < splits; ++split)
+      for (int i = 0; i < Io::parts * kSums; ++i) sums[i] += sums[split * numbers() + i];
+    for (int i = 0; i < kStep; ++i) {
+      const Real* of_lane = sums + i % Io::parts * kSums + i / Io::parts;
+      Real* to = grad_weight + (channel + i) * kTaps;
+      for (int tap = 0; tap < kTaps; ++tap) to[tap] = of_lane[(kTaps - 1 - tap) * Io::lanes];
+      grad_bias[channel + i] = of_lane[kTaps * Io::lanes];
+    }
   }
 };
 
@@ -291,7 +332,7 @@ template <template <class, int> class Pass, class Real, class Stored, class Para
 void run_depthwise(const Params& params, Runtime& runtime) {
   using Wide = VectorOfChannels<Real, Stored>;
   using Narrow = SingleChannel<Real, Stored>;
-  const bool wide = params.size.channels >= Wide::lanes, is_small = params.size.kernel_size == 3;
+  const bool wide = params.size.channels >= Wide::lanes * Wide::parts, is_small = params.size.kernel_size == 3;
   if (wide)
     is_small ? Pass<Wide, 3>::run(params, runtime) : Pass<Wide, 5>::run(params, runtime);
   else

@@ -21,11 +21,19 @@ DepthwiseSize size_of(const Tensor& x, const Tensor& weight) {
   return {x.size(0), x.size(1), x.size(2), x.size(3), int(weight.size(2))};
 }
 
+// The kernels for this CPU whose vectors the channels of x fill: those of AVX2 if 64 bytes are more than there are.
+const Kernels& kernels_for(const Tensor& x) {
+#if defined(__x86_64__)
+  if (&kernels() == &kAvx512 && x.size(3) * x.element_size() < 64) return kAvx2;
+#endif
+  return kernels();
+}
+
 // The reference computes the others.
 bool has_kernel(const Tensor& weight) { return weight.size(2) == 3 || weight.size(2) == 5; }
 
-// Weights (C, 1, k, k) as the kernels read them: (k·k, C).
-Tensor by_tap(const Tensor& weight, at::ScalarType type) { return weight.flatten(1).to(type).t().contiguous(); }
+// Weights or bias as the kernels read them.
+Tensor parameter(const Tensor& weight, const Tensor& x) { return weight.to(compute_type(x)).contiguous(); }
 
 Tensor empty_like_contiguous(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
 
@@ -38,11 +46,11 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
   const Tensor in = to_kernel_layout(x), out = empty_like_contiguous(in);
   const Tensor added = residual ? to_kernel_layout(*residual) : in;
   const bool adds = residual || adds_input;
-  const Tensor taps = by_tap(weight, compute_type(x)), biases = bias.to(compute_type(x)).contiguous();
+  const Tensor weights = parameter(weight, x), biases = parameter(bias, x);
   TorchRuntime runtime;
-  kernels().depthwise_forward(
-      {size_of(in, weight), image(in), adds ? image(added) : Image{}, image(out), taps.data_ptr(), biases.data_ptr()},
-      runtime);
+  kernels_for(in).depthwise_forward({size_of(in, weight), image(in), adds ? image(added) : Image{}, image(out),
+                                     weights.data_ptr(), biases.data_ptr()},
+                                    runtime);
   return out.to(x.scalar_type());
 }
 
@@ -50,22 +58,19 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& weight, bool adds_input) {
   check_depthwise_gradient(at::kCPU, grad_out, x, weight);
-  const int64_t channels = x.size(3), taps_count = weight.size(2) * weight.size(3);
   if (x.numel() == 0)
     return {empty_like_contiguous(x), at::zeros(weight.sizes(), weight.options()),
-            at::zeros({channels}, weight.options())};
+            at::zeros({x.size(3)}, weight.options())};
   if (!has_kernel(weight))
     return call_reference<Gradients>("polaformer::depthwise_reference_backward", grad_out, x, weight, adds_input);
   const Tensor in = to_kernel_layout(x), grad = to_kernel_layout(grad_out), grad_in = empty_like_contiguous(in);
-  const Tensor taps = by_tap(weight, compute_type(x));
-  const Tensor sums = at::empty({taps_count + 1, channels}, taps.options());
+  const Tensor weights = parameter(weight, x), grad_weight = empty_like_contiguous(weights);
+  const Tensor grad_bias = at::empty({x.size(3)}, weights.options());
   TorchRuntime runtime;
-  kernels().depthwise_backward(
-      {size_of(in, weight), image(in), image(grad), image(grad_in), taps.data_ptr(), sums.data_ptr(), adds_input},
-      runtime);
-  const Tensor grad_weight = sums.narrow(0, 0, taps_count).t().to(weight.scalar_type()).contiguous();
-  return {grad_in.to(x.scalar_type()), grad_weight.view(weight.sizes()),
-          sums[taps_count].to(weight.scalar_type()).clone()};
+  kernels_for(in).depthwise_backward({size_of(in, weight), image(in), image(grad), image(grad_in), weights.data_ptr(),
+                                      grad_weight.data_ptr(), grad_bias.data_ptr(), adds_input},
+                                     runtime);
+  return {grad_in.to(x.scalar_type()), grad_weight.to(weight.scalar_type()), grad_bias.to(weight.scalar_type())};
 }
 
 }  // namespace

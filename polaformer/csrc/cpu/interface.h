@@ -53,7 +53,7 @@ struct DepthwiseSize {
   int kernel_size;  // 3 or 5
 };
 
-// Weights (k·k, C) and bias (C) are contiguous, in the compute type, float or double.
+// Weights (C, k, k), bias (C) and their gradients are contiguous, in the compute type, float or double.
 struct DepthwiseForwardParams {
   DepthwiseSize size;
   Image x, residual, out;  // residual: without data if nothing is added
@@ -64,7 +64,7 @@ struct DepthwiseBackwardParams {
   DepthwiseSize size;
   Image x, grad_out, grad_x;
   const void* weight;
-  void* grad_sums;  // (k·k + 1, C) in the compute type: gradients of the weights, then of the bias
+  void *grad_weight, *grad_bias;
   bool adds_input;  // forward added its input: its gradient has grad_out added
 };
 
