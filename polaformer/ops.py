@@ -4,7 +4,7 @@ The only file that names torch.ops.polaformer. Compiled kernels (csrc/, built by
 beside this file) register themselves for CPU and CUDA under the schemas defined here; where none is registered the
 dispatcher falls through to the reference. The CUDA binding itself calls polaformer::reference for what its kernels do
 not support: float64, D above 128 (above 96 where a block has less than 163 KB of shared memory), compute capabilities
-below 8.0. The reference warns once per reason, except for float64.
+below 8.0; for the convolution see `depthwise_conv2d`. The reference warns once per reason, except for float64.
 """
 
 import functools
@@ -37,8 +37,8 @@ for _name, (_arguments, _results) in (("reference", _FORWARD), ("reference_backw
     _library.define(f"{_name}({_arguments}, str reason) -> {_results}")
 _CONV_FORWARD = "Tensor x, Tensor weight, Tensor bias, Tensor? residual, bool adds_input"
 _CONV_BACKWARD = "Tensor grad_out, Tensor x, Tensor weight, bool adds_input"
-for _name in ("depthwise_conv2d", "depthwise_reference"):
-    _library.define(f"{_name}({_CONV_FORWARD}) -> Tensor")
+for _name, _reason in (("depthwise_conv2d", ""), ("depthwise_reference", ", str reason")):
+    _library.define(f"{_name}({_CONV_FORWARD}{_reason}) -> Tensor")
     _library.define(f"{_name}_backward({_CONV_BACKWARD}) -> (Tensor, Tensor, Tensor)")
 _conv_operator = torch.ops.polaformer.depthwise_conv2d.default
 _conv_backward_operator = torch.ops.polaformer.depthwise_conv2d_backward.default
@@ -93,10 +93,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     (C, 1, k, k) with an odd k below 1024, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be
     another.
     Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for k = 3 and 5; on GPUs
-    for float32, bfloat16 and float16, channels that fill multiples of 16 bytes, and up to 112 columns (images of 448
-    pixels). They take weights as they are and sum in float32, or float64 if x is. PyTorch computes the rest, with
-    weights rounded to x's dtype. Saves x and weight for backward. Differentiable any number of times in reverse mode,
-    also by torch.func.
+    from compute capability 8.0 on for float32, bfloat16 and float16, channels that fill multiples of 16 bytes, and up
+    to 112 columns (images of 448 pixels), in float32 fewer where blocks have less than 163 KB of shared memory (56 if
+    k = 5). They take weights as they are and sum in float32, or float64 if x is. PyTorch computes the rest, with
+    weights rounded to x's dtype, and a warning says once why. Saves x and weight for backward. Differentiable any
+    number of times in reverse mode, also by torch.func.
     Raises ValueError, on every device and inside every graph, if shapes, dtypes or devices disagree.
     """
     adds_input = residual is x
@@ -216,14 +217,18 @@ def _backward_fake(
     return *(_empty_bnhd(x) for x in (q, k, v)), *logits
 
 
-def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
+def _conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool, reason: str = ""
+) -> Tensor:
+    if reason:
+        _warn_once(reason, "depthwise convolution")
     return reference.depthwise_conv2d(x, weight, bias, residual, adds_input).contiguous()
 
 
 def _conv_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, adds_input: bool) -> Tensor:
-    if x.device.type in ("cpu", "cuda"):  # no warning on devices that we have no kernels for
-        _warn_once(kernels_unavailable_reason(x.device.type), "depthwise convolution")
-    return _conv_reference(x, weight, bias, residual, adds_input)
+    # no warning on devices that we have no kernels for
+    reason = kernels_unavailable_reason(x.device.type) if x.device.type in ("cpu", "cuda") else ""
+    return _conv_reference(x, weight, bias, residual, adds_input, reason)
 
 
 def _conv_backward_reference(

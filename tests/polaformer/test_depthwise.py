@@ -1,8 +1,10 @@
 """Depthwise convolution: PyTorch's contracts, and kernels against PyTorch's own convolution in float64."""
 
+import functools
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -87,6 +89,17 @@ def check(inputs) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_pytorch(device, dtype, kernel_size, residual):
     check(make_inputs((2, 9, 16, 44), kernel_size, dtype, device, residual))
+
+
+def test_sizes_without_kernels_warn_once(device, monkeypatch):
+    monkeypatch.setattr(ops, "_warn_once", functools.cache(ops._warn_once.__wrapped__))
+    inputs = make_inputs((2, 9, 16, 8), 7, device=device)
+    reason = "the kernels serve 3×3 and 5×5" if ops.has_compiled_kernels(device) else "no compiled kernels"
+    with pytest.warns(UserWarning, match=f"depthwise convolution runs in plain PyTorch: {reason}"):
+        ops.depthwise_conv2d(*inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.depthwise_conv2d(*inputs)
 
 
 @settings(max_examples=80)

@@ -42,7 +42,8 @@ Tensor forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const 
   check_depthwise(at::kCPU, x, weight, bias, residual, adds_input);
   if (x.numel() == 0) return empty_like_contiguous(x);
   if (!has_kernel(weight))
-    return call_reference<Tensor>("polaformer::depthwise_reference", x, weight, bias, residual, adds_input);
+    return call_reference<Tensor>("polaformer::depthwise_reference", x, weight, bias, residual, adds_input,
+                                  c10::string_view("the kernels serve 3×3 and 5×5"));
   const Tensor in = to_kernel_layout(x), out = empty_like_contiguous(in);
   const Tensor added = residual ? to_kernel_layout(*residual) : in;
   const bool adds = residual || adds_input;

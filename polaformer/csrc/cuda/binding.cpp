@@ -50,10 +50,6 @@ Tensor to_aligned_float(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(floats.const_data_ptr()) % 16 == 0 ? floats : floats.clone();
 }
 
-Tensor empty_floats(const Tensor& like, at::IntArrayRef sizes) {
-  return at::empty(sizes, like.options().dtype(at::kFloat));
-}
-
 // An uninitialised tensor like q in the memory layout of a contiguous (B, N, H, D).
 Tensor empty_bnhd(const Tensor& q) {
   return at::empty({q.size(0), q.size(2), q.size(1), q.size(3)}, q.options()).transpose(1, 2);

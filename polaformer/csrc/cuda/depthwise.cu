@@ -11,7 +11,7 @@
 // A block walks down its range of rows, in steps of one or two. Copies bring the next ones to a ring in shared memory;
 // columns, rows and images that do not exist are zeros there. A thread computes kDepthwiseColumns neighbours of two
 // channels in float32; its sums of the weights' gradients stay in registers until the block adds them up, in a fixed
-// order.
+// order. A number that is not finite next to such a zero makes gradients of weights NaN beyond the taps that touch it.
 //
 //   run_depthwise_forward    depthwise_forward
 //   run_depthwise_backward   depthwise_backward → sum_depthwise_splits
@@ -58,7 +58,7 @@ struct RowCopy {
   static constexpr int kVectors = kPairs * 2 * bytes_of(kDtype) / 16;   // of 16 bytes in a position
   static constexpr int kCount = (kT * kVectors + kPairs - 1) / kPairs;  // kPairs threads per tile copy kT columns
   const char* from[kCount];                                             // in the next row
-  int to[kCount];                                                       // bytes from the row's begin in shared memory
+  int to[kCount];                                                       // bytes from the row's start in shared memory
   int image[kCount];  // of those side by side; kNone for positions that do not exist
   int y, padded_height, images_left;
 
@@ -100,8 +100,8 @@ struct RowCopy {
   }
 };
 
-// The weights of the block's channels, then the bias, (K² + 1, channels): forward as they are, backward turned around.
-// Adding the window's own number is one more in the middle of the kernel.
+// The weights of the block's channels, then the bias, (K² + 1, channels): forward as they are, backward flipped.
+// The window's own center is added by adding 1 to the middle tap.
 template <int K, bool kBackward>
 __device__ __forceinline__ void load_weights(const DepthwiseParams& params, int first_channel, float* shared) {
   for (int i = threadIdx.x; i < (K * K + 1) * kDepthwiseChannels; i += params.plan.threads()) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_weights(const DepthwiseParams& params, int 
   }
 }
 
-// Sums of one thread: one step of its tile, and gradients of the kernel turned around and of the bias.
+// Sums of one thread: one step of its tile, and gradients of the flipped kernel and of the bias.
 template <int K, bool kBackward>
 struct Sums {
   float2 results[rows_per_step(K, kBackward)][kT];

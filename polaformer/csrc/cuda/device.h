@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -16,6 +17,10 @@ inline int device_attribute(const at::Tensor& x, cudaDeviceAttr attribute) {
 }
 
 inline void* current_stream(const at::Tensor& x) { return c10::cuda::getCurrentCUDAStream(x.get_device()).stream(); }
+
+inline at::Tensor empty_floats(const at::Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kFloat));
+}
 
 inline Dtype dtype_of(const at::Tensor& x) {
   return x.scalar_type() == at::kBFloat16 ? Dtype::kBfloat16

@@ -246,7 +246,8 @@ inline const char* error_message(cudaError_t error) {
 template <class Params>
 const char* launch(void (*kernel)(Params), LaunchConfig config, void* stream, const Params& params) {
   if (config.blocks == 0) return nullptr;
-  if (config.blocks > INT32_MAX) return "so many heads need more blocks than a grid has; pass fewer images at a time";
+  if (config.blocks > INT32_MAX)
+    return "so large an input needs more blocks than a grid has; pass fewer images at a time";
   if (config.shared_bytes > 48 * 1024) {
     const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
     if (error != cudaSuccess) return error_message(cudaGetLastError());  // also clears the error

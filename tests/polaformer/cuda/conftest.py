@@ -55,16 +55,8 @@ class EmulatorInput:
 def build(folder: Path, main: str, *options: str) -> Path:
     """Compile a program of this folder and its kernels with emulator.h in place of ptx.cuh."""
     program = folder / main
-    command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    command += [
-        "-Wno-missing-field-initializers",
-        *options,
-        f"-I{KERNELS}",
-        "-include",
-        HERE / "emulator.h",
-        "-x",
-        "c++",
-    ]
+    warnings = "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-missing-field-initializers"
+    command = ["g++", "-std=c++20", *warnings, *options, f"-I{KERNELS}", "-include", HERE / "emulator.h", "-x", "c++"]
     is_depthwise = main == "emulate_depthwise"
     kernels = [source for source in sorted(KERNELS.glob("*.cu")) if (source.stem == "depthwise") == is_depthwise]
     sources = [*kernels, HERE / f"{main}.cpp"]
@@ -76,7 +68,7 @@ def build(folder: Path, main: str, *options: str) -> Path:
 
 
 class EmulatorAnswer:
-    """Output file of the emulator, from the begin on."""
+    """Output file of the emulator, read from its start on."""
 
     def __init__(self, program: Path, folder: Path, request: EmulatorInput) -> None:
         """Run the program."""

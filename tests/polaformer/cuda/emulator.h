@@ -4,10 +4,10 @@
 // Behaviour that CUDA leaves undefined fails or becomes visible:
 //
 //   shared memory    exactly the size of the launch, filled with NaN before every block
-//   cp.async         the target is NaN until the wait that makes it visible to the thread; every copy must be waited
-//   for barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp mma,
-//   ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors accumulation     rounds
-//   towards zero, as tensor cores do; products are exact
+//   cp.async         the target is NaN until the wait that makes it visible to the thread; none may be left at the end
+//   barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp
+//   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
+//   accumulation     rounds towards zero, as tensor cores do; products are exact
 //
 // With -fsanitize=address,undefined every access is checked as well; give each tensor its own buffer.
 #pragma once

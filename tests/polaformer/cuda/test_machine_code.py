@@ -263,10 +263,10 @@ def test_depthwise_kernels_are_there_for_every_architecture(kernels, depthwise_k
 
 
 def test_depthwise_kernels_use_what_the_plan_assumes(depthwise_kernels):
-    """Registers for two blocks, 16-byte copies, and no local memory but two pairs that backward may spill."""
+    """Registers for two blocks, 16-byte copies, and no local memory but two pairs backward, not in bf16."""
 
     def fault(kernel):
-        if kernel.usage["STACK"] > (16 if kernel.name == "depthwise_backward" else 0):
+        if kernel.usage["STACK"] > (16 if kernel.name == "depthwise_backward" and kernel.operand != "bf16" else 0):
             return f"{kernel.usage['STACK']} bytes of stack"
         if kernel.width and kernel.blocks_by_registers < DEPTHWISE_BLOCKS:
             return f"{kernel.usage['REG']} registers, {kernel.threads} threads"
