@@ -6,9 +6,9 @@
 // loaded once for all columns that it contributes to. Taps beyond the image are left out, not multiplied by zero, so a
 // 3×3 kernel on a 1×1 image is one product.
 //
-// The gradient of the input is the same convolution of grad_out with the kernel turned around. The gradient of the
-// weights is arranged by inputs, grad_weight[i, j] = Σ_yx in[y, x] grad_out[y − i + P, x − j + P], so that a tile of
-// inputs needs the very numbers of grad_out that the gradient of the same tile is summed from: they are loaded once.
+// The gradient of the input is the same convolution of grad_out with the flipped kernel. The gradient of the weights is
+// arranged by inputs, grad_weight[i, j] = Σ_yx in[y, x] grad_out[y − i + P, x − j + P], so that a tile of inputs needs
+// the very numbers of grad_out that the gradient of the same tile is summed from: they are loaded once.
 
 namespace polaformer {
 namespace POLAFORMER_ISA {
@@ -167,15 +167,15 @@ struct Depthwise {
   static int first_tap(int64_t y) { return y < P ? int(P - y) : 0; }
   static int end_tap(int64_t y, int64_t height) { return height - y + P < K ? int(height - y + P) : K; }
 
-  // Kernels and biases as `convolve` reads them. `turned`: last tap first. bias: may be null.
-  void pack(const Real* weight, const Real* bias, bool turned, Real* to) const {
+  // Kernels and biases as `convolve` reads them. `flipped`: last tap first. bias: may be null.
+  void pack(const Real* weight, const Real* bias, bool flipped, Real* to) const {
     for (int64_t block = 0; block < blocks; ++block)
       for_each_step(block, [&](int64_t channel, int64_t step) {
         for (int i = 0; i < kStep; ++i) {
           const int64_t c = channel + i;
           Real* of_lane = to + (step * Io::parts + i % Io::parts) * kSums + i / Io::parts;
           for (int tap = 0; tap < kTaps; ++tap)
-            of_lane[tap * Io::lanes] = weight[c * kTaps + (turned ? kTaps - 1 - tap : tap)];
+            of_lane[tap * Io::lanes] = weight[c * kTaps + (flipped ? kTaps - 1 - tap : tap)];
           of_lane[kTaps * Io::lanes] = bias ? bias[c] : 0;
         }
       });

@@ -148,7 +148,7 @@ def run_depthwise(
 
 
 FAST = ("-O1",)
-# The last one is a false positive in the checks.
+# GCC wrongly warns of uninitialized variables in what the sanitizers add.
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-maybe-uninitialized")
 
 
