@@ -30,7 +30,7 @@ struct QueryGradShared {
   MeanPairs means[kHeadDim / 4];
   TemperaturePairs temperatures[2][kHeadDim / 4];  // by flow
   union {
-    uint4 grads[kWarps][kHeadDim / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread
+    uint4 grads[kWarps][kHeadDim / 16][2][32];  // R⁻¹(S dout): by warp, 16 columns, flow, thread; next tile's inputs
     float logits[kWarps][2][2 * kHeadDim];      // sums of each warp, after the last token
   };
 
@@ -42,12 +42,11 @@ struct QueryGradShared {
           (flow ? params.opposite_logits : params.same_logits) + int64_t{split.head_in_batch} * (2 * head_dim);
       TemperaturePairs pairs = {};
       if (column < head_dim) {
-        Pairs parts[2];
-        for (int part = 0; part < 2; ++part) {
+        const auto of_part = [&](int part) -> Pairs {
           const float* own = logits + part * head_dim + column;
-          parts[part] = {pack_bf16(logistic(own[0]), logistic(own[2])), pack_bf16(logistic(own[1]), logistic(own[3]))};
-        }
-        pairs = {parts[flow], parts[1 - flow]};
+          return {pack_bf16(logistic(own[0]), logistic(own[2])), pack_bf16(logistic(own[1]), logistic(own[3]))};
+        };
+        pairs = {of_part(flow), of_part(1 - flow)};
       }
       temperatures[flow][column / 4] = pairs;
     }
@@ -55,7 +54,48 @@ struct QueryGradShared {
 };
 
 struct QueryGradPointers {
-  SmemPointer state, means, temperatures, mean_pairs, temperature_pairs, grads;
+  SmemPointer state, means, temperatures, mean_pairs, temperature_pairs, grads, inputs;
+};
+
+// Copies of a warp's next 16 tokens into its share of `grads`, as chunks of 16 columns: a slot has one of the lower and
+// one of the upper half, the first slots those of dout, the others those of q. A slot is free from the second pass's
+// use of it until the first pass stores into it, which happens after the last use of its chunks.
+template <int kHeadDim>
+struct QueryGradCopies {
+  static constexpr int kSlots = kHeadDim / 16, kChunkBytes = 16 * 16 * 2;
+
+  SmemPointer target;      // of this lane's 16 bytes
+  Rows<false> grads;
+  int64_t offset, stride;  // of q from dout, and of its tokens, in bytes
+  int token, end;          // this lane's token
+
+  __device__ __forceinline__ QueryGradCopies(SmemPointer target, const Rows<false>& queries, const Rows<false>& grads,
+                                             int first, int end)
+      : target(target),
+        grads(grads),
+        offset(queries.data - grads.data),
+        stride(queries.stride - grads.stride),
+        token(first + threadIdx.x % 32 / 2),
+        end(end) {}
+
+  // Starts the copies of a slot.
+  __device__ __forceinline__ void start(int slot) const {
+    const bool is_query = slot >= kSlots / 2;
+    const int column = (is_query ? slot - kSlots / 2 : slot) * 16 + threadIdx.x % 2 * 8;
+    const int half = is_query ? kHeadDim / 2 : grads.head_dim / 2;
+    const char* const row = grads.at(token, column) + (-int64_t{is_query} & (offset + token * stride));
+    const SmemPointer to = target + slot * (2 * kChunkBytes);
+    cp_async(to, row, token < end && column < half);
+    cp_async(to + kChunkBytes, row + 2 * half, token < end && column + half < grads.head_dim);
+    cp_async_commit_group();
+  }
+
+  // Number of a chunk in this order, of 16 columns of q from `column` on and of dout's, by flow.
+  static __device__ __forceinline__ int query_chunk(unsigned column) {
+    const unsigned upper = column >= kHeadDim / 2;
+    return kSlots + int(column / 8 - upper * (kSlots - 1));
+  }
+  static __device__ __forceinline__ int grad_chunk(int flow, int i) { return 2 * i + flow; }
 };
 
 // A warp's 16 tokens. Two passes over their columns, as z and dz are sums over all of them.
@@ -81,20 +121,26 @@ struct QueryGradTile {
     for (int row = 0; row < 2; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
   }
 
-  // Loads A fragments of dout, by flow. `rows`: address of this thread's columns of the first token.
-  __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kHeadDim / 32], const char* rows,
-                                             int64_t stride) const {
-    const int half = head_dim / 2;
+  // Loads a copied chunk.
+  __device__ __forceinline__ void load_copied(Columns (&x)[2], int chunk) const {
+    constexpr int kChunkBytes = QueryGradCopies<kHeadDim>::kChunkBytes;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const uint2 words = load_two_words(shared.inputs + chunk * kChunkBytes + row * (kChunkBytes / 2));
+      x[row] = {words.x, words.y};
+    }
+  }
+
+  // Loads A fragments of dout, by flow.
+  __device__ __forceinline__ void load_grads(FragmentA (&grads)[2][kHeadDim / 32]) const {
     const uint32_t zero = static_cast<uint32_t>(head_dim) >> 31;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 32; ++i) {
-        const bool valid = 16 * i + 4 * thread_in_group() < half;
-        const char* const columns = rows + 2 * (flow * half + 16 * i);
-        const Columns first = load_four(columns, inside[0] && valid);
-        const Columns second = load_four(columns + 8 * stride, inside[1] && valid);
-        grads[flow][i] = pin_registers({{first.low, second.low, first.high, second.high}}, zero);
+        Columns x[2];
+        load_copied(x, QueryGradCopies<kHeadDim>::grad_chunk(flow, i));
+        grads[flow][i] = pin_registers({{x[0].low, x[1].low, x[0].high, x[1].high}}, zero);
       }
     }
   }
@@ -228,7 +274,6 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
   const Rows<false> queries = rows_of<false>(params.q, params.shape, split),
                     grads = rows_of<false>(params.grad_out, params.shape, split);
   const char* query = queries.at(token, 4 * thread_in_group());
-  const char* grad = grads.at(token, 4 * thread_in_group());
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   auto* out =
       static_cast<uint16_t*>(params.grad_q) + first_row(split, params.shape) + token * stride + 4 * thread_in_group();
@@ -238,7 +283,11 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
                                       shared.head.temperature_rows(),
                                       SmemPointer(shared.means + thread_in_group()),
                                       SmemPointer(shared.temperatures[0] + thread_in_group()),
-                                      SmemPointer(shared.grads[warp][0][0] + threadIdx.x % 32)};
+                                      SmemPointer(shared.grads[warp][0][0] + threadIdx.x % 32),
+                                      SmemPointer(reinterpret_cast<uint2*>(shared.grads[warp]) + threadIdx.x % 32)};
+  constexpr int kSlots = QueryGradCopies<kHeadDim>::kSlots;
+  QueryGradCopies<kHeadDim> copies(pointers.grads, queries, grads, token - group_id(), split.end);
+  for (int slot = 0; slot < kSlots; ++slot) copies.start(slot);
   Accumulator logits[2][2] = {};  // by flow, part
   bool needs_shift = false;
   for (; token - group_id() < split.end; token += kHeadDim) {
@@ -253,18 +302,25 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       tile.rotary[row] = RotaryRow(positions[row], params.shape);
       positions[row].move(position_step, params.shape);
     }
-    Columns ahead[2];
-    tile.load(ahead, 0);
     {
       FragmentA grad_rows[2][kHeadDim / 32];
-      tile.load_grads(grad_rows, grad, grads.stride);
+      cp_async_wait_group<kSlots / 2>();
+      __syncwarp();
+      tile.load_grads(grad_rows);
 #pragma unroll 1
       for (unsigned column = 0; column < kHeadDim; column += 16) {
-        const Columns x[2] = {ahead[0], ahead[1]};
-        tile.load(ahead, column + 16 < kHeadDim ? column + 16 : 0);
+        if (column == 0) cp_async_wait_group<1>();  // all but the last slot
+        if (column == kHeadDim / 2 - 16) cp_async_wait_group<0>();
+        __syncwarp();
+        Columns x[2];
+        tile.load_copied(x, QueryGradCopies<kHeadDim>::query_chunk(column));
+        __syncwarp();  // the slot that is stored into may be that of x
         tile.add(grad_rows, x, column);
       }
     }
+    Columns ahead[2];
+    tile.load(ahead, 0);
+    copies.token += kHeadDim;
     const auto stats = tile.stats();
     float log_inverses[2][2];
 #pragma unroll
@@ -283,6 +339,8 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       const Columns x[2] = {ahead[0], ahead[1]};
       if (column + 16 < kHeadDim) tile.load(ahead, column + 16);
       Columns grad_queries[2];
+      __syncwarp();  // all lanes have used the slot before
+      if (column > 0) copies.start(int(column) / 16 - 1);
       tile.finish(grad_queries, logits, stats, log_inverses, x, column);
       if (int(column) + 4 * thread_in_group() < head_dim) {
 #pragma unroll
@@ -291,9 +349,12 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
         }
       }
     }
+    __syncwarp();
+    copies.start(kSlots - 1);
     needs_shift |= largest(tile.max_abs) > kMaxUnshiftedExponent;
-    query += kHeadDim * queries.stride, grad += kHeadDim * grads.stride, out += kHeadDim * stride;
+    query += kHeadDim * queries.stride, out += kHeadDim * stride;
   }
+  cp_async_wait_group<0>();
 
   // Logit sums of the warps: rows 2g, 2g + 1 of each 16 columns are in accumulator columns 2t and 2t + 1.
   __syncthreads();  // no thread reads `grads` any more
@@ -458,12 +519,15 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
 }
 
 constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
+template <int kHeadDim>
+using KeyRing = ChunkRing<kHeadDim, 1, kKeyGradTokens>;
 
 template <int kHeadDim>
 struct KeyGradShared {
   static constexpr int kStride = kHeadDim + 8;
   alignas(16) uint16_t state[2 * kHeadDim * kStride];  // dS
   MeanPairs means[kHeadDim / 4];                       // dm of four columns each
+  typename KeyRing<kHeadDim>::Storage keys[kKeyGradThreads / 32];
 };
 
 struct KeyGradPointers {
@@ -566,12 +630,12 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
   if (__syncthreads_or(is_shifted(params.key_shift + int64_t{split.head} * head_dim, head_dim, kKeyGradThreads)))
     return;
 
-  int token = split.begin + threadIdx.x / 32 * 16 + group_id();
+  const int warp = threadIdx.x / 32;
+  int token = split.begin + warp * 16 + group_id();
   TokenPosition positions[2] = {TokenPosition(token, params.shape), TokenPosition(token + 8, params.shape)};
   const TokenPosition position_step(kKeyGradTokens, params.shape);
-  const Rows<false> keys = rows_of<false>(params.k, params.shape, split),
-                    values = rows_of<false>(params.v, params.shape, split);
-  const char* key = keys.at(token, 4 * thread_in_group());
+  const Rows<false> values = rows_of<false>(params.v, params.shape, split);
+  KeyRing<kHeadDim> keys(shared.keys[warp], rows_of<false>(params.k, params.shape, split), token - group_id(), split.end);
   const char* value = values.at(token, 8 * thread_in_group());
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   int64_t out = first_row(split, params.shape) + token * stride;
@@ -587,21 +651,16 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
       positions[row].move(position_step, params.shape);
     }
     tile.load_values(value, values.stride, inside, head_dim);
-    const char* const columns[2] = {key, opaque(key + 8 * keys.stride)};
+    value += kKeyGradTokens * values.stride;
+    if (thread_in_group() < 2 && token + kKeyGradTokens + 8 * thread_in_group() < split.end) {
+      prefetch_to_l2(value + (8 * values.stride - 16) * thread_in_group(), 2 * head_dim);
+    }
     uint16_t* const first = opaque(static_cast<uint16_t*>(params.grad_k) + out + 4 * thread_in_group());
     uint16_t* const grad_key[2] = {first, opaque(first + 8 * stride)};
-    Columns ahead[2];
-    const auto load_keys = [&](unsigned column) {
-      const bool valid = int(column) + 4 * thread_in_group() < head_dim;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) ahead[row] = load_four(columns[row] + 2 * column, inside[row] && valid);
-    };
-    load_keys(0);
 #pragma unroll 1
     for (unsigned column = 0; column < kHeadDim; column += 16) {
-      const Columns x[2] = {ahead[0], ahead[1]};
-      if (column + 16 < kHeadDim) load_keys(column + 16);
-      Columns grads[2];
+      Columns x[2], grads[2];
+      keys.load(x);
       tile.differentiate(grads, x, column);
       if (int(column) + 4 * thread_in_group() < head_dim) {
 #pragma unroll
@@ -613,8 +672,9 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
     uint16_t* const grad_value = static_cast<uint16_t*>(params.grad_v) + out + 8 * thread_in_group();
     if (inside[0]) tile.store_values(grad_value, 0, head_dim);
     if (inside[1]) tile.store_values(grad_value + 8 * stride, 1, head_dim);
-    key += kKeyGradTokens * keys.stride, value += kKeyGradTokens * values.stride, out += kKeyGradTokens * stride;
+    out += kKeyGradTokens * stride;
   }
+  cp_async_wait_group<0>();
 }
 
 }  // namespace

@@ -129,41 +129,38 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDi
 
 constexpr int kQueryThreads = 128;
 
+constexpr int kQueryWarps = kQueryThreads / 32;
+constexpr int query_tiles(int head_dim) { return head_dim <= 96 ? 2 : 1; }  // above, registers suffice for one
+template <int kHeadDim>
+using QueryRing = ChunkRing<kHeadDim, query_tiles(kHeadDim), kQueryWarps * 16 * query_tiles(kHeadDim)>;
+
 template <int kHeadDim>
 struct QueryShared {
   static constexpr int kStride = kHeadDim + 8;
   alignas(16) uint16_t state[2 * kHeadDim * kStride];
   QueryTables<kHeadDim> head;
+  typename QueryRing<kHeadDim>::Storage queries[kQueryWarps];
 };
 
 struct QueryPointers {
   SmemPointer state, means, temperatures;
 };
 
-// A warp's 32 tokens; a thread has tokens g, g + 8, g + 16, g + 24. Above W = 96 registers suffice for 16 tokens only.
+// A warp's 32 tokens, or 16 above W = 96; a thread has tokens g, g + 8 and so on.
 template <int kHeadDim>
 struct QueryTile {
   using Shared = QueryShared<kHeadDim>;
-  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // tiles of 16 tokens, sharing each fragment of S
-  static constexpr int kRows = 2 * kTiles;               // tokens per thread
+  static constexpr int kTiles = query_tiles(kHeadDim);  // tiles of 16 tokens, sharing each fragment of S
+  static constexpr int kRows = 2 * kTiles;              // tokens per thread
 
   const QueryPointers& shared;
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
-  int head_dim;
-  const char* queries[kRows];  // address of this thread's columns, per token
-  bool inside[kRows];
   RotaryRow rotary[kRows];
 
   Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of the flow's half each
   Accumulator normalizers[kTiles][2] = {};
   Bf16x2 max_abs = 0;
-
-  __device__ __forceinline__ void load(Columns (&x)[kRows], unsigned column) const {
-    const bool valid = int(column) + 4 * thread_in_group() < head_dim;
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) x[row] = load_four(queries[row] + 2 * column, inside[row] && valid);
-  }
 
   // Adds the products of 16 columns of q.
   __device__ __forceinline__ void add(const Columns (&x)[kRows], unsigned column) {
@@ -212,15 +209,11 @@ struct QueryTile {
     }
   }
 
-  __device__ __forceinline__ void add_all() {
-    Columns ahead[kRows];
-    load(ahead, 0);
+  __device__ __forceinline__ void add_all(QueryRing<kHeadDim>& queries) {
 #pragma unroll 1
     for (unsigned column = 0; column < kHeadDim; column += 16) {
       Columns x[kRows];
-#pragma unroll
-      for (int row = 0; row < kRows; ++row) x[row] = ahead[row];
-      if (column + 16 < kHeadDim) load(ahead, column + 16);
+      queries.load(x);
       add(x, column);
     }
   }
@@ -252,18 +245,19 @@ template <int kHeadDim>
 __device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, const ForwardParams& params) {
   using Shared = QueryShared<kHeadDim>;
   constexpr int kTiles = QueryTile<kHeadDim>::kTiles, kRows = QueryTile<kHeadDim>::kRows;
-  constexpr int kTokensPerStep = kQueryThreads / 32 * 16 * kTiles;
+  constexpr int kTokensPerStep = kQueryWarps * 16 * kTiles;
   const Split split = locate_split(blockIdx.x, params.plan.queries, params.shape);
   const int head_dim = params.shape.head_dim;
   load_state<kHeadDim, Shared::kStride>(shared.state, params.state + int64_t{split.head} * params.shape.state_size(),
                                         head_dim, kQueryThreads, true, interleave_16);
   if (__syncthreads_or(shared.head.load(params, split, kQueryThreads))) return true;
 
-  int token = split.begin + threadIdx.x / 32 * (16 * kTiles) + group_id();
+  const int warp = threadIdx.x / 32;
+  int token = split.begin + warp * (16 * kTiles) + group_id();
   TokenPosition first_position(token, params.shape);
   const TokenPosition position_step(kTokensPerStep, params.shape), eight(8, params.shape);
-  const Rows<false> queries = rows_of<false>(params.q, params.shape, split);
-  const char* query = queries.at(token, 4 * thread_in_group());
+  QueryRing<kHeadDim> queries(shared.queries[warp], rows_of<false>(params.q, params.shape, split), token - group_id(),
+                              split.end);
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   auto* out =
       static_cast<uint16_t*>(params.out) + first_row(split, params.shape) + token * stride + 4 * thread_in_group();
@@ -271,24 +265,23 @@ __device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, cons
   const QueryPointers pointers = {b_rows(shared.state, Shared::kStride), shared.head.mean_rows(),
                                   shared.head.temperature_rows()};
   for (; token - group_id() < split.end; token += kTokensPerStep) {
-    QueryTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape), head_dim};
+    QueryTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape)};
     TokenPosition position = first_position;
     first_position.move(position_step, params.shape);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      tile.queries[row] = query + 8 * row * queries.stride;
-      tile.inside[row] = token + 8 * row < split.end;
       tile.rotary[row] = RotaryRow(position, params.shape);
       position.move(eight, params.shape);
     }
-    tile.add_all();
+    tile.add_all(queries);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      if (tile.inside[row]) tile.store(out + 8 * row * stride, row, head_dim / 2);
+      if (token + 8 * row < split.end) tile.store(out + 8 * row * stride, row, head_dim / 2);
     }
     needs_shift |= largest(tile.max_abs) > kMaxUnshiftedExponent;
-    query += kTokensPerStep * queries.stride, out += kTokensPerStep * stride;
+    out += kTokensPerStep * stride;
   }
+  cp_async_wait_group<0>();
   return __syncthreads_or(needs_shift);
 }
 

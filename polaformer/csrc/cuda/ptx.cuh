@@ -60,6 +60,14 @@ __device__ __forceinline__ uint4 load_words(SmemPointer pointer) {
                : "memory");
   return words;
 }
+__device__ __forceinline__ uint2 load_two_words(SmemPointer pointer) {
+  uint2 words;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(words.x), "=r"(words.y)
+               : "r"(pointer.address)
+               : "memory");
+  return words;
+}
 __device__ __forceinline__ void store_words(SmemPointer pointer, uint4 words) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(pointer.address), "r"(words.x), "r"(words.y),
                "r"(words.z), "r"(words.w)
@@ -231,6 +239,18 @@ __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Starts to bring global memory into the L2 cache; address and size are multiples of 16.
+__device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
+#else
+  for (int i = 0; i < bytes; i += 32) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(
+        __cvta_generic_to_global(static_cast<const char*>(global) + i)));
+  }
+#endif
 }
 
 struct LaunchConfig {

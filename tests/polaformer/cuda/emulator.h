@@ -337,6 +337,10 @@ inline uint4 load_words(SmemPointer pointer) {
   check_aligned(pointer.address, "ld.shared.v4");
   return *reinterpret_cast<const uint4*>(pointer.address);
 }
+inline uint2 load_two_words(SmemPointer pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer.address) % 8) emulator::fail("ld.shared.v2 of an unaligned address");
+  return *reinterpret_cast<const uint2*>(pointer.address);
+}
 inline void store_words(SmemPointer pointer, uint4 words) {
   check_aligned(pointer.address, "st.shared.v4");
   *reinterpret_cast<uint4*>(pointer.address) = words;
@@ -518,6 +522,11 @@ inline void cp_async(SmemPointer target, const void* global, bool valid) {
   std::memset(shared, 0xff, 16);
   emulator::Block& b = *emulator::block;
   b.fibers[b.current].copies.back().push_back({shared, static_cast<const char*>(global), valid});
+}
+inline void prefetch_to_l2(const void* global, int bytes) {
+  check_aligned(global, "prefetch");
+  volatile char last = static_cast<const char*>(global)[bytes - 1];  // for the address sanitizer
+  static_cast<void>(last);
 }
 inline void cp_async_commit_group() {
   emulator::Block& b = *emulator::block;
