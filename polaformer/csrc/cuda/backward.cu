@@ -17,85 +17,84 @@
 // ├─ combine_query_splits           this file      adds up the splits
 // ├─ differentiate_keys             bf16 or tf32   dk and dv of heads whose keys are not shifted
 // └─ differentiate_keys_shifted     tf32           dk and dv of the other heads
+#include "combine.cuh"
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer {
 namespace {
 
-constexpr int kCombineThreads = 256;
-constexpr int kReducers = kCombineThreads / 32;  // threads that share the sum of one feature's logit
+__device__ __forceinline__ float logistic_slope(float x) {
+  const float y = logistic(x);
+  return y * (1.f - y);
+}
 
-// Numbers of blocks of combine_query_splits that sum logits, means and states, in this order.
-struct CombineBlocks {
-  int64_t logits, mean, state;
-  int chunks;  // chunks of 32 features in a head
+// Gradients of logits: sums over all splits of all images, times the slope of the logistic function. A row has D
+// vectors, half of them for each flow.
+struct LogitSums {
+  SumThreads threads;
+  unsigned splits, heads;  // per head, per image
+  int rows, head_dim, blocks_per_head;
+  const float* split_sums;  // (B, H, splits, 2 flows, 2D)
+  const float* logits[2];   // (H, 2D)
+  float* grads[2];          // (H, 2D)
 
-  POLAFORMER_INLINE explicit CombineBlocks(const BackwardParams& params)
-      : logits(0),
-        mean((params.shape.batch_heads() * params.shape.features() + kCombineThreads - 1) / kCombineThreads),
-        state(0),
-        chunks(static_cast<int>(params.shape.features() + 31) / 32) {
-    logits = 2 * params.shape.heads * chunks;
-    if (params.plan.query_grads.splits_per_head > 1) {
-      state = (params.shape.batch_heads() * params.shape.state_size() + kCombineThreads - 1) / kCombineThreads;
-    }
+  explicit LogitSums(const BackwardParams& params)
+      : threads(params.shape.batch * params.plan.query_grads.splits_per_head),
+        splits(params.plan.query_grads.splits_per_head),
+        heads(params.shape.heads),
+        rows(static_cast<int>(params.shape.batch * splits)),
+        head_dim(params.shape.head_dim),
+        blocks_per_head((head_dim + threads.vectors - 1) / threads.vectors),
+        split_sums(params.split_grad_logits),
+        logits{params.same_logits, params.opposite_logits},
+        grads{params.grad_same_logits, params.grad_opposite_logits} {}
+
+  int blocks() const { return static_cast<int>(heads) * blocks_per_head; }
+
+  __device__ __forceinline__ void compute(int block) const {
+    const int head = block / blocks_per_head;
+    const int vector = (block - head * blocks_per_head) * threads.vectors + threads.vector();
+    const bool inside = vector < head_dim, opposite = vector >= head_dim / 2;
+    const float4 sum = threads.sum(inside ? rows : 0, [&](unsigned row) {
+      const unsigned image = row / splits, split = (image * heads + head) * splits + (row - image * splits);
+      return split_sums + int64_t{split} * (4 * head_dim) + 4 * vector;
+    });
+    if (!inside || threads.sharer() > 0) return;
+    const int index = (head - opposite) * (2 * head_dim) + 4 * vector;
+    const float4 at = __ldg(reinterpret_cast<const float4*>((opposite ? logits[1] : logits[0]) + index));
+    *reinterpret_cast<float4*>((opposite ? grads[1] : grads[0]) + index) = {
+        sum.x * logistic_slope(at.x), sum.y * logistic_slope(at.y), sum.z * logistic_slope(at.z),
+        sum.w * logistic_slope(at.w)};
   }
 };
 
-// Gradient of a logit: sum over all splits of all images, times the derivative of the logistic function.
-__device__ __forceinline__ void combine_logits(const BackwardParams& params, int block, int chunks) {
-  auto& partial_sums = shared_memory<float[kReducers][32]>();
-  const int head = block / chunks % params.shape.heads, flow = block / chunks / params.shape.heads;
-  const int features = static_cast<int>(params.shape.features()), feature = block % chunks * 32 + threadIdx.x % 32;
-  const int splits = params.plan.query_grads.splits_per_head, reducer = threadIdx.x / 32;
-  float sum = 0.f;
-  if (feature < features) {
-#pragma unroll 4
-    for (int64_t i = reducer; i < params.shape.batch * splits; i += kReducers) {
-      const int64_t split = (i / splits * params.shape.heads + head) * splits + i % splits;
-      sum += params.split_grad_logits[(split * 2 + flow) * features + feature];
-    }
-  }
-  partial_sums[reducer][threadIdx.x % 32] = sum;
-  __syncthreads();
-  if (reducer > 0 || feature >= features) return;
-  for (int i = 1; i < kReducers; ++i) sum += partial_sums[i][threadIdx.x];
-  const int64_t index = int64_t{head} * features + feature;
-  const float temperature = logistic((flow ? params.opposite_logits : params.same_logits)[index]);
-  (flow ? params.grad_opposite_logits : params.grad_same_logits)[index] = sum * (temperature * (1.f - temperature));
-}
+struct CombineParams {
+  LogitSums logits;
+  HeadSums heads;
+  int logit_blocks, blocks_per_head;
+};
 
-__global__ void __launch_bounds__(kCombineThreads) combine_query_splits(const BackwardParams params) {
-  const CombineBlocks blocks(params);
-  const int splits = params.plan.query_grads.splits_per_head;
-  if (blockIdx.x < blocks.logits) return combine_logits(params, blockIdx.x, blocks.chunks);
-  const int64_t block = blockIdx.x - blocks.logits;
-  if (block < blocks.mean) {
-    const int64_t index = block * kCombineThreads + threadIdx.x, head = index / params.shape.features();
-    if (head >= params.shape.batch_heads()) return;
-    const float* partial =
-        params.split_grad_mean + head * (2 * splits) * params.shape.features() + index % params.shape.features();
-    float sum = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < 2 * splits; ++i) sum += partial[i * params.shape.features()];
-    params.grad_mean[index] = sum;
-  } else {
-    const int64_t index = (block - blocks.mean) * kCombineThreads + threadIdx.x, size = params.shape.state_size();
-    const int64_t head = index / size;
-    if (head >= params.shape.batch_heads()) return;
-    const float* partial = params.split_grad_state + head * splits * size + index % size;
-    float sum = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < splits; ++i) sum += partial[i * size];
-    params.grad_state[index] = sum;
-  }
+__global__ void __launch_bounds__(kCombineThreads) combine_query_splits(const CombineParams params) {
+  const int block = static_cast<int>(blockIdx.x) - params.logit_blocks;
+  if (block < 0) return params.logits.compute(static_cast<int>(blockIdx.x));
+  const unsigned head = unsigned(block) / params.blocks_per_head;
+  params.heads.compute(head, block - static_cast<int>(head * params.blocks_per_head));
 }
 
 const char* launch_combine_query_splits(const BackwardParams& params, void* stream) {
-  const CombineBlocks blocks(params);
-  const LaunchConfig config{blocks.logits + blocks.mean + blocks.state, kCombineThreads, sizeof(float[kReducers][32])};
-  return launch(combine_query_splits, config, stream, params);
+  const Shape& shape = params.shape;
+  const int splits = params.plan.query_grads.splits_per_head, mean_size = static_cast<int>(shape.features());
+  const int state_size = splits > 1 ? mean_size * shape.head_dim : 0;
+  const HeadSums heads = {.threads = SumThreads(splits),
+                          .mean = {params.split_grad_mean, params.grad_mean, 2 * splits, mean_size},
+                          .state = {params.split_grad_state, params.grad_state, splits, state_size}};
+  const LogitSums logits(params);
+  const CombineParams combine = {logits, heads, logits.blocks(), heads.blocks()};
+  return launch(combine_query_splits,
+                {combine.logit_blocks + shape.batch_heads() * combine.blocks_per_head, kCombineThreads,
+                 sizeof(float4[kCombineThreads])},
+                stream, combine);
 }
 
 }  // namespace

@@ -14,19 +14,22 @@
 // ├─ combine_key_splits   this file      adds up the splits; recomputes shifted the heads where |k| is too large
 // ├─ attend               bf16 or tf32   outputs, unshifted; marks splits that need a shift
 // └─ attend_shifted       tf32           recomputes the marked splits; exits at once if there are none
+#include "combine.cuh"
 #include "features_tf32.cuh"
 #include "kernels.cuh"
 
 namespace polaformer {
 namespace {
 
-constexpr int kCombineThreads = 128;
-constexpr int kCombinePairs = 8;  // pairs of features, per block
+// Of a block that sums shifted keys: pairs of features, tokens in one step; features of S that a thread sums, from
+// begin_row on.
+constexpr int kCombinePairs = 8, kCombineTokens = kCombineThreads / kCombinePairs;
+constexpr int kColumnFeatures = 2 * kCombinePairs * kMaxHeadDim / kCombineThreads;
 
-// Shared memory of a block that sums shifted keys: pairs first … first + 7 of one head.
+// Its shared memory; the pairs are first … first + 7 of one head.
 struct CombineShared {
-  alignas(16) float features[16][2 * kCombinePairs];  // features of 16 tokens, rotated
-  float sums[16][2 * kCombinePairs];
+  alignas(16) float features[kCombineTokens][2 * kCombinePairs];  // rotated
+  float sums[kCombineTokens][2 * kCombinePairs];
   float shifts[kCombinePairs];
 };
 
@@ -46,20 +49,20 @@ __device__ __forceinline__ void find_key_shifts(CombineShared& shared, const Row
   const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs;
   float largest_exponent = 0.f;
   if (first + pair < shape.head_dim) {
-    for (int token = slot; token < shape.tokens(); token += 16) {
+    for (int token = slot; token < shape.tokens(); token += kCombineTokens) {
       largest_exponent = fmaxf(largest_exponent, largest(key_exponents(keys, token, first + pair)));
     }
   }
   shared.sums[slot][pair] = largest_exponent;
   __syncthreads();
   if (threadIdx.x < kCombinePairs) {
-    for (int i = 0; i < 16; ++i) largest_exponent = fmaxf(largest_exponent, shared.sums[i][threadIdx.x]);
+    for (int i = 0; i < kCombineTokens; ++i) largest_exponent = fmaxf(largest_exponent, shared.sums[i][threadIdx.x]);
     shared.shifts[threadIdx.x] = required_shift(largest_exponent);
   }
   __syncthreads();
 }
 
-// S, m and the shifts of this block's pairs, without tensor cores: thread d has column d of S.
+// S, m and the shifts of this block's pairs, without tensor cores: two threads share a column of S.
 template <bool kFloat>
 __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const ForwardParams& params, const Split& head,
                                                  int first) {
@@ -67,13 +70,14 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
   const Rows<kFloat> keys = rows_of<kFloat>(params.k, shape, head), values = rows_of<kFloat>(params.v, shape, head);
   find_key_shifts(shared, keys, first, shape);
 
-  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs, column = threadIdx.x;
+  const int pair = threadIdx.x % kCombinePairs, slot = threadIdx.x / kCombinePairs;
+  const int column = threadIdx.x % kMaxHeadDim, begin_row = threadIdx.x / kMaxHeadDim * kColumnFeatures;
   const bool by_row = 2 * (first + pair) < shape.head_dim, inside = first + pair < shape.head_dim;
   const float shift = shared.shifts[pair];
   const int half = shape.padded_head_dim() / 2;
   Pair<float> mean = {0.f, 0.f};
-  float sums[2 * kCombinePairs] = {};
-  for (int begin = 0; begin < shape.tokens(); begin += 16) {
+  float sums[kColumnFeatures] = {};
+  for (int begin = 0; begin < shape.tokens(); begin += kCombineTokens) {
     const int token = begin + slot;
     Pair<float> rotated = {0.f, 0.f};
     if (inside && token < shape.tokens()) {
@@ -90,10 +94,10 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
     shared.features[slot][2 * pair] = rotated.first, shared.features[slot][2 * pair + 1] = rotated.second;
     __syncthreads();
     if (column >= shape.head_dim) continue;
-    for (int i = 0; i < min(16, shape.tokens() - begin); ++i) {
+    for (int i = 0; i < min(kCombineTokens, shape.tokens() - begin); ++i) {
       const float value = values.load(begin + i, column);
 #pragma unroll
-      for (int j = 0; j < 2 * kCombinePairs; ++j) sums[j] += shared.features[i][j] * value;
+      for (int j = 0; j < kColumnFeatures; ++j) sums[j] += shared.features[i][begin_row + j] * value;
     }
   }
 
@@ -101,66 +105,62 @@ __device__ __forceinline__ void sum_shifted_keys(CombineShared& shared, const Fo
   const int64_t feature = int64_t{head.head} * shape.features() + 2 * first;
   if (column < shape.head_dim) {
 #pragma unroll
-    for (int j = 0; j < 2 * kCombinePairs; ++j) {
-      if (2 * first + j < shape.features()) params.state[(feature + j) * shape.head_dim + column] = sums[j] * scale;
+    for (int j = 0; j < kColumnFeatures; ++j) {
+      const int row = begin_row + j;
+      if (2 * first + row < shape.features()) params.state[(feature + row) * shape.head_dim + column] = sums[j] * scale;
     }
   }
   shared.sums[slot][2 * pair] = mean.first, shared.sums[slot][2 * pair + 1] = mean.second;
   __syncthreads();
   if (threadIdx.x < 2 * kCombinePairs && 2 * first + threadIdx.x < shape.features()) {
     float sum = 0.f;
-    for (int i = 0; i < 16; ++i) sum += shared.sums[i][threadIdx.x];
+    for (int i = 0; i < kCombineTokens; ++i) sum += shared.sums[i][threadIdx.x];
     params.key_mean[feature + threadIdx.x] = sum * scale;
   }
   if (slot == 0 && inside) params.key_shift[int64_t{head.head} * shape.head_dim + first + pair] = shift;
 }
 
-// Adds up the splits of a head for this block's pairs.
-__device__ __forceinline__ void sum_splits(const ForwardParams& params, const Split& head, int first) {
-  const int splits = params.plan.keys.splits_per_head;
-  const int64_t head_dim = params.shape.head_dim, features = params.shape.features(), size = params.shape.state_size();
-  const int rows = min(2 * kCombinePairs, static_cast<int>(features) - 2 * first);
-  if (splits > 1) {
-    for (int i = threadIdx.x; i < rows * head_dim; i += kCombineThreads) {
-      const float* partial = params.split_state + int64_t{head.head} * splits * size + 2 * first * head_dim + i;
-      float sum = 0.f;
-#pragma unroll 8
-      for (int split = 0; split < splits; ++split) sum += partial[split * size];
-      params.state[int64_t{head.head} * size + 2 * first * head_dim + i] = sum;
-    }
-    if (static_cast<int>(threadIdx.x) < rows) {
-      const float* partial = params.split_mean + int64_t{head.head} * splits * features + 2 * first + threadIdx.x;
-      float sum = 0.f;
-#pragma unroll 8
-      for (int split = 0; split < splits; ++split) sum += partial[split * features];
-      params.key_mean[int64_t{head.head} * features + 2 * first + threadIdx.x] = sum;
-    }
-  }
-  if (static_cast<int>(threadIdx.x) < rows / 2)
-    params.key_shift[int64_t{head.head} * head_dim + first + threadIdx.x] = 0.f;
-}
+struct CombineParams {
+  ForwardParams forward;
+  HeadSums sums;
+  int blocks_per_head;
+};
 
+// Adds up the splits of a head, or, where a key needs a shift, sums the keys again.
 template <bool kFloat>
-__global__ void __launch_bounds__(kCombineThreads, 8) combine_key_splits(const ForwardParams params) {
-  const int blocks_per_head = (params.shape.head_dim + kCombinePairs - 1) / kCombinePairs;
-  const Split head = locate_split(blockIdx.x / blocks_per_head, {1, params.shape.tokens(), 0}, params.shape);
-  const int first = static_cast<int>(blockIdx.x % blocks_per_head) * kCombinePairs;
-  float max_abs = 0.f;
-  for (int split = 0; split < params.plan.keys.splits_per_head; ++split) {
-    max_abs = fmaxf(max_abs, params.split_max_abs[int64_t{head.head} * params.plan.keys.splits_per_head + split]);
+__global__ void __launch_bounds__(kCombineThreads, 5) combine_key_splits(const CombineParams params) {
+  const Shape& shape = params.forward.shape;
+  const unsigned head = blockIdx.x / params.blocks_per_head;
+  const int block = static_cast<int>(blockIdx.x - head * params.blocks_per_head);
+  const int splits = params.forward.plan.keys.splits_per_head;
+  bool needs_shift = false;
+#pragma unroll 1
+  for (int split = threadIdx.x; split < splits; split += kCombineThreads) {
+    needs_shift |= params.forward.split_max_abs[int64_t{head} * splits + split] > kMaxUnshiftedExponent;
   }
-  if (max_abs > kMaxUnshiftedExponent) {
-    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), params, head, first);
-  } else {
-    sum_splits(params, head, first);
+  if (!__syncthreads_or(needs_shift)) {
+    params.sums.compute(head, block);
+    if (block == 0 && static_cast<int>(threadIdx.x) < shape.head_dim) {
+      params.forward.key_shift[int64_t{head} * shape.head_dim + threadIdx.x] = 0.f;
+    }
+  } else if (const int first = block * kCombinePairs; first < shape.head_dim) {
+    sum_shifted_keys<kFloat>(shared_memory<CombineShared>(), params.forward,
+                             locate_split(head, {1, shape.tokens(), 0}, shape), first);
   }
 }
 
 const char* launch_combine_key_splits(const ForwardParams& params, void* stream) {
-  const int64_t blocks = params.shape.batch_heads() * ((params.shape.head_dim + kCombinePairs - 1) / kCombinePairs);
-  const LaunchConfig config{blocks, kCombineThreads, sizeof(CombineShared)};
-  return launch(params.shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>, config,
-                stream, params);
+  static_assert(kCombineThreads >= kMaxHeadDim && sizeof(CombineShared) >= sizeof(float4[kCombineThreads]));
+  const Shape& shape = params.shape;
+  const int splits = params.plan.keys.splits_per_head;
+  const int mean_size = splits > 1 ? static_cast<int>(shape.features()) : 0, state_size = mean_size * shape.head_dim;
+  const HeadSums sums = {.threads = SumThreads(splits),
+                         .mean = {params.split_mean, params.key_mean, splits, mean_size},
+                         .state = {params.split_state, params.state, splits, state_size}};
+  const int blocks_per_head = std::max((shape.head_dim + kCombinePairs - 1) / kCombinePairs, sums.blocks());
+  return launch(shape.dtype == Dtype::kFloat ? combine_key_splits<true> : combine_key_splits<false>,
+                {shape.batch_heads() * blocks_per_head, kCombineThreads, sizeof(CombineShared)}, stream,
+                CombineParams{params, sums, blocks_per_head});
 }
 
 }  // namespace

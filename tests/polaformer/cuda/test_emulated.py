@@ -110,6 +110,29 @@ def test_several_splits_per_head(emulate, dtype):
     assert_near(whole, exact, LIMITS[dtype])
 
 
+@pytest.mark.parametrize("dtype", list(LIMITS))
+def test_many_splits_per_head(emulate, dtype):
+    """Several threads share the sum over a head's splits, and the sum of logits' gradients over all images."""
+    inputs, size = make_inputs((2, 2, 1100, 16), dtype), (44, 25)
+    grad_out = make_grad_out(inputs[0])
+    first, second = (emulate(inputs, size, grad_out, seed=seed, sm_count=132) for seed in (1, 2))
+    assert min(first.splits_per_head[0], first.splits_per_head[2]) > 16
+    assert_near(first, compute_exact(inputs, size, grad_out), LIMITS[dtype])
+    assert_bit_identical(first, second)
+
+
+@pytest.mark.parametrize("largest", [1, 30])
+def test_more_splits_than_threads(emulate, largest):
+    """A block that adds up splits has 256 threads; the last split has the largest key."""
+    inputs, size = make_inputs((1, 1, 8224, 2), torch.float32), (257, 32)
+    inputs[1][0, 0, -1, 1] = largest
+    grad_out = make_grad_out(inputs[0])
+    found = emulate(inputs, size, grad_out, sm_count=132)
+    assert min(found.splits_per_head[0], found.splits_per_head[2]) > 256
+    assert found.key_shift.any() == (largest > 20)
+    assert_near(found, compute_exact(inputs, size, grad_out), 1e-4 if largest > 20 else 5e-6)
+
+
 def test_float32_stays_exact_over_many_tokens(emulate):
     """One split has all tokens of b5's first stage, as with 128 images, so each sum has 196 products.
 
@@ -253,6 +276,7 @@ def test_empty_batch(emulate, dtype):
         (torch.float32, (1, 1, 21, 32), (3, 7), 1),
         (torch.float32, (2, 1, 5, 6), (1, 5), 30),
         (torch.float16, (1, 2, 17, 10), (17, 1), 1),
+        (torch.float32, (1, 2, 160, 6), (32, 5), 1),  # five splits of keys
     ],
 )
 def test_address_and_undefined_behaviour_sanitizers(emulate_sanitized, dtype, shape, size, scale):
