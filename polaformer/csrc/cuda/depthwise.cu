@@ -79,21 +79,20 @@ struct RowCopy {
       const bool exists =
           of_group < plan.images_per_block && column < params.shape.width && channel < params.shape.channels;
       image[k] = exists ? of_group : kNone;
-      const int position = exists ? of_group * (tile_columns + padding) + padding / 2 + column : 0;  // 0: zero anyway
-      to[k] = (position * kVectors + vector) * 16;
+      to[k] = ((of_group * (tile_columns + padding) + padding / 2 + column) * kVectors + vector) * 16;
       from[k] = operand.data + int64_t{first_image + of_group} * operand.batch +
                 min(y, params.shape.height - 1) * operand.row + column * operand.column + channel * bytes_of(kDtype);
     }
   }
 
-  // Starts the copies of the next row. Rows and images that do not exist become zeros.
+  // Starts the copies of the next row. What does not exist becomes zeros. The last copy of some threads is of no tile.
   __device__ __forceinline__ void start(const DepthwiseParams& params, const Images& operand, SmemPointer row) {
     const int images = y < params.shape.height ? images_left : 0;
     const bool is_last = ++y == padded_height;
     const int64_t step = is_last ? operand.next_images : y < params.shape.height ? operand.row : 0;
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      cp_async(row + to[k], from[k], image[k] < images);
+      if (k < kCount - 1 || image[k] != kNone) cp_async(row + to[k], from[k], image[k] < images);
       from[k] += step;
     }
     if (is_last) y = 0, images_left -= params.plan.images_per_block;

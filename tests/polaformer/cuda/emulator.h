@@ -4,7 +4,8 @@
 // Behaviour that CUDA leaves undefined fails or becomes visible:
 //
 //   shared memory    exactly the size of the launch, filled with NaN before every block
-//   cp.async         the target is NaN until the wait that makes it visible to the thread; none may be left at the end
+//   cp.async         the target is NaN until the wait that makes it visible to the thread; no other copy may go there
+//                    until then; none may be left at the end
 //   barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp
 //   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
 //   accumulation     rounds towards zero, as tensor cores do; products are exact
@@ -27,6 +28,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -116,6 +118,7 @@ struct Block {
   std::vector<int> ready;
   std::vector<Meeting> meetings;  // of the block, then of each warp
   std::vector<Lanes> lanes;
+  std::unordered_set<const char*> copied_to;  // targets of copies in flight
   std::function<void()> body;
   char* shared;
   size_t shared_bytes;
@@ -521,6 +524,7 @@ inline void cp_async(SmemPointer target, const void* global, bool valid) {
   if (valid) check_aligned(global, "cp.async");
   std::memset(shared, 0xff, 16);
   emulator::Block& b = *emulator::block;
+  if (!b.copied_to.insert(shared).second) emulator::fail("two copies to one address are in flight");
   b.fibers[b.current].copies.back().push_back({shared, static_cast<const char*>(global), valid});
 }
 inline void prefetch_to_l2(const void* global, int bytes) {
@@ -538,6 +542,7 @@ void cp_async_wait_group() {
   auto& groups = b.fibers[b.current].copies;
   while (groups.size() > kPending + 1) {
     for (const auto& copy : groups.front()) {
+      b.copied_to.erase(copy.target);
       if (copy.valid) {
         std::memcpy(copy.target, copy.source, 16);
       } else {
