@@ -40,8 +40,8 @@ from launch.benchmark.report import (
 from launch.command_line import make_parser
 
 PASSED, FAILED, TIMED_OUT, SKIPPED, LEFT_OUT = "passed", "failed", "exceeded its limit", "skipped", "left out"
-_KILL_AFTER_SECONDS = 5
-_TIMEOUT_STATUSES = (124, 137)  # by SIGTERM; by SIGKILL, where that did not suffice
+_KILL_AFTER_SECONDS = 15  # pytest takes up to 10 to end its workers
+_TIMEOUT_STATUSES = (124, 137)  # by SIGINT; by SIGKILL, where that did not suffice
 _HEADLINE_WIDTH = 110
 
 
@@ -109,12 +109,18 @@ def run_part(part: Part, folder: Path, timeout_seconds: float) -> dict[str, Any]
 def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
     """Run a part and return its exit status. If it exceeds the limit, it is ended with the processes that it started.
 
-    `timeout` sees to that, even if this process is killed meanwhile.
+    `timeout` sees to that, even if this process is killed meanwhile; by Ctrl-C first, on which pytest still says what
+    failed.
     """
     environ = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environ)
-    limited = ("timeout", f"--kill-after={_KILL_AFTER_SECONDS}", f"{timeout_seconds:.3f}", *part.command)
+    limits = ("--signal=INT", f"--kill-after={_KILL_AFTER_SECONDS}", f"{timeout_seconds:.3f}")
     process = subprocess.Popen(
-        limited, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        ("timeout", *limits, *part.command),
+        cwd=ROOT,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     try:
         status = process.wait()

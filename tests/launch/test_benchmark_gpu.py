@@ -126,7 +126,7 @@ def await_end(pid):
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "_KILL_AFTER_SECONDS", 0.5)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); "
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); "
     child = deaf + "time.sleep(10**6)"
     parent = deaf + f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); "
     parent += "print(c.pid, flush=True); c.wait()"
@@ -143,6 +143,29 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(tmp_path, monkeypatch):
         if log.read_text().count("deaf") == 2 and pids:
             break
     await_end(pids[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefix", [(), ("sh", "-c", 'trap "" INT; "$@"', "sh")], ids=["", "as in the background"])
+def test_tests_that_exceed_their_limit_still_say_what_failed(tmp_path, monkeypatch, prefix):
+    """Also where a shell started the command in the background, which makes it deaf to Ctrl-C."""
+    tests, folder = tmp_path / "test_endless.py", tmp_path / "endless"
+    tests.write_text("import time\ndef test_a(): assert 0\ndef test_b(): time.sleep(10**6)\n")
+    monkeypatch.setattr(gpu_parts, "_WORKERS", 2)
+    command = [*gpu_parts._pytest(folder, str(tests)), "-m", "not gpu"]
+    written = "import sys; from pathlib import Path; from launch.benchmark import gpu; from launch.benchmark.gpu_parts "
+    written += "import Part, parse_tests; part = Part('endless', tuple(sys.argv[3:]), 0, 0, parse_tests); "
+    written += "gpu.run_part(part, Path(sys.argv[1]), float(sys.argv[2]))"
+    for limit in (2**n for n in range(2, 12)):  # until the machine is fast enough to have begun the second test
+        runner = [*prefix, sys.executable, "-c", written, str(folder), str(limit), *command]
+        subprocess.run(runner, cwd=ROOT, check=True)
+        entry = read_part(tmp_path, "endless")
+        assert entry["outcome"] == "exceeded its limit"
+        if entry["result"] and entry["result"]["failures"]:
+            break
+    assert [name.rpartition(".")[2] for name in entry["result"]["failed"]] == ["test_a"]
+    assert entry["headline"].startswith("1 failures")
+    assert "assert 0" in (folder / "log.txt").read_text()
 
 
 def test_parts_that_do_not_fit_into_the_time_are_left_out(tmp_path):
@@ -252,13 +275,13 @@ def planned(tmp_path):
 
 
 def test_the_plan(planned):
-    order = "build check check-awkward kernels tests kernel depthwise step counters memcheck racecheck compiled"
+    order = "build check check-awkward kernels kernel depthwise step tests counters memcheck racecheck compiled"
     order += " operators compiled-step all-tests data resume checkpoint goodput full"
     assert list(planned) == order.split()
     assert all(0 < part.expected_seconds < part.timeout_seconds for part in planned.values())
     within = gpu.choose_parts(list(planned.values()), ["kernels", "check"])
     assert [part.name for part in within] == ["check", "kernels"]
-    first = ("build", "check", "check-awkward", "kernels", "tests", "kernel", "depthwise", "step")
+    first = ("build", "check", "check-awkward", "kernels", "kernel", "depthwise", "step", "tests")
     assert sum(planned[name].expected_seconds for name in first) < 6 * 60
     started = {part.command[3] for part in planned.values() if part.command[2] == "launch.benchmark"}
     assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "parity", "sass"}  # all that use a GPU
@@ -276,7 +299,7 @@ def test_commands_understand_their_options(planned, tmp_path):
     for name, mode in {"counters": "profiled", "memcheck": "tiny", "racecheck": "tiny"}.items():
         begin = planned[name].command.index("launch.benchmark.kernel_checks")
         assert kernel_checks.parse(list(planned[name].command[begin + 1 :])).mode == mode
-    for path in planned["tests"].command[-2:]:
+    for path in planned["tests"].command[-len(gpu_parts._KERNEL_TESTS) :]:
         assert (ROOT / path).exists()
 
 
