@@ -559,6 +559,15 @@ struct KeyGradTile {
     }
   }
 
+  static __device__ __forceinline__ void prefetch_values(const char* rows, int64_t stride, int head_dim) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 32; ++i) {
+      if (32 * i + 8 * thread_in_group() >= head_dim) break;
+      prefetch_to_l2(rows + 64 * i);
+      prefetch_to_l2(rows + 64 * i + 8 * stride);
+    }
+  }
+
   // Adds the contribution of 16 columns of k to dv; returns dk of these columns.
   __device__ __forceinline__ void differentiate(Columns (&grad_keys)[2], const Columns (&x)[2], unsigned column) {
     const SmemPointer rows = shared.rows + 2 * Shared::kStride * column;
@@ -652,9 +661,7 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
     }
     tile.load_values(value, values.stride, inside, head_dim);
     value += kKeyGradTokens * values.stride;
-    if (thread_in_group() < 2 && token + kKeyGradTokens + 8 * thread_in_group() < split.end) {
-      prefetch_to_l2(value + (8 * values.stride - 16) * thread_in_group(), 2 * head_dim);
-    }
+    if (token + kKeyGradTokens + 8 < split.end) tile.prefetch_values(value, values.stride, head_dim);
     uint16_t* const first = opaque(static_cast<uint16_t*>(params.grad_k) + out + 4 * thread_in_group());
     uint16_t* const grad_key[2] = {first, opaque(first + 8 * stride)};
 #pragma unroll 1

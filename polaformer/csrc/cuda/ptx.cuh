@@ -241,16 +241,9 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Starts to bring global memory into the L2 cache; address and size are multiples of 16.
-__device__ __forceinline__ void prefetch_to_l2(const void* global, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
-#else
-  for (int i = 0; i < bytes; i += 32) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(
-        __cvta_generic_to_global(static_cast<const char*>(global) + i)));
-  }
-#endif
+// Starts to bring the 32 bytes around an address into the L2 cache.
+__device__ __forceinline__ void prefetch_to_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
 
 struct LaunchConfig {
