@@ -46,6 +46,7 @@ from launch.benchmark.report import (
     pass_milliseconds,
     tabulate,
     three_digits,
+    write_report,
 )
 from polaformer import PRESETS
 
@@ -58,7 +59,7 @@ _USUAL_BATCH = {"cpu": 8, "cuda": 128}
 Occurrences = dict[Convolution, int]  # how often each convolution occurs in a model
 
 
-def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], _path: Path) -> Report:
+def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], path: Path) -> Report:
     """Measure everything. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
 
     models: the convolutions of each model and resolution.
@@ -81,6 +82,7 @@ def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], _
         reason = unchecked.get((str(shape), dtype_name(dtype)))
         found = time_shape(shape, dtype, settings, clock, {"ours": reason} if reason else {})
         report["results"] += describe(shape, dtype, found, copy)
+        write_report(path, report | {"models": []})  # whatever happens to the next shapes
     report["models"] = [
         {"model": model, "resolution": resolution} | sum_over_model(occurrences, dtype_name(dtype), report["results"])
         for (model, resolution), occurrences in models.items()

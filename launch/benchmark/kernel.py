@@ -34,7 +34,15 @@ from launch.benchmark.kernel_runner import (
     model_shapes,
 )
 from launch.benchmark.measure import PASSES, DevicePeaks, dtype_name
-from launch.benchmark.report import Column, describe_run, forward_and_backward, heading, pass_milliseconds, tabulate
+from launch.benchmark.report import (
+    Column,
+    describe_run,
+    forward_and_backward,
+    heading,
+    pass_milliseconds,
+    tabulate,
+    write_report,
+)
 from launch.benchmark.shapes import MIN_TRAFFIC_ELEMENTS, Shape, parse_shape
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -47,7 +55,7 @@ _GROWTH_BATCH = {"cpu": 1, "cuda": 16}  # the fewest tokens already fill a GPU
 
 
 def measure(
-    settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int], _path: Path
+    settings: Settings, shapes: list[Shape], implementations: list[str], growth_sides: list[int], path: Path
 ) -> Report:
     """Measure everything. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
 
@@ -64,12 +72,13 @@ def measure(
     growing = [replace(like, height=side, width=side) for side in growth_sides] if "ours" in implementations else []
     checked = dict.fromkeys((*shapes, *growing)) if "ours" in implementations else {}
     report["checks"] = [_check(benchmark, shape, dtype) for shape in checked for dtype in settings.dtypes]
+    report |= {"results": [], "growth": [], "growth_ratios": growth_ratios([])}
     for key, competing, participants in (("results", shapes, implementations), ("growth", growing, ["ours"])):
-        report[key] = []
         for shape in competing:
             print(f"measuring {shape}", file=sys.stderr)
             results = benchmark.run(shape, participants)
             report[key] += [describe(result, results, benchmark.peaks) for result in results]
+            write_report(path, report)  # whatever happens to the next shapes
     report["growth_ratios"] = growth_ratios(report["growth"])
     return report
 
