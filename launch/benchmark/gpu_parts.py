@@ -7,6 +7,7 @@ an H200, but for "kernel" and "counters"; the rest is estimated.
 import csv
 import os
 import re
+import shlex
 import shutil
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,7 +20,9 @@ from typing import Any
 from launch.benchmark import depthwise, kernel, kernel_checks, profiling, step
 from launch.benchmark.report import missing_modules, read_report
 
-FILES = REPORT, LOG, TESTS, COUNTERS = "report.json", "log.txt", "tests.xml", "counters.csv"  # in each part's folder
+REPORT, LOG, TESTS = "report.json", "log.txt", "tests.xml"  # in each part's folder
+COUNTERS, PROFILE = "counters.csv", "counters.ncu-rep"
+FILES = REPORT, LOG, TESTS, COUNTERS, PROFILE
 
 ResultParser = Callable[[Path], tuple[Any, str]]  # a part's folder → its result, for JSON, and the headline of that
 
@@ -28,17 +31,17 @@ _CHECK = (*_PYTHON, "launch.benchmark.kernel_checks")
 _KERNEL_TESTS = tuple(f"tests/polaformer/test_{name}.py" for name in ("ops", "kernels", "depthwise"))
 _WORKERS = min(8, os.cpu_count() or 1)  # that share the tests, and the GPU
 _STAGES = ("128,1,56x56,96", "128,2,28x28,96")  # the first two stages of b4 and b5
-_METRICS = (
+_METRICS = (  # of the full report, that part.json shows
     "gpu__time_duration.sum",
     "sm__inst_issued.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_elapsed",
     "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "dram__bytes.sum",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
-    "breakdown:sm__throughput.avg.pct_of_peak_sustained_elapsed",  # every pipe's share
 )
+_PIPE = re.compile(r"sm__(inst_executed_)?pipe_\w+\.avg\.pct_of_peak_sustained_(elapsed|active)")  # every pipe's share
 _ADVICE = re.compile("Search for `cuda|CUDA kernel errors might|For debugging consider|Compile with `TORCH_USE_CUDA")
 
 
@@ -83,21 +86,26 @@ def _plan_first(folder: Path) -> list[Part]:
 
 
 def _plan_tools(folder: Path) -> list[Part]:
-    counters = (
+    ncu = find_tool("ncu") or "ncu"
+    profiled = str(folder / "counters" / PROFILE)
+    profile = (
+        *(ncu, "--set", "full"),
         *("--clock-control", "none", "--profile-from-start", "off"),
         *("--kernel-name-base", "demangled", "--kernel-name", "regex:polaformer"),
-        *("--csv", "--print-units", "base", "--log-file", str(folder / "counters" / COUNTERS)),
-        *("--metrics", ",".join(_METRICS), *_CHECK, "profiled"),
+        *("--force-overwrite", "--export", profiled, *_CHECK, "profiled"),
     )
+    as_table = (ncu, "--import", profiled, "--page", "raw", "--csv", "--print-units", "base")
+    written = shlex.quote(str(folder / "counters" / COUNTERS))
+    counters = ("sh", "-c", f"{shlex.join(profile)} && {shlex.join(as_table)} > {written}")
     # Without PyTorch's cache of freed memory, so that the sanitizer sees where each tensor ends. PyTorch asks the
     # driver for functions that it may lack, which memcheck would report; our own launches are checked anyway.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     memory = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *_CHECK, "tiny")
     races = ("--tool", "racecheck", "--error-exitcode", "9", *_CHECK, "tiny")
     return [
-        _with_tool("ncu", Part("counters", counters, 40, 120, parse_counters)),
-        _with_tool("compute-sanitizer", Part("memcheck", memory, 15, 120, parse_sanitizer, environ=uncached)),
-        _with_tool("compute-sanitizer", Part("racecheck", races, 50, 150, parse_sanitizer, environ=uncached)),
+        Part("counters", counters, 50, 150, parse_counters, missing_tool("ncu")),
+        _sanitize(Part("memcheck", memory, 15, 120, parse_sanitizer, environ=uncached)),
+        _sanitize(Part("racecheck", races, 50, 150, parse_sanitizer, environ=uncached)),
     ]
 
 
@@ -148,10 +156,14 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:{home}/bin")
 
 
-def _with_tool(tool: str, part: Part) -> Part:
-    path = find_tool(tool)
-    missing = "" if path else f"{tool} is neither on the PATH nor in CUDA_HOME/bin"
-    return replace(part, command=(path or tool, *part.command), missing=missing)
+def missing_tool(name: str) -> str:
+    """Why one of CUDA's tools cannot run, or ""."""
+    return "" if find_tool(name) else f"{name} is neither on the PATH nor in CUDA_HOME/bin"
+
+
+def _sanitize(part: Part) -> Part:
+    tool = "compute-sanitizer"
+    return replace(part, command=(find_tool(tool) or tool, *part.command), missing=missing_tool(tool))
 
 
 def last_line(folder: Path) -> tuple[None, str]:
@@ -186,26 +198,27 @@ def parse_tests(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Metrics of each launch, in order, from Nsight Compute's CSV: one line there for each launch and metric."""
-    launches: dict[str, dict[str, Any]] = {}
-    for row in csv.DictReader(_skip_to_header((folder / COUNTERS).read_text())):
-        launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"], "metrics": {}})
-        number = row["Metric Value"].replace(",", "")
-        launch["metrics"][row["Metric Name"]] = (
-            float(number) if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", number) else number
-        )
+    """Chosen metrics of each launch, in order, from Nsight Compute's CSV: a line of units, then one for each launch."""
+    lines = (folder / COUNTERS).read_text().splitlines()
+    begin = next((number for number, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
+    launches: list[dict[str, Any]] = [
+        {
+            "kernel": row["Kernel Name"],
+            "metrics": {name: _number(row[name]) for name in row if name in _METRICS or _PIPE.fullmatch(name)},
+        }
+        for row in csv.DictReader(lines[begin:])
+        if row["ID"]
+    ]
     if not launches:
         raise ValueError(f"{COUNTERS} has no launch of a kernel of ours")
-    times = [launch["metrics"].get("gpu__time_duration.sum") for launch in launches.values()]
+    times = [launch["metrics"].get("gpu__time_duration.sum") for launch in launches]
     total = sum(time for time in times if isinstance(time, float)) / 1000  # nanoseconds
-    return list(launches.values()), f"{len(launches)} launches, {total:.0f} µs"
+    return launches, f"{len(launches)} launches, {total:.0f} µs"
 
 
-def _skip_to_header(text: str) -> list[str]:
-    """Keep the lines from the CSV's header on; lines of the profiler and of the program may come before."""
-    lines = text.splitlines()
-    starts = [number for number, line in enumerate(lines) if line.startswith('"ID",')]
-    return [line for line in lines[starts[0] :] if line.startswith('"')] if starts else []
+def _number(text: str) -> float | str:
+    plain = text.replace(",", "")
+    return float(plain) if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", plain) else text
 
 
 def parse_sanitizer(folder: Path) -> tuple[dict[str, int], str]:
