@@ -323,10 +323,13 @@ class _Attention(_SingleLevelFunction):
         _keys, *tensors, ctx.height, ctx.width = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # else zeros of the saved outputs' sizes are made for nothing
         ctx.save_for_backward(*tensors, *saved)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *_grads_of_saved: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_out: Tensor | None, *_grads_of_saved: None) -> Any:
+        if grad_out is None:
+            return (None,) * 8
         return None, *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
 
