@@ -19,8 +19,8 @@ def tracked_texts() -> list[Path]:
     return [*ROOT.glob("*.md"), *(path for folder in folders for path in (ROOT / folder).rglob("*.md"))]
 
 
-def report(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}-cpu.json").read_text())
+def report(name: str, device: str = "cpu") -> dict:
+    return json.loads((RESULTS / f"{name}-{device}.json").read_text())
 
 
 def entries(name: str, *keys: str) -> dict:
@@ -182,13 +182,77 @@ def kernel_rows() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("words", [quickstart_rows()[0], summary_rows()[0], goodput_row(), attention_row()])
+def profile_rows() -> list[str]:
+    rows = []
+    for entry in report("profile", "h200")["results"][:3]:
+        passes = [entry["passes"][name] for name in ("forward", "backward")]
+        shares = " · ".join(f"{100 * each['share_of_copy_rate']:.0f}" for each in passes)
+        times = (f"{1e6 * each['seconds']['median']:.0f} µs" for each in passes)
+        batch, heads, size, head_dim = entry["shape"].split(",")
+        tokens = int(size.split("x")[0]) ** 2
+        rows.append(row(f"({batch}, {heads}, {tokens}, {head_dim})", *times, f"{shares} %"))
+    return rows
+
+
+def model_seconds(device: str, dtype: str) -> dict[str, float]:
+    """Milliseconds of all depthwise convolutions of b5, by implementation."""
+    [model] = [each for each in report("depthwise", device)["models"] if each["dtype"] == dtype]
+    return {name: 1e3 * seconds for name, seconds in model["seconds"].items()}
+
+
+def depthwise_row_of_gpu() -> str:
+    of_b5 = model_seconds("h200", "bfloat16")
+    return " · ".join(f"{of_b5[name]:.0f}" for name in ("ours", "channels-last", "nchw")) + " ms |"
+
+
+def depthwise_rows() -> list[str]:
+    layouts = ("channels-last", "nchw")
+    passes = {
+        (entry["shape"], entry["contender"]): entry["passes"] for entry in report("depthwise", "h200")["results"]
+    }
+    titles = {
+        "128,56x56,336,3x3": "3×3, 128 × 56² × 336",
+        "128,56x56,96,5x5": "5×5 with residual, 128 × 56² × 96",
+        "128,28x28,672,3x3": "3×3, 128 × 28² × 672",
+        "128,14x14,1568,3x3": "3×3, 128 × 14² × 1568",
+    }
+    rows = []
+    for shape, title in titles.items():
+        own, *others = (
+            f"{1e3 * passes[shape, name]['both']['seconds']['median']:.2f} ms" for name in ("ours", *layouts)
+        )
+        shares = (passes[shape, "ours"][name]["share_of_copy_rate"] for name in ("forward", "backward"))
+        rows.append(row(title, f"**{own}**", *others, " · ".join(f"{100 * share:.0f}" for share in shares) + " %"))
+    models = [
+        ("all 114 of b5 at 224², 128 images", "h200", "bfloat16", 1),
+        ("the same with 8 images on 2 cores (AMD EPYC, AVX-512), float32", "cpu", "float32", 0),
+        ("the same, bfloat16", "cpu", "bfloat16", 0),
+    ]
+    for title, device, dtype, digits in models:
+        times = model_seconds(device, dtype)
+        own, *others = (f"{times[name]:.{digits}f} ms" for name in ("ours", *layouts))
+        rows.append(row(title, f"**{own}**", *others, ""))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "words", [quickstart_rows()[0], summary_rows()[0], goodput_row(), attention_row(), depthwise_row_of_gpu()]
+)
 def test_figures_of_the_first_screen_are_those_of_the_results(words):
     assert words in README
 
 
 @pytest.mark.parametrize(
-    "words", [*quickstart_rows()[1:], *summary_rows()[1:], *feeding_rows(), *packing_rows(), *kernel_rows()]
+    "words",
+    [
+        *quickstart_rows()[1:],
+        *summary_rows()[1:],
+        *feeding_rows(),
+        *packing_rows(),
+        *kernel_rows(),
+        *profile_rows(),
+        *depthwise_rows(),
+    ],
 )
 def test_figures_are_those_of_the_results(words):
     assert words in BENCHMARKS
