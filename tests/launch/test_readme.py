@@ -207,9 +207,7 @@ def depthwise_row_of_gpu() -> str:
 
 def depthwise_rows() -> list[str]:
     layouts = ("channels-last", "nchw")
-    passes = {
-        (entry["shape"], entry["contender"]): entry["passes"] for entry in report("depthwise", "h200")["results"]
-    }
+    passes = {(entry["shape"], entry["contender"]): entry["passes"] for entry in report("depthwise", "h200")["results"]}
     titles = {
         "128,56x56,336,3x3": "3×3, 128 × 56² × 336",
         "128,56x56,96,5x5": "5×5 with residual, 128 × 56² × 96",

@@ -64,7 +64,7 @@ template <int kHeadDim>
 struct QueryGradCopies {
   static constexpr int kSlots = kHeadDim / 16, kChunkBytes = 16 * 16 * 2;
 
-  SmemPointer target;      // of this lane's 16 bytes
+  SmemPointer target;  // of this lane's 16 bytes
   Rows<false> grads;
   int64_t offset, stride;  // of q from dout, and of its tokens, in bytes
   int token, end;          // this lane's token
@@ -644,7 +644,8 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
   TokenPosition positions[2] = {TokenPosition(token, params.shape), TokenPosition(token + 8, params.shape)};
   const TokenPosition position_step(kKeyGradTokens, params.shape);
   const Rows<false> values = rows_of<false>(params.v, params.shape, split);
-  KeyRing<kHeadDim> keys(shared.keys[warp], rows_of<false>(params.k, params.shape, split), token - group_id(), split.end);
+  KeyRing<kHeadDim> keys(shared.keys[warp], rows_of<false>(params.k, params.shape, split), token - group_id(),
+                         split.end);
   const char* value = values.at(token, 8 * thread_in_group());
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   int64_t out = first_row(split, params.shape) + token * stride;

@@ -62,10 +62,7 @@ __device__ __forceinline__ uint4 load_words(SmemPointer pointer) {
 }
 __device__ __forceinline__ uint2 load_two_words(SmemPointer pointer) {
   uint2 words;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(words.x), "=r"(words.y)
-               : "r"(pointer.address)
-               : "memory");
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words.x), "=r"(words.y) : "r"(pointer.address) : "memory");
   return words;
 }
 __device__ __forceinline__ void store_words(SmemPointer pointer, uint4 words) {
