@@ -46,6 +46,7 @@ _forward_operator = torch.ops.polaformer.polarity_attention.default
 _backward_operator = torch.ops.polaformer.polarity_attention_backward.default
 
 
+_DISABLED = "POLAFORMER_KERNELS is none"
 _LOAD_ERRORS: dict[str, str] = {}  # device type → why its kernels are not loaded
 
 
@@ -53,7 +54,7 @@ def _load_kernels() -> None:
     """Load the compiled extensions beside this file; record in _LOAD_ERRORS why one is missing."""
     for device_type in ("cpu", "cuda"):
         if os.environ.get("POLAFORMER_KERNELS") == "none":  # setup.py's switch, here for comparisons with the reference
-            _LOAD_ERRORS[device_type] = "POLAFORMER_KERNELS is none"
+            _LOAD_ERRORS[device_type] = _DISABLED
             continue
         libraries = sorted(Path(__file__).parent.glob(f"_{device_type}*.so"))
         if not libraries:
@@ -90,8 +91,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     """Depthwise convolution with same padding, plus a residual, by compiled kernels where installed.
 
     x, residual: (B, height, width, C) in one floating dtype, any strides; `residual=x` costs nothing more. weight:
-    (C, 1, k, k) with an odd k below 1024, as of torch.nn.Conv2d, and bias: (C), in one floating dtype, which may be
-    another.
+    (C, 1, k, k) with an odd k below 1024, as of torch.nn.Conv2d, and bias: (C), zeros where there is none, in one
+    floating dtype, which may be another. Stride and dilation are 1, padding is zeros. An NCHW tensor's view
+    x.permute(0, 2, 3, 1) has this shape.
     Returns a contiguous (B, height, width, C) in x's dtype, under autocast too. Kernels are for k = 3 and 5; on GPUs
     from compute capability 8.0 on for float32, bfloat16 and float16, channels that fill multiples of 16 bytes, and up
     to 112 columns (images of 448 pixels), in float32 fewer where blocks have less than 163 KB of shared memory (56 if
@@ -100,6 +102,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor |
     number of times in reverse mode, also by torch.func.
     Raises ValueError, on every device and inside every graph, if shapes, dtypes or devices disagree.
     """
+    if bias is None:
+        raise ValueError("bias is None; pass torch.zeros(C) where there is none")
     adds_input = residual is x
     other = None if adds_input else residual
     out: Tensor = torch.ops.polaformer.depthwise_conv2d(x, weight, bias, other, adds_input)
@@ -117,7 +121,10 @@ def kernels_unavailable_reason(device_type: str) -> str:
     if has_compiled_kernels(device_type):
         return ""
     fault = _LOAD_ERRORS.get(device_type, "they were not built")
-    return f"no compiled kernels for {device_type}: {fault}; build them with: pip install --no-build-isolation -e ."
+    remedy = "build them in the project's folder with: pip install --no-build-isolation -e ."
+    if fault == _DISABLED:
+        remedy = "unset it to use those that are built"
+    return f"no compiled kernels for {device_type}: {fault}; {remedy}"
 
 
 @functools.cache

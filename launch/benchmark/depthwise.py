@@ -209,7 +209,7 @@ _COLUMNS: dict[str, Column] = {
     "dtype": lambda entry: entry["dtype"],
     "implementation": lambda entry: entry["contender"],
     **{f"{name} ms": pass_milliseconds(name) for name in PASSES},
-    "floor GB/s f·b": forward_and_backward("bytes_per_second", 1e9, ".3g"),
+    "floor GB/s f·b": forward_and_backward("bytes_per_second", 1e9, ".4g"),
     "% of copy f·b": forward_and_backward("share_of_copy_rate", 0.01, ".1f"),
     **{f"× {name}": _times_faster(name) for name in IMPLEMENTATIONS[1:]},
 }

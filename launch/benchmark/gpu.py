@@ -2,7 +2,7 @@
 
 python -m launch.benchmark gpu
 python -m launch.benchmark gpu --minutes 7 --output runs/gpu --archive runs/gpu.tar.gz
-python -m launch.benchmark gpu --parts check kernels
+python -m launch.benchmark gpu --parts build check kernels
 
 Its parts run one after the other, the most informative first. After a part that fails or exceeds its time limit the
 others still run, and the exit status is 1. --minutes leaves out what would not fit any more. The command needs torch,

@@ -216,7 +216,7 @@ _COLUMNS: dict[str, Column] = {
     "dtype": lambda entry: entry["dtype"],
     "implementation": lambda entry: entry["contender"],
     **{f"{name} ms": pass_milliseconds(name) for name in PASSES},
-    "floor GB/s f·b": forward_and_backward("bytes_per_second", 1e9, ".3g"),
+    "floor GB/s f·b": forward_and_backward("bytes_per_second", 1e9, ".4g"),
     "% of copy f·b": forward_and_backward("share_of_copy_rate", 0.01, ".1f"),
     "% of products": lambda entry: f"{100 * entry['passes']['both']['share_of_product_rate']:.1f}",
     "peak MiB": lambda entry: f"{entry['peak_extra_bytes']['both'] / 2**20:.4g}",

@@ -151,6 +151,12 @@ def test_any_shape_layout_and_dtype(device, shape, kernel_size, dtype, residual,
     check(inputs)
 
 
+def test_a_bias_is_required():
+    x, weight, _, _ = make_inputs((2, 3, 4, 8))
+    with pytest.raises(ValueError, match=r"bias is None; pass torch.zeros\(C\)"):
+        ops.depthwise_conv2d(x, weight, None)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 3, 8), (2, 0, 3, 8), (2, 3, 0, 8), (2, 3, 3, 0)])
 def test_no_elements(device, shape):
     """PyTorch's own convolution refuses some of these."""
