@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -129,6 +130,8 @@ def _run_within(timeout_seconds: float, part: Part, log: Any) -> int:
         if process.poll() is None:  # interrupted: it hands the signal on
             process.terminate()
             process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the command left running; `timeout` made them one group
 
 
 def _archive(folder: Path, path: Path) -> None:

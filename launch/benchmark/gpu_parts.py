@@ -1,7 +1,7 @@
 """The parts of `python -m launch.benchmark gpu` in the order of their worth, and the parsers of their results.
 
-Each part is a command of its own; gpu.py runs them. How long those up to "depthwise" and the tools take was measured on
-an H200, but for "kernel" and "counters"; the rest is estimated.
+Each part is a command of its own; gpu.py runs them. Expected times of build, the checks, kernels, depthwise and the
+sanitizers are measured on an H200; the others are estimates.
 """
 
 import csv
@@ -206,7 +206,7 @@ def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
             "kernel": row["Kernel Name"],
             "metrics": {name: _number(row[name]) for name in row if name in _METRICS or _PIPE.fullmatch(name)},
         }
-        for row in csv.DictReader(lines[begin:])
+        for row in csv.DictReader(line for line in lines[begin:] if line.startswith('"'))
         if row["ID"]
     ]
     if not launches:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import polaformer  # noqa: F401 (registers the models)
@@ -51,6 +52,44 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(
         torch.ops.polaformer.polarity_attention_backward.default, (torch.ones_like(out), *saved, 3, 4)
     )
+
+
+class _Zeros(TorchDispatchMode):
+    """Records the sizes of tensors of zeros that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, operator, _types, arguments=(), keywords=None):
+        result = operator(*arguments, **(keywords or {}))
+        if operator.overloadpacket in (torch.ops.aten.zeros, torch.ops.aten.zeros_like, torch.ops.aten.new_zeros):
+            self.sizes.append(tuple(result.shape))
+        return result
+
+
+def test_backward_makes_no_gradients_of_saved_outputs():
+    inputs = projected_inputs((2, 3, 12, 8))
+    out, *saved = torch.ops.polaformer.polarity_attention(*inputs, 3, 4)
+    grad_out = torch.ones_like(out)
+    with _Zeros() as zeros:
+        torch.autograd.grad(out, inputs, grad_out)
+    assert not {tuple(x.shape) for x in saved} & set(zeros.sizes)
+
+
+def test_an_output_without_gradient_gives_none_to_the_inputs():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(_ctx, _grad):
+            return None
+
+    inputs = projected_inputs((2, 3, 12, 8))
+    out = Stop.apply(ops.polarity_attention(*inputs, 3, 4))
+    assert torch.autograd.grad(out, inputs, allow_unused=True) == (None,) * len(inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,23 +58,23 @@ struct QueryGradPointers {
 };
 
 // Copies of a warp's next 16 tokens into its share of `grads`, as chunks of 16 columns: a slot has one of the lower and
-// one of the upper half, the first slots those of dout, the others those of q. A slot is free from the second pass's
-// use of it until the first pass stores into it, which happens after the last use of its chunks.
+// one of the upper half, the first slots those of dout, the others those of q. The second pass refills a slot once it
+// has read it; the first pass reads the copies before it stores over them.
 template <int kHeadDim>
 struct QueryGradCopies {
-  static constexpr int kSlots = kHeadDim / 16, kChunkBytes = 16 * 16 * 2;
+  static constexpr int kSlots = kHeadDim / 16;
 
   SmemPointer target;  // of this lane's 16 bytes
   Rows<false> grads;
-  int64_t offset, stride;  // of q from dout, and of its tokens, in bytes
-  int token, end;          // this lane's token
+  int64_t query_offset, query_stride;  // of q in bytes, less those of dout
+  int token, end;                      // this lane's token
 
   __device__ __forceinline__ QueryGradCopies(SmemPointer target, const Rows<false>& queries, const Rows<false>& grads,
                                              int first, int end)
       : target(target),
         grads(grads),
-        offset(queries.data - grads.data),
-        stride(queries.stride - grads.stride),
+        query_offset(queries.data - grads.data),
+        query_stride(queries.stride - grads.stride),
         token(first + threadIdx.x % 32 / 2),
         end(end) {}
 
@@ -83,7 +83,7 @@ struct QueryGradCopies {
     const bool is_query = slot >= kSlots / 2;
     const int column = (is_query ? slot - kSlots / 2 : slot) * 16 + threadIdx.x % 2 * 8;
     const int half = is_query ? kHeadDim / 2 : grads.head_dim / 2;
-    const char* const row = grads.at(token, column) + (-int64_t{is_query} & (offset + token * stride));
+    const char* const row = grads.at(token, column) + (-int64_t{is_query} & (query_offset + token * query_stride));
     const SmemPointer to = target + slot * (2 * kChunkBytes);
     cp_async(to, row, token < end && column < half);
     cp_async(to + kChunkBytes, row + 2 * half, token < end && column + half < grads.head_dim);
@@ -123,12 +123,7 @@ struct QueryGradTile {
 
   // Loads a copied chunk.
   __device__ __forceinline__ void load_copied(Columns (&x)[2], int chunk) const {
-    constexpr int kChunkBytes = QueryGradCopies<kHeadDim>::kChunkBytes;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const uint2 words = load_two_words(shared.inputs + chunk * kChunkBytes + row * (kChunkBytes / 2));
-      x[row] = {words.x, words.y};
-    }
+    load_chunks(x, shared.inputs + chunk * kChunkBytes);
   }
 
   // Loads A fragments of dout, by flow.
@@ -339,7 +334,7 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       const Columns x[2] = {ahead[0], ahead[1]};
       if (column + 16 < kHeadDim) tile.load(ahead, column + 16);
       Columns grad_queries[2];
-      __syncwarp();  // all lanes have used the slot before
+      __syncwarp();  // the slot before has been read
       if (column > 0) copies.start(int(column) / 16 - 1);
       tile.finish(grad_queries, logits, stats, log_inverses, x, column);
       if (int(column) + 4 * thread_in_group() < head_dim) {

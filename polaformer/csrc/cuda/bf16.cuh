@@ -275,19 +275,32 @@ __device__ __forceinline__ Columns load_four(const char* columns, bool valid) {
   const uint2 words = valid ? __ldg(reinterpret_cast<const uint2*>(columns)) : uint2{0, 0};
   return {words.x, words.y};
 }
-// A warp's ring of chunks in shared memory: 16 columns each of its next tile of 16·kTiles tokens, then of the tile
+
+// A chunk of 16 tokens × 16 columns in shared memory, as 16 bytes of each lane in the order in which lanes copy them.
+constexpr int kChunkBytes = 16 * 16 * 2;
+// Loads four columns of tokens g, g + 8 and so on; address: of this lane's 8 bytes in the first of the chunks.
+template <int kRows>
+__device__ __forceinline__ void load_chunks(Columns (&x)[kRows], SmemPointer address) {
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const uint2 words = load_two_words(address + row * (kChunkBytes / 2));
+    x[row] = {words.x, words.y};
+  }
+}
+
+// A warp's ring in shared memory: 16 columns each of its next tile of 16·kTiles tokens, then of the tile
 // `kStep` tokens on. Asynchronous copies keep all but one in flight. (Loads to registers that far ahead would make the
 // warp wait for them as soon as it needs entries of the rotary table, which it loads later: there are too few
 // scoreboards to tell them apart.)
 template <int kHeadDim, int kTiles, int kStep>
 struct ChunkRing {
-  static constexpr int kSlots = kHeadDim <= 96 ? 4 : 2, kTileBytes = 16 * 16 * 2, kChunkBytes = kTiles * kTileBytes;
-  using Storage = uint4[kSlots][kChunkBytes / 16];
+  static constexpr int kSlots = kHeadDim <= 96 ? 4 : 2, kSlotBytes = kTiles * kChunkBytes;
+  using Storage = uint4[kSlots][kSlotBytes / 16];
 
   SmemPointer target, own;   // in slot 0: the 16 bytes that this lane copies, and the columns that it reads
   const char* source;        // of the next copy
   int64_t stride;            // of tokens, in bytes
-  int head_dim, column = 0;  // the first one that this lane copies next
+  int head_dim, column = 0;  // the first one of the next copies
   int remaining;             // tokens, from the next one that this lane copies on
   int slot = 0;              // to be read next
 
@@ -296,23 +309,19 @@ struct ChunkRing {
       : target(storage[0] + threadIdx.x % 32),
         own(reinterpret_cast<const uint2*>(storage[0]) + threadIdx.x % 32),
         stride(rows.stride),
-        head_dim(rows.head_dim - threadIdx.x % 2 * 8) {
+        head_dim(rows.head_dim) {
     const int lane = threadIdx.x % 32;
     source = rows.at(token + lane / 2, lane % 2 * 8);
     remaining = end - token - lane / 2;
     for (int i = 0; i < kSlots - 1; ++i) start(i);
   }
 
-  // Waits for the next chunk and loads this thread's columns of tokens g, g + 8 and so on.
+  // Waits for the next slot and loads this thread's columns of tokens g, g + 8 and so on.
   __device__ __forceinline__ void load(Columns (&x)[2 * kTiles]) {
     cp_async_wait_group<kSlots - 2>();
-    __syncwarp();  // the chunk has arrived, and no lane reads the one to be overwritten
+    __syncwarp();  // the slot has arrived, and no lane reads the one to be overwritten
     start((slot + kSlots - 1) % kSlots);
-#pragma unroll
-    for (int row = 0; row < 2 * kTiles; ++row) {
-      const uint2 words = load_two_words(own + slot * kChunkBytes + row * (kTileBytes / 2));
-      x[row] = {words.x, words.y};
-    }
+    load_chunks(x, own + slot * kSlotBytes);
     slot = (slot + 1) % kSlots;
   }
 
@@ -320,7 +329,7 @@ struct ChunkRing {
   __device__ __forceinline__ void start(int to) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
-      cp_async(target + to * kChunkBytes + tile * kTileBytes, source + 16 * tile * stride,
+      cp_async(target + to * kSlotBytes + tile * kChunkBytes, source + 16 * tile * stride,
                16 * tile < remaining && column < head_dim);
     }
     cp_async_commit_group();

@@ -85,7 +85,8 @@ struct RowCopy {
     }
   }
 
-  // Starts the copies of the next row. What does not exist becomes zeros. The last copy of some threads is of no tile.
+  // Starts the copies of the next row. What does not exist becomes zeros. Some
+  // threads have fewer positions in the tiles than others: they skip their last copy.
   __device__ __forceinline__ void start(const DepthwiseParams& params, const Images& operand, SmemPointer row) {
     const int images = y < params.shape.height ? images_left : 0;
     const bool is_last = ++y == padded_height;

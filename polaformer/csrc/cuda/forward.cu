@@ -26,7 +26,7 @@ namespace {
 constexpr int kCombinePairs = 8, kCombineTokens = kCombineThreads / kCombinePairs;
 constexpr int kColumnFeatures = 2 * kCombinePairs * kMaxHeadDim / kCombineThreads;
 
-// Its shared memory; the pairs are first … first + 7 of one head.
+// Shared memory of a block that sums shifted keys, of pairs first … first + 7 of one head.
 struct CombineShared {
   alignas(16) float features[kCombineTokens][2 * kCombinePairs];  // rotated
   float sums[kCombineTokens][2 * kCombinePairs];

@@ -238,7 +238,7 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Starts to bring the 32 bytes around an address into the L2 cache.
+// Starts to bring the sector of an address (32 bytes), or more around it, into the L2 cache.
 __device__ __forceinline__ void prefetch_to_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }

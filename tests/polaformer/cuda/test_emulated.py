@@ -273,6 +273,7 @@ def test_empty_batch(emulate, dtype):
     [
         (torch.bfloat16, (1, 2, 21, 32), (3, 7), 1),
         (torch.bfloat16, (1, 1, 21, 48), (3, 7), 30),
+        (torch.bfloat16, (1, 1, 900, 48), (30, 30), 1),  # several tiles of a warp
         (torch.float32, (1, 1, 21, 32), (3, 7), 1),
         (torch.float32, (2, 1, 5, 6), (1, 5), 30),
         (torch.float16, (1, 2, 17, 10), (17, 1), 1),
