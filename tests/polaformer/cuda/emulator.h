@@ -10,8 +10,8 @@
 //   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
 //   accumulation     rounds towards zero, as tensor cores do; products are exact
 //
-// Not seen: a missing __syncwarp() between lanes' reads and later writes of others, where a warp-wide instruction lies in
-// between. Here these let lanes wait for each other; on a GPU they order no memory.
+// Not seen: a missing __syncwarp() between lanes' reads and later writes of others, where a warp-wide instruction lies
+// in between. Here these let lanes wait for each other; on a GPU they order no memory.
 //
 // With -fsanitize=address,undefined every access is checked as well; give each tensor its own buffer.
 #pragma once
