@@ -7,8 +7,8 @@ sanitizers are measured on an H200; the others are estimates.
 import csv
 import os
 import re
-import shlex
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
@@ -88,15 +88,12 @@ def _plan_first(folder: Path) -> list[Part]:
 def _plan_tools(folder: Path) -> list[Part]:
     ncu = find_tool("ncu") or "ncu"
     profiled = str(folder / "counters" / PROFILE)
-    profile = (
+    counters = (
         *(ncu, "--set", "full"),
         *("--clock-control", "none", "--profile-from-start", "off"),
         *("--kernel-name-base", "demangled", "--kernel-name", "regex:polaformer"),
         *("--force-overwrite", "--export", profiled, *_CHECK, "profiled"),
     )
-    as_table = (ncu, "--import", profiled, "--page", "raw", "--csv", "--print-units", "base")
-    written = shlex.quote(str(folder / "counters" / COUNTERS))
-    counters = ("sh", "-c", f"{shlex.join(profile)} && {shlex.join(as_table)} > {written}")
     # Without PyTorch's cache of freed memory, so that the sanitizer sees where each tensor ends. PyTorch asks the
     # driver for functions that it may lack, which memcheck would report; our own launches are checked anyway.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -198,8 +195,16 @@ def parse_tests(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def parse_counters(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Chosen metrics of each launch, in order, from Nsight Compute's CSV: a line of units, then one for each launch."""
-    lines = (folder / COUNTERS).read_text().splitlines()
+    """Chosen metrics of each launch, in order, from Nsight Compute's report; writes its CSV, with all metrics."""
+    command = (find_tool("ncu") or "ncu", "--import", str(folder / PROFILE), "--page", "raw", "--csv")
+    with open(folder / COUNTERS, "w") as table:
+        subprocess.run((*command, "--print-units", "base"), stdout=table, check=True, timeout=60)
+    return parse_table(folder / COUNTERS)
+
+
+def parse_table(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Chosen metrics of each launch from Nsight Compute's CSV: a line of units, then one for each launch."""
+    lines = path.read_text().splitlines()
     begin = next((number for number, line in enumerate(lines) if line.startswith('"ID",')), len(lines))
     launches: list[dict[str, Any]] = [
         {

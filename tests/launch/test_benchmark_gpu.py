@@ -6,7 +6,6 @@ Parts are small Python commands here; those that need a GPU are only planned, an
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -298,7 +297,7 @@ def test_commands_understand_their_options(planned, tmp_path):
         assert options.device == "cuda"
     assert kernel_checks.parse(list(planned["check"].command[3:])).output == tmp_path / "check" / "report.json"
     for name, mode in {"counters": "profiled", "memcheck": "tiny", "racecheck": "tiny"}.items():
-        words = shlex.split(" ".join(planned[name].command[2:])) if name == "counters" else planned[name].command
+        words = planned[name].command
         begin = words.index("launch.benchmark.kernel_checks")
         assert kernel_checks.parse(list(words[begin + 1 : begin + 2])).mode == mode
     for path in planned["tests"].command[-len(gpu_parts._KERNEL_TESTS) :]:
@@ -380,7 +379,7 @@ def test_counters(tmp_path):
     ]
     lines = ["==PROF== Connected to process 7", *(",".join(f'"{cell}"' for cell in row) for row in rows)]
     (tmp_path / "counters.csv").write_text("\n".join(lines) + "\n")
-    launches, headline = gpu_parts.parse_counters(tmp_path)
+    launches, headline = gpu_parts.parse_table(tmp_path / "counters.csv")
     assert launches == [
         {"kernel": rows[2][2], "metrics": {"gpu__time_duration.sum": 53216.0, columns[6]: 71.25}},
         {"kernel": rows[3][2], "metrics": {"gpu__time_duration.sum": 92784.0, columns[6]: "(!) n/a"}},
@@ -389,7 +388,7 @@ def test_counters(tmp_path):
     for empty in ("==WARNING== No kernels were profiled.\n", "\n".join(lines[:3]) + "\n"):
         (tmp_path / "counters.csv").write_text(empty)
         with pytest.raises(ValueError, match="no launch of a kernel of ours"):
-            gpu_parts.parse_counters(tmp_path)
+            gpu_parts.parse_table(tmp_path / "counters.csv")
 
 
 @pytest.mark.parametrize(
