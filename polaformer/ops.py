@@ -382,7 +382,14 @@ class _Conv(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        grads = _conv_backward_operator(grad_out, *ctx.saved_tensors, ctx.adds_input)
+        x, weight = ctx.saved_tensors
+        _, of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if of_weight or of_bias:
+            grads = _conv_backward_operator(grad_out, x, weight, ctx.adds_input)
+        elif of_x:  # weights are frozen: the gradient of x alone is a convolution too, with the mirrored kernel
+            no_bias = weight.new_zeros(weight.shape[0])
+            grads = _conv_operator(grad_out, weight.flip(2, 3), no_bias, None, ctx.adds_input), None, None
         return None, *grads, grad_out if ctx.has_residual else None, None
 
 

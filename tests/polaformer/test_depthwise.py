@@ -294,6 +294,33 @@ def test_flops():
     assert counter.get_total_flops() == (2 + 4) * 9 * 2 * 4 * 5 * 8
 
 
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_frozen_weights_cost_the_gradient_of_the_input_alone(device, residual, kernel_size):
+    inputs = make_inputs((2, 4, 5, 8), kernel_size, torch.float64, device, residual)
+    x, weight, bias, other = inputs
+    wanted = [x] if other is None or other is x else [x, other]
+    grad_out = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    expected = torch.autograd.grad(ops.depthwise_conv2d(*inputs), wanted, grad_out)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    out = ops.depthwise_conv2d(*inputs)
+    with FlopCounterMode(display=False) as counter:
+        grads = torch.autograd.grad(out, wanted, grad_out)
+    assert counter.get_total_flops() == 2 * kernel_size**2 * 2 * 4 * 5 * 8
+    torch.testing.assert_close(grads, expected)
+    function = lambda x: ops.depthwise_conv2d(x, weight, bias, x if residual == "input" else None)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def test_frozen_weights_in_a_compiled_graph(device):
+    x, weight, bias, _ = make_inputs((1, 4, 4, 8), device=device)
+    function = lambda x: ops.depthwise_conv2d(x, weight.detach(), bias.detach(), x).sin()  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    of_both = [torch.autograd.grad(run(x).sum(), x) for run in (compiled, function)]
+    torch.testing.assert_close(*of_both)
+
+
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_second_derivatives(device, residual):
     x, weight, bias, other = make_inputs((1, 3, 4, 2), 3, torch.float64, device, residual)
