@@ -4,6 +4,7 @@ Imports torch alone, as some benchmarks run where nothing else is installed.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ Report = dict[str, Any]
 AddOption = Callable[..., argparse.Action]  # argparse's add_argument
 #: Errors of users and of the machine as failures of a `Command`: exit status 2.
 USAGE_ERRORS: dict[type[Exception], int] = {ValueError: 2, RuntimeError: 2, OSError: 2}
+_MOST_THREADS_PER_CPU = 4
 
 
 def start(arguments: argparse.Namespace, prepare: Callable[[argparse.Namespace], Callable[[], int]]) -> int:
@@ -50,6 +52,14 @@ def require_positive(arguments: argparse.Namespace, *names: str) -> None:
         value = getattr(arguments, name.replace("-", "_"))
         if value is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; give a number above 0")
+
+
+def require_few_threads(arguments: argparse.Namespace, name: str) -> None:
+    """Raise ValueError if this option asks for so many threads, or processes, that they would only wait for a CPU."""
+    value, cpus = getattr(arguments, name), len(os.sched_getaffinity(0))
+    most = _MOST_THREADS_PER_CPU * cpus
+    if value is not None and value > most:
+        raise ValueError(f"--{name} is {value}, and this process may use {cpus} CPUs; give at most {most}")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,15 @@ from matplotlib.figure import Figure
 
 from dataio.manifest import Manifest, load_manifest
 from dataio.workers import available_cores
-from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report, require_positive, resolve_device
+from launch.benchmark.cli import (
+    USAGE_ERRORS,
+    AddOption,
+    Command,
+    Report,
+    require_few_threads,
+    require_positive,
+    resolve_device,
+)
 from launch.benchmark.data_stalls import DataStallConfig, measure_data_stalls
 from launch.benchmark.loader_processes import LOADERS, OutputMismatch, benchmark_loaders, require_tools
 from launch.benchmark.loaders import WORKLOADS, LoaderConfig
@@ -255,6 +263,7 @@ def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError, RuntimeError or OSError."""
     device_type = resolve_device(arguments.device).type
     require_positive(arguments, "images", "batch", "size", "cores", "rounds")
+    require_few_threads(arguments, "cores")
     if arguments.size % 32:
         raise ValueError(f"--size is {arguments.size}; give a multiple of 32, as the models need")
     if arguments.data and arguments.images:

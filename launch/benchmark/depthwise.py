@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from launch.benchmark.cli import AddOption, Command, Report, require_positive, resolve_device
+from launch.benchmark.cli import AddOption, Command, Report, require_few_threads, require_positive, resolve_device
 from launch.benchmark.depthwise_runner import (
     IMPLEMENTATIONS,
     TOLERANCES,
@@ -242,6 +242,7 @@ def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     device = resolve_device(arguments.device)
     require_positive(arguments, "batch", "seconds", "threads")
+    require_few_threads(arguments, "threads")
     check_resolutions(arguments.resolutions)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from launch.benchmark.cli import AddOption, Command, Report, require_positive, resolve_device
+from launch.benchmark.cli import AddOption, Command, Report, require_few_threads, require_positive, resolve_device
 from launch.benchmark.kernel_runner import (
     IMPLEMENTATIONS,
     KernelBenchmark,
@@ -263,6 +263,7 @@ def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     device = resolve_device(arguments.device)
     require_positive(arguments, "seconds", "limit", "threads")
+    require_few_threads(arguments, "threads")
     if min(arguments.growth, default=1) < 1:
         raise ValueError(f"--growth names {min(arguments.growth)}; give numbers above 0")
     if arguments.threads:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from dataio.workers import available_cores
-from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report, require_positive
+from launch.benchmark.cli import USAGE_ERRORS, AddOption, Command, Report, require_few_threads, require_positive
 from launch.benchmark.measure import Trial, cpu_seconds, quantiles, rotate_order, times_faster_than
 from launch.benchmark.report import Column, describe_run, format_quantiles, missing_modules, tabulate
 from launch.benchmark.sample_images import DESCRIPTION, make_images
@@ -162,6 +162,7 @@ def add_options(add: AddOption) -> None:
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     require_positive(arguments, "images", "workers", "rounds")
+    require_few_threads(arguments, "workers")
     if missing := missing_modules("webdataset"):
         raise RuntimeError(f"{missing}; install it")
     return partial(measure, arguments.images, arguments.workers, arguments.rounds)

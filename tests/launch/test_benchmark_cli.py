@@ -1,5 +1,6 @@
 """The benchmarks' command line: help whose examples are valid, what is refused and how, and where there is no GPU."""
 
+import os
 import re
 import shlex
 from importlib import import_module
@@ -41,6 +42,8 @@ ON_CPU = (
 BAD_SHAPE = "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"
 UNKNOWN_MODEL = "timm knows no model {!r}; use one that timm.list_models() names, or polaformerpp_b5"
 ABOVE_0 = "{} is {}; give a number above 0"
+_CPUS = len(os.sched_getaffinity(0))
+TOO_MANY = f"{{}} is 100000, and this process may use {_CPUS} CPUs; give at most {4 * _CPUS}"
 NO_FOLDER = "[Errno 17] File exists: 'setup.py'"
 REFUSALS = {
     "kernel": {
@@ -52,16 +55,19 @@ REFUSALS = {
         "--growth 0 8": "--growth names 0; give numbers above 0",
         "--seconds 0": ABOVE_0.format("--seconds", "0.0"),
         "--threads -1": ABOVE_0.format("--threads", "-1"),
+        "--threads 100000": TOO_MANY.format("--threads"),
     },
     "depthwise": {
         "--resolutions 224 100": "--resolutions names 100; give multiples of 32, as the models need",
         "--batch 0": ABOVE_0.format("--batch", "0"),
         "--seconds nan": ABOVE_0.format("--seconds", "nan"),
         "--threads -1": ABOVE_0.format("--threads", "-1"),
+        "--threads 100000": TOO_MANY.format("--threads"),
     },
     "data": {
         "--images 0": ABOVE_0.format("--images", "0"),
         "--rounds -1": ABOVE_0.format("--rounds", "-1"),
+        "--cores 100000": TOO_MANY.format("--cores"),
         "--size 100": "--size is 100; give a multiple of 32, as the models need",
         "--images 9 --batch 5": "9 images are fewer than 2 batches; give 10 or more, or a smaller --batch",
         "--data setup.py --images 9": "--data says which images; leave --images out",
@@ -69,7 +75,10 @@ REFUSALS = {
         "--workloads three-augment --loaders dali": "none of --loaders does three-augment; add one of ours, timm",
         "--add --output nowhere.json": "[Errno 2] No such file or directory: 'nowhere.json'",
     },
-    "pack": {f"{option} 0": ABOVE_0.format(option, "0") for option in ("--images", "--workers", "--rounds")},
+    "pack": {
+        **{f"{option} 0": ABOVE_0.format(option, "0") for option in ("--images", "--workers", "--rounds")},
+        "--workers 100000": TOO_MANY.format("--workers"),
+    },
     "resume": {
         f"{option} 0": f"{option} is 0; give {least} or more"
         for option, least in (("--samples", 560), ("--step", 1), ("--rounds", 1))
