@@ -3,6 +3,7 @@
 python -m launch.benchmark depthwise
 python -m launch.benchmark depthwise --models polaformerpp_b4 polaformerpp_b5 --resolutions 224 384 --batch 128
 python -m launch.benchmark depthwise --device cpu --models polaformerpp_b0 --resolutions 32 --batch 96 --dtype float32
+python -m launch.benchmark depthwise --device cpu --shapes 8,56x56,96,3x3 8,56x56,96,5x5
 python -m launch.benchmark depthwise --show depthwise.json --markdown
 
 The third is what one of the quickstart's two ranks computes. Every block of a model has three of these convolutions:
@@ -34,6 +35,7 @@ from launch.benchmark.depthwise_runner import (
     Times,
     find_errors,
     model_convolutions,
+    parse_convolution,
     time_shape,
 )
 from launch.benchmark.kernel_runner import WrongResult, check_resolutions, implementation_of_ours, skip_reason
@@ -59,10 +61,12 @@ _USUAL_BATCH = {"cpu": 8, "cuda": 128}
 Occurrences = dict[Convolution, int]  # how often each convolution occurs in a model
 
 
-def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], path: Path) -> Report:
+def measure(
+    settings: Settings, shapes: Sequence[Convolution], models: Mapping[tuple[str, int], Occurrences], path: Path
+) -> Report:
     """Measure everything. Raises WrongResult, before anything is timed, if ours is wrong for one of the shapes.
 
-    models: the convolutions of each model and resolution.
+    models: the convolutions of each model and resolution, all of them among the shapes.
     """
     report = describe_run("depthwise", settings.device)
     report["implementation_of_ours"] = implementation_of_ours(settings.device)
@@ -71,7 +75,6 @@ def measure(settings: Settings, models: Mapping[tuple[str, int], Occurrences], p
     clock = Clock(settings.device)
     copy = copy_bandwidth(clock, settings.device)
     report["copy_bytes_per_second"] = asdict(copy)
-    shapes = dict.fromkeys(shape for occurrences in models.values() for shape in occurrences)
     cases = list(product(shapes, settings.dtypes))
     checked = cases if "ours" in settings.implementations else []
     report["checks"] = [_check(shape, dtype, settings.device) for shape, dtype in checked]
@@ -165,8 +168,9 @@ def show(report: Report, markdown: bool) -> None:
         " dtypes; times are medians (quantiles 0.2–0.8), ratios medians of the same round; f·b: forward · backward\n"
     )
     print(tabulate(report["results"], _COLUMNS, left=3, markdown=markdown), end="\n\n")
-    print("all depthwise convolutions of a model, forward and backward; × as fast: ours against the others\n")
-    print(tabulate(report["models"], _MODEL_COLUMNS, left=3, markdown=markdown))
+    if report["models"]:
+        print("all depthwise convolutions of a model, forward and backward; × as fast: ours against the others\n")
+        print(tabulate(report["models"], _MODEL_COLUMNS, left=3, markdown=markdown))
     for entry in report["results"]:
         if "skipped" in entry:
             print(f"\nskipped: {entry['contender']} on {entry['shape']} in {entry['dtype']}: {entry['skipped']}")
@@ -226,9 +230,10 @@ _MODEL_COLUMNS: dict[str, Column] = {
 def add_options(add: AddOption) -> None:
     """Declare the options."""
     models = f"of {', '.join(PRESETS)} (default: polaformerpp_b5)"
-    add("--models", nargs="+", choices=tuple(PRESETS), default=["polaformerpp_b5"], metavar="NAME", help=models)
-    add("--resolutions", nargs="+", type=int, default=[224], metavar="PIXELS", help="of square images (default 224)")
+    add("--models", nargs="+", choices=tuple(PRESETS), metavar="NAME", help=models)
+    add("--resolutions", nargs="+", type=int, metavar="PIXELS", help="of square images (default 224)")
     add("--batch", type=int, metavar="IMAGES", help="default: 128 on a GPU, 8 on the CPU")
+    add("--shapes", nargs="+", metavar="B,SIDExSIDE,C,KxK", help="these instead, for example 8,56x56,96,3x3")
     dtypes = f"of {', '.join(_DTYPES)} (default: bfloat16 on a GPU, float32 bfloat16 on the CPU)"
     add("--dtype", nargs="+", choices=_DTYPES, metavar="DTYPE", help=dtypes)
     names = f"of {', '.join(IMPLEMENTATIONS)} (default: all)"
@@ -238,22 +243,34 @@ def add_options(add: AddOption) -> None:
     add("--threads", type=int, help="of the CPU (default: PyTorch's choice)")
 
 
+def resolve_models(arguments: argparse.Namespace, device_type: str) -> dict[tuple[str, int], Occurrences]:
+    """Convolutions of the models and resolutions that the arguments name. Raises ValueError for bad resolutions."""
+    models, resolutions = arguments.models or ("polaformerpp_b5",), arguments.resolutions or (224,)
+    check_resolutions(resolutions)
+    batch = arguments.batch or _USUAL_BATCH[device_type]
+    return {
+        (model, resolution): model_convolutions(model, resolution, batch)
+        for model, resolution in product(models, resolutions)
+    }
+
+
 def resolve(arguments: argparse.Namespace) -> partial[Report]:
     """Check the arguments and return what measures. Raises ValueError or RuntimeError."""
     device = resolve_device(arguments.device)
     require_positive(arguments, "batch", "seconds", "threads")
     require_few_threads(arguments, "threads")
-    check_resolutions(arguments.resolutions)
+    if arguments.shapes:
+        if arguments.models or arguments.resolutions or arguments.batch:
+            raise ValueError("--shapes says all; leave --models, --resolutions and --batch out")
+        shapes, models = [parse_convolution(text) for text in dict.fromkeys(arguments.shapes)], {}
+    else:
+        models = resolve_models(arguments, device.type)
+        shapes = list(dict.fromkeys(shape for occurrences in models.values() for shape in occurrences))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    batch = arguments.batch or _USUAL_BATCH[device.type]
     dtypes = tuple(getattr(torch, name) for name in dict.fromkeys(arguments.dtype or _USUAL_DTYPES[device.type]))
     settings = Settings(device, dtypes, tuple(dict.fromkeys(arguments.implementations)), arguments.seconds)
-    models = {
-        (model, resolution): model_convolutions(model, resolution, batch)
-        for model, resolution in product(arguments.models, arguments.resolutions)
-    }
-    return partial(measure, settings, models)
+    return partial(measure, settings, shapes, models)
 
 
 COMMAND = Command("depthwise", __doc__, add_options, resolve, show, failures={WrongResult: 1})

@@ -3,6 +3,7 @@
 depthwise.py runs shape after shape and reports. Axes: B batch, C channels; activations are square.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,14 @@ class Convolution:
         activation = self.batch * self.side**2 * self.channels * dtype.itemsize
         forward, backward = (2 if self.adds_input else 3) * activation, 3 * activation
         return {"forward": forward, "backward": backward, "both": forward + backward}
+
+
+def parse_convolution(text: str) -> Convolution:
+    """Parse a shape. Raises ValueError if it is not of the form B,SIDExSIDE,C,KxK, or is none that models have."""
+    found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)x\2,([1-9]\d*),([35])x\4", text)
+    if not found:
+        raise ValueError(f"shape {text!r} is not B,SIDExSIDE,C,KxK with K = 3 or 5; write for example 8,56x56,96,3x3")
+    return Convolution(*map(int, found.groups()))
 
 
 def model_convolutions(model: str, resolution: int, batch: int) -> dict[Convolution, int]:

@@ -14,7 +14,7 @@ from launch.benchmark.__main__ import _MODULES, COMMANDS
 MODULES = {name: import_module(f"launch.benchmark.{_MODULES.get(name, name)}") for name in COMMANDS}
 EXAMPLES = {
     "kernel": 4,
-    "depthwise": 4,
+    "depthwise": 5,
     "data": 4,
     "pack": 3,
     "resume": 3,
@@ -40,6 +40,7 @@ ON_CPU = (
 )  # commands whose --device is the GPU by default
 
 BAD_SHAPE = "shape '8,1,3136,96' is not B,H,HEIGHTxWIDTH,D; write for example 8,1,56x56,96"
+BAD_CONVOLUTION = "shape {!r} is not B,SIDExSIDE,C,KxK with K = 3 or 5; write for example 8,56x56,96,3x3"
 UNKNOWN_MODEL = "timm knows no model {!r}; use one that timm.list_models() names, or polaformerpp_b5"
 ABOVE_0 = "{} is {}; give a number above 0"
 _CPUS = len(os.sched_getaffinity(0))
@@ -58,6 +59,10 @@ REFUSALS = {
         "--threads 100000": TOO_MANY.format("--threads"),
     },
     "depthwise": {
+        "--shapes 8,56x56,96": BAD_CONVOLUTION.format("8,56x56,96"),
+        "--shapes 8,56x28,96,3x3": BAD_CONVOLUTION.format("8,56x28,96,3x3"),
+        "--shapes 8,56x56,96,7x7": BAD_CONVOLUTION.format("8,56x56,96,7x7"),
+        "--shapes 8,56x56,96,3x3 --batch 4": "--shapes says all; leave --models, --resolutions and --batch out",
         "--resolutions 224 100": "--resolutions names 100; give multiples of 32, as the models need",
         "--batch 0": ABOVE_0.format("--batch", "0"),
         "--seconds nan": ABOVE_0.format("--seconds", "nan"),

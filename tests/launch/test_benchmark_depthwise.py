@@ -142,6 +142,17 @@ def test_sums_over_a_model(measured):
         assert entry["times_faster_than"] == pytest.approx({name: other / ours for name, other in sums.items()})
 
 
+def test_shapes_instead_of_models(run):
+    shapes = ("1,4x4,8,5x5", "2,3x3,16,3x3")
+    options = ("--device", "cpu", "--dtype", "float32", "--implementations", "ours", "nchw", "--seconds", "0.01")
+    status, report, table, _ = run("--shapes", *shapes, shapes[0], *options)
+    assert status == 0
+    assert [entry["shape"] for entry in report["checks"]] == list(shapes)
+    assert [entry["shape"] for entry in report["results"]] == [shape for shape in shapes for _ in range(2)]
+    assert report["models"] == []
+    assert "of a model" not in table
+
+
 def test_ratios_are_of_the_same_round():
     shape, copy = Convolution(1, 2, 4, 3), measure.quantiles([1e9])
     found = {
