@@ -3,10 +3,12 @@
 python -m launch.benchmark gpu
 python -m launch.benchmark gpu --minutes 7 --output runs/gpu --archive runs/gpu.tar.gz
 python -m launch.benchmark gpu --parts build check kernels
+python -m launch.benchmark gpu --list
 
 Its parts run one after the other, the most informative first. After a part that fails or exceeds its time limit the
 others still run, and the exit status is 1. --minutes leaves out what would not fit any more. The command needs torch,
-timm, pytest and hypothesis; a part that needs more is skipped with its reason where that is not installed.
+timm, pytest and hypothesis; a part that needs more is skipped with its reason where that is not installed. --list says
+what each part needs, and needs no GPU.
 
 It writes one folder: for each part a folder with log.txt, part.json (command, outcome, result) and the command's own
 files, and summary.json of all parts, rewritten after each part, so that a later crash loses nothing.
@@ -169,6 +171,21 @@ def format_summary(entries: Iterable[dict[str, Any]]) -> str:
     return format_table(("part", "outcome", "s", "headline"), cut, left=4)
 
 
+def format_plan(parts: Sequence[Part]) -> str:
+    """Table of the parts: name, needs, expected time and limit; below it, those that would be skipped here, and why."""
+    rows = [
+        (
+            part.name,
+            ", ".join(("GPU", *("kernels",) * part.needs_kernels, *part.needs)),
+            f"{part.expected_seconds:.0f}",
+            f"{part.timeout_seconds:.0f}",
+        )
+        for part in parts
+    ]
+    skipped = [f"skipped here: {part.name}: {part.missing}" for part in parts if part.missing]
+    return "\n".join((format_table(("part", "needs", "about s", "limit s"), rows, left=2), *skipped))
+
+
 def choose_parts(parts: Sequence[Part], names: Sequence[str] | None) -> list[Part]:
     """Parts of these names, or all. Raises ValueError if there is no part of a name."""
     known = [part.name for part in parts]
@@ -187,6 +204,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     minutes = "total time; parts that no longer fit are left out (default: run all, over an hour)"
     add("--minutes", type=float, metavar="MINUTES", help=minutes)
     add("--parts", nargs="+", metavar="PART", help="only these; one that cannot run is an error then")
+    add("--list", action="store_true", help="print the parts with their time limits and needs, and run none")
     archive = "also pack the folder into this file, after every part"
     add("--archive", type=user_path, metavar="FILE.tar.gz", help=archive)
     return parser.parse_args(argv)
@@ -200,6 +218,8 @@ def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Check the arguments and return what runs the parts. Raises ValueError, RuntimeError or OSError."""
     folder = (arguments.output or default_path("gpu").with_suffix("")).resolve()
     parts = choose_parts(plan_parts(folder), arguments.parts)
+    if arguments.list:
+        return partial(_list, parts)
     if arguments.archive and folder in arguments.archive.resolve().parents:
         raise ValueError(f"--archive {arguments.archive} is in the folder that it packs; put it elsewhere")
     require_positive(arguments, "minutes")
@@ -208,6 +228,11 @@ def resolve(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.archive:
         prepare_output(arguments.archive)
     return partial(_run, parts, folder, arguments, device)
+
+
+def _list(parts: Sequence[Part]) -> int:
+    print(format_plan(parts))
+    return 0
 
 
 def _run(parts: Sequence[Part], folder: Path, arguments: argparse.Namespace, device: torch.device) -> int:

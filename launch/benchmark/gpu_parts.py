@@ -54,6 +54,7 @@ class Part:
     expected_seconds: float
     timeout_seconds: float
     parse_result: ResultParser
+    needs: tuple[str, ...] = ()  # modules or CUDA's tools, beyond what all parts need
     missing: str = ""  # why it cannot run here
     needs_kernels: bool = True
     environ: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +101,7 @@ def _plan_tools(folder: Path) -> list[Part]:
     memory = ("--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *_CHECK, "tiny")
     races = ("--tool", "racecheck", "--error-exitcode", "9", *_CHECK, "tiny")
     return [
-        Part("counters", counters, 50, 150, parse_counters, missing_tool("ncu")),
+        Part("counters", counters, 50, 150, parse_counters, ("ncu",), missing_tool("ncu")),
         _sanitize(Part("memcheck", memory, 15, 120, parse_sanitizer, environ=uncached)),
         _sanitize(Part("racecheck", races, 50, 150, parse_sanitizer, environ=uncached)),
     ]
@@ -112,10 +113,10 @@ def _plan_long(folder: Path) -> list[Part]:
     steps = ("--modes", "compiled", "--models", "polaformerpp_b5", "vit_base_patch16_224", "convnext_base")
     of_data = ("--images", "8192", "--batch", "128")
     every_test = _pytest(folder / "all-tests", "tests")
-    no_tests = missing_modules("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage")
-    no_data = missing_modules("nvidia.dali", "pydantic", "webdataset", "matplotlib", "skimage", "psutil", "rich")
-    no_resume = missing_modules("nvidia.dali", "pydantic", "matplotlib", "skimage")
-    no_run = missing_modules("deepspeed", "nvidia.dali", "pydantic", "matplotlib", "skimage")
+    for_tests = ("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage")
+    for_data = ("nvidia.dali", "pydantic", "webdataset", "matplotlib", "skimage", "psutil", "rich")
+    for_resume = ("nvidia.dali", "pydantic", "matplotlib", "skimage")
+    for_runs = ("deepspeed", *for_resume)
     data, resume = _benchmark(folder / "data", "data", *of_data), _benchmark(folder / "resume", "resume")
     checkpoint = _benchmark(folder / "checkpoint", "checkpoint", "--resolution", "224", "--batch", "64")
     goodput = _benchmark(folder / "goodput", "goodput", "--minutes", "10", "--world-size", "1")
@@ -123,13 +124,17 @@ def _plan_long(folder: Path) -> list[Part]:
         Part("compiled", _benchmark(folder / "compiled", "kernel", *compiled), 60, 180, parse_kernel),
         Part("operators", _benchmark(folder / "operators", "profile", *of_b5), 40, 120, parse_profile),
         Part("compiled-step", _benchmark(folder / "compiled-step", "step", *steps), 180, 420, parse_steps),
-        Part("all-tests", every_test, 600, 3600, parse_tests, no_tests, environ=_few_threads()),
-        Part("data", data, 600, 3600, last_line, no_data, needs_kernels=False),
-        Part("resume", resume, 300, 1800, last_line, no_resume, needs_kernels=False),
-        Part("checkpoint", checkpoint, 120, 600, last_line, no_run, needs_kernels=False),
-        Part("goodput", goodput, 660, 1200, last_line, no_run, needs_kernels=False),
+        _require(Part("all-tests", every_test, 600, 3600, parse_tests, environ=_few_threads()), *for_tests),
+        _require(Part("data", data, 600, 3600, last_line, needs_kernels=False), *for_data),
+        _require(Part("resume", resume, 300, 1800, last_line, needs_kernels=False), *for_resume),
+        _require(Part("checkpoint", checkpoint, 120, 600, last_line, needs_kernels=False), *for_runs),
+        _require(Part("goodput", goodput, 660, 1200, last_line, needs_kernels=False), *for_runs),
         Part("full", _benchmark(folder / "full", "kernel", "--full"), 1800, 5400, parse_kernel),
     ]
+
+
+def _require(part: Part, *modules: str) -> Part:
+    return replace(part, needs=modules, missing=missing_modules(*modules))
 
 
 def _benchmark(folder: Path, name: str, *arguments: str) -> tuple[str, ...]:
@@ -160,7 +165,8 @@ def missing_tool(name: str) -> str:
 
 def _sanitize(part: Part) -> Part:
     tool = "compute-sanitizer"
-    return replace(part, command=(find_tool(tool) or tool, *part.command), missing=missing_tool(tool))
+    command = (find_tool(tool) or tool, *part.command)
+    return replace(part, command=command, needs=(tool,), missing=missing_tool(tool))
 
 
 def last_line(folder: Path) -> tuple[None, str]:

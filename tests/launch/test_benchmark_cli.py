@@ -21,7 +21,7 @@ EXAMPLES = {
     "checkpoint": 3,
     "goodput": 3,
     "parity": 2,
-    "gpu": 3,
+    "gpu": 4,
     "step": 4,
     "profile": 5,
     "sass": 3,

@@ -287,6 +287,20 @@ def test_the_plan(planned):
     assert started == __main__.COMMANDS.keys() - {"gpu", "pack", "parity", "sass"}  # all that use a GPU
 
 
+def test_the_plan_is_listed_without_a_gpu(planned, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    assert gpu.main(["--list", "--output", str(tmp_path / "unused")]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    assert [row[0] for row in rows[2 : 2 + len(planned)]] == list(planned)
+    assert rows[2] == ["build", "GPU", "20", "300"]
+    assert ["counters", "GPU,", "kernels,", "ncu", "50", "150"] in rows
+    assert ["resume", "GPU,", "nvidia.dali,", "pydantic,", "matplotlib,", "skimage", "300", "1800"] in rows
+    assert "\nskipped here: counters: ncu is neither on the PATH nor in CUDA_HOME/bin\n" in printed
+    assert not (tmp_path / "unused").exists()
+
+
 def test_commands_understand_their_options(planned, tmp_path):
     for name, part in planned.items():
         module, command, *arguments = *part.command[2:], ""
