@@ -38,7 +38,13 @@ from launch.benchmark.depthwise_runner import (
     parse_convolution,
     time_shape,
 )
-from launch.benchmark.kernel_runner import WrongResult, check_resolutions, implementation_of_ours, skip_reason
+from launch.benchmark.kernel_runner import (
+    WrongResult,
+    check_resolutions,
+    describe_checks,
+    implementation_of_ours,
+    skip_reason,
+)
 from launch.benchmark.measure import PASSES, Clock, Quantiles, copy_bandwidth, dtype_name, quantiles, times_faster_than
 from launch.benchmark.report import (
     Column,
@@ -161,11 +167,10 @@ def sum_over_model(occurrences: Occurrences, dtype: str, results: Sequence[dict[
 
 def show(report: Report, markdown: bool) -> None:
     """Print a report."""
-    checked = sum("errors" in entry for entry in report["checks"])
     print(
         f"{heading(report)}\nmeasured: copy {report['copy_bytes_per_second']['median'] / 1e9:.4g} GB/s\n\n"
-        f"ours is the {report['implementation_of_ours']}, right on {checked} of {len(report['checks'])} shapes and"
-        " dtypes; times are medians (quantiles 0.2–0.8), ratios medians of the same round; f·b: forward · backward\n"
+        f"{describe_checks(report)}; times are medians (quantiles 0.2–0.8), ratios medians of the same round;"
+        " f·b: forward · backward\n"
     )
     print(tabulate(report["results"], _COLUMNS, left=3, markdown=markdown), end="\n\n")
     if report["models"]:

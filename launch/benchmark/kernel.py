@@ -29,6 +29,7 @@ from launch.benchmark.kernel_runner import (
     Settings,
     WrongResult,
     check_resolutions,
+    describe_checks,
     flops,
     implementation_of_ours,
     model_shapes,
@@ -162,11 +163,9 @@ def show(report: Report, markdown: bool) -> None:
     """Print a report."""
     rates = report["product_flops_per_second"]
     products = "".join(f", {dtype} products {rate['median'] / 1e12:.3g} TFLOP/s" for dtype, rate in rates.items())
-    checked = sum("errors" in entry for entry in report["checks"])
     print(
         f"{heading(report)}\nmeasured: copy {report['copy_bytes_per_second']['median'] / 1e9:.4g} GB/s{products}\n\n"
-        f"ours is the {report['implementation_of_ours']}, right on {checked} of {len(report['checks'])} shapes and"
-        " dtypes; times are medians (quantiles 0.2–0.8); f·b: forward · backward\n"
+        f"{describe_checks(report)}; times are medians (quantiles 0.2–0.8); f·b: forward · backward\n"
     )
     for title, key, columns in (
         ("side by side", "results", {**_COLUMNS, **_BASELINE_COLUMNS}),

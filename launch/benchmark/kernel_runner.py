@@ -4,7 +4,7 @@ kernel.py runs shape after shape and reports. Axes: B batch, H heads, N = height
 C = H·D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,6 +69,17 @@ def check_resolutions(resolutions: Sequence[int]) -> None:
 def implementation_of_ours(device: torch.device) -> str:
     """Kind of code that the operators of `ops` run on a device: "compiled kernel" or "reference"."""
     return "compiled kernel" if ops.has_compiled_kernels(device.type) else "reference"
+
+
+def describe_checks(report: Mapping[str, Any]) -> str:
+    """Say what ours is, and on how many shapes and dtypes a report found it right; or why nothing was checked."""
+    checks = report["checks"]
+    if not checks:
+        return "nothing was checked, as ours is not among --implementations"
+    right = sum("errors" in entry for entry in checks)
+    unchecked = f" ({len(checks) - right} not checked, see below)" if right < len(checks) else ""
+    kind = report["implementation_of_ours"]
+    return f"ours is the {kind}, right on {right} of {len(checks)} shapes and dtypes{unchecked}"
 
 
 def get_implementation(name: str) -> Attention:

@@ -153,6 +153,13 @@ def test_shapes_instead_of_models(run):
     assert "of a model" not in table
 
 
+def test_without_ours_nothing_is_checked(run):
+    options = ("--device", "cpu", "--dtype", "float32", "--implementations", "nchw", "--seconds", "0.01")
+    status, report, table, _ = run("--shapes", "2,3x3,16,3x3", *options)
+    assert (status, report["checks"]) == (0, [])
+    assert "\nnothing was checked, as ours is not among --implementations; times are medians" in table
+
+
 def test_ratios_are_of_the_same_round():
     shape, copy = Convolution(1, 2, 4, 3), measure.quantiles([1e9])
     found = {

@@ -66,6 +66,7 @@ PRINTED_BY = {
         for name in ("kernel", "depthwise", "data", "resume", "step", "profiling", "kernel_checks")
     ),
     "launch/benchmark/kernel_runner.py": ("launch.benchmark.kernel",),
+    "launch/benchmark/kernel_runner.py:describe_checks": ("launch.benchmark.kernel", "launch.benchmark.depthwise"),
     "launch/benchmark/kernel_runner.py:check_resolutions": ("launch.benchmark.kernel", "launch.benchmark.depthwise"),
     "launch/benchmark/loader_processes.py": ("launch.benchmark.data",),
     "launch/benchmark/sample_images.py": ("launch.benchmark.data",),
