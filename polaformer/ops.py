@@ -7,7 +7,9 @@ not support: float64, D above 128 (above 96 where a block has less than 163 KB o
 below 8.0; for the convolution see `depthwise_conv2d`. The reference warns once per reason, except for float64.
 """
 
+import contextlib
 import functools
+import inspect
 import math
 import os
 import warnings
@@ -127,9 +129,19 @@ def kernels_unavailable_reason(device_type: str) -> str:
     return f"no compiled kernels for {device_type}: {fault}; {remedy}"
 
 
+#: Files between a caller and an operator: ours, PyTorch's, contextlib's, and code that torch.compile generates.
+_NOT_CALLERS = (
+    *(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__)),
+    *(contextlib.__file__, "<eval_with_key>"),
+)
+
+
 @functools.cache
 def _warn_once(reason: str, operation: str = "polarity attention") -> None:
-    warnings.warn(f"{operation} runs in plain PyTorch: {reason}", stacklevel=2)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_CALLERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{operation} runs in plain PyTorch: {reason}", stacklevel=level)
 
 
 def _to_bnhd(x: Tensor, dtype: torch.dtype) -> Tensor:

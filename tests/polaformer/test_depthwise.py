@@ -114,8 +114,9 @@ def test_sizes_without_kernels_warn_once(device, monkeypatch):
     monkeypatch.setattr(ops, "_warn_once", functools.cache(ops._warn_once.__wrapped__))
     inputs = make_inputs((2, 9, 16, 8), 7, device=device)
     reason = "the kernels serve 3×3 and 5×5" if ops.has_compiled_kernels(device) else "no compiled kernels"
-    with pytest.warns(UserWarning, match=f"depthwise convolution runs in plain PyTorch: {reason}"):
+    with pytest.warns(UserWarning, match=f"depthwise convolution runs in plain PyTorch: {reason}") as warned:
         ops.depthwise_conv2d(*inputs)
+    assert warned[0].filename == __file__  # the caller's, not ours or PyTorch's
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.depthwise_conv2d(*inputs)

@@ -115,8 +115,9 @@ def test_reference_operator_warns_once(monkeypatch):
     inputs = projected_inputs((2, 3, 12, 8), torch.bfloat16)
     monkeypatch.setattr(ops, "_warn_once", functools.cache(ops._warn_once.__wrapped__))
     arguments = (*inputs, 3, 4, "no GPU of that kind")
-    with pytest.warns(UserWarning, match="polarity attention runs in plain PyTorch: no GPU of that kind"):
+    with pytest.warns(UserWarning, match="polarity attention runs in plain PyTorch: no GPU of that kind") as warned:
         torch.ops.polaformer.reference(*arguments)
+    assert warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out, *saved = torch.ops.polaformer.reference(*arguments)
