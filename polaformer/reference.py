@@ -305,7 +305,11 @@ def _check_depthwise_sizes(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"x {tuple(x.shape)} must have four dimensions (B, height, width, C)")
     channels, shape = x.shape[3], tuple(weight.shape)
     if len(shape) != 4 or shape[:2] != (channels, 1) or shape[2] != shape[3] or shape[2] % 2 == 0 or shape[2] >= 1024:
-        raise ValueError(f"weight {shape} must be (C, 1, k, k) = ({channels}, 1, k, k) with an odd k below 1024")
+        raise ValueError(
+            f"weight {shape} must be (C, 1, k, k) = ({channels}, 1, k, k) with an odd k below 1024, as"
+            f" nn.Conv2d(C, C, k, groups=C) has it; C is the last size of x {tuple(x.shape)}: where that is NCHW, pass"
+            " x.permute(0, 2, 3, 1)"
+        )
     _check_tensor("x", x, x, "x")
     _check_tensor("weight", weight, x, "x")
 

@@ -81,10 +81,12 @@ inline void check_saved(const at::Tensor& grad_out, const at::Tensor& q, const a
 // Checks of depthwise_conv2d; reference.py (check_depthwise) has the same. Afterwards the kernel size fits an int.
 inline void check_depthwise_sizes(at::DeviceType device_type, const at::Tensor& x, const at::Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() == 4, "x ", x.sizes(), " must have four dimensions (B, height, width, C)");
-  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) == x.size(3) && weight.size(1) == 1 &&
-                        weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 && weight.size(2) < 1024,
-                    "weight ", weight.sizes(), " must be (C, 1, k, k) = (", x.size(3),
-                    ", 1, k, k) with an odd k below 1024");
+  TORCH_CHECK_VALUE(
+      weight.dim() == 4 && weight.size(0) == x.size(3) && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
+          weight.size(2) % 2 == 1 && weight.size(2) < 1024,
+      "weight ", weight.sizes(), " must be (C, 1, k, k) = (", x.size(3),
+      ", 1, k, k) with an odd k below 1024, as nn.Conv2d(C, C, k, groups=C) has it; C is the last size of x ",
+      x.sizes(), ": where that is NCHW, pass x.permute(0, 2, 3, 1)");
   TORCH_CHECK_VALUE(x.device().type() == device_type, "x is on ", x.device(), ", another tensor on ", device_type,
                     "; move them to one device");
   check_tensor({"x", x}, x, "x");

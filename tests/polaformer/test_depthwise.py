@@ -360,6 +360,14 @@ def test_vmap_and_per_sample_gradients(device, in_dims):
         (lambda x: {"weight": x["weight"][:2]}, r"weight .* must be \(C, 1, k, k\) = \(8, 1, k, k\)"),
         (lambda x: {"weight": x["weight"][..., :2]}, r"weight .* must be \(C, 1, k, k\)"),
         (lambda x: {"weight": x["weight"][..., :2, :2]}, "with an odd k"),
+        (
+            lambda x: {"weight": x["weight"].expand(8, 8, 3, 3)},
+            r"weight \W8, 8, 3, 3\W .*, as nn.Conv2d\(C, C, k, groups=C\) has it",
+        ),
+        (
+            lambda x: {"x": x["x"].permute(0, 3, 1, 2)},
+            r"C is the last size of x \W2, 8, 3, 4\W: where that is NCHW, pass x.permute\(0, 2, 3, 1\)",
+        ),
         (lambda x: {"bias": x["bias"][:2]}, r"bias is .*, needs \(C\) = \(8\)"),
         (lambda x: {"bias": x["bias"].double()}, r"bias is .*, needs \(C\) = \(8\) in weight's"),
         (lambda x: {"residual": x["x"][:1]}, "residual is .*; they must agree"),
