@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
@@ -325,12 +326,27 @@ def _conv_vmap(
 
 
 def _below_autograd(operator: torch._ops.OpOverload, keys: Any, arguments: tuple[Any, ...]) -> Any:
-    """Redispatch below autograd: to an outer level of torch.func, which needs gradients enabled, or to a kernel."""
-    with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+    """Redispatch below autograd: to an outer level of torch.func, which needs gradients enabled, or to a kernel.
+
+    Forward mode must be enabled as well, or an outer level of it would lose its tangents without an error.
+    """
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
-class _Attention(_SingleLevelFunction):
+class _ReverseMode(_SingleLevelFunction):
+    """An autograd function without a derivative in forward mode."""
+
+    @staticmethod
+    def jvp(_ctx: Any, *_tangents: Any) -> Any:
+        raise NotImplementedError(
+            "polaformer.ops has no forward-mode derivatives (jvp, jacfwd, hessian, forward_ad); use reverse mode, for"
+            " example jacrev(jacrev(f)) instead of hessian(f), or the functions of the same names in"
+            " polaformer.reference, which have them"
+        )
+
+
+class _Attention(_ReverseMode):
     """Autograd function of the forward operator at every level of torch.func; the saved outputs have no gradient."""
 
     @staticmethod
@@ -352,7 +368,7 @@ class _Attention(_SingleLevelFunction):
         return None, *_backward_operator(grad_out, *ctx.saved_tensors, ctx.height, ctx.width), None, None
 
 
-class _AttentionBackward(_SingleLevelFunction):
+class _AttentionBackward(_ReverseMode):
     """Autograd function of the backward operator, differentiated through the reference.
 
     The saved tensors are differentiated as functions of the inputs, not as independent inputs.
@@ -379,7 +395,7 @@ class _AttentionBackward(_SingleLevelFunction):
         return None, *vjp_fn(grads), *(None,) * 5
 
 
-class _Conv(_SingleLevelFunction):
+class _Conv(_ReverseMode):
     """Autograd function of the convolution."""
 
     @staticmethod
@@ -405,7 +421,7 @@ class _Conv(_SingleLevelFunction):
         return None, *grads, grad_out if ctx.has_residual else None, None
 
 
-class _ConvBackward(_SingleLevelFunction):
+class _ConvBackward(_ReverseMode):
     """Autograd function of the convolution's gradient, differentiated through the reference."""
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -271,6 +272,46 @@ def test_torch_func_differentiates_twice(device):
     torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
     with torch.no_grad():  # torch.func overrides the caller's mode
         torch.testing.assert_close(hessian(ops.polarity_attention, torch.func.jacrev), expected)
+
+
+def dual_tangent(function, x):
+    """The derivative of a function in the direction of ones, by dual numbers."""
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def loss_gradient(function):
+    return torch.func.grad(lambda x: function(x).square().sum())
+
+
+FORWARD_MODE = {
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[1],
+    "dual": dual_tangent,
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "jvp of grad": lambda function, x: torch.func.jvp(loss_gradient(function), (x,), (torch.ones_like(x),))[1],
+    "hessian": lambda function, x: torch.func.hessian(lambda x: function(x).square().sum())(x),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_refused_at_every_level(device, name, frozen):
+    """An outer level of forward mode must not lose its tangents: derivatives would be 0."""
+    q, *others = (x.detach() for x in projected_inputs((1, 2, 4, 4), torch.float64, device))
+    x, weight, bias = (torch.randn(size, dtype=q.dtype, device=device) for size in ((1, 2, 2, 4), (4, 1, 3, 3), (4,)))
+    weight.requires_grad_(not frozen)
+    functions = {
+        "polarity_attention": lambda module: lambda q: module.polarity_attention(q, *others, 2, 2),
+        "depthwise_conv2d": lambda module: lambda x: module.depthwise_conv2d(x, weight, bias),
+    }
+    for operator, of_module in functions.items():
+        at = q if operator == "polarity_attention" else x
+        with pytest.raises(
+            NotImplementedError, match=r"polaformer.ops has no forward-mode derivatives .*; use reverse"
+        ):
+            FORWARD_MODE[name](of_module(ops), at)
+        assert FORWARD_MODE[name](of_module(reference), at).any()  # as the message says
 
 
 def test_second_derivatives_of_mapped_logits():
