@@ -18,7 +18,7 @@ COMMANDS = {
     "gpu": "on a machine with a GPU: checks, tests, benchmarks, counters, sanitizers, into one folder",
     "step": "whole training steps of b5 and b4 beside ViT-B, ConvNeXt-B and CAFormer-M36 of timm",
     "profile": "every kernel of polarity attention, or every operator of a training step",
-    "sass": "instruction counts of the compiled CUDA kernels, bounds and predicted times; needs no GPU",
+    "sass": "instruction counts of attention's compiled CUDA kernels, bounds and predicted times; needs no GPU",
 }
 _MODULES = {"profile": "profiling"}  # a profile.py here would hide Python's own from `python launch/benchmark …`
 

@@ -1,11 +1,12 @@
-"""Instruction counts of the compiled bf16 CUDA kernels, and the bounds and times that follow; needs no GPU.
+"""Instruction counts of polarity attention's compiled bf16 CUDA kernels, and the bounds and times that follow.
 
 python -m launch.benchmark sass
 python -m launch.benchmark sass --gpu a100 --shape 128,2,28x28,96 --markdown
 python -m launch.benchmark sass --extension build/_cuda.so --output runs/sass.json
 
-Warp instructions are counted for 16 tokens of one head, over all warps that share them (kernel_costs.py), in the code
-for the GPU's architecture. What follows for a shape is a model's prediction, not a measurement:
+It needs no GPU. The kernels of depthwise convolution are not counted. Warp instructions are counted for 16 tokens of
+one head, over all warps that share them (kernel_costs.py), in the code for the GPU's architecture. What follows for a
+shape is a model's prediction, not a measurement:
 
   issue    4 warp instructions a clock and multiprocessor, of any kind
   FMA      FP32, packed 16-bit and IMAD: 4 a clock on an H100 (128 lanes), 2 on an A100 (64); IMAD alone 2
@@ -205,6 +206,7 @@ def measure(extension: Path, gpu_name: str, shape: Shape, _path: Path | None) ->
 def show(report: Report, markdown: bool) -> None:
     """Print a report."""
     title = "### {}\n" if markdown else "{}"
+    print(title.format("Polarity attention's CUDA kernels for bf16; those of depthwise convolution are not counted"))
     for name in WORK:
         entries = [entry for entry in report["kernels"] if entry["kernel"] == name]
         architecture = entries[0]["architecture"]

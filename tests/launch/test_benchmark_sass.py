@@ -317,6 +317,8 @@ def test_the_command(extension, tmp_path, capsys):
     } <= written
     assert "Lower bounds for 128,1,56x56,96 in bf16 on one H100, µs: predicted, not measured" in printed
     assert "share of copy bandwidth" in printed
+    heading = "Polarity attention's CUDA kernels for bf16; those of depthwise convolution are not counted"
+    assert printed.splitlines()[0] == heading
 
     assert run("--extension", extension, "--markdown") == 0
     printed = capsys.readouterr().out
