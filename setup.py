@@ -11,8 +11,8 @@ requirements.txt pins the versions that the tests run with. Kernels are built ag
 attention. The build prints what it builds and reads two variables:
 
     POLAFORMER_KERNELS=none|cpu|all     all (the default) builds every extension that it can; cpu and none build less
-    TORCH_CUDA_ARCH_LIST="8.0;9.0"      GPU architectures, as in PyTorch's own extensions; by default 8.0, 9.0+PTX,
-                                        and 10.0 and 12.0 if the toolkit supports them
+    TORCH_CUDA_ARCH_LIST="8.0;9.0"      GPU architectures, as in PyTorch's own extensions; by default 8.0+PTX, 9.0,
+                                        and 10.0 and 12.0 if the toolkit supports them. 9.0 is built as 9.0a
 """
 
 import os
@@ -88,10 +88,20 @@ def cuda_home() -> str | None:
 
 
 def architectures_of(home: str) -> str:
-    """List the architectures to build for: one per GPU generation since 8.0 that the toolkit supports, and PTX."""
+    """List the architectures to build for: one per GPU generation since 8.0 that the toolkit supports, and PTX of the
+    first.
+    """
     listed = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = [f"{name[:-1]}.{name[-1]}" for name in re.findall(r"compute_(\d+)", listed)]
-    return ";".join(["8.0", "9.0+PTX", *(each for each in ("10.0", "12.0") if each in known)])
+    return ";".join(["8.0+PTX", "9.0", *(each for each in ("10.0", "12.0") if each in known)])
+
+
+def with_warpgroups(architectures: str) -> str:
+    """Replace 9.0 by 9.0a in a list of architectures, which has all instructions of an H100's tensor cores.
+
+    It runs on every GPU of compute capability 9.0 and on no other, so PTX that was asked for is made of 8.0.
+    """
+    return re.sub(r"\b9\.0(?=[;, ]|$)", "9.0a", architectures.replace("9.0+PTX", "8.0+PTX;9.0"))
 
 
 def kernels() -> dict:
@@ -129,10 +139,11 @@ def kernels() -> dict:
         reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"
         print(f"polaformer: building no CUDA kernels: {reason if home or wanted == 'cpu' else 'no CUDA toolkit'}")
     else:
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home)
+        architectures = with_warpgroups(os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home))
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
-        flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
+        defined = ["-DPOLAFORMER_HAS_WARPGROUPS"] * ("9.0a" in architectures)  # for binding.cpp
+        flags = {"cxx": host + defined, "nvcc": ["-O3", "--threads=2"]}
         extensions.append(CUDAExtension("polaformer._cuda", cuda, include_dirs=include, extra_compile_args=flags))
         print(f"polaformer: building CUDA kernels for {architectures} with {home}")
     return {

@@ -1,15 +1,15 @@
 """Cost of 16 tokens of one head in each bf16 CUDA kernel, in warp instructions, from its machine code.
 
 `cost` weights every instruction by the trips of its loops for 16 tokens, over all warps that share these tokens. WORK
-declares the loops' trips as the source has them. They are checked against the code: its HMMA instructions must come to
-as many as the mathematics needs.
+declares the loops' trips as the source has them. They are checked against the code: its products must come to as many
+HMMA instructions as the mathematics needs, of which a warpgroup's HGMMA is worth several.
 
 Every warp is assumed to take every branch (a copy made by one warp of six counts six times). Code before and after the
 loop over tokens, such as loading S, is executed once a block and is not counted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import product
 
@@ -44,8 +44,9 @@ class Work:
     """Declared work of a bf16 kernel for 16 tokens of one head, by padded width W.
 
     rows: of D elements that it reads and writes for each token. warps: that share the 16 tokens and run `loop`, of all
-    blocks that do. loop: that over tokens, which runs so often for 16 of them. products: HMMA.16816 that the
-    mathematics takes, all warps together. extra: those beyond it, each by what it is for.
+    blocks that do. loop: that over tokens, which runs so often for 16 of them. warpgroup_loop: that where warpgroups
+    multiply, if it differs. products: HMMA.16816 that the mathematics takes, all warps together. extra: those beyond
+    it, each by what it is for.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Work:
     loop: LoopNest
     products: Callable[[int], int]
     extra: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+    warpgroup_loop: LoopNest | None = None
 
     def all_products(self, width: int) -> int:
         """HMMA instructions with the extra ones."""
@@ -77,6 +79,7 @@ WORK = {
             lambda w: Fraction(1, 2) if w <= 96 else 1,
             (LoopNest("16 columns", lambda w: w // 16),),
         ),
+        warpgroup_loop=LoopNest("16 tokens", lambda w: 1, (LoopNest("16 columns", lambda w: w // 16),)),
         products=lambda w: 2 * 2 * (w // 16) * (w // 16),
         extra={"normalizers": lambda w: 2 * 2 * (w // 16)},
     ),
@@ -113,12 +116,15 @@ WORK = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Warp instructions for 16 tokens of one head, by class; clocks of one multiprocessor's shared memory for them."""
+    """Warp instructions for 16 tokens of one head, by class; clocks of one multiprocessor's shared memory for them;
+    products of HGMMA among them, in HMMA.16816.
+    """
 
     warps: int
     trips: dict[int, Fraction]  # per 16 tokens, of each loop by its address
     classes: dict[str, float]
     shared_clocks: float
+    warpgroup_products: float
 
     @property
     def instructions(self) -> float:
@@ -129,14 +135,19 @@ class Cost:
 def cost(kernel: Kernel, work: Work | None = None) -> Cost:
     """Cost of 16 tokens in one of WORK's kernels. Raises UnmatchedLoops if its code contradicts WORK."""
     work = work or WORK[kernel.name]
+    if work.warpgroup_loop and kernel.count("HGMMA"):
+        work = replace(work, loop=work.warpgroup_loop)
     loop, trips = _resolve_trips(kernel, work)
     warps = work.warps(kernel.width)
-    classes, shared_clocks = dict.fromkeys(CLASSES, Fraction()), Fraction()
+    classes, shared_clocks, warpgroup_products = dict.fromkeys(CLASSES, Fraction()), Fraction(), Fraction()
     for each in loop.nested():
+        times = trips[each.begin] * warps
         for instruction in each.instructions:
-            classes[instruction.kind] += trips[each.begin] * warps
-            shared_clocks += trips[each.begin] * warps * instruction.shared_clocks
-    return Cost(warps, trips, {name: float(count) for name, count in classes.items()}, float(shared_clocks))
+            classes[instruction.kind] += times
+            shared_clocks += times * instruction.shared_clocks
+            warpgroup_products += times * instruction.products * (instruction.kind == "HGMMA")
+    counts = {name: float(count) for name, count in classes.items()}
+    return Cost(warps, trips, counts, float(shared_clocks), float(warpgroup_products))
 
 
 def _resolve_trips(kernel: Kernel, work: Work) -> tuple[Loop, dict[int, Fraction]]:

@@ -40,6 +40,7 @@ CLASSES = {
     "IMAD": "IMAD IDP",
     "MUFU": "MUFU F2F F2I FLO FRND I2F POPC",
     "HMMA": "HMMA",
+    "HGMMA": "HGMMA",
     "LDSM": "LDSM",
     "LDS/STS": "LDS STS",
     "LDG/STG/LDGSTS": "LDG STG LDGSTS",
@@ -75,7 +76,19 @@ class Instruction(NamedTuple):
             return 4 if ".M88.4" in self.opcode or ".MT88.4" in self.opcode else 2 if self.opcode.endswith(".2") else 1
         if self.kind in ("LDS/STS", "LDG/STG/LDGSTS"):
             return 4 if ".128" in self.opcode else 2 if ".64" in self.opcode else 1
+        if self.kind == "HGMMA":  # each of four warps reads a quarter of B: 16 rows of two bytes
+            return self.products // 2
         return 1 if self.kind == "SHFL" else 0
+
+    @property
+    def products(self) -> int:
+        """How many HMMA.16816 multiply as much: a warp's share of HGMMA.64xNx16 is 16 rows × N columns."""
+        if self.kind == "HGMMA":
+            shape = re.search(r"\.64x(\d+)x16\.", self.opcode)
+            if shape is None:
+                raise UnmatchedLoops(f"{self.opcode} at {self.address:#x} is no product of bf16; count it here")
+            return int(shape[1]) // 8
+        return int(self.kind == "HMMA")
 
     @property
     def target(self) -> int | None:
@@ -109,8 +122,8 @@ class Loop:
 
     @property
     def products(self) -> int:
-        """HMMA instructions of its own."""
-        return sum(instruction.kind == "HMMA" for instruction in self.instructions)
+        """Products of its own, in HMMA.16816."""
+        return sum(instruction.products for instruction in self.instructions)
 
     def nested(self) -> Iterator["Loop"]:
         """Loops of this nest, itself first."""
@@ -120,7 +133,7 @@ class Loop:
 
     @property
     def multiplies(self) -> bool:
-        """Whether there are HMMA instructions in it."""
+        """Whether there are products in it."""
         return any(loop.products for loop in self.nested())
 
     def __str__(self) -> str:
@@ -267,7 +280,7 @@ def _read_threads(extension: Path, kernels: Mapping[tuple[str, str], Kernel]) ->
 
 
 def _read_code(extension: Path, kernels: Mapping[tuple[str, str], Kernel]) -> None:
-    pattern = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:(@!?\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*?)\s*;")
+    pattern = re.compile(r"\s+/\*([0-9a-f]{4,6})\*/\s+(?:(@!?\w+)\s+)?([A-Z][A-Za-z0-9_.]*)\s*([^;]*?)\s*;")
     # All functions: to name those that are wanted takes cuobjdump several times as long.
     for architecture in dict.fromkeys(architecture for architecture, _ in kernels):
         kernel = None

@@ -12,7 +12,7 @@ shape is a model's prediction, not a measurement:
   FMA      FP32, packed 16-bit and IMAD: 4 a clock on an H100 (128 lanes), 2 on an A100 (64); IMAD alone 2
   ALU      2 a clock (64 lanes): integers, logic, comparisons, selection, conversion to bf16
   MUFU     1 in 2 clocks (16 lanes): exponentials, reciprocals
-  HMMA     m16n8k16 in bf16: 0.5 a clock on an A100; 1 on an H100 by wgmma, of which mma.sync reaches about 62 %
+  HMMA     m16n8k16 in bf16: 0.5 a clock on an A100; 1 on an H100 by wgmma (HGMMA), mma.sync reaches about 62 % of it
   shared   128 bytes a clock for shared memory and L1 together, no bank conflicts; a shuffle takes a clock
   memory   each row of q, k, v, … once, at 90 % of the data sheet's rate: about what a copy attains
 
@@ -61,7 +61,8 @@ class GpuSpec:
     clocks_per_second: float
     memory_bytes_per_second: float
     fma: float
-    hmma: float
+    hmma: float  # m16n8k16 by mma.sync
+    hgmma: float = 0  # the same by wgmma, if the GPU has that
     issue: float = 4
     imad: float = 2
     alu: float = 2
@@ -74,8 +75,8 @@ class GpuSpec:
 
 
 GPU_SPECS = {  # SXM modules
-    "h100": GpuSpec("sm_90", 132, 1.755e9, 3.35e12, fma=4, hmma=0.62),
-    "h200": GpuSpec("sm_90", 132, 1.94e9, 4.8e12, fma=4, hmma=0.62),
+    "h100": GpuSpec("sm_90a", 132, 1.755e9, 3.35e12, fma=4, hmma=0.62, hgmma=1),
+    "h200": GpuSpec("sm_90a", 132, 1.94e9, 4.8e12, fma=4, hmma=0.62, hgmma=1),
     "a100": GpuSpec("sm_80", 108, 1.41e9, 2.039e12, fma=2, hmma=0.5),
     "a100-40gb": GpuSpec("sm_80", 108, 1.41e9, 1.555e12, fma=2, hmma=0.5),
 }
@@ -122,7 +123,7 @@ def bounds(cost: Cost, rows: int, gpu: GpuSpec, shape: Shape) -> dict[str, float
         "FMA": max((counts["FP32/HFMA2"] + counts["IMAD"]) / gpu.fma, counts["IMAD"] / gpu.imad),
         "ALU": counts["ALU"] / gpu.alu,
         "MUFU": counts["MUFU"] / gpu.mufu,
-        "HMMA": counts["HMMA"] / gpu.hmma,
+        "HMMA": counts["HMMA"] / gpu.hmma + (cost.warpgroup_products / gpu.hgmma if gpu.hgmma else 0),
         "shared": cost.shared_clocks,
     }
     per_clock = _tiles(shape) / (gpu.multiprocessors * gpu.clocks_per_second)

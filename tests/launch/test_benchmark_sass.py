@@ -180,7 +180,7 @@ CODES = {
 
 
 def kernel_of(text: str) -> Kernel:
-    return Kernel("sm_90", "", "attend", "bf16", 32, code=assemble(text))
+    return Kernel("sm_90a", "", "attend", "bf16", 32, code=assemble(text))
 
 
 @pytest.mark.parametrize("text", CODES.values(), ids=CODES)
@@ -209,7 +209,7 @@ def test_wrong_trips_are_refused(columns, parts, extra, fault):
     )
     wrong = Work(1, lambda w: 3, loop, lambda w: 3 * 8, {"means": lambda w: 3 * extra})
     message = (
-        f"sm_90 attend<bf16, 32>: {fault} trip counts of its loop over tokens give the 24 + {3 * extra} (means) HMMAs"
+        f"sm_90a attend<bf16, 32>: {fault} trip counts of its loop over tokens give the 24 + {3 * extra} (means) HMMAs"
         f" that 3 warps need for 16 tokens; declared is tokens × 1 (columns × {columns} (parts × {parts})), the"
         " code has 0x0: 0 HMMA of 2 (0x10: 0 HMMA of 2 (0x20: 1 HMMA of 3));"
         " correct WORK in launch/benchmark/kernel_costs.py"
@@ -242,6 +242,7 @@ def test_a_loop_without_products_must_be_declared():
         ("F2FP.BF16.F32.PACK_AB", "ALU", 0),
         ("IMAD.MOV.U32", "IMAD", 0),
         ("MUFU.EX2", "MUFU", 0),
+        ("HGMMA.64x48x16.F32.BF16", "HGMMA", 3),
         ("LDSM.16.MT88.4", "LDSM", 4),
         ("LDSM.16.M88.2", "LDSM", 2),
         ("LDSM.16.M88", "LDSM", 1),
@@ -261,7 +262,7 @@ def symbol_of(name: str, width: int) -> str:
     return f"_ZN10polaformer4bf1612_GLOBAL__N_1{len(name)}{name}ILi{width}EEEvNS_13ForwardParamsE"
 
 
-def write_dumps(folder: Path, kernels: list[tuple[str, int]], architecture: str = "sm_90") -> None:
+def write_dumps(folder: Path, kernels: list[tuple[str, int]], architecture: str = "sm_90a") -> None:
     """What cuobjdump would print of kernels that have one loop, over tokens, with an FFMA for every HMMA."""
     usage, elf, code = [f"arch = {architecture}"], [f"arch = {architecture}"], [f"\tcode for {architecture}"]
     for name, width in kernels:
@@ -322,7 +323,7 @@ def test_the_command(extension, tmp_path, capsys):
 
     assert run("--extension", extension, "--markdown") == 0
     printed = capsys.readouterr().out
-    assert "### attend, sm_90: warp instructions for 16 tokens of one head\n\n|" in printed
+    assert "### attend, sm_90a: warp instructions for 16 tokens of one head\n\n|" in printed
     assert all(line.startswith(("#", "|")) for line in filter(None, printed.splitlines()))
 
 
@@ -355,7 +356,7 @@ def test_predictions_follow_from_the_counts(extension, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--gpu a100", "{} has code for sm_90, a100 runs sm_80; build it with that in TORCH_CUDA_ARCH_LIST, or name"
+        ("--gpu a100", "{} has code for sm_90a, a100 runs sm_80; build it with that in TORCH_CUDA_ARCH_LIST, or name"
                         " another --gpu"),
         ("--extension nothing.so", "nothing.so is no file; name a built polaformer/_cuda*.so"),
         ("--output setup.py/x.json", "[Errno 17] File exists: 'setup.py'"),
@@ -389,7 +390,7 @@ def test_loops_that_nobody_declared(extension, tmp_path, capsys):
     dump = tmp_path / "--dump-sass"
     dump.write_text(dump.read_text().replace("HMMA", "FADD", 1))
     assert run("--extension", extension) == 1
-    assert re.match(r"error: sm_90 \w+<bf16, 32>: no trip counts of its loop over tokens", capsys.readouterr().err)
+    assert re.match(r"error: sm_90a \w+<bf16, 32>: no trip counts of its loop over tokens", capsys.readouterr().err)
 
 
 def test_nothing_to_read_it_with(tmp_path, monkeypatch, capsys):

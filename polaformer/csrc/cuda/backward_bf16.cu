@@ -2,9 +2,10 @@
 //
 //   differentiate_queries   dq, sums of the logits' gradients, and 1/z and z·dz of each token and flow
 //   sum_queries             dS and dm of each split     A: rotated features / z, transposed     B: dout
-//   differentiate_keys      dk and dv
+//   differentiate_keys      dk and dv                   A: v, then rotated features        B: dS, transposed and not
 //
 // The gradient of a token's rotated features is S dout / z. As rotations are orthogonal, z·dz = −Σ φ · R⁻¹(S dout / z).
+// On compute capability 9.0 warpgroups multiply in `differentiate_keys`, elsewhere warps.
 #include "bf16.cuh"
 #include "kernels.cuh"
 
@@ -513,33 +514,136 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
              params.split_grad_mean + blockIdx.x * (2 * params.shape.features()), params.shape, params.plan.inv_tokens);
 }
 
-constexpr int kKeyGradThreads = 2 * kKeyGradTokens;
-template <int kHeadDim>
-using KeyRing = ChunkRing<kHeadDim, 1, kKeyGradTokens>;
+constexpr int kKeyGradThreads = 2 * kKeyGradTokens, kKeyGradWarps = kKeyGradThreads / 32;
 
+// The products of differentiate_keys by mma.sync: dS lies in shared memory as rows.
 template <int kHeadDim>
-struct KeyGradShared {
+struct WarpKeyGrads {
+  static constexpr int columns_unrolled() { return 1; }
   static constexpr int kStride = kHeadDim + 8;
-  alignas(16) uint16_t state[2 * kHeadDim * kStride];  // dS
-  MeanPairs means[kHeadDim / 4];                       // dm of four columns each
-  typename KeyRing<kHeadDim>::Storage keys[kKeyGradThreads / 32];
+  using State = uint16_t[2 * kHeadDim * kStride];
+  using Keys = ChunkRing<kHeadDim, 1, kKeyGradTokens>;
+  using Values = FragmentA[kHeadDim / 16];
+  using Products = Accumulator[4];  // by part: first, then second elements of the pairs
+  using GradValues = Accumulator[kHeadDim / 8];
+
+  SmemPointer rows, columns;
+  Products products;
+
+  __device__ __forceinline__ explicit WarpKeyGrads(const State& state)
+      : rows(b_rows(state, kStride)), columns(b_rows_transposed(state, kStride)) {}
+
+  static __device__ __forceinline__ void load(State& state, const float* of_head, int head_dim) {
+    load_state<kHeadDim, kStride>(state, of_head, head_dim, kKeyGradThreads, false, interleave_32);
+  }
+
+  __device__ __forceinline__ void begin(GradValues& grad_values, const Values&) const { set_zero(grad_values); }
+
+  // Adds R(φ) dS of 16 columns of k to dv; a: by part.
+  __device__ __forceinline__ void add(GradValues& grad_values, const FragmentA (&a)[2], const Values&,
+                                      int column) const {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        uint32_t b[2][2];
+        load_b(b, rows + 2 * ((part * kHeadDim + column) * kStride + 16 * i));
+        mma_m16n8k16_bf16(grad_values[2 * i], a[part].words, b[0]);
+        mma_m16n8k16_bf16(grad_values[2 * i + 1], a[part].words, b[1]);
+      }
+    }
+  }
+  // dS v of 16 columns of k.
+  __device__ __forceinline__ const Products& of_columns(const Values& values, int column) {
+    set_zero(products);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+#pragma unroll
+      for (int part = 0; part < 2; ++part) {
+        uint32_t b[2][2];
+        load_b_transposed(b, columns + 2 * ((part * kHeadDim + column) * kStride + 16 * i));
+        mma_m16n8k16_bf16(products[2 * part], values[i].words, b[0]);
+        mma_m16n8k16_bf16(products[2 * part + 1], values[i].words, b[1]);
+      }
+    }
+    return products;
+  }
+  static __device__ __forceinline__ void finish(GradValues&) {}
 };
 
-struct KeyGradPointers {
-  SmemPointer rows, columns, means;
+// The same by wgmma. The tensor cores compute dS v of the next 16 columns while those before them are differentiated.
+template <int kHeadDim>
+struct WarpgroupKeyGrads {
+  static constexpr int columns_unrolled() { return kHeadDim / 16; }
+  using State = CoreMatrices<kHeadDim>;
+  using Keys = TileCopies<kHeadDim, kKeyGradTokens>;
+  using Values = FragmentA[kHeadDim / 16];
+  using Products = Accumulator[4];
+  using GradValues = Accumulator[kHeadDim / 8];
+
+  MatrixDescriptor by_features, by_columns;
+  Products products[2];  // of an even and an odd number of 16 columns
+
+  __device__ __forceinline__ explicit WarpgroupKeyGrads(const State& state)
+      : by_features(state.by_features()), by_columns(state.by_columns()) {}
+
+  static __device__ __forceinline__ void load(State& state, const float* of_head, int head_dim) {
+    state.load(of_head, head_dim, kKeyGradThreads, false, interleave_32);
+  }
+
+  __device__ __forceinline__ void begin(GradValues&, const Values& values) {
+    warpgroup_arrive();
+    start(values, 0);
+  }
+  __device__ __forceinline__ void add(GradValues& grad_values, const FragmentA (&a)[2], const Values& values,
+                                      int column) {
+    warpgroup_wait<0>();
+    warpgroup_fence(products[column / 16 % 2]);
+    warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      wgmma_m64k16_bf16<Major::kN>(grad_values, a[part].words, by_features + State::offset(column, part, 0),
+                                   column + part > 0);
+    }
+    if (column + 16 < kHeadDim) start(values, column + 16);
+    warpgroup_commit_batch();
+  }
+  __device__ __forceinline__ const Products& of_columns(const Values&, int column) const {
+    return products[column / 16 % 2];
+  }
+  static __device__ __forceinline__ void finish(GradValues& grad_values) {
+    warpgroup_wait<0>();
+    warpgroup_fence(grad_values);
+  }
+
+ private:
+  __device__ __forceinline__ void start(const Values& values, int column) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      wgmma_m64k16_bf16<Major::kK>(products[column / 16 % 2], values[i].words,
+                                   by_columns + State::offset(column, 0, 16 * i), i > 0);
+    }
+    if (column == 0) warpgroup_commit_batch();
+  }
+};
+
+template <int kHeadDim, class KeyGrads>
+struct KeyGradShared {
+  alignas(16) typename KeyGrads::State state;  // dS
+  MeanPairs means[kHeadDim / 4];               // dm of four columns each
+  typename KeyGrads::Keys::Storage keys[kKeyGradWarps];
 };
 
 // A warp's 16 tokens.
-template <int kHeadDim>
+template <int kHeadDim, class KeyGrads>
 struct KeyGradTile {
-  using Shared = KeyGradShared<kHeadDim>;
-
-  const KeyGradPointers& shared;
+  KeyGrads& key_grads;
+  SmemPointer means;
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
-  FragmentA values[kHeadDim / 16];
+  typename KeyGrads::Values values;
   RotaryRow rotary[2];
-  Accumulator grad_values[kHeadDim / 8] = {};
+  typename KeyGrads::GradValues grad_values;
 
   // Loads A fragments of v.
   __device__ __forceinline__ void load_values(const char* rows, int64_t stride, const bool (&inside)[2], int head_dim) {
@@ -565,43 +669,27 @@ struct KeyGradTile {
 
   // Adds the contribution of 16 columns of k to dv; returns dk of these columns.
   __device__ __forceinline__ void differentiate(Columns (&grad_keys)[2], const Columns (&x)[2], unsigned column) {
-    const SmemPointer rows = shared.rows + 2 * Shared::kStride * column;
-    const SmemPointer columns = shared.columns + 2 * Shared::kStride * column;
-    Accumulator products[2][2] = {};  // dS v, by part; first and second elements of the pairs
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-        uint32_t b[2][2];
-        load_b_transposed(b, columns + 2 * (part * kHeadDim * Shared::kStride + 16 * i));
-        mma_m16n8k16_bf16(products[part][0], values[i].words, b[0]);
-        mma_m16n8k16_bf16(products[part][1], values[i].words, b[1]);
-      }
-    }
-    const MeanPairs means = load_means(shared.means + 4 * column);
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
-    Pairs rotated[2][2];  // by part, then token
+    Pairs features[2], rotated[2][2];  // rotated: by part, then token
+    const Rotation by_row[2] = {rotary[0].first(table), rotary[1].first(table)};
+    const Rotation by_column[2] = {rotary[0].second(table), rotary[1].second(table)};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const Rotation by_row = rotary[row].first(table), by_column = rotary[row].second(table);
-      const Pairs features = key_features(x[row]), negative = x[row].negative();
-      rotated[0][row] = by_row.forward(unmasked(features, negative));
-      rotated[1][row] = by_column.forward(masked(features, negative));
-      const Pairs grad = choose(negative, by_column.back(pairs_of(products[1][0], products[1][1], row)),
-                                by_row.back(pairs_of(products[0][0], products[0][1], row)));
-      const Pairs grad_features = add(grad, choose(negative, means.second, means.first));
-      grad_keys[row] = x[row].signed_like(multiply(grad_features, slopes(features)), negative);
+      const Pairs negative = x[row].negative();
+      features[row] = key_features(x[row]);
+      rotated[0][row] = by_row[row].forward(unmasked(features[row], negative));
+      rotated[1][row] = by_column[row].forward(masked(features[row], negative));
     }
+    key_grads.add(grad_values, {rows_as_a(rotated[0]), rows_as_a(rotated[1])}, values, column);
+    const auto& products = key_grads.of_columns(values, column);
+    const MeanPairs grad_means = load_means(means + 4 * column);
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const FragmentA a = rows_as_a(rotated[part]);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        uint32_t b[2][2];
-        load_b(b, rows + 2 * (part * kHeadDim * Shared::kStride + 16 * i));
-        mma_m16n8k16_bf16(grad_values[2 * i], a.words, b[0]);
-        mma_m16n8k16_bf16(grad_values[2 * i + 1], a.words, b[1]);
-      }
+    for (int row = 0; row < 2; ++row) {
+      const Pairs negative = x[row].negative();
+      const Pairs grad = choose(negative, by_column[row].back(pairs_of(products[2], products[3], row)),
+                                by_row[row].back(pairs_of(products[0], products[1], row)));
+      const Pairs grad_features = add(grad, choose(negative, grad_means.second, grad_means.first));
+      grad_keys[row] = x[row].signed_like(multiply(grad_features, slopes(features[row])), negative);
     }
   }
 
@@ -619,16 +707,13 @@ struct KeyGradTile {
   }
 };
 
-template <int kHeadDim>
-__global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, kHeadDim))
-    differentiate_keys(const BackwardParams params) {
-  using Shared = KeyGradShared<kHeadDim>;
-  auto& shared = shared_memory<Shared>();
+// Writes dk and dv of a split, except where forward used a shift.
+template <int kHeadDim, class KeyGrads>
+__device__ __forceinline__ void differentiate_keys_of_split(KeyGradShared<kHeadDim, KeyGrads>& shared,
+                                                            const BackwardParams& params) {
   const Split split = locate_split(blockIdx.x, params.plan.key_grads, params.shape);
   const int head_dim = params.shape.head_dim;
-  load_state<kHeadDim, Shared::kStride>(shared.state,
-                                        params.grad_state + int64_t{split.head} * params.shape.state_size(), head_dim,
-                                        kKeyGradThreads, false, interleave_32);
+  KeyGrads::load(shared.state, params.grad_state + int64_t{split.head} * params.shape.state_size(), head_dim);
   fill_means(shared.means, params.grad_mean + int64_t{split.head} * params.shape.features(), head_dim, kHeadDim,
              kKeyGradThreads);
   if (__syncthreads_or(is_shifted(params.key_shift + int64_t{split.head} * head_dim, head_dim, kKeyGradThreads)))
@@ -639,16 +724,15 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
   TokenPosition positions[2] = {TokenPosition(token, params.shape), TokenPosition(token + 8, params.shape)};
   const TokenPosition position_step(kKeyGradTokens, params.shape);
   const Rows<false> values = rows_of<false>(params.v, params.shape, split);
-  KeyRing<kHeadDim> keys(shared.keys[warp], rows_of<false>(params.k, params.shape, split), token - group_id(),
-                         split.end);
+  typename KeyGrads::Keys keys(shared.keys[warp], rows_of<false>(params.k, params.shape, split), token - group_id(),
+                               split.end);
   const char* value = values.at(token, 8 * thread_in_group());
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   int64_t out = first_row(split, params.shape) + token * stride;
-  const KeyGradPointers pointers = {b_rows(shared.state, Shared::kStride),
-                                    b_rows_transposed(shared.state, Shared::kStride),
-                                    SmemPointer(shared.means + thread_in_group())};
-  for (; token - group_id() < split.end; token += kKeyGradTokens) {
-    KeyGradTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape)};
+  KeyGrads key_grads(shared.state);
+  const SmemPointer means(shared.means + thread_in_group());
+  for (int step = split.begin; step < split.end; step += kKeyGradTokens) {
+    KeyGradTile<kHeadDim, KeyGrads> tile{key_grads, means, params.packed_cos_sin, rotary_stride(params.shape)};
     const bool inside[2] = {token < split.end, token + 8 < split.end};
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -656,14 +740,15 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
       positions[row].move(position_step, params.shape);
     }
     tile.load_values(value, values.stride, inside, head_dim);
+    key_grads.begin(tile.grad_values, tile.values);
     value += kKeyGradTokens * values.stride;
     if (token + kKeyGradTokens + 8 < split.end) tile.prefetch_values(value, values.stride, head_dim);
     uint16_t* const first = opaque(static_cast<uint16_t*>(params.grad_k) + out + 4 * thread_in_group());
     uint16_t* const grad_key[2] = {first, opaque(first + 8 * stride)};
-#pragma unroll 1
+#pragma unroll(KeyGrads::columns_unrolled())
     for (unsigned column = 0; column < kHeadDim; column += 16) {
       Columns x[2], grads[2];
-      keys.load(x);
+      keys.load(x, column);
       tile.differentiate(grads, x, column);
       if (int(column) + 4 * thread_in_group() < head_dim) {
 #pragma unroll
@@ -672,12 +757,22 @@ __global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, 
         }
       }
     }
+    key_grads.finish(tile.grad_values);
     uint16_t* const grad_value = static_cast<uint16_t*>(params.grad_v) + out + 8 * thread_in_group();
     if (inside[0]) tile.store_values(grad_value, 0, head_dim);
     if (inside[1]) tile.store_values(grad_value + 8 * stride, 1, head_dim);
-    out += kKeyGradTokens * stride;
+    token += kKeyGradTokens, out += kKeyGradTokens * stride;
   }
   cp_async_wait_group<0>();
+}
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kKeyGradThreads, kKeyGradBlocksPerSm.at(true, kHeadDim, kIsWarpgroupCode))
+    differentiate_keys(const BackwardParams params) {
+  choose_products(params.plan.uses_warpgroups, [&](auto uses_warpgroups) {
+    using KeyGrads = std::conditional_t<uses_warpgroups(), WarpgroupKeyGrads<kHeadDim>, WarpKeyGrads<kHeadDim>>;
+    differentiate_keys_of_split(shared_memory<KeyGradShared<kHeadDim, KeyGrads>>(), params);
+  });
 }
 
 }  // namespace
@@ -701,8 +796,15 @@ const char* launch_sum_queries(const BackwardParams& params, void* stream) {
 const char* launch_differentiate_keys(const BackwardParams& params, void* stream) {
   return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
     constexpr int kHeadDim = head_dim();
-    return launch_blocks<KeyGradShared<kHeadDim>, kHeadDim, kKeyGradBlocksPerSm.at(true, kHeadDim)>(
-        differentiate_keys<kHeadDim>, params.plan.key_grads.splits, kKeyGradThreads, stream, params);
+    const int64_t blocks = params.plan.key_grads.splits;
+    if (params.plan.uses_warpgroups) {
+      return launch_warpgroups<KeyGradShared<kHeadDim, WarpgroupKeyGrads<kHeadDim>>,
+                               kKeyGradBlocksPerSm.at(true, kHeadDim, true)>(differentiate_keys<kHeadDim>, blocks,
+                                                                             kKeyGradThreads, stream, params);
+    }
+    return launch_blocks<KeyGradShared<kHeadDim, WarpKeyGrads<kHeadDim>>, kHeadDim,
+                         kKeyGradBlocksPerSm.at(true, kHeadDim)>(differentiate_keys<kHeadDim>, blocks, kKeyGradThreads,
+                                                                 stream, params);
   });
 }
 

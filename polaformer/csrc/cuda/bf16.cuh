@@ -27,6 +27,12 @@ __device__ __forceinline__ Bf16x2 choose(uint32_t mask, Bf16x2 if_set, Bf16x2 if
 }
 __device__ __forceinline__ float largest(Bf16x2 x) { return fmaxf(lower_half(x), upper_half(x)); }
 
+template <int kCount>
+__device__ __forceinline__ void set_zero(Accumulator (&sums)[kCount]) {
+#pragma unroll
+  for (auto& sum : sums) sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+}
+
 struct Pairs {
   Bf16x2 first, second;
 };
@@ -209,25 +215,75 @@ __device__ __forceinline__ FragmentA columns_as_a(const Pairs (&rows)[2]) {
            movmatrix_trans(rows[1].second)}};
 }
 
-// Copies one head's (2D, D) matrix into shared memory as bf16. Rows: each part padded, in order_16(). Columns: padded
-// to W, each half separately with `halves`, in an order that keeps neighbouring pairs together. D is a multiple of 16.
+// Reads one head's (2D, D) matrix, four neighbouring columns of two features in each thread: calls store(part,
+// position, column, first, second), where `position` is that of the first feature in order_16(), and the second one's
+// is the next. Columns are padded to W, each half separately with `halves`. D is a multiple of 16; what lies beyond is
+// 0.
+template <int kHeadDim, class Store>
+__device__ __forceinline__ void read_state(const float* state, int head_dim, int threads, bool halves, Store store) {
+  const int lane = threadIdx.x % 32, half = halves ? head_dim / 2 : head_dim;
+  const int own_feature = lane / 8 * 4 + lane / 4 % 2, own_column = lane % 4 * 4;
+#pragma unroll 1
+  for (int block = opaque(int(threadIdx.x / 32)); block < kHeadDim / 8; block += threads / 32) {  // of 16 features
+    const int part = block / (kHeadDim / 16), feature = block % (kHeadDim / 16) * 16 + own_feature;
+    const float* const row = state + (part * head_dim + feature) * head_dim + own_column;
+#pragma unroll
+    for (int column = 0; column < kHeadDim; column += 16) {
+      const int upper = halves && column >= kHeadDim / 2, within = column - upper * (kHeadDim / 2);
+      float4 first = {0.f, 0.f, 0.f, 0.f}, second = first;
+      if (feature < head_dim && within + own_column < half) {
+        const float* const four = row + upper * half + within;
+        first = __ldg(reinterpret_cast<const float4*>(four));
+        second = __ldg(reinterpret_cast<const float4*>(four + 2 * head_dim));
+      }
+      store(part, order_16(feature), column + own_column, first, second);
+    }
+  }
+}
+
+// Copies it into shared memory as rows of bf16, by part; column_order keeps neighbouring pairs of columns together.
 template <int kHeadDim, int kStride, class ColumnOrder>
 __device__ __forceinline__ void load_state(uint16_t* tile, const float* state, int head_dim, int threads, bool halves,
                                            ColumnOrder column_order) {
-#pragma unroll 8
-  for (int i = opaque(int(threadIdx.x)); i < 2 * kHeadDim * kHeadDim / 4; i += threads) {
-    const int part_row = i / (kHeadDim / 4), padded = i % (kHeadDim / 4) * 4;
-    const int part = part_row / kHeadDim, feature = part_row % kHeadDim;
-    const int column = column_of<kHeadDim>(padded, head_dim, halves);
-    float4 four = {0.f, 0.f, 0.f, 0.f};
-    if (feature < head_dim && column >= 0) {
-      four = __ldg(reinterpret_cast<const float4*>(state + (part * head_dim + feature) * head_dim + column));
-    }
-    uint16_t* row = tile + (part * kHeadDim + order_16(feature)) * kStride;
-    *reinterpret_cast<uint32_t*>(row + column_order(padded)) = pack_bf16(four.x, four.y);
-    *reinterpret_cast<uint32_t*>(row + column_order(padded + 2)) = pack_bf16(four.z, four.w);
-  }
+  read_state<kHeadDim>(state, head_dim, threads, halves, [&](int part, int position, int column, float4 a, float4 b) {
+    uint16_t* const row = tile + (part * kHeadDim + position) * kStride;
+    const auto store = [&](int i, float x, float y) {
+      *reinterpret_cast<uint32_t*>(row + i / 4 * kStride + column_order(column + i % 4)) = pack_bf16(x, y);
+    };
+    store(0, a.x, a.y), store(2, a.z, a.w), store(4, b.x, b.y), store(6, b.z, b.w);
+  });
 }
+
+// The same for warpgroups' products: core matrices of 8 features × 8 columns, the features by 16, then part.
+template <int kHeadDim>
+struct CoreMatrices {
+  static constexpr int kBytes = 128, kRowBytes = kHeadDim / 8 * kBytes;  // of one; of those of the same 8 features
+  alignas(16) uint16_t elements[2 * kHeadDim * kHeadDim];
+
+  template <class ColumnOrder>
+  __device__ __forceinline__ void load(const float* state, int head_dim, int threads, bool halves,
+                                       ColumnOrder column_order) {
+    char* const bytes = reinterpret_cast<char*>(elements);
+    read_state<kHeadDim>(state, head_dim, threads, halves, [&](int part, int position, int column, float4 a, float4 b) {
+      char* const rows =
+          bytes + offset(position / 16 * 16, part, 0) + position % 16 / 8 * kRowBytes + position % 8 * 16;
+      const auto store = [&](int i, float x, float y) {
+        const int at = column_order(column + i % 4);
+        *reinterpret_cast<uint32_t*>(rows + i / 4 * 16 + at / 8 * kBytes + at % 8 * 2) = pack_bf16(x, y);
+      };
+      store(0, a.x, a.y), store(2, a.z, a.w), store(4, b.x, b.y), store(6, b.z, b.w);
+    });
+    fence_shared_for_products();
+  }
+
+  // Bytes from the start to 16 features' rows and a column, which is a multiple of 8.
+  static __device__ __forceinline__ constexpr int offset(int feature, int part, int column) {
+    return (feature / 8 + part) * 2 * kRowBytes + column / 8 * kBytes;
+  }
+  // Operand B of which K are features and N are columns (Major::kN), or the other way around (Major::kK).
+  __device__ __forceinline__ MatrixDescriptor by_features() const { return {elements, kRowBytes, kBytes}; }
+  __device__ __forceinline__ MatrixDescriptor by_columns() const { return {elements, kBytes, kRowBytes}; }
+};
 
 // Row and column of a token in the image, advanced without divisions.
 struct TokenPosition {
@@ -248,7 +304,7 @@ struct RotaryRow {
   unsigned by_row, by_column;
 
   // Tokens beyond the image, whose results are discarded, use the last row's entries.
-  __device__ __forceinline__ RotaryRow() = default;
+  RotaryRow() = default;
   __device__ __forceinline__ RotaryRow(const TokenPosition& position, const Shape& shape) {
     constexpr unsigned kBytes = 4 * sizeof(CosSin);
     const unsigned own = sizeof(CosSin) * thread_in_group();
@@ -317,7 +373,7 @@ struct ChunkRing {
   }
 
   // Waits for the next slot and loads this thread's columns of tokens g, g + 8 and so on.
-  __device__ __forceinline__ void load(Columns (&x)[2 * kTiles]) {
+  __device__ __forceinline__ void load(Columns (&x)[2 * kTiles], int /*column*/) {
     cp_async_wait_group<kSlots - 2>();
     __syncwarp();  // the slot has arrived, and no lane reads the one to be overwritten
     start((slot + kSlots - 1) % kSlots);
@@ -335,6 +391,48 @@ struct ChunkRing {
     cp_async_commit_group();
     source += 32, column += 16;
     if (column == kHeadDim) column = 0, remaining -= kStep, source += kStep * stride - 2 * kHeadDim;
+  }
+};
+
+// A warp's next tile of 16 tokens in shared memory, for loops over columns that are unrolled: as soon as 16 columns
+// have been read, an asynchronous copy of those of the tile `kStep` tokens on takes their place.
+template <int kHeadDim, int kStep>
+struct TileCopies {
+  static constexpr int kChunks = kHeadDim / 16;
+  using Storage = uint4[kChunks][kChunkBytes / 16];
+
+  SmemPointer target, own;  // in the first chunk: the 16 bytes that this lane copies, and the columns that it reads
+  const char* source;       // of this lane's copies for the next tile
+  int64_t step;             // to the tile after it, in bytes
+  int head_dim, remaining;  // tokens, from the one that this lane copies on
+
+  // token: the first one of the warp.
+  __device__ __forceinline__ TileCopies(Storage& storage, const Rows<false>& rows, int token, int end)
+      : target(storage[0] + threadIdx.x % 32),
+        own(reinterpret_cast<const uint2*>(storage[0]) + threadIdx.x % 32),
+        step(kStep * rows.stride),
+        head_dim(rows.head_dim) {
+    const int lane = threadIdx.x % 32;
+    source = rows.at(token + lane / 2, lane % 2 * 8);
+    remaining = end - token - lane / 2;
+#pragma unroll
+    for (int column = 0; column < kHeadDim; column += 16) start(column);
+  }
+
+  // Loads this thread's four of 16 columns of tokens g and g + 8.
+  __device__ __forceinline__ void load(Columns (&x)[2], int column) {
+    cp_async_wait_group<kChunks - 1>();
+    __syncwarp();  // all lanes' copies have arrived
+    load_chunks(x, own + column / 16 * kChunkBytes);
+    __syncwarp();  // all lanes have read them
+    start(column);
+  }
+
+ private:
+  __device__ __forceinline__ void start(int column) {
+    cp_async(target + column / 16 * kChunkBytes, source + 2 * column, remaining > 0 && column < head_dim);
+    cp_async_commit_group();
+    if (column == kHeadDim - 16) source += step, remaining -= kStep;
   }
 };
 

@@ -4,6 +4,7 @@
 //   attend     outputs                   A: rotated features                 B: S
 //
 // Normalizers and means are tensor-core products, too: of features before rotation, with m as the sum of two bf16.
+// On compute capability 9.0 warpgroups multiply in `attend`, elsewhere warps.
 #include "bf16.cuh"
 #include "kernels.cuh"
 
@@ -127,48 +128,110 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDi
   }
 }
 
-constexpr int kQueryThreads = 128;
+constexpr int kQueryThreads = 128, kQueryWarps = kQueryThreads / 32;
 
-constexpr int kQueryWarps = kQueryThreads / 32;
-constexpr int query_tiles(int head_dim) { return head_dim <= 96 ? 2 : 1; }  // above, registers suffice for one
+// Products with S by mma.sync: S lies in shared memory as rows, and a warp loads each fragment once for all its tiles
+// of 16 tokens.
 template <int kHeadDim>
-using QueryRing = ChunkRing<kHeadDim, query_tiles(kHeadDim), kQueryWarps * 16 * query_tiles(kHeadDim)>;
-
-template <int kHeadDim>
-struct QueryShared {
+struct WarpProducts {
+  static constexpr int kTiles = kHeadDim <= 96 ? 2 : 1;  // above, registers suffice for one
+  static constexpr int columns_unrolled() { return 1; }
   static constexpr int kStride = kHeadDim + 8;
-  alignas(16) uint16_t state[2 * kHeadDim * kStride];
-  QueryTables<kHeadDim> head;
-  typename QueryRing<kHeadDim>::Storage queries[kQueryWarps];
+  using State = uint16_t[2 * kHeadDim * kStride];
+  using Sums = Accumulator[kTiles][2][kHeadDim / 16];  // by flow; eight columns of the flow's half each
+  using Queries = ChunkRing<kHeadDim, kTiles, kQueryWarps * 16 * kTiles>;
+
+  SmemPointer state;
+
+  __device__ __forceinline__ explicit WarpProducts(const State& state) : state(b_rows(state, kStride)) {}
+
+  static __device__ __forceinline__ void load(State& state, const float* of_head, int head_dim) {
+    load_state<kHeadDim, kStride>(state, of_head, head_dim, kQueryThreads, true, interleave_16);
+  }
+
+  // Adds the products of 16 features of one flow; a: by part.
+  __device__ __forceinline__ void add(Sums& sums, const FragmentA (&a)[2][kTiles], int column, int flow) const {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 2; j += 16) {
+        uint32_t b[2][2];
+        load_b(b, state + 2 * ((part * kHeadDim + column) * kStride + flow * kHeadDim / 2 + j));
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          mma_m16n8k16_bf16(sums[tile][flow][j / 8], a[part][tile].words, b[0]);
+          mma_m16n8k16_bf16(sums[tile][flow][j / 8 + 1], a[part][tile].words, b[1]);
+        }
+      }
+    }
+  }
+  static __device__ __forceinline__ void finish(Sums&) {}
 };
 
-struct QueryPointers {
-  SmemPointer state, means, temperatures;
-};
-
-// A warp's 32 tokens, or 16 above W = 96; a thread has tokens g, g + 8 and so on.
+// Products with S by wgmma, whose operand A are the four warps' tiles of 16 tokens.
 template <int kHeadDim>
-struct QueryTile {
-  using Shared = QueryShared<kHeadDim>;
-  static constexpr int kTiles = query_tiles(kHeadDim);  // tiles of 16 tokens, sharing each fragment of S
-  static constexpr int kRows = 2 * kTiles;              // tokens per thread
+struct WarpgroupProducts {
+  static constexpr int kTiles = 1;
+  // Of 16, so that all offsets are constants; above W = 96 registers suffice for two.
+  static constexpr int columns_unrolled() { return kHeadDim <= 96 ? kHeadDim / 16 : 2; }
+  using State = CoreMatrices<kHeadDim>;
+  using Sums = Accumulator[kTiles][2][kHeadDim / 16];
+  using Queries = TileCopies<kHeadDim, kQueryWarps * 16>;
 
-  const QueryPointers& shared;
+  MatrixDescriptor state;
+
+  __device__ __forceinline__ explicit WarpgroupProducts(const State& state) : state(state.by_features()) {}
+
+  static __device__ __forceinline__ void load(State& state, const float* of_head, int head_dim) {
+    state.load(of_head, head_dim, kQueryThreads, true, interleave_16);
+  }
+
+  __device__ __forceinline__ void add(Sums& sums, const FragmentA (&a)[2][kTiles], int column, int flow) const {
+    warpgroup_arrive();
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      wgmma_m64k16_bf16<Major::kN>(sums[0][flow], a[part][0].words,
+                                   state + State::offset(column, part, flow * kHeadDim / 2), column + part > 0);
+    }
+    warpgroup_commit_batch();
+    warpgroup_wait<1>();  // the other flow's products no longer read its fragments
+  }
+  static __device__ __forceinline__ void finish(Sums& sums) {
+    warpgroup_wait<0>();
+    warpgroup_fence(sums[0][0]);
+    warpgroup_fence(sums[0][1]);
+  }
+};
+
+template <int kHeadDim, class Products>
+struct QueryShared {
+  alignas(16) typename Products::State state;
+  QueryTables<kHeadDim> head;
+  typename Products::Queries::Storage queries[kQueryWarps];
+};
+
+// A warp's tokens of one step; a thread has tokens g, g + 8 and so on.
+template <int kHeadDim, class Products>
+struct QueryTile {
+  static constexpr int kTiles = Products::kTiles;  // of 16 tokens
+  static constexpr int kRows = 2 * kTiles;         // tokens per thread
+
+  const Products& products;
+  SmemPointer mean_rows, temperature_rows;
   const CosSin* cos_sin;
   unsigned cos_sin_stride;
   RotaryRow rotary[kRows];
 
-  Accumulator sums[kTiles][2][kHeadDim / 16] = {};  // by flow; eight columns of the flow's half each
+  typename Products::Sums sums = {};
   Accumulator normalizers[kTiles][2] = {};
   Bf16x2 max_abs = 0;
 
   // Adds the products of 16 columns of q.
   __device__ __forceinline__ void add(const Columns (&x)[kRows], unsigned column) {
     uint32_t means[2][2];
-    load_b(means, shared.means + 16 * column);
+    load_b(means, mean_rows + 16 * column);
     Temperatures temperatures[4];
-    load_temperatures(temperatures, shared.temperatures + 16 * column);
-    const SmemPointer state = shared.state + 2 * Shared::kStride * column;
+    load_temperatures(temperatures, temperature_rows + 16 * column);
     const char* const table = reinterpret_cast<const char*>(cos_sin) + column * cos_sin_stride;
 #pragma unroll
     for (int flow = 0; flow < 2; ++flow) {
@@ -193,29 +256,18 @@ struct QueryTile {
           a[part][tile] = rows_as_a(rotated[part]);
         }
       }
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {
-#pragma unroll
-        for (int j = 0; j < kHeadDim / 2; j += 16) {
-          uint32_t b[2][2];
-          load_b(b, state + 2 * (part * kHeadDim * Shared::kStride + flow * kHeadDim / 2 + j));
-#pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            mma_m16n8k16_bf16(sums[tile][flow][j / 8], a[part][tile].words, b[0]);
-            mma_m16n8k16_bf16(sums[tile][flow][j / 8 + 1], a[part][tile].words, b[1]);
-          }
-        }
-      }
+      products.add(sums, a, column, flow);
     }
   }
 
-  __device__ __forceinline__ void add_all(QueryRing<kHeadDim>& queries) {
-#pragma unroll 1
+  __device__ __forceinline__ void add_all(typename Products::Queries& queries) {
+#pragma unroll(Products::columns_unrolled())
     for (unsigned column = 0; column < kHeadDim; column += 16) {
       Columns x[kRows];
-      queries.load(x);
+      queries.load(x, column);
       add(x, column);
     }
+    products.finish(sums);
   }
 
   // Writes four columns of every 16 of both halves of a token's output; `half` is D/2.
@@ -241,31 +293,29 @@ struct QueryTile {
 };
 
 // Writes a split's outputs. Returns whether they must be recomputed with a shift.
-template <int kHeadDim>
-__device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, const ForwardParams& params) {
-  using Shared = QueryShared<kHeadDim>;
-  constexpr int kTiles = QueryTile<kHeadDim>::kTiles, kRows = QueryTile<kHeadDim>::kRows;
-  constexpr int kTokensPerStep = kQueryWarps * 16 * kTiles;
+template <int kHeadDim, class Products>
+__device__ __forceinline__ bool attend_split(QueryShared<kHeadDim, Products>& shared, const ForwardParams& params) {
+  constexpr int kTiles = Products::kTiles, kRows = 2 * kTiles, kTokensPerStep = kQueryWarps * 16 * kTiles;
   const Split split = locate_split(blockIdx.x, params.plan.queries, params.shape);
   const int head_dim = params.shape.head_dim;
-  load_state<kHeadDim, Shared::kStride>(shared.state, params.state + int64_t{split.head} * params.shape.state_size(),
-                                        head_dim, kQueryThreads, true, interleave_16);
+  Products::load(shared.state, params.state + int64_t{split.head} * params.shape.state_size(), head_dim);
   if (__syncthreads_or(shared.head.load(params, split, kQueryThreads))) return true;
 
   const int warp = threadIdx.x / 32;
+  const Products products(shared.state);
+  const SmemPointer mean_rows = shared.head.mean_rows(), temperature_rows = shared.head.temperature_rows();
   int token = split.begin + warp * (16 * kTiles) + group_id();
   TokenPosition first_position(token, params.shape);
   const TokenPosition position_step(kTokensPerStep, params.shape), eight(8, params.shape);
-  QueryRing<kHeadDim> queries(shared.queries[warp], rows_of<false>(params.q, params.shape, split), token - group_id(),
-                              split.end);
+  typename Products::Queries queries(shared.queries[warp], rows_of<false>(params.q, params.shape, split),
+                                     token - group_id(), split.end);
   const int64_t stride = int64_t{params.shape.heads} * head_dim;
   auto* out =
       static_cast<uint16_t*>(params.out) + first_row(split, params.shape) + token * stride + 4 * thread_in_group();
   bool needs_shift = false;
-  const QueryPointers pointers = {b_rows(shared.state, Shared::kStride), shared.head.mean_rows(),
-                                  shared.head.temperature_rows()};
-  for (; token - group_id() < split.end; token += kTokensPerStep) {
-    QueryTile<kHeadDim> tile{pointers, params.packed_cos_sin, rotary_stride(params.shape)};
+  for (int step = split.begin; step < split.end; step += kTokensPerStep) {
+    QueryTile<kHeadDim, Products> tile{products, mean_rows, temperature_rows, params.packed_cos_sin,
+                                       rotary_stride(params.shape)};
     TokenPosition position = first_position;
     first_position.move(position_step, params.shape);
 #pragma unroll
@@ -279,17 +329,20 @@ __device__ __forceinline__ bool attend_split(QueryShared<kHeadDim>& shared, cons
       if (token + 8 * row < split.end) tile.store(out + 8 * row * stride, row, head_dim / 2);
     }
     needs_shift |= largest(tile.max_abs) > kMaxUnshiftedExponent;
-    out += kTokensPerStep * stride;
+    token += kTokensPerStep, out += kTokensPerStep * stride;
   }
   cp_async_wait_group<0>();
   return __syncthreads_or(needs_shift);
 }
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(true, kHeadDim))
+__global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(true, kHeadDim, kIsWarpgroupCode))
     attend(const ForwardParams params) {
-  const bool needs_shift = attend_split<kHeadDim>(shared_memory<QueryShared<kHeadDim>>(), params);
-  if (threadIdx.x == 0) params.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
+  choose_products(params.plan.uses_warpgroups, [&](auto uses_warpgroups) {
+    using Products = std::conditional_t<uses_warpgroups(), WarpgroupProducts<kHeadDim>, WarpProducts<kHeadDim>>;
+    const bool needs_shift = attend_split(shared_memory<QueryShared<kHeadDim, Products>>(), params);
+    if (threadIdx.x == 0) params.needs_shift[blockIdx.x] = needs_shift ? 1.f : 0.f;
+  });
 }
 
 }  // namespace
@@ -305,8 +358,14 @@ const char* launch_sum_keys(const ForwardParams& params, void* stream) {
 const char* launch_attend(const ForwardParams& params, void* stream) {
   return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
     constexpr int kHeadDim = head_dim();
-    return launch_blocks<QueryShared<kHeadDim>, kHeadDim, kQueryBlocksPerSm.at(true, kHeadDim)>(
-        attend<kHeadDim>, params.plan.queries.splits, kQueryThreads, stream, params);
+    const int64_t blocks = params.plan.queries.splits;
+    if (params.plan.uses_warpgroups) {
+      return launch_warpgroups<QueryShared<kHeadDim, WarpgroupProducts<kHeadDim>>,
+                               kQueryBlocksPerSm.at(true, kHeadDim, true)>(attend<kHeadDim>, blocks, kQueryThreads,
+                                                                           stream, params);
+    }
+    return launch_blocks<QueryShared<kHeadDim, WarpProducts<kHeadDim>>, kHeadDim, kQueryBlocksPerSm.at(true, kHeadDim)>(
+        attend<kHeadDim>, blocks, kQueryThreads, stream, params);
   });
 }
 

@@ -86,6 +86,7 @@ struct Splits {
 
 struct Plan {
   Path path;
+  bool uses_warpgroups;  // whether warpgroups multiply in the kernels that have both ways, see wgmma.cuh
   int sm_count;
   float inv_tokens;               // 1/N
   Splits keys, queries;           // forward: sums over keys; outputs of queries
@@ -127,31 +128,36 @@ constexpr int kSumTokens = 32, kQueryTokens = 64, kQueryGradTokens = 16, kKeyGra
 // Resident blocks per multiprocessor at W = 32, 64, 96, 128, as registers and shared memory permit.
 struct BlocksPerSm {
   int bf16[4], tf32[4];
-  constexpr int at(bool is_bf16, int padded_head_dim) const {
-    return (is_bf16 ? bf16 : tf32)[padded_head_dim / 32 - 1];
+  int warpgroups[4] = {};  // of the bf16 path where warpgroups multiply, if that differs
+  constexpr int at(bool is_bf16, int padded_head_dim, bool uses_warpgroups = false) const {
+    const int i = padded_head_dim / 32 - 1;
+    return !is_bf16 ? tf32[i] : uses_warpgroups && warpgroups[i] > 0 ? warpgroups[i] : bf16[i];
   }
 };
-// Whether that many blocks fit into the 164 KB of an A100; each takes 1 KB more than it asks for.
-constexpr bool fits_in_shared_memory(int blocks, int64_t shared_bytes) {
-  return blocks * (shared_bytes + 1024) <= 164 * 1024;
+// Whether that many blocks fit into the 164 KB of an A100, or the 228 KB of an H100; each takes 1 KB more than it asks
+// for.
+constexpr bool fits_in_shared_memory(int blocks, int64_t shared_bytes, bool uses_warpgroups = false) {
+  return blocks * (shared_bytes + 1024) <= (uses_warpgroups ? 228 : 164) * 1024;
 }
 constexpr BlocksPerSm kKeyBlocksPerSm = {{8, 3, 2, 1}, {6, 2, 1, 1}};
-constexpr BlocksPerSm kQueryBlocksPerSm = {{3, 2, 2, 2}, {2, 2, 2, 1}};
+constexpr BlocksPerSm kQueryBlocksPerSm = {{3, 2, 2, 2}, {2, 2, 2, 1}, {4, 3, 3, 2}};
 constexpr BlocksPerSm kQueryGradBlocksPerSm = {{6, 3, 2, 1}, {2, 1, 1, 1}};
-constexpr BlocksPerSm kKeyGradBlocksPerSm = {{4, 3, 3, 2}, {2, 2, 1, 1}};
+constexpr BlocksPerSm kKeyGradBlocksPerSm = {{4, 3, 3, 2}, {2, 2, 1, 1}, {4, 3, 3, 2}};
 
-inline Plan make_plan(const Shape& shape, Path path, int sm_count) {
+// has_warpgroups: whether the GPU has their products and the kernels were built for it.
+inline Plan make_plan(const Shape& shape, Path path, int sm_count, bool has_warpgroups) {
   const int64_t token_bytes = shape.head_dim * bytes_of(shape.dtype), state_bytes = 4 * shape.state_size();
-  const bool is_bf16 = path == Path::kBfloat16;
+  const bool is_bf16 = path == Path::kBfloat16, uses_warpgroups = is_bf16 && has_warpgroups;
   const auto split = [&](int tokens_per_step, int min_tokens, const BlocksPerSm& blocks_per_sm, int64_t bytes_per_token,
                          int64_t bytes_per_split) {
-    const int blocks = blocks_per_sm.at(is_bf16, shape.padded_head_dim());
+    const int blocks = blocks_per_sm.at(is_bf16, shape.padded_head_dim(), uses_warpgroups);
     return choose_splits(shape, {tokens_per_step, min_tokens, blocks, bytes_per_token, bytes_per_split}, sm_count);
   };
   // A split's sums have 8·D² bytes: with 2·D tokens no more than the two bf16 inputs that it reads.
   const int min_tokens = 2 * shape.head_dim;
   return {
       .path = path,
+      .uses_warpgroups = uses_warpgroups,
       .sm_count = sm_count,
       .inv_tokens = 1.f / static_cast<float>(shape.tokens()),
       .keys = split(kSumTokens, min_tokens, kKeyBlocksPerSm, 2 * token_bytes, 2 * state_bytes),

@@ -1,5 +1,5 @@
-// PTX instructions, shared memory and launches: everything that needs a GPU. All other device code is plain C++, so
-// that tests/polaformer/cuda/emulator.h can replace this one file and run the same kernels on a CPU.
+// PTX instructions, shared memory and launches: everything, with wgmma.cuh, that needs a GPU. All other device code is
+// plain C++, so that tests/polaformer/cuda/emulator.h can replace this file and run the same kernels on a CPU.
 //
 // Fragment layouts: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", "… mma.m16n8k8" and
 // "ldmatrix". Below, g = lane / 4 (groupID) and t = lane % 4 (threadID_in_group).
@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace polaformer {
 
@@ -268,5 +269,7 @@ const char* launch(void (*kernel)(Params), LaunchConfig config, void* stream, co
 }
 
 }  // namespace polaformer
+
+#include "wgmma.cuh"
 
 #endif

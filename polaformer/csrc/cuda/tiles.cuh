@@ -99,6 +99,13 @@ const char* launch_blocks(void (*kernel)(Params), int64_t blocks, int threads, v
   return launch(kernel, {blocks, threads, sizeof(Shared)}, stream, params);
 }
 
+// The same for a kernel in which warpgroups multiply. A block may take 227 KB, more than the blocks together may.
+template <class Shared, int kBlocksPerSm, class Params>
+const char* launch_warpgroups(void (*kernel)(Params), int64_t blocks, int threads, void* stream, const Params& params) {
+  static_assert(fits_in_shared_memory(kBlocksPerSm, sizeof(Shared), true));
+  return launch(kernel, {blocks, threads, sizeof(Shared)}, stream, params);
+}
+
 // Launches a kernel that computes with a shift: at most one block per SM, looping over splits, few of which need it.
 template <class Shared, int kHeadDim, class Params>
 const char* launch_shifted(void (*kernel)(Params), int64_t splits, int threads, void* stream, const Params& params) {

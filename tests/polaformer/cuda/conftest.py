@@ -84,12 +84,12 @@ class EmulatorAnswer:
         return torch.frombuffer(content, dtype=dtype).reshape(shape) if count else torch.empty(shape, dtype=dtype)
 
 
-def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_count=4) -> Emulated:
+def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_count=4, has_warpgroups=False) -> Emulated:
     """Run the kernels on q, k, v, same_logits, opposite_logits, and on grad_out if given."""
     q, k, v, *logits = inputs
     batch, heads, tokens, head_dim = q.shape
     request = EmulatorInput()
-    request.add_numbers(seed, sm_count, grad_out is not None)
+    request.add_numbers(seed, sm_count, has_warpgroups, grad_out is not None)
     request.add_numbers(batch, heads, *size, head_dim, DTYPES.index(q.dtype))
     for x in (q, k, v):
         request.add_strided(x)

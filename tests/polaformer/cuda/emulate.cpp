@@ -19,6 +19,7 @@ int main(int, char** arguments) {
   Answer answer{std::ofstream(arguments[2], std::ios::binary)};
   emulator::randomness.seed(static_cast<unsigned>(request.read<int64_t>()));
   const auto sm_count = static_cast<int>(request.read<int64_t>());
+  const bool has_warpgroups = request.read<int64_t>() != 0;
   const auto differentiate = request.read<int64_t>();
 
   Shape shape;
@@ -37,7 +38,7 @@ int main(int, char** arguments) {
   forward.opposite_logits = request.read_floats();
   std::copy_n(request.read_floats(), shape.head_dim / 2, forward.frequencies);
   const Path path = choose_path(shape, {forward.q, forward.k, forward.v});
-  forward.plan = make_plan(shape, path, sm_count);
+  forward.plan = make_plan(shape, path, sm_count, has_warpgroups);
   forward.out = request.make<char>(elements, bytes);
   forward.state = request.make<float>(state);
   forward.key_mean = request.make<float>(features);
@@ -62,7 +63,8 @@ int main(int, char** arguments) {
   backward.same_logits = forward.same_logits, backward.opposite_logits = forward.opposite_logits;
   backward.state = forward.state, backward.key_mean = forward.key_mean, backward.key_shift = forward.key_shift;
   std::copy(std::begin(forward.frequencies), std::end(forward.frequencies), backward.frequencies);
-  backward.plan = make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), sm_count);
+  backward.plan = make_plan(shape, choose_path(shape, {backward.grad_out, forward.q, forward.k, forward.v}), sm_count,
+                            has_warpgroups);
   backward.grad_q = request.make<char>(elements, bytes);
   backward.grad_k = request.make<char>(elements, bytes);
   backward.grad_v = request.make<char>(elements, bytes);

@@ -8,10 +8,13 @@
 //                    until then; none may be left at the end
 //   barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp
 //   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
+//   wgmma            the sums are NaN until the wait that completes them; all threads must have fenced registers and,
+//                    once, shared memory; none may be left at the end
 //   accumulation     rounds towards zero, as tensor cores do; products are exact
 //
-// Not seen: a missing __syncwarp() between lanes' reads and later writes of others, where a warp-wide instruction lies
-// in between. Here these let lanes wait for each other; on a GPU they order no memory.
+// Not seen: registers of A that are written while wgmma still reads them, and a missing __syncwarp() between lanes'
+// reads and later writes of others, where a warp-wide instruction lies in between. Here these let lanes wait for each
+// other; on a GPU they order no memory.
 //
 // With -fsanitize=address,undefined every access is checked as well; give each tensor its own buffer.
 #pragma once
@@ -27,10 +30,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -98,10 +103,19 @@ struct Copy {
   bool valid;
 };
 
+// Sums of a warpgroup's asynchronous products in one thread.
+struct PendingSums {
+  std::vector<float> values;
+  int batch;  // number of the last batch that adds to them
+};
+
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack;
   std::vector<std::vector<Copy>> copies{1};  // committed groups, then the open one
+  std::map<float*, PendingSums> products;
+  int batch = 0;  // of products that is open
+  bool fenced_registers = false, fenced_shared = false;
 };
 
 // Rendezvous of threads: of a block at a barrier, or of a warp at an instruction.
@@ -120,6 +134,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<int> ready;
   std::vector<Meeting> meetings;  // of the block, then of each warp
+  std::vector<Meeting> warpgroup_meetings;
   std::vector<Lanes> lanes;
   std::unordered_set<const char*> copied_to;  // targets of copies in flight
   std::function<void()> body;
@@ -216,6 +231,7 @@ inline void run_fiber() {
   b.body();
   for (const auto& group : b.fibers[b.current].copies)
     if (!group.empty()) fail("a thread exits while copies of its own are in flight");
+  if (!b.fibers[b.current].products.empty()) fail("a thread exits while products of its warpgroup run");
   Context& self = b.fibers[b.current].context;
   if (++b.exited == static_cast<int>(b.fibers.size())) switch_context(self, b.scheduler);
   b.current = choose_ready();
@@ -226,6 +242,7 @@ inline void run_block(unsigned index, unsigned blocks, int threads, size_t share
   Block b{index, blocks};
   b.fibers = std::vector<Fiber>(threads);
   b.meetings.resize(1 + threads / 32);
+  b.warpgroup_meetings.resize(threads / 128);
   b.lanes.resize(threads / 32);
   b.body = std::move(body);
   b.shared = static_cast<char*>(std::malloc(shared_bytes));
@@ -435,6 +452,118 @@ inline void mma_m16n8k16_bf16(float (&sum)[4], const uint32_t (&a)[4], const uin
 inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply<LayoutTf32>("mma.m16n8k8.tf32", sum, a, b);
 }
+
+// Both ways of multiplying run here, as the plan says.
+constexpr bool kIsWarpgroupCode = false;
+template <class Visitor>
+void choose_products(bool planned, Visitor visit) {
+  planned ? visit(std::true_type()) : visit(std::false_type());
+}
+
+// PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout", without swizzling: core matrices of 8 rows of 16
+// bytes, 128 contiguous bytes each. K-major, the leading dimension's byte offset is that "from the first column to the
+// second columns of the 8x2 tile in the 128-bit element type normalized matrix", that is along K, and the stride
+// dimension's is that "from the first 8 rows to the next 8 rows", along N. MN-major ("interleave"), they are "from the
+// first 8 columns to the next 8 columns", again along K, and "from the first row to the next row" of 128-bit elements,
+// along N. CUTLASS (make_gmma_desc) has the same: ((8,n),(T,2)):((1T,SBO),(1,LBO)) and
+// ((T,1,m),(8,k)):((1,T,SBO),(1T,LBO)).
+enum class Major { kK, kN };
+struct MatrixDescriptor {
+  const char* start;
+  int k_bytes, n_bytes;
+
+  MatrixDescriptor(const void* shared, int k_bytes, int n_bytes)
+      : start(SmemPointer(shared).address), k_bytes(k_bytes), n_bytes(n_bytes) {
+    check_aligned(shared, "wgmma");
+    if (k_bytes % 16 || n_bytes % 16) emulator::fail("a matrix descriptor counts in 16 bytes");
+  }
+  MatrixDescriptor operator+(int bytes) const {
+    if (bytes % 16) emulator::fail("a matrix descriptor moves by 16 bytes");
+    MatrixDescriptor moved = *this;
+    moved.start += bytes;
+    return moved;
+  }
+  double at(Major major, int k, int n) const {
+    const emulator::Block& b = *emulator::block;
+    const int row = major == Major::kK ? n : k, within = major == Major::kK ? k : n;
+    const char* element = start + k / 8 * k_bytes + n / 8 * n_bytes + row % 8 * 16 + within % 8 * 2;
+    if (element < b.shared || element + 2 > b.shared + b.shared_bytes) emulator::fail("wgmma beyond shared memory");
+    return float_of(uint32_t{*reinterpret_cast<const uint16_t*>(element)} << 16);
+  }
+};
+
+// wgmma.mma_async of shape m64nNk16. "Register Fragments": rows 16i … 16i + 15 of A and D belong to warp i of the
+// warpgroup, in the layout of mma.m16n8k16, D with eight columns for each four registers.
+template <Major kMajor, int kCount>
+void wgmma_m64k16_bf16(float (&sum)[kCount][4], const uint32_t (&a)[4], MatrixDescriptor b, bool accumulate) {
+  struct Given {
+    uint32_t a[4];
+    float sum[kCount][4];
+  };
+  static std::vector<std::array<Given, 128>> given;  // by warpgroup
+  static std::vector<MatrixDescriptor> descriptors;
+  emulator::Block& block = *emulator::block;
+  const int self = block.current, group = self / 128;
+  emulator::Fiber& fiber = block.fibers[self];
+  if (!fiber.fenced_registers) emulator::fail("wgmma without wgmma.fence before it in its batch");
+  if (!fiber.fenced_shared) emulator::fail("wgmma reads shared memory without fence.proxy.async before it");
+  if (block.fibers.size() % 128) emulator::fail("wgmma in a block without whole warpgroups");
+  given.resize(block.fibers.size() / 128);
+  descriptors.resize(given.size(), b);
+  float* const target = &sum[0][0];
+  auto pending = fiber.products.find(target);
+  Given& own = given[group][self % 128];
+  std::copy(a, a + 4, own.a);
+  for (int i = 0; i < 4 * kCount; ++i) {
+    own.sum[i / 4][i % 4] = !accumulate ? 0.f : pending == fiber.products.end() ? target[i] : pending->second.values[i];
+  }
+  auto& meeting = block.warpgroup_meetings[group];
+  if (meeting.waiting.empty()) descriptors[group] = b;
+  if (descriptors[group].start != b.start) emulator::fail("threads of a warpgroup multiply different matrices");
+  const std::string name = "wgmma.m64n" + std::to_string(8 * kCount) + (accumulate ? "" : " anew");
+  emulator::meet(meeting, name, 128, [&] {
+    double matrix_a[64][16];
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int i = 0; i < LayoutBf16::kAElements; ++i) {
+        matrix_a[thread / 32 * 16 + LayoutBf16::a_row(thread % 32, i)][LayoutBf16::a_column(thread % 32, i)] =
+            LayoutBf16::element(given[group][thread].a, i);
+      }
+    }
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int i = 0; i < 4 * kCount; ++i) {
+        const int row = thread / 32 * 16 + thread % 32 / 4 + (i % 4 < 2 ? 0 : 8);
+        const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        float& value = given[group][thread].sum[i / 4][i % 4];
+        double exact = value;
+        for (int k = 0; k < 16; ++k) exact += matrix_a[row][k] * b.at(kMajor, k, column);
+        const float nearest = static_cast<float>(exact);
+        value = std::fabs(nearest) > std::fabs(exact) ? std::nextafterf(nearest, 0.f) : nearest;
+      }
+    }
+  });
+  const float* const results = &given[group][self % 128].sum[0][0];
+  fiber.products[target] = {{results, results + 4 * kCount}, fiber.batch};
+  std::fill_n(target, 4 * kCount, NAN);
+}
+inline void warpgroup_arrive() { emulator::block->fibers[emulator::block->current].fenced_registers = true; }
+inline void warpgroup_commit_batch() {
+  emulator::Fiber& fiber = emulator::block->fibers[emulator::block->current];
+  fiber.fenced_registers = false;
+  ++fiber.batch;
+}
+template <int kPending>
+void warpgroup_wait() {
+  emulator::Fiber& fiber = emulator::block->fibers[emulator::block->current];
+  for (auto each = fiber.products.begin(); each != fiber.products.end();) {
+    auto& [target, sums] = *each;
+    const bool completed = sums.batch < fiber.batch - kPending;
+    if (completed) std::copy(sums.values.begin(), sums.values.end(), target);
+    each = completed ? fiber.products.erase(each) : std::next(each);
+  }
+}
+template <int kCount>
+void warpgroup_fence(float (&)[kCount][4]) {}
+inline void fence_shared_for_products() { emulator::block->fibers[emulator::block->current].fenced_shared = true; }
 
 // PTX ISA, cvt: ".rna: round to nearest with ties away from zero". Half of the 13 dropped bits' unit is added to the
 // magnitude; a carry into the exponent is right.

@@ -1,5 +1,7 @@
-// Program that prints what every lane of a warp receives from each function of ptx.cuh for fixed inputs: on a GPU if
-// built by nvcc, from the emulator if built by g++. One line per function and lane: name, lane, words in hex.
+// Program that prints what every lane of a warp receives from each function of ptx.cuh for fixed inputs, and every
+// thread of a warpgroup from wgmma.cuh: on a GPU if built by nvcc, there the latter only with
+// POLAFORMER_HAS_WARPGROUPS, from the emulator if built by g++. One line per function and lane: name, lane, words in
+// hex.
 #include <cstdio>
 #include <cstdlib>
 
@@ -90,6 +92,45 @@ __global__ void run(const Arguments a) {
   receive(as_word(reciprocal(y * y + 1e-3f)));
 }
 
+constexpr int kThreads = 128, kSums = 24;  // of a warpgroup; of a thread, for 48 columns
+constexpr const char* kWarpgroupNames[] = {"wgmma_k_major", "wgmma_n_major"};
+
+// The i-th operand of two: 96 words repeat.
+__device__ __forceinline__ uint32_t operand(const uint32_t* given, int i) { return given[i / 3 % 32 * kWords + i % 3]; }
+
+struct Operands {
+  alignas(16) uint16_t b[2 * 6 * 64];  // core matrices of 16 rows × 48 columns
+};
+
+template <Major kMajor>
+__device__ __forceinline__ void multiply(uint32_t* received, const uint32_t (&a)[4], const MatrixDescriptor& b) {
+  float sum[6][4];
+  warpgroup_arrive();
+  wgmma_m64k16_bf16<kMajor>(sum, a, b, false);
+  wgmma_m64k16_bf16<kMajor>(sum, a, b, true);
+  warpgroup_commit_batch();
+  warpgroup_wait<0>();
+  warpgroup_fence(sum);
+  for (int i = 0; i < kSums; ++i) received[i] = as_word(sum[i / 4][i % 4]);
+}
+
+__global__ void run_warpgroup(const Arguments arguments) {
+  choose_products(true, [&](auto has_warpgroups) {
+    if constexpr (has_warpgroups()) {
+      Operands& shared = shared_memory<Operands>();
+      const int thread = threadIdx.x;
+      for (int i = thread; i < 2 * 6 * 64; i += kThreads) shared.b[i] = operand(arguments.given, i) >> i / 96 % 2 * 16;
+      fence_shared_for_products();
+      __syncthreads();
+      uint32_t a[4];
+      for (int i = 0; i < 4; ++i) a[i] = operand(arguments.given, 4 * thread + i);
+      // The core matrices' order differs, so that a mistaken stride would show.
+      multiply<Major::kK>(arguments.received + thread * kSums, a, {shared.b, 6 * 128, 128});
+      multiply<Major::kN>(arguments.received + (kThreads + thread) * kSums, a, {shared.b, 128, 2 * 128});
+    }
+  });
+}
+
 void* make(size_t bytes) {
   void* memory = nullptr;
 #ifdef __CUDACC__
@@ -122,11 +163,28 @@ int main() {
     if (i % kWords == 3) given[i] = special[i / kWords % 8] | special[i / kWords / 4 % 8] << 16;
   }
   for (int i = 0; i < kCount * 32 * kWords; ++i) received[i] = 0;
+  auto* sums = static_cast<uint32_t*>(make(sizeof(uint32_t[2][kThreads][kSums])));
   const char* error = launch(run, {1, 32, sizeof(Shared)}, nullptr, Arguments{given, received});
+#if defined(POLAFORMER_HAS_WARPGROUPS) || !defined(__CUDACC__)
+  const int warpgroup_functions = 2;
+  if (!error) error = launch(run_warpgroup, {1, kThreads, sizeof(Operands)}, nullptr, Arguments{given, sums});
+#else
+  const int warpgroup_functions = 0;
+#endif
 #ifdef __CUDACC__
   if (!error) error = error_message(cudaDeviceSynchronize());
 #endif
   if (error) return std::fprintf(stderr, "%s\n", error), 1;
+  for (int lane = 0; lane < 32; ++lane) {
+    std::printf("given %d", lane);
+    for (int j = 0; j < kWords; ++j) std::printf(" %08x", given[lane * kWords + j]);
+    std::printf("\n");
+  }
+  for (int i = 0; i < warpgroup_functions * kThreads; ++i) {
+    std::printf("%s %d", kWarpgroupNames[i / kThreads], i % kThreads);
+    for (int j = 0; j < kSums; ++j) std::printf(" %08x", sums[i * kSums + j]);
+    std::printf("\n");
+  }
   for (int i = 0; i < kCount; ++i) {
     for (int lane = 0; lane < 32; ++lane) {
       std::printf("%s %d", kNames[i], lane);

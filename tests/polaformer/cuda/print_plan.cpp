@@ -21,7 +21,7 @@ int main() {
     ForwardParams forward{};
     BackwardParams backward{};
     forward.shape = backward.shape = shape;
-    forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), sm_count);
+    forward.plan = backward.plan = make_plan(shape, choose_path(shape, {aligned}), sm_count, major == 9);
     const auto count = [&](int64_t& sum) {
       return [&](int64_t size) { return sum += size, static_cast<float*>(nullptr); };
     };

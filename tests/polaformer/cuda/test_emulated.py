@@ -65,6 +65,27 @@ def test_equals_reference(emulate, batch, heads, size, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
+    ("head_dim", "size", "scale", "sm_count"),
+    [
+        *((head_dim, (7, 11), 1, 1) for head_dim in (16, 32, 48, 64, 80, 96, 112, 128)),
+        (48, (30, 30), 1, 1),  # many tiles of a warp
+        (96, (281, 1), 1, 132),  # several splits, the last of them incomplete
+        (64, (7, 9), 30, 4),  # with a shift
+    ],
+)
+def test_warpgroups_multiply_as_warps_do(emulate, head_dim, size, scale, sm_count):
+    """Both add products in the same order, so results are bit-identical."""
+    inputs = make_inputs((1, 2, size[0] * size[1], head_dim), torch.bfloat16, scale)
+    inputs[0] = inputs[0].contiguous()  # rows of q are in another order than those of k
+    grad_out = make_grad_out(inputs[0])
+    warps, warpgroups = (
+        emulate(inputs, size, grad_out, sm_count=sm_count, has_warpgroups=choice) for choice in (False, True)
+    )
+    assert warpgroups.path == "bfloat16"
+    assert_bit_identical(warps, warpgroups)
+
+
+@pytest.mark.parametrize(
     ("dtype", "arrange", "path"),
     [
         (torch.bfloat16, "projection", "bfloat16"),
@@ -269,18 +290,19 @@ def test_empty_batch(emulate, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "size", "scale"),
+    ("dtype", "shape", "size", "scale", "has_warpgroups"),
     [
-        (torch.bfloat16, (1, 2, 21, 32), (3, 7), 1),
-        (torch.bfloat16, (1, 1, 21, 48), (3, 7), 30),
-        (torch.bfloat16, (1, 1, 900, 48), (30, 30), 1),  # several tiles of a warp
-        (torch.float32, (1, 1, 21, 32), (3, 7), 1),
-        (torch.float32, (2, 1, 5, 6), (1, 5), 30),
-        (torch.float16, (1, 2, 17, 10), (17, 1), 1),
-        (torch.float32, (1, 2, 160, 6), (32, 5), 1),  # five splits of keys
+        (torch.bfloat16, (1, 2, 21, 32), (3, 7), 1, False),
+        (torch.bfloat16, (1, 1, 21, 48), (3, 7), 30, False),
+        (torch.bfloat16, (1, 1, 900, 48), (30, 30), 1, False),  # several tiles of a warp
+        (torch.bfloat16, (1, 1, 450, 48), (15, 30), 1, True),
+        (torch.float32, (1, 1, 21, 32), (3, 7), 1, False),
+        (torch.float32, (2, 1, 5, 6), (1, 5), 30, False),
+        (torch.float16, (1, 2, 17, 10), (17, 1), 1, False),
+        (torch.float32, (1, 2, 160, 6), (32, 5), 1, False),  # five splits of keys
     ],
 )
-def test_address_and_undefined_behaviour_sanitizers(emulate_sanitized, dtype, shape, size, scale):
+def test_address_and_undefined_behaviour_sanitizers(emulate_sanitized, dtype, shape, size, scale, has_warpgroups):
     inputs = make_inputs(shape, dtype, scale)
-    found = emulate_sanitized(inputs, size, make_grad_out(inputs[0]))
+    found = emulate_sanitized(inputs, size, make_grad_out(inputs[0]), has_warpgroups=has_warpgroups)
     assert all(x.isfinite().all() for x in (found.out, *found.grads))

@@ -67,13 +67,13 @@ def test_splits_cover_every_token(plan):
 
 
 def test_splits_fill_the_gpu(plan):
-    """b5's first stage with 128 images: a little less than two blocks for each of 132 SMs."""
+    """b5's first stage with 128 images: a little less than two blocks for each of 132 SMs, or than three."""
     [planned] = plan([(128, 1, 56, 56, 96, BFLOAT16)])
     keys, queries, query_grads, key_grads = (128 * count for count, _ in planned.splits)
     assert 240 < keys <= 264
     assert 240 < query_grads <= 264
-    assert queries > 240
-    assert key_grads > 240
+    assert 360 < queries <= 396
+    assert 360 < key_grads <= 396
 
 
 @pytest.mark.parametrize(
