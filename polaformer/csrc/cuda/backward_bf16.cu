@@ -303,7 +303,7 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       cp_async_wait_group<kSlots / 2>();
       __syncwarp();
       tile.load_grads(grad_rows);
-#pragma unroll 1
+#pragma unroll 2
       for (unsigned column = 0; column < kHeadDim; column += 16) {
         if (column == 0) cp_async_wait_group<1>();  // all but the last slot
         if (column == kHeadDim / 2 - 16) cp_async_wait_group<0>();
@@ -330,7 +330,7 @@ __device__ __forceinline__ bool differentiate_split(QueryGradShared<kHeadDim>& s
       }
     }
     uint16_t* const grad_query[2] = {out, opaque(out + 8 * stride)};
-#pragma unroll 1
+#pragma unroll 2
     for (unsigned column = 0; column < kHeadDim; column += 16) {
       const Columns x[2] = {ahead[0], ahead[1]};
       if (column + 16 < kHeadDim) tile.load(ahead, column + 16);
@@ -473,6 +473,7 @@ template <int kHeadDim>
 __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, kHeadDim))
     sum_queries(const BackwardParams params) {
   using Shared = QuerySumShared<kHeadDim>;
+  constexpr int kUnrolledTokens = kHeadDim == 96 && !kIsWarpgroupCode ? 16 : kSumTokens;  // else registers would spill
   if (params.needs_shift[blockIdx.x] != 0.f) return;
   auto& shared = shared_memory<Shared>();
   const Split split = locate_split(blockIdx.x, params.plan.query_grads, params.shape);
@@ -507,7 +508,10 @@ __global__ void __launch_bounds__(2 * kHeadDim, kQueryGradBlocksPerSm.at(true, k
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
 #pragma unroll 1
-    for (int token = 0; token < kSumTokens; token += 16) sums.add(stage, token, rotary, temperatures);
+    for (int token = 0; token < kSumTokens; token += kUnrolledTokens) {
+#pragma unroll
+      for (int i = 0; i < kUnrolledTokens; i += 16) sums.add(stage, token + i, rotary, temperatures);
+    }
   }
   const bool is_unsplit = params.plan.query_grads.splits_per_head == 1;
   sums.store((is_unsplit ? params.grad_state : params.split_grad_state) + blockIdx.x * params.shape.state_size(),

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(2 * kHeadDim, kKeyBlocksPerSm.at(true, kHeadDi
     __syncthreads();  // this stage has arrived, and no thread reads the one to be overwritten
     start_copy(step + Shared::kStages - 1);
     const auto& stage = shared.stages[step % Shared::kStages];
-#pragma unroll 1
+#pragma unroll
     for (int token = 0; token < kSumTokens; token += 16) sums.add(stage, token, rotary);
   }
 
