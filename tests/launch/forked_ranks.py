@@ -6,6 +6,7 @@ ranks}. Like torchrun, it ends all ranks when one fails (and waits for those tha
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -19,9 +20,24 @@ os.dup2(2, 1)  # imports may print
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (DeepSpeed imports it, and the compiler, at its start)
 import numpy as np
+import PIL.Image
+import torch
 import torchmetrics.classification  # noqa: F401
 
 import launch.train  # noqa: F401
+from dataio.augment.params import ImageOptions
+from dataio.pipeline import build_pipeline, make_resizer
+
+
+def prepare() -> None:
+    """Does what each process does once, in two seconds together, and what makes forks cheap."""
+    options, cpu = ImageOptions(), torch.device("cpu")
+    # DALI translates the functions of a pipeline; this one is never run, so it has no threads.
+    build_pipeline(options, lambda: (), max_batch_size=1, device=cpu, resizer=make_resizer(options, cpu))
+    hasattr(deepspeed.ops, "__compatible_ops__")  # DeepSpeed tries which of its operators it can compile
+    PIL.Image.init()
+    gc.collect()
+    gc.freeze()  # forks would look through all objects, and thereby copy their memory
 
 
 def become(rank: int, start: dict) -> NoReturn:
@@ -71,6 +87,7 @@ def wait(ranks: list[int]) -> dict:
     return {"status": failed, "statuses": [statuses[rank] for rank in ranks]}
 
 
+prepare()
 for line in sys.stdin:
     start, ranks = json.loads(line), []
     for rank in range(start["ranks"]):
