@@ -6,12 +6,12 @@ Parts are small Python commands here; those that need a GPU are only planned, an
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -30,22 +30,7 @@ from launch.benchmark import (
 from launch.benchmark.gpu_parts import Part, last_line
 from launch.benchmark.report import ROOT, format_table, missing_modules
 
-#: What a machine for measurements may lack: all but torch, timm, pytest, hypothesis and what those need.
-ABSENT = (
-    *("deepspeed", "nvidia.dali", "pydantic", "webdataset", "fvcore", "skimage", "xdist", "pytest_timeout"),
-    *("torchmetrics", "tensorboard", "psutil", "rich", "matplotlib", "fsspec.implementations.http", "aiohttp", "moto"),
-)
-THIN = f"""
-import runpy, sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if any(name == absent or name.startswith(absent + ".") for absent in {ABSENT}):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Refuse())
-sys.argv = sys.argv[1:]
-sys.path.insert(0, ".")
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
+THIN = Path(__file__).with_name("thin_machine.py")
 
 
 def make_part(name, code, usual=0.0, limit=3600.0, parse_result=last_line, **options):
@@ -156,7 +141,7 @@ def test_tests_that_exceed_their_limit_still_say_what_failed(tmp_path, monkeypat
     written = "import sys; from pathlib import Path; from launch.benchmark import gpu; from launch.benchmark.gpu_parts "
     written += "import Part, parse_tests; part = Part('endless', tuple(sys.argv[3:]), 0, 0, parse_tests); "
     written += "gpu.run_part(part, Path(sys.argv[1]), float(sys.argv[2]))"
-    for limit in (2**n for n in range(2, 12)):  # until the machine is fast enough to have begun the second test
+    for limit in (2**n for n in range(3, 12)):  # until the machine is fast enough to have begun the second test
         runner = [*prefix, sys.executable, "-c", written, str(folder), str(limit), *command]
         subprocess.run(runner, cwd=ROOT, check=True)
         entry = read_part(tmp_path, "endless")
@@ -229,41 +214,63 @@ def test_faults_that_a_rebuild_would_repair(monkeypatch, capfd, program, fault, 
 
 
 INTERRUPTED = """
-import signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from launch.benchmark import gpu
 from launch.benchmark.gpu_parts import Part, last_line
+root, limit, *names = sys.argv[1:]
+forks = {}
+for name in names:
+    forks[name] = os.fork()
+    if forks[name] == 0:
+        break
+else:
+    statuses = {name: os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for name, fork in forks.items()}
+    sys.exit(print(json.dumps(statuses)))
 signal.signal(signal.SIGTERM, gpu._stop)
-folder, archive = map(Path, sys.argv[1:3])
+Path(root, name).mkdir(parents=True)
+Path(root, name, "process").write_text(str(os.getpid()))
 endless = "import os, time; print(os.getpid(), flush=True); time.sleep(10**6)"
 parts = [
     Part("first", (sys.executable, "-c", "print('measured')"), 0, 3600, last_line),
-    Part("second", (sys.executable, "-c", endless), 0, float(sys.argv[3]), last_line),
+    Part("second", (sys.executable, "-c", endless), 0, float(limit), last_line),
 ]
-gpu.run_parts(parts, folder, float("inf"), {"benchmark": "gpu"}, archive)
+folder = Path(root, name, "results")
+gpu.run_parts(parts, folder, float("inf"), {"benchmark": "gpu"}, folder.with_suffix(".tar.gz"))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_results_survive_a_kill(tmp_path, number):
+def test_results_survive_a_kill(tmp_path):
     """And what was running ends: at once, or where nobody is left who could end it, at its limit."""
-    folder, archive, log = tmp_path / "results", tmp_path / "results.tar.gz", tmp_path / "results/second/log.txt"
+    names = ("SIGKILL", "SIGTERM", "SIGINT")
     for limit in (2**n for n in range(1, 12)):  # until the machine is fast enough to be interrupted before its end
-        shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, "-c", INTERRUPTED, str(folder), str(archive), str(limit)]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        while process.poll() is None and not (log.exists() and log.read_text().endswith("\n")):
+        root = tmp_path / str(limit)
+        logs = [root / name / "results/second/log.txt" for name in names]
+        command = [sys.executable, "-c", INTERRUPTED, str(root), str(limit), *names]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not all(log.exists() and log.read_text().endswith("\n") for log in logs):
             time.sleep(0.05)
-        process.send_signal(number)
-        if process.wait() != 0 and read_part(folder, "second")["outcome"] == "running":
+        for name in names:
+            with suppress(ProcessLookupError):
+                os.kill(int((root / name / "process").read_text()), signal.Signals[name])
+        statuses = json.loads(process.communicate()[0].splitlines()[-1])
+        found = {read_part(root / name / "results", "second")["outcome"] for name in names}
+        if all(statuses.values()) and found == {"running"}:
             break
-    assert process.returncode != 0
-    assert read_part(folder, "first")["headline"] == "measured"
-    assert read_part(folder, "second")["outcome"] == "running"
-    assert [entry["name"] for entry in json.loads((folder / "summary.json").read_text())["parts"]] == ["first"]
-    with tarfile.open(archive) as packed:
-        assert {"results/summary.json", "results/first/part.json", "results/first/log.txt"} <= set(packed.getnames())
-    await_end(int(log.read_text()))
+    assert statuses.keys() == set(names)
+    assert all(statuses.values())
+    for name, log in zip(names, logs, strict=True):
+        folder = root / name / "results"
+        assert read_part(folder, "first")["headline"] == "measured"
+        assert read_part(folder, "second")["outcome"] == "running"
+        summary = json.loads((folder / "summary.json").read_text())
+        assert [entry["name"] for entry in summary["parts"]] == ["first"]
+        with tarfile.open(folder.with_suffix(".tar.gz")) as packed:
+            wanted = {"results/summary.json", "results/first/part.json", "results/first/log.txt"}
+            assert wanted <= set(packed.getnames())
+        await_end(int(log.read_text().split()[0]))  # what was running may have said that it was interrupted
 
 
 # --- The plan -------------------------------------------------------------------------------------------------
@@ -483,22 +490,23 @@ def test_tiny_runs(monkeypatch, capsys):
 # --- Where little is installed --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("launch.benchmark", "gpu", "--help"),
-        ("launch.benchmark", "kernel", "--help"),
-        ("launch.benchmark", "depthwise", "--help"),
-        ("launch.benchmark", "profile", "--help"),
+def test_commands_start_with_torch_and_timm_alone(command, tmp_path):
+    """Also the kernels' tests, and two measurements."""
+    reports = [tmp_path / "kernel.json", tmp_path / "profile.json"]
+    measurement = "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--output"
+    commands = [
+        *(("launch.benchmark", name, "--help") for name in ("gpu", "kernel", "depthwise", "profile", "step")),
         ("launch.benchmark.kernel_checks", "--help"),
         ("pytest", "--collect-only", "-q", "-m", "gpu", *gpu_parts._KERNEL_TESTS),
-        ("launch.benchmark", "kernel", "--device", "cpu", "--shapes", "1,1,4x4,8", "--dtype", "float32", "--growth",
-         "--implementations", "ours", "eager", "--seconds", "0.01"),
-    ],
-    ids=["gpu", "kernel", "depthwise", "profile and step", "kernel_checks", "tests", "a measurement"],
-)  # fmt: skip
-def test_starts_with_torch_and_timm_alone(command, tmp_path, arguments):
-    if "--device" in arguments:
-        arguments += ("--output", str(tmp_path / "report.json"))
-    done = command("-c", THIN, *arguments, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+        ("launch.benchmark", "kernel", *measurement, str(reports[0]), "--growth", "--implementations", "ours", "eager",
+         "--seconds", "0.01"),
+        ("launch.benchmark", "profile", *measurement, str(reports[1])),
+    ]  # fmt: skip
+    finished = command(THIN, json.dumps(commands), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert finished.returncode == 0, finished.stderr
+    for words, (status, output, errors) in zip(commands, json.loads(finished.stdout), strict=True):
+        assert status == 0, f"{words}: {output}{errors}"
+        if words[-1] == "--help":
+            assert output.startswith(f"usage: python -m {' '.join(words[:-1])} ")
+            assert errors == ""
+    assert all(json.loads(path.read_text())["results"] for path in reports)

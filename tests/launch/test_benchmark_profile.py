@@ -1,4 +1,4 @@
-"""Profiles of a tiny shape and a tiny model: their reports, their parts, and where little is installed."""
+"""Profiles of a tiny shape and a tiny model: their reports, and their parts."""
 
 import json
 import re
@@ -17,20 +17,6 @@ from polaformer import ops
 TINY = ("--shapes", "2,1,7x9,16", "1,2,4x4,8", "--runs", "5")
 
 pytestmark = pytest.mark.usefixtures("small_peak_measurements")
-
-#: What may be installed where these commands run: nothing of what they do without.
-ABSENT = ("dataio", "deepspeed", "nvidia.dali", "pydantic", "psutil", "rich", "webdataset", "matplotlib")
-THIN = f"""
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if any(name == absent or name.startswith(absent + ".") for absent in {ABSENT}):
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Refuse())
-sys.path.insert(0, ".")
-from launch.benchmark.__main__ import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -225,16 +211,7 @@ def test_no_module_hides_one_of_python():
     assert not names & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("start", [("launch/benchmark",), ("-m", "launch.benchmark"), ("-c", THIN)])
-@pytest.mark.parametrize("name", ["step", "profile"])
-def test_the_commands_start(command, start, name):
-    finished = command(*start, name, "--help")
+def test_the_folder_starts_the_commands(command):
+    finished = command("launch/benchmark", "profile", "--help")
     assert (finished.returncode, finished.stderr) == (0, "")
-    assert finished.stdout.startswith(f"usage: python -m launch.benchmark {name} ")
-
-
-def test_a_thin_machine_can_profile(command, tmp_path):
-    path = tmp_path / "profile.json"
-    finished = command("-c", THIN, "profile", "--device", "cpu", "--shapes", "1,1,4x4,8", "--output", path)
-    assert finished.returncode == 0, finished.stderr
-    assert json.loads(path.read_text())["results"][0]["kernels"]
+    assert finished.stdout.startswith("usage: python -m launch.benchmark profile ")
