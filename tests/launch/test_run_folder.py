@@ -51,17 +51,21 @@ def held_run(words: list[object], environ: dict[str, str], output: Path) -> Iter
 def test_a_second_start_is_an_error_until_the_first_is_killed(
     forked, command, environ, arguments, trained_run, tmp_path
 ):
-    """While it runs, its weights can be exported; after kill -9 the same command resumes at once."""
+    """While it runs, its weights can be exported; after kill -9 the same command resumes at once.
+
+    Of several ranks one prints the error.
+    """
     run = shutil.copytree(trained_run, tmp_path / "run")
     words = arguments(run, "optimizer.epochs=5", "checkpoint.every_epochs=2", "log.every_steps=50")
     before = (run / "metrics.jsonl").read_bytes()
     with held_run([RECORDED_RUN, run.with_suffix(".record"), *words], environ, run) as first:
-        refused = forked(1, TRAIN, *words)
-        assert refused.returncode == 2
-        assert f"error: {run} is in use by another run (process {first.pid} on {os.uname().nodename}, started " in (
-            refused.stderr
-        )
-        assert refused.stderr.count("\n") == 1
+        for ranks, rank in ((1, ""), (2, "rank 0: ")):
+            refused = forked(ranks, TRAIN, *words)
+            assert refused.returncode == 2
+            assert refused.stderr.startswith(
+                f"error: {rank}{run} is in use by another run (process {first.pid} on {os.uname().nodename}, started "
+            )
+            assert refused.stderr.count("\n") == 1
         assert (run / "metrics.jsonl").read_bytes() == before
         exported = forked(1, "-m", "launch.export", run)
         assert exported.returncode == 0, exported.stderr
@@ -72,15 +76,6 @@ def test_a_second_start_is_an_error_until_the_first_is_killed(
     assert finished.returncode == 0, finished.stderr
     assert f"resumes from {run / 'checkpoints' / 'step-00000075'}" in finished.stdout
     assert not (run / LOCK_NAME).exists()
-
-
-@pytest.mark.slow
-def test_a_second_start_on_two_ranks_prints_one_message(forked, environ, arguments, tmp_path):
-    words = arguments(tmp_path / "run")
-    with held_run([RECORDED_RUN, tmp_path / "run.record", *words], environ, tmp_path / "run"):
-        refused = forked(2, TRAIN, *words)
-    assert refused.returncode == 2
-    assert refused.stderr.count("is in use by another run") == 1
 
 
 ON_A_SMALL_DISK = """
