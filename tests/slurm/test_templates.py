@@ -237,51 +237,36 @@ def test_train_b4_trains_to_the_end_on_two_nodes(whole):
     assert [line["step"] for line in metrics(whole) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def project_with(train: Path, root: Path) -> Path:
-    """Returns a new folder with the project's templates, and `train` in the place of launch/train.py."""
+@pytest.mark.slow
+def test_a_job_is_requeued_and_resumes_after_a_signal_a_lost_rank_and_a_hang(cluster, whole, fashion_shards, tmp_path):
+    """As before a time limit, USR1 to the tasks in their second step → checkpoint.
+
+    Then a task that is killed in its fifth step; then one that is stopped in its sixth, and that srun therefore kills.
+    """
+    root, run_folder, log = tmp_path / "project", tmp_path / "run", tmp_path / "job.log"
+    (root / "launch").mkdir(parents=True)
     for name in ("slurm", "configs"):
-        (root / name).parent.mkdir(exist_ok=True)
         (root / name).symlink_to(ROOT / name)
-    (root / "launch").mkdir()
-    (root / "launch/train.py").symlink_to(train)
-    return root
-
-
-@pytest.mark.slow
-def test_a_job_that_loses_a_rank_and_then_hangs_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
-    """A task that is killed in its third step; then one that is stopped in its fifth, and that srun therefore kills."""
-    root = project_with(ROOT / "tests/launch/faults/harmed_run.py", tmp_path / "project")
-    settings = [*overrides(fashion_shards, tmp_path / "run"), "guard.hang_seconds=20", "checkpoint.every_epochs=0.1"]
-    harm = {"step": 3, "to": "life", "rank": 1}, {"step": 5, "to": "process", "rank": 1, "restart": 1}
-    job, log = submit(
-        cluster, TEMPLATES[0], *settings, root=root, log=tmp_path / "job.log", HARM=json.dumps(harm),
-        PYTHONPATH=str(ROOT),
-    )  # fmt: skip
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2"), log
-    assert re.search(r"error: rank 1 \(.*\) gone in step 3, killed or out of memory; the same command goes on", log), (
-        log
-    )
-    assert re.search(r"error: no progress for 20 s: rank 1 \(.*\) in step [34], .*: stopped or gone\. ", log), log
-    assert "Traceback" not in log
-    assert metrics(tmp_path / "run") == metrics(whole)
-
-
-@pytest.mark.slow
-def test_a_job_that_gets_a_signal_is_requeued_and_resumes(cluster, whole, fashion_shards, tmp_path):
-    """As before a time limit: USR1 to the tasks in their second step → checkpoint → requeued → the same metrics."""
-    root = project_with(ROOT / "tests/launch/stopped_run.py", tmp_path / "project")
-    run_folder, log = tmp_path / "run", tmp_path / "job.log"
-    held = json.dumps({"at": "step 2", "reached": str(tmp_path / "reached")})
-    settings = overrides(fashion_shards, run_folder)
-    job_id = begin(cluster, TEMPLATES[0], *settings, root=root, log=log, STOP_AT=held, PYTHONPATH=str(ROOT))
-    while not all((tmp_path / f"reached-{rank}").exists() for rank in (0, 1)):
+    (root / "launch/train.py").symlink_to(ROOT / "tests/launch/faults/harmed_run.py")
+    settings = [*overrides(fashion_shards, run_folder), "guard.hang_seconds=20", "checkpoint.every_epochs=0.2"]
+    harm = [{"step": 2, "to": "wait", "rank": rank} for rank in (0, 1)]
+    harm += [{"step": 5, "to": "life", "rank": 1, "restart": 1}, {"step": 6, "to": "process", "rank": 1, "restart": 2}]
+    held = {"HARM": json.dumps(harm), "HELD": str(tmp_path / "held"), "PYTHONPATH": str(ROOT)}
+    job_id = begin(cluster, TEMPLATES[0], *settings, root=root, log=log, **held)
+    while not all((tmp_path / f"held-{rank}").exists() for rank in (0, 1)):
         assert cluster.job(job_id)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
         time.sleep(0.2)
     assert cluster.run("scancel", "--signal=USR1", job_id, folder=root).returncode == 0
     job = cluster.wait(job_id)
     text = log.read_text()
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), text
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "3"), text
     assert f"stopped by SIGUSR1 after step 3/6; the same command resumes from {run_folder}/checkpoints" in text
     assert "Exited with exit code 75" in text
     assert f"resumes from {run_folder}/checkpoints/step-00000003" in text
+    for line in (
+        r"error: rank 1 \(.*\) gone in step 5, killed or out of memory; the same command goes on",
+        r"error: no progress for 20 s: rank 1 \(.*\) in step [56], .*: stopped or gone\. ",
+    ):
+        assert re.search(line, text), text
+    assert "Traceback" not in text
     assert metrics(run_folder) == metrics(whole)

@@ -6,7 +6,8 @@ HARM is JSON, a list of {"step": from 1, "rank": …, "to": place, "from_then_on
 - "weight bit", "statistics bit", "EMA bit": one that flips;
 - "speed": a sleep of two seconds in each micro-step, between data and forward pass;
 - "clock": it jumps back by a day;
-- "stop", the signal that stops a run with a checkpoint;
+- "stop", the signal that stops a run with a checkpoint, and "wait", for such a signal of others, after the file
+  HELD-rank is made;
 - "process", which stops by SIGSTOP, and "main thread", which waits for ever;
 - "life", which SIGKILL ends, and "code", which raises an AssertionError.
 With {"kill": true, "rank": …} and "after": seconds, or "at": function of a save or of going back, "call": from 1,
@@ -115,6 +116,10 @@ def step_with_harm(run, augment, step):
         time.time = lambda: now() - 86_400
     if "stop" in done:
         os.kill(os.getpid(), signal.SIGTERM)
+    if "wait" in done:
+        Path(f"{os.environ['HELD']}-{rank}").touch()
+        while not signals.received:
+            time.sleep(0.01)
     if "process" in done:
         os.kill(os.getpid(), signal.SIGSTOP)
     if "life" in done:
