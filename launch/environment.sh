@@ -97,6 +97,9 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "$wanted" >.venv/installed
 fi
 export PATH="$PWD/.venv/bin:$PATH"
+# Containers often set it. Each process would compile PyTorch and what it needs again, which takes longer than all else
+# at its start.
+unset PYTHONDONTWRITEBYTECODE
 
 # apt_install PACKAGE…: installs Debian packages as root, and does nothing without apt: who needs them reports an error.
 apt_install() {
