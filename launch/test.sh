@@ -15,6 +15,6 @@ workers=$(nproc)
 workers=$((workers < 4 ? workers : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / workers))} # more would only wait for each other
 # Tests wait for events. Only these limits end one that hangs, the second of them also after a test, by ending the process.
-# The slowest test takes a minute, and eight where four processes more want the two cores of the same machine.
+# The slowest tests take two minutes, and eight where four processes more want the two cores of the same machine.
 exec python -m pytest --timeout 3600 -o faulthandler_timeout=4000 -o faulthandler_exit_on_timeout=true \
   --numprocesses "$workers" --dist loadgroup "$@"
