@@ -97,11 +97,12 @@ def architectures_of(home: str) -> str:
 
 
 def with_warpgroups(architectures: str) -> str:
-    """Replace 9.0 by 9.0a in a list of architectures, which has all instructions of an H100's tensor cores.
+    """Replace 9.0 (Hopper) in a list of architectures by 9.0a, where warpgroups multiply.
 
-    It runs on every GPU of compute capability 9.0 and on no other, so PTX that was asked for is made of 8.0.
+    Code for 9.0a runs on every GPU of compute capability 9.0 and on no other, so PTX that was asked for is made of 8.0.
     """
-    return re.sub(r"\b9\.0(?=[;, ]|$)", "9.0a", architectures.replace("9.0+PTX", "8.0+PTX;9.0"))
+    architectures = architectures.replace("Hopper", "9.0+PTX").replace("9.0+PTX", "8.0+PTX;9.0")
+    return re.sub(r"\b9\.0(?=[;, ]|$)", "9.0a", architectures)
 
 
 def kernels() -> dict:
@@ -142,8 +143,7 @@ def kernels() -> dict:
         architectures = with_warpgroups(os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home))
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
-        defined = ["-DPOLAFORMER_HAS_WARPGROUPS"] * ("9.0a" in architectures)  # for binding.cpp
-        flags = {"cxx": host + defined, "nvcc": ["-O3", "--threads=2"]}
+        flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
         extensions.append(CUDAExtension("polaformer._cuda", cuda, include_dirs=include, extra_compile_args=flags))
         print(f"polaformer: building CUDA kernels for {architectures} with {home}")
     return {

@@ -45,6 +45,7 @@ def test_every_module_is_installed(tmp_path):
         ("8.0;9.0", "8.0;9.0a"),
         ("9.0 12.0+PTX", "9.0a 12.0+PTX"),
         ("8.6;9.0+PTX", "8.6;8.0+PTX;9.0a"),
+        ("Ampere;Hopper", "Ampere;8.0+PTX;9.0a"),
         ("9.0a;10.0", "9.0a;10.0"),
         ("8.9", "8.9"),
     ],

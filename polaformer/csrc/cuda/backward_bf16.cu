@@ -598,6 +598,7 @@ struct WarpgroupKeyGrads {
   __device__ __forceinline__ void begin(GradValues&, const Values& values) {
     warpgroup_arrive();
     start(values, 0);
+    warpgroup_commit_batch();
   }
   __device__ __forceinline__ void add(GradValues& grad_values, const FragmentA (&a)[2], const Values& values,
                                       int column) {
@@ -627,7 +628,6 @@ struct WarpgroupKeyGrads {
       wgmma_m64k16_bf16<Major::kK>(products[column / 16 % 2], values[i].words,
                                    by_columns + State::offset(column, 0, 16 * i), i > 0);
     }
-    if (column == 0) warpgroup_commit_batch();
   }
 };
 

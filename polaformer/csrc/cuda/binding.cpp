@@ -19,6 +19,7 @@
 #include "call_reference.h"
 #include "checks.h"
 #include "device.h"
+#include "kernels.cuh"
 #include "launch_params.h"
 
 namespace polaformer {
@@ -75,15 +76,6 @@ const char* fallback_reason(const Tensor& q, const Shape& shape) {
                             device_attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin));
 }
 
-// Whether the kernels were built with warpgroups' products for this GPU; setup.py defines the macro.
-bool has_warpgroups([[maybe_unused]] const Tensor& q) {
-#ifdef POLAFORMER_HAS_WARPGROUPS
-  return device_attribute(q, cudaDevAttrComputeCapabilityMajor) == 9;
-#else
-  return false;
-#endif
-}
-
 // The tensors that both passes read, as the kernels need them; they must outlive the launch.
 struct KernelInputs {
   Tensor q, k, v, same_logits, opposite_logits;
@@ -129,7 +121,7 @@ template <class Params>
 void plan_and_run(const char* (*run)(const Params&, void*), Params& params, const Tensor& q,
                   std::initializer_list<StridedTensor> inputs, const char* what) {
   params.plan = make_plan(params.shape, choose_path(params.shape, inputs),
-                          device_attribute(q, cudaDevAttrMultiProcessorCount), has_warpgroups(q));
+                          device_attribute(q, cudaDevAttrMultiProcessorCount), bf16::has_warpgroups());
   const Tensor workspaces = make_workspaces(params, q);
   const char* error = run(params, current_stream(q));
   TORCH_CHECK(!error, what, " did not start on ", q.device(), ": ", error);

@@ -347,6 +347,8 @@ __global__ void __launch_bounds__(kQueryThreads, kQueryBlocksPerSm.at(true, kHea
 
 }  // namespace
 
+bool has_warpgroups() { return has_warpgroup_code(); }
+
 const char* launch_sum_keys(const ForwardParams& params, void* stream) {
   return dispatch_head_dim(params.shape.padded_head_dim(), [&](auto head_dim) {
     constexpr int kHeadDim = head_dim();

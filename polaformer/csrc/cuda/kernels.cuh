@@ -9,6 +9,8 @@ namespace polaformer {
 const char* make_rotary_tables(const CommonParams& params, void* stream);
 
 namespace bf16 {
+// Whether the code for the current GPU has warpgroups multiply.
+bool has_warpgroups();
 const char* launch_sum_keys(const ForwardParams& params, void* stream);
 const char* launch_attend(const ForwardParams& params, void* stream);
 const char* launch_differentiate_queries(const BackwardParams& params, void* stream);

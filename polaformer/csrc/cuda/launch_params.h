@@ -3,9 +3,10 @@
 // Axes: B batch, H heads, N = height·width tokens, D head dimension (even, at most 128), padded to W = 32, 64, 96 or
 // 128 columns; 2D features. A "head" below is one of the B·H.
 //
-// A plan is a pure function of the shape and of the number of multiprocessors (SMs), so results are bit-identical on
-// every run and on every GPU of one model. The tokens of a head are divided among several splits, one thread block
-// each, so that the splits fill the GPU; partial sums of splits go to a workspace and are added in a fixed order.
+// A plan is a pure function of the shape, of the number of multiprocessors (SMs) and of whether warpgroups multiply, so
+// results are bit-identical on every run and on every GPU of one model. The tokens of a head are divided among several
+// splits, one thread block each, so that the splits fill the GPU; partial sums of splits go to a workspace and are
+// added in a fixed order.
 #pragma once
 
 #include <algorithm>
@@ -142,9 +143,9 @@ constexpr bool fits_in_shared_memory(int blocks, int64_t shared_bytes, bool uses
 constexpr BlocksPerSm kKeyBlocksPerSm = {{8, 3, 2, 1}, {6, 2, 1, 1}};
 constexpr BlocksPerSm kQueryBlocksPerSm = {{3, 2, 2, 2}, {2, 2, 2, 1}, {4, 3, 3, 2}};
 constexpr BlocksPerSm kQueryGradBlocksPerSm = {{6, 3, 2, 1}, {2, 1, 1, 1}};
-constexpr BlocksPerSm kKeyGradBlocksPerSm = {{4, 3, 3, 2}, {2, 2, 1, 1}, {4, 3, 3, 2}};
+constexpr BlocksPerSm kKeyGradBlocksPerSm = {{4, 3, 3, 2}, {2, 2, 1, 1}};
 
-// has_warpgroups: whether the GPU has their products and the kernels were built for it.
+// has_warpgroups: whether the code for this GPU has their products.
 inline Plan make_plan(const Shape& shape, Path path, int sm_count, bool has_warpgroups) {
   const int64_t token_bytes = shape.head_dim * bytes_of(shape.dtype), state_bytes = 4 * shape.state_size();
   const bool is_bf16 = path == Path::kBfloat16, uses_warpgroups = is_bf16 && has_warpgroups;

@@ -99,7 +99,7 @@ const char* launch_blocks(void (*kernel)(Params), int64_t blocks, int threads, v
   return launch(kernel, {blocks, threads, sizeof(Shared)}, stream, params);
 }
 
-// The same for a kernel in which warpgroups multiply. A block may take 227 KB, more than the blocks together may.
+// The same for a kernel in which warpgroups multiply, whose blocks share an H100's memory.
 template <class Shared, int kBlocksPerSm, class Params>
 const char* launch_warpgroups(void (*kernel)(Params), int64_t blocks, int threads, void* stream, const Params& params) {
   static_assert(fits_in_shared_memory(kBlocksPerSm, sizeof(Shared), true));

@@ -1,6 +1,6 @@
 // Products of warpgroups, four warps that multiply together: part of ptx.cuh, by which alone it is included.
 //
-// Only code for sm_90a has them. Functions that use them are templates, of which others instantiate none.
+// Only code for sm_90a has them; code for others instantiates nothing that calls what is below.
 #pragma once
 
 namespace polaformer {
@@ -11,8 +11,18 @@ constexpr bool kIsWarpgroupCode = true;
 constexpr bool kIsWarpgroupCode = false;
 #endif
 
-// Calls visit(std::true_type) in code that has warpgroups' products, else visit(std::false_type). The host knows from
-// the GPU which it launches, and says so in `planned`; the emulator has only that to go by.
+// Which code the driver has chosen for the current GPU, the host reads off this kernel's launch bounds.
+template <int kThreads>
+__global__ void __launch_bounds__(kIsWarpgroupCode ? kThreads : 32) tell_warpgroup_code() {}
+inline bool has_warpgroup_code() {
+  cudaFuncAttributes attributes;
+  const auto error = cudaFuncGetAttributes(&attributes, tell_warpgroup_code<128>);
+  if (error != cudaSuccess) cudaGetLastError();  // clears it; a launch will report its like
+  return error == cudaSuccess && attributes.maxThreadsPerBlock == 128;
+}
+
+// Calls visit(std::true_type) in code that has warpgroups' products, else visit(std::false_type). `planned` is what the
+// host has found out; the emulator has only that to go by.
 template <class Visitor>
 __device__ __forceinline__ void choose_products(bool /*planned*/, Visitor visit) {
   visit(std::bool_constant<kIsWarpgroupCode>());

@@ -29,6 +29,7 @@ class Emulated:
     grads: tuple[torch.Tensor, ...]
     path: str
     splits_per_head: tuple[int, int, int, int]  # of keys, queries, query gradients, key gradients
+    warpgroup_products: int = 0  # wgmma instructions of all threads, if there are gradients
 
 
 @dataclass
@@ -106,10 +107,11 @@ def run(program: Path, folder: Path, inputs, size, grad_out=None, seed=0, sm_cou
     path, *splits = take((5,), torch.int32).tolist()
     out, state = take_tokens(), take((batch, heads, 2 * head_dim, head_dim), torch.float32)
     mean, shift = take((batch, heads, 2 * head_dim), torch.float32), take((batch, heads, head_dim), torch.float32)
-    grads = ()
+    grads, warpgroup_products = (), 0
     if grad_out is not None:
+        warpgroup_products = int(take((1,), torch.int64))
         grads = *(take_tokens() for _ in range(3)), *(take((heads, 2 * head_dim), torch.float32) for _ in range(2))
-    return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(splits))
+    return Emulated(out, state, mean, shift, grads, PATHS[path], tuple(splits), warpgroup_products)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 // Program that runs the attention's kernels once on emulated threads: emulate REQUEST ANSWER, files of conftest.py.
 #include "exchange.h"
+#include "kernels.cuh"
 #include "launch_params.h"
 
 namespace {
@@ -19,7 +20,8 @@ int main(int, char** arguments) {
   Answer answer{std::ofstream(arguments[2], std::ios::binary)};
   emulator::randomness.seed(static_cast<unsigned>(request.read<int64_t>()));
   const auto sm_count = static_cast<int>(request.read<int64_t>());
-  const bool has_warpgroups = request.read<int64_t>() != 0;
+  const bool allows_warpgroups = request.read<int64_t>() != 0,
+             has_warpgroups = allows_warpgroups && bf16::has_warpgroups();
   const auto differentiate = request.read<int64_t>();
 
   Shape shape;
@@ -72,6 +74,7 @@ int main(int, char** arguments) {
   backward.grad_opposite_logits = request.make<float>(shape.heads * shape.features());
   backward.assign_workspaces([&](int64_t floats) { return request.make<float>(floats); });
   check(run_backward(backward, nullptr));
+  answer.write(&emulator::warpgroup_products, sizeof(int64_t));
   for (const void* grad : {backward.grad_q, backward.grad_k, backward.grad_v}) answer.write(grad, elements * bytes);
   for (const float* grad : {backward.grad_same_logits, backward.grad_opposite_logits}) {
     answer.write(grad, shape.heads * shape.features() * sizeof(float));

@@ -9,10 +9,11 @@
 //   barriers         every thread of the block must arrive and none may have exited; likewise lanes of a warp
 //   mma, ldmatrix    all lanes must execute the same instruction; unrounded tf32 operands are errors
 //   wgmma            the sums are NaN until the wait that completes them; all threads must have fenced registers and,
-//                    once, shared memory; none may be left at the end
+//                    once before a barrier, shared memory; none may be left at the end
 //   accumulation     rounds towards zero, as tensor cores do; products are exact
 //
-// Not seen: registers of A that are written while wgmma still reads them, and a missing __syncwarp() between lanes'
+// Not seen: registers of A that are written while wgmma still reads them; shared memory that is written after the fence
+// for wgmma; and a missing __syncwarp() between lanes'
 // reads and later writes of others, where a warp-wide instruction lies in between. Here these let lanes wait for each
 // other; on a GPU they order no memory.
 //
@@ -116,6 +117,7 @@ struct Fiber {
   std::map<float*, PendingSums> products;
   int batch = 0;  // of products that is open
   bool fenced_registers = false, fenced_shared = false;
+  bool shared_is_visible = false;  // to products: fenced before a barrier
 };
 
 // Rendezvous of threads: of a block at a barrier, or of a warp at an instruction.
@@ -145,6 +147,7 @@ struct Block {
 };
 
 inline std::mt19937 randomness;
+inline int64_t warpgroup_products = 0;  // that all threads have issued
 inline Block* block;
 
 [[noreturn]] inline void fail(const std::string& what) {
@@ -157,8 +160,11 @@ inline int choose_ready() {
   Block& b = *block;
   if (b.ready.empty()) {
     std::string where;
-    for (const auto& meeting : b.meetings) {
-      if (!meeting.waiting.empty()) where += " " + std::to_string(meeting.waiting.size()) + " at " + meeting.name + ";";
+    for (const auto* meetings : {&b.meetings, &b.warpgroup_meetings}) {
+      for (const auto& meeting : *meetings) {
+        if (meeting.waiting.empty()) continue;
+        where += " " + std::to_string(meeting.waiting.size()) + " at " + meeting.name + ";";
+      }
     }
     fail("threads wait for others that never come:" + where);
   }
@@ -196,7 +202,10 @@ inline int barrier(const char* name, bool vote) {
   Block& b = *block;
   if (b.exited > 0) fail(std::string(name) + " after threads of the block have exited");
   b.votes += vote;
-  meet(b.meetings[0], name, b.fibers.size(), [&] { b.vote_result = std::exchange(b.votes, 0); });
+  meet(b.meetings[0], name, b.fibers.size(), [&] {
+    b.vote_result = std::exchange(b.votes, 0);
+    for (Fiber& fiber : b.fibers) fiber.shared_is_visible |= fiber.fenced_shared;
+  });
   return b.vote_result;
 }
 
@@ -455,6 +464,7 @@ inline void mma_m16n8k8_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint
 
 // Both ways of multiplying run here, as the plan says.
 constexpr bool kIsWarpgroupCode = false;
+inline bool has_warpgroup_code() { return true; }
 template <class Visitor>
 void choose_products(bool planned, Visitor visit) {
   planned ? visit(std::true_type()) : visit(std::false_type());
@@ -506,7 +516,7 @@ void wgmma_m64k16_bf16(float (&sum)[kCount][4], const uint32_t (&a)[4], MatrixDe
   const int self = block.current, group = self / 128;
   emulator::Fiber& fiber = block.fibers[self];
   if (!fiber.fenced_registers) emulator::fail("wgmma without wgmma.fence before it in its batch");
-  if (!fiber.fenced_shared) emulator::fail("wgmma reads shared memory without fence.proxy.async before it");
+  if (!fiber.shared_is_visible) emulator::fail("wgmma without fence.proxy.async and then a barrier before it");
   if (block.fibers.size() % 128) emulator::fail("wgmma in a block without whole warpgroups");
   given.resize(block.fibers.size() / 128);
   descriptors.resize(given.size(), b);
@@ -519,8 +529,13 @@ void wgmma_m64k16_bf16(float (&sum)[kCount][4], const uint32_t (&a)[4], MatrixDe
   }
   auto& meeting = block.warpgroup_meetings[group];
   if (meeting.waiting.empty()) descriptors[group] = b;
-  if (descriptors[group].start != b.start) emulator::fail("threads of a warpgroup multiply different matrices");
-  const std::string name = "wgmma.m64n" + std::to_string(8 * kCount) + (accumulate ? "" : " anew");
+  const MatrixDescriptor& others = descriptors[group];
+  if (others.start != b.start || others.k_bytes != b.k_bytes || others.n_bytes != b.n_bytes) {
+    emulator::fail("threads of a warpgroup multiply different matrices");
+  }
+  ++emulator::warpgroup_products;
+  const std::string name = "wgmma.m64n" + std::to_string(8 * kCount) + (kMajor == Major::kK ? " K-major" : " N-major") +
+                           (accumulate ? "" : " anew");
   emulator::meet(meeting, name, 128, [&] {
     double matrix_a[64][16];
     for (int thread = 0; thread < 128; ++thread) {

@@ -1,7 +1,6 @@
 // Program that prints what every lane of a warp receives from each function of ptx.cuh for fixed inputs, and every
-// thread of a warpgroup from wgmma.cuh: on a GPU if built by nvcc, there the latter only with
-// POLAFORMER_HAS_WARPGROUPS, from the emulator if built by g++. One line per function and lane: name, lane, words in
-// hex.
+// thread of a warpgroup from wgmma.cuh, if the code for the GPU has that: on a GPU if built by nvcc, from the emulator
+// if built by g++. One line per function and lane: name, lane, words in hex.
 #include <cstdio>
 #include <cstdlib>
 
@@ -165,12 +164,10 @@ int main() {
   for (int i = 0; i < kCount * 32 * kWords; ++i) received[i] = 0;
   auto* sums = static_cast<uint32_t*>(make(sizeof(uint32_t[2][kThreads][kSums])));
   const char* error = launch(run, {1, 32, sizeof(Shared)}, nullptr, Arguments{given, received});
-#if defined(POLAFORMER_HAS_WARPGROUPS) || !defined(__CUDACC__)
-  const int warpgroup_functions = 2;
-  if (!error) error = launch(run_warpgroup, {1, kThreads, sizeof(Operands)}, nullptr, Arguments{given, sums});
-#else
-  const int warpgroup_functions = 0;
-#endif
+  const int warpgroup_functions = has_warpgroup_code() ? 2 : 0;
+  if (!error && warpgroup_functions > 0) {
+    error = launch(run_warpgroup, {1, kThreads, sizeof(Operands)}, nullptr, Arguments{given, sums});
+  }
 #ifdef __CUDACC__
   if (!error) error = error_message(cudaDeviceSynchronize());
 #endif

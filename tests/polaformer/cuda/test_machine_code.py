@@ -34,11 +34,11 @@ BLOCKS_PER_SM = {
     "sum_queries": ((6, 3, 2, 1), ()),
     "differentiate_keys": ((4, 3, 3, 2), (2, 2, 1, 1)),
 }
-WARPGROUP_BLOCKS_PER_SM = {"attend": (4, 3, 3, 2), "differentiate_keys": (4, 3, 3, 2)}
+WARPGROUP_BLOCKS_PER_SM = BLOCKS_PER_SM | {"attend": ((4, 3, 3, 2), ())}
 RESERVED_SHARED_BYTES = 1024  # reserved by an H100 for each block
 
-# Stack that kernels may use between tiles, where registers are exhausted: a few values for bf16 at W = 96, a few more
-# in tf32, where accuracy matters more than speed.
+# Stack that kernels may use where registers are exhausted: a few values for bf16 at W = 96, a few more in tf32, where
+# accuracy matters more than speed.
 STACK_BYTES = {"bf16": 32}
 STACK_BYTES_OTHERWISE = 72
 
@@ -102,7 +102,8 @@ def all_kernels() -> list[Kernel]:
 @pytest.fixture(scope="session")
 def kernels(all_kernels) -> list[Kernel]:
     """Those of polarity attention."""
-    return [kernel for kernel in all_kernels if "depthwise" not in kernel.name]
+    others = ("depthwise", "tell_warpgroup_code")
+    return [kernel for kernel in all_kernels if not any(name in kernel.name for name in others)]
 
 
 @pytest.fixture(scope="session")
@@ -156,10 +157,8 @@ def test_occupancy_is_what_the_plan_assumes(kernels):
             return f"{kernel.usage['SHARED']} bytes of static shared memory; fits_in_shared_memory() ignores them"
         blocks = 1
         if kernel.name in BF16_PRODUCTS:
-            of_widths = BLOCKS_PER_SM[kernel.name][kernel.operand != "bf16"]
-            if uses_warpgroups(kernel):
-                of_widths = WARPGROUP_BLOCKS_PER_SM[kernel.name]
-            blocks = of_widths[PADDED_HEAD_DIMS.index(kernel.width)]
+            assumed = WARPGROUP_BLOCKS_PER_SM if uses_warpgroups(kernel) else BLOCKS_PER_SM
+            blocks = assumed[kernel.name][kernel.operand != "bf16"][PADDED_HEAD_DIMS.index(kernel.width)]
         if kernel.blocks_by_registers < blocks:
             return (
                 f"{kernel.usage['REG']} registers, {kernel.threads} threads: {kernel.blocks_by_registers} of {blocks}"
@@ -185,8 +184,8 @@ def test_products_run_on_tensor_cores(kernels):
 
 
 def test_warpgroups_multiply_asynchronously(kernels):
-    """Batches of products run while the next features are computed: ptxas may wait for each product instead, with a
-    warning alone, if it cannot tell that registers are free.
+    """Batches of products run while the next features are computed: ptxas may wait for each product instead, and only
+    mention it, if it cannot tell that registers are free.
     """
 
     def fault(kernel):
@@ -194,6 +193,22 @@ def test_warpgroups_multiply_asynchronously(kernels):
         if bool(products) != uses_warpgroups(kernel):
             return f"{products} of HGMMA"
         return f"{waits} waits for {products} products" if products and 2 * waits > products + 4 else None
+
+    assert not describe_failures(kernels, fault)
+
+
+def test_warpgroups_read_the_state_in_the_right_order(kernels):
+    """Rows of core matrices lie along N (`tnspB`) where features are K: for outputs and dv, not for dS v."""
+
+    def fault(kernel):
+        operands = [each.operands for each in kernel.code if each.stem == "HGMMA"]
+        transposed = sum("tnspB" in each for each in operands)
+        columns = 2 if kernel.name == "attend" and kernel.width == 128 else kernel.width // 16  # unrolled
+        expected = {"attend": 4 * columns, "differentiate_keys": 2 * columns}.get(kernel.name, 0)
+        others = {"differentiate_keys": columns * kernel.width // 16}.get(kernel.name, 0)
+        if uses_warpgroups(kernel) and (transposed, len(operands) - transposed) != (expected, others):
+            return f"{transposed} transposed of {len(operands)}"
+        return None
 
     assert not describe_failures(kernels, fault)
 

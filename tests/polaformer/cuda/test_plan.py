@@ -9,9 +9,10 @@ import pytest
 
 KERNELS = Path(__file__).parents[3] / "polaformer/csrc/cuda"
 BFLOAT16, HALF, FLOAT = range(3)  # of launch_params.h's Dtype
-H100 = (132, 9, 227 << 10)  # SMs, compute capability, maximum shared memory per block
-RTX_4090 = (128, 8, 99 << 10)
-RTX_2080 = (46, 7, 64 << 10)
+H100 = (132, 9, 227 << 10, 1)  # SMs, compute capability, maximum shared memory per block, whether warpgroups multiply
+WITHOUT_WARPGROUPS = (*H100[:3], 0)
+RTX_4090 = (128, 8, 99 << 10, 0)
+RTX_2080 = (46, 7, 64 << 10, 0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def test_splits_cover_every_token(plan):
 def test_splits_fill_the_gpu(plan):
     """b5's first stage with 128 images: a little less than two blocks for each of 132 SMs, or than three."""
     [planned] = plan([(128, 1, 56, 56, 96, BFLOAT16)])
+    [without] = plan([(128, 1, 56, 56, 96, BFLOAT16)], WITHOUT_WARPGROUPS)
+    assert 240 < 128 * without.splits[1][0] <= 264
+    assert [*without.splits[:1], *without.splits[2:]] == [*planned.splits[:1], *planned.splits[2:]]
     keys, queries, query_grads, key_grads = (128 * count for count, _ in planned.splits)
     assert 240 < keys <= 264
     assert 240 < query_grads <= 264

@@ -49,14 +49,13 @@ def bf16(words: np.ndarray) -> np.ndarray:
 
 
 def build_for_gpu(folder: Path, architecture: str) -> Path:
-    """Build the program for a GPU, as setup.py builds the kernels; skip where there is no CUDA toolkit."""
+    """Build the program for a GPU; skip where there is no CUDA toolkit."""
     home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME")
     nvcc = shutil.which(f"{home}/bin/nvcc") if home else None
     if nvcc is None:
         pytest.skip("no CUDA toolkit")
     program = folder / "on_gpu"
-    options = [f"-arch={architecture}", "-std=c++17", "--expt-relaxed-constexpr", f"-I{KERNELS}"]
-    options += ["-DPOLAFORMER_HAS_WARPGROUPS"] * architecture.endswith("a")
+    options = (f"-arch={architecture}", "-std=c++17", "--expt-relaxed-constexpr", f"-I{KERNELS}")
     subprocess.run([nvcc, *options, HERE / "primitives.cu", "-o", program], check=True)
     return program
 
