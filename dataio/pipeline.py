@@ -7,7 +7,9 @@ random number. So the pixels of a sample are a pure function of its parameters. 
 Axes: B images of a batch, S the side of the square output images, L stages of ops.
 """
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -92,17 +94,32 @@ def build_pipeline(
     device_id = None
     if device.type == "cuda":
         device_id = torch.cuda.current_device() if device.index is None else device.index
-    return _decode_pipeline(
-        options,
-        feed,
-        _input_types(options),
-        resizer,
-        batch_size=max_batch_size,
-        num_threads=options.threads,
-        device_id=device_id,
-        prefetch_queue_depth=options.prefetch_batches,
-        exec_dynamic=True,  # the executor that gives each batch memory of its own, see to_torch
-    )
+    with _no_bytecode():
+        return _decode_pipeline(
+            options,
+            feed,
+            _input_types(options),
+            resizer,
+            batch_size=max_batch_size,
+            num_threads=options.threads,
+            device_id=device_id,
+            prefetch_queue_depth=options.prefetch_batches,
+            exec_dynamic=True,  # the executor that gives each batch memory of its own, see to_torch
+        )
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Keep Python from writing bytecode.
+
+    DALI translates a graph's functions to modules in the temporary folder, under a new name each time, and removes them
+    but not their bytecode.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 @pipeline_def(enable_conditionals=True)
