@@ -223,7 +223,10 @@ def show(report: Report, markdown: bool) -> None:
         "predicted": lambda entry: f"{1e6 * entry['seconds']:.1f}",
     }
     print(tabulate(kernels, columns, markdown=markdown), end="\n\n")
-    print(title.format("Both passes: predicted, not measured"))
+    if not markdown:
+        shares = f"{EFFICIENCY['memory']:.0%} of memory, {DEFAULT_EFFICIENCY:.0%} of all else"
+        print(f"What binds is the longest, once divided by the share that kernels attain: {shares}.\n")
+    print(title.format("Both passes, with launches: predicted, not measured"))
     passes = ({"": name} | entry for name, entry in prediction["passes"].items())
     print(tabulate(passes, _PASS_COLUMNS, markdown=markdown))
 
@@ -235,7 +238,7 @@ def _bound_cell(bound: str, entry: dict[str, Any]) -> str:
 _PASS_COLUMNS: dict[str, Column] = {
     "": lambda entry: entry[""],
     "predicted µs": lambda entry: f"{1e6 * entry['seconds']:.1f}",
-    "of memory µs": lambda entry: f"{1e6 * entry['floor_seconds']:.1f}",
+    "of memory µs, each tensor once": lambda entry: f"{1e6 * entry['floor_seconds']:.1f}",
     "share of copy bandwidth": lambda entry: f"{entry['share_of_copy_rate']:.0%}",
 }
 

@@ -14,11 +14,15 @@ import polaformer
 ROOT = Path(__file__).parents[2]
 
 
-def run_setup(*command: str | Path, **variables: str) -> str:
+def start_setup(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"POLAFORMER_KERNELS": "none", **variables}
-    finished = subprocess.run(
+    return subprocess.run(
         [sys.executable, "setup.py", "-q", *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+
+
+def run_setup(*command: str | Path, **variables: str) -> str:
+    finished = start_setup(*command, **variables)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
 
@@ -35,9 +39,12 @@ def test_every_module_is_installed(tmp_path):
     assert (tmp_path / "polaformer/py.typed").is_file()
 
 
-@pytest.mark.skipif(
+needs_toolkit = pytest.mark.skipif(
     cpp_extension.CUDA_HOME is None or torch.version.cuda is None, reason="no CUDA toolkit, or a torch without CUDA"
 )
+
+
+@needs_toolkit
 @pytest.mark.parametrize(
     ("wanted", "built"),
     [
@@ -47,9 +54,23 @@ def test_every_module_is_installed(tmp_path):
         ("8.6;9.0+PTX", "8.6;8.0+PTX;9.0a"),
         ("Ampere;Hopper", "Ampere;8.0+PTX;9.0a"),
         ("9.0a;10.0", "9.0a;10.0"),
+        ("9.0a+PTX", "8.0+PTX;9.0a"),
         ("8.9", "8.9"),
     ],
 )
 def test_compute_capability_9_gets_its_tensor_cores_instructions(wanted, built):
     printed = run_setup("--version", POLAFORMER_KERNELS="all", TORCH_CUDA_ARCH_LIST=wanted)
     assert f"building CUDA kernels for {built} with" in printed
+
+
+@needs_toolkit
+@pytest.mark.parametrize(
+    ("wanted", "wrong"), [("7.5;8.0", "7.5"), ("8.0 sm_90", "sm_90"), ("90", "90"), ("foo", "foo")]
+)
+def test_architectures_without_kernels_are_refused(wanted, wrong):
+    finished = start_setup("--version", POLAFORMER_KERNELS="all", TORCH_CUDA_ARCH_LIST=wanted)
+    assert finished.returncode == 1
+    assert finished.stderr.endswith(
+        f"TORCH_CUDA_ARCH_LIST names '{wrong}'; use compute capabilities from 8.0 on, as in 8.0;9.0;12.0+PTX,"
+        " or set POLAFORMER_KERNELS=cpu\n"
+    )
