@@ -96,24 +96,29 @@ def architectures_of(home: str) -> str:
     return ";".join(["8.0+PTX", "9.0", *(each for each in ("10.0", "12.0") if each in known)])
 
 
-def check_architectures(architectures: str) -> None:
-    """Exit with an error if a list names what no kernel can be built for."""
-    for name in re.split(r"[;, ]+", architectures):
-        number = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", name)
-        if int(number[1]) < 8 if number else not re.fullmatch(r"[A-Z][A-Za-z+]*|native", name):
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST names {name!r}; use compute capabilities from 8.0 on, as in 8.0;9.0;12.0+PTX,"
-                " or set POLAFORMER_KERNELS=cpu"
-            )
+def choose_architectures(listed: str) -> str:
+    """Choose those to build for of a list of PyTorch's, which a container may have set. Exits if there are none.
 
-
-def with_warpgroups(architectures: str) -> str:
-    """Replace 9.0 (Hopper) in a list of architectures by 9.0a, where warpgroups multiply.
-
-    Code for 9.0a runs on every GPU of compute capability 9.0 and on no other, so PTX that was asked for is made of 8.0.
+    Below 8.0 there are no kernels. 9.0 (Hopper) is built as 9.0a, where warpgroups multiply; that runs on every GPU of
+    compute capability 9.0 and on no other, so PTX that was asked for is made of 8.0.
     """
-    architectures = re.sub(r"\b9\.0a?\+PTX", "8.0+PTX;9.0", architectures.replace("Hopper", "9.0+PTX"))
-    return re.sub(r"\b9\.0(?=[;, ]|$)", "9.0a", architectures)
+    chosen, left_out = [], []
+    for name in re.split(r"[;, ]+", listed.replace("Hopper", "9.0+PTX").strip()):
+        number = re.fullmatch(r"(\d+)\.\d[af]?(\+PTX)?", name)
+        if not number and not re.fullmatch(r"[A-Z][A-Za-z+]*|native", name):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {name!r}; use compute capabilities, as in 8.0;9.0;12.0+PTX")
+        if number and int(number[1]) < 8:
+            left_out.append(name)
+        else:
+            chosen += {"9.0": ["9.0a"], "9.0+PTX": ["8.0+PTX", "9.0a"]}.get(name.replace("9.0a", "9.0"), [name])
+    if left_out:
+        print(f"polaformer: leaving out {', '.join(left_out)}: the kernels need compute capability 8.0 or higher")
+    if not chosen:
+        names = ", ".join(left_out)
+        raise SystemExit(
+            f"TORCH_CUDA_ARCH_LIST names {names} alone; add one from 8.0 on, or set POLAFORMER_KERNELS=cpu"
+        )
+    return ";".join(chosen)
 
 
 def kernels() -> dict:
@@ -151,9 +156,7 @@ def kernels() -> dict:
         reason = "POLAFORMER_KERNELS=cpu" if wanted == "cpu" else f"torch {torch.__version__} is without CUDA"
         print(f"polaformer: building no CUDA kernels: {reason if home or wanted == 'cpu' else 'no CUDA toolkit'}")
     else:
-        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home)
-        check_architectures(architectures)
-        architectures = with_warpgroups(architectures)
+        architectures = choose_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or architectures_of(home))
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         cuda = sorted(map(str, [*SOURCES.glob("cuda/*.cpp"), *SOURCES.glob("cuda/*.cu")]))
         flags = {"cxx": host, "nvcc": ["-O3", "--threads=2"]}
